@@ -1,0 +1,24 @@
+"""polyquant: every quantization method for Hugging Face language models behind one interface.
+
+Importing this package imports neither torch nor any backend.
+"""
+
+from polyquant.api import Diagnosis, backend, backends, doctor, load, quantize, verify
+from polyquant.backend import Backend
+from polyquant.loaded import LoadedModel
+from polyquant.markers import hookimpl
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "Diagnosis",
+    "LoadedModel",
+    "backend",
+    "backends",
+    "doctor",
+    "hookimpl",
+    "load",
+    "quantize",
+    "verify",
+]

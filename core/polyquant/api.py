@@ -1,0 +1,167 @@
+"""The public functions: list, query, check, load, verify, quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from polyquant.backend import Backend
+from polyquant.errors import BrokenBackend, ConfigError, UnsupportedOperation
+from polyquant.query import Miss, Selection, select
+from polyquant.registry import Registry
+from polyquant.types import Problem, Record
+
+if TYPE_CHECKING:
+    from polyquant.loaded import LoadedModel
+    from polyquant.report import Verification
+
+
+class Diagnosis(Record):
+    """What `doctor` found for one backend on one device."""
+
+    backend: str
+    origin: str  # the distribution that provides it
+    device: str
+    problems: list[Problem]
+
+    @property
+    def runs(self) -> bool:
+        """Whether nothing stops it."""
+        return not self.problems
+
+
+@cache
+def registry() -> Registry:
+    """The backends of this process; entry points are read once."""
+    return Registry()
+
+
+def backends(**query: object) -> Selection:
+    """Installed backends, filtered by capabilities; imports neither torch nor any backend's library.
+
+    >>> polyquant.backends(bits=4, device="cpu", on_the_fly=True)
+    Selection(bitsandbytes)
+
+    `misses` of the result holds the others, nearest first, with why each misses.
+    """
+    cards, broken = [], []
+    for name in registry().names():
+        try:
+            cards.append(registry().info(name))
+        except BrokenBackend as error:
+            broken.append(Miss(name=name, reasons=(str(error),), broken=True))
+    return select(cards, query, broken)
+
+
+def backend(name: str) -> Backend:
+    """One backend by name. Raises UnknownBackend or BrokenBackend."""
+    return Backend(name, registry())
+
+
+def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
+    """Whether each installed backend, or one, can run here; every problem with the command that fixes it."""
+    from polyquant.environment import choose_device
+
+    diagnoses = []
+    for each in [name] if name else registry().names():
+        try:
+            handle = backend(each)
+            chosen = choose_device(device, handle.capabilities)
+            diagnoses.append(Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=handle.problems(chosen)))
+        except BrokenBackend as error:
+            fix = f"update or uninstall {registry().origin(each)}, or set POLYQUANT_DISABLE={each}"
+            broken = Problem(what=str(error), fix=fix, kind="import", detail=str(error.__cause__ or ""))
+            diagnoses.append(Diagnosis(backend=each, origin=registry().origin(each), device=device, problems=[broken]))
+    return diagnoses
+
+
+def load(model: str | Path, backend: str | None = None, *, revision: str | None = None, **options: Any) -> LoadedModel:
+    """Load a model quantized.
+
+    model: hub name, local folder, `.gguf` file, or `builtin:smollm2`.
+    backend: a name; None for a checkpoint that is quantized already, whose backend is then found.
+    options: the backend's own (`polyquant.backend(name).info.options`), and how to load (LoadOptions): `device`,
+        `device_map`, `max_memory`, `offload`, `allow_dequantize`, `trust_remote_code`, `allow_pickle`, `attention`.
+
+    >>> loaded = polyquant.load("builtin:smollm2", backend="bitsandbytes", bits=4, quant_type="nf4")
+    >>> loaded.generate("The capital of France is", max_new_tokens=8)
+    """
+    from polyquant import checkpoints, loading
+    from polyquant.models.resolve import resolve
+
+    how, own = _split(options)
+    handle = registry_backend(backend) if backend else None
+    config = handle.config(own) if handle else None
+    source = resolve(model, revision=revision, allow_pickle=how.allow_pickle, progress=how.progress)
+    if handle is None:
+        method = checkpoints.method_of(source)
+        if not method:
+            known = ", ".join(registry().names()) or "none"
+            raise ConfigError(f"{source.name} is dense: name the backend to quantize it with (backend=...); installed: {known}")
+        handle = registry_backend(checkpoints.reader_of(method, backends()))
+        config = handle.config(own)
+    assert config is not None  # either branch above has set it
+    return loading.load(source, handle, config, own, how)
+
+
+def verify(loaded: LoadedModel, **arguments: Any) -> Verification:
+    """Prove what a load gave; see `polyquant.verification.verify`."""
+    from polyquant import verification
+
+    return verification.verify(loaded, **arguments)
+
+
+def quantize(
+    model: str | Path,
+    backend: str,
+    out: str | Path,
+    *,
+    calibration: Sequence[str] | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Write a quantized checkpoint of `model` into the folder `out`, all or nothing.
+
+    A backend that needs calibration gets the texts of `calibration`; any other loads, verifies and saves.
+    Raises UnsupportedOperation, before any work, where the backend cannot write one.
+    """
+    from polyquant import loading
+    from polyquant.errors import SaveError
+    from polyquant.models.resolve import resolve
+
+    handle, out = registry_backend(backend), Path(out)
+    if out.exists() and not overwrite:
+        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    if handle.capabilities.needs_calibration:
+        how, own = _split(options)
+        config = handle.config(own)
+        source = resolve(model, allow_pickle=how.allow_pickle, progress=how.progress)
+        request, effective, _ = loading.prepare(source, handle, config, own, how)
+        return handle.quantize(request, effective, calibration or (), out, overwrite=overwrite)
+    if not handle.can("save"):
+        raise UnsupportedOperation(f"{backend} cannot write checkpoints")
+    loaded = load(model, backend, **options)
+    report = verify(loaded)
+    if not report.passed:
+        failed = "; ".join(f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures)
+        raise SaveError(f"not written, because verification failed: {failed}")
+    return loaded.save(out, overwrite=overwrite)
+
+
+registry_backend = backend  # the function, where a parameter is called `backend` too
+
+
+def _split(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """How to load, and the backend's own options."""
+    from polyquant.loading import LoadOptions
+
+    shared = {name: options[name] for name in LoadOptions.__struct_fields__ if name in options}
+    own = {name: value for name, value in options.items() if name not in shared}
+    try:
+        return msgspec.convert(shared, LoadOptions, from_attributes=True), own
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"load option: {error}") from error

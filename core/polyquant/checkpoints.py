@@ -1,0 +1,93 @@
+"""Checkpoints that are quantized already: who reads them, and whether the options agree with what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import msgspec
+
+from polyquant.errors import CheckpointConflict, ModelError, UnknownBackend
+from polyquant.options import BackendOptions
+from polyquant.query import Selection
+from polyquant.request import ModelSource
+from polyquant.types import BackendInfo
+
+READERS: Mapping[str, str] = {
+    "awq": "polyquant-awq",
+    "gptq": "polyquant-gptq",
+    "hqq": "polyquant-hqq",
+    "quanto": "polyquant-quanto",
+    "torchao": "polyquant-torchao",
+    "auto-round": "polyquant-auto-round",
+    "compressed-tensors": "polyquant-compressed-tensors",
+    "bitsandbytes": "polyquant-bitsandbytes",
+    "gguf": "polyquant-gguf",
+}
+"""quant_method -> the plugin package that reads it."""
+
+
+def method_of(source: ModelSource) -> str:
+    """The checkpoint's quant_method; 'gguf' for a GGUF file; empty for a dense checkpoint."""
+    if source.gguf_file:
+        return "gguf"
+    stored = source.stored_quantization
+    if not stored:
+        return ""
+    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = stored.get("quant_method")
+    if not method:
+        raise ModelError(f"{source.name}: its quantization_config names no quant_method; it holds {', '.join(stored)}")
+    return str(method)
+
+
+def reader_of(method: str, installed: Selection) -> str:
+    """Name of the installed backend that reads `method`. Raises UnknownBackend, naming the plugin package that does."""
+    readers = [info.name for info in installed if method in info.capabilities.loads_prequantized]
+    if readers:
+        return readers[0]
+    if method in READERS:
+        raise UnknownBackend(f"the checkpoint is quantized with {method!r}; to read it, run: pip install {READERS[method]}")
+    known = sorted({known for info in installed for known in info.capabilities.loads_prequantized})
+    raise UnknownBackend(
+        f"the checkpoint is quantized with {method!r}, which no polyquant backend reads; "
+        f"installed backends read {', '.join(known) or 'none'}"
+    )
+
+
+def stored_options(source: ModelSource, info: BackendInfo, method: str) -> BackendOptions:
+    """The options stored in a quantized checkpoint. Raises CheckpointConflict or ModelError."""
+    reads = info.capabilities.loads_prequantized
+    if method not in reads:
+        raise CheckpointConflict(
+            f"{source.name} is quantized already with {method!r}; {info.name} reads {', '.join(reads) or 'no quantized checkpoints'}. "
+            "Leave the backend out to have it chosen, or give the dense model"
+        )
+    try:
+        return info.options.from_stored(source.stored_quantization)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{source.name}: {info.name} cannot read its quantization_config: {error}") from error
+
+
+def reconcile(
+    source: ModelSource, stored: BackendOptions, requested: BackendOptions, given: Collection[str]
+) -> BackendOptions:
+    """The stored options with the requested load-time ones applied.
+
+    given: names of the options the user wrote. Raises CheckpointConflict, field by field, where they contradict.
+    """
+    applied: dict[str, Any] = {}
+    conflicts = []
+    for name in given:
+        wanted, has = getattr(requested, name), getattr(stored, name)
+        if name in stored.load_time:
+            applied[name] = wanted
+        elif wanted != has:
+            conflicts.append(f"  {name}: requested {wanted!r}, stored {has!r}")
+    if conflicts:
+        raise CheckpointConflict(
+            f"{source.name} is quantized already, and not as asked:\n" + "\n".join(conflicts) + "\n"
+            f"Leave these options out, or quantize the dense model; only {', '.join(sorted(stored.load_time))} can be chosen now"
+        )
+    return msgspec.structs.replace(stored, **applied)

@@ -1,0 +1,104 @@
+"""Checks a plugin's `validate_environment` is made of: libraries from metadata, devices from torch. All return values."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import traceback
+from collections.abc import Iterable
+from importlib import metadata
+
+from packaging.specifiers import SpecifierSet
+
+from polyquant.types import Capabilities, Library, Problem
+
+
+def library_problems(libraries: Iterable[Library]) -> list[Problem]:
+    """Libraries that are missing or outside their tested window, read from metadata; imports nothing."""
+    problems = []
+    for library in libraries:
+        version = installed_version(library.distribution)
+        fix = f"pip install '{library.requirement}'"
+        if version is None:
+            problems.append(Problem(what=f"{library.distribution} is not installed", fix=fix, kind="missing"))
+        elif not SpecifierSet(library.versions, prereleases=True).contains(version):
+            what = f"{library.distribution} {version} is installed, {library.versions} was tested"
+            problems.append(Problem(what=what, fix=fix, kind="version"))
+    return problems
+
+
+def installed_version(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def import_problems(libraries: Iterable[Library]) -> list[Problem]:
+    """Installed libraries that fail to import, each with its own traceback."""
+    problems = []
+    for library in libraries:
+        if installed_version(library.distribution) is None:
+            continue
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # a check never prints; what a library warns of is in the kernel's name
+        try:
+            importlib.import_module(library.module or library.distribution)
+        except Exception as error:
+            problems.append(
+                Problem(
+                    what=f"{library.distribution} is installed but fails to import: {type(error).__name__}: {error}",
+                    fix=f"pip install --force-reinstall '{library.requirement}'",
+                    kind="import",
+                    detail=traceback.format_exc(),
+                )
+            )
+        finally:
+            logging.disable(before)
+    return problems
+
+
+def available_devices() -> list[str]:
+    """Devices torch can use here, fastest kind first; `cpu` is always last."""
+    import torch
+
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        devices += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return [*devices, "cpu"]
+
+
+def choose_device(device: str, capabilities: Capabilities) -> str:
+    """`device` itself, or for 'auto' the first available one that the backend supports."""
+    if device != "auto":
+        return f"{device}:0" if device in ("cuda", "xpu") else device
+    supported = {support.type for support in capabilities.devices}
+    return next((name for name in available_devices() if name.partition(":")[0] in supported), "cpu")
+
+
+def device_problems(device: str, capabilities: Capabilities) -> list[Problem]:
+    """Why a backend with these capabilities cannot run on `device` here."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        what, fix = f"{device!r} is no device name", f"use one of {', '.join(available_devices())}"
+        return [Problem(what=what, fix=fix, kind="device")]
+    supported = {support.type: support for support in capabilities.devices}
+    if kind not in supported:
+        offered = ", ".join(str(support) for support in capabilities.devices)
+        return [Problem(what=f"it does not run on {kind}", fix=f"use one of {offered}", kind="device")]
+    here = available_devices()
+    if not any(name == device or name.partition(":")[0] == device for name in here):
+        what = f"device {device} is not there; available: {', '.join(here)}"
+        fix = "choose an available device (--device auto), or install a torch build and driver for it"
+        return [Problem(what=what, fix=fix, kind="device")]
+    least = supported[kind].minimum_capability
+    if kind == "cuda" and least and (has := torch.cuda.get_device_capability(device)) < least:
+        what = f"{device} has compute capability {has[0]}.{has[1]}, {least[0]}.{least[1]} is needed"
+        return [Problem(what=what, fix="use a newer GPU, or --device cpu", kind="device")]
+    return []

@@ -1,0 +1,64 @@
+"""Every error polyquant raises on purpose. Each message says what happened, what is there, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PolyquantError(Exception):
+    """Base of all errors raised on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(PolyquantError):
+    """An option is unknown or has a value that is not allowed. Raised before any file is read."""
+
+
+class UnknownBackend(PolyquantError):
+    """No installed plugin has this name, or no installed plugin reads this checkpoint."""
+
+
+class BrokenBackend(PolyquantError):
+    """A plugin is installed but cannot be used: it fails to import, lacks a hook, or answers with the wrong type."""
+
+
+class BackendConflict(BrokenBackend):
+    """Two distributions claim one backend name."""
+
+
+class BackendFailed(PolyquantError):
+    """The backend's library raised; its own error is the cause of this one."""
+
+
+class UnsupportedOperation(PolyquantError):
+    """The backend does not implement this operation. Raised before any work is done."""
+
+
+class EnvironmentProblem(PolyquantError):
+    """This machine cannot run the backend as asked; the message lists every problem with its fix."""
+
+
+class ModelError(PolyquantError):
+    """The model cannot be read: missing, empty, damaged, unsafe, or not a causal language model."""
+
+
+class CheckpointConflict(PolyquantError):
+    """The checkpoint is quantized already, in a way that contradicts the options asked for."""
+
+
+class PlacementError(PolyquantError):
+    """Part of the model would spill to a slower device than the one asked for."""
+
+
+class DenseModelError(PolyquantError):
+    """The load ended with a model that is not quantized, and `allow_dequantize` was not given."""
+
+
+class SaveError(PolyquantError):
+    """A checkpoint could not be written; what was at the destination before is still there."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean 'nf4'?' for the closest known word, or an empty string where none is close."""
+    close = get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

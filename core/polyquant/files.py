@@ -1,0 +1,58 @@
+"""Writing folders all or nothing."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from polyquant.errors import PolyquantError, SaveError
+
+
+@contextmanager
+def atomic_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside `out` that becomes `out` when the block ends, and vanishes where it raises.
+
+    A kill in the block leaves a folder `.NAME.partial-*`, which nothing loads by accident, and the old `out` as it
+    was. Raises SaveError where `out` exists and `overwrite` is false, or where writing fails.
+    """
+    if out.exists() and not overwrite:
+        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise SaveError(f"cannot write beside {out}: {error}") from error
+    try:
+        partial.chmod(0o755)
+        yield partial
+        _swap(partial, out)
+    except PolyquantError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(out.parent).free
+        raise SaveError(
+            f"writing {out} failed ({error}); {free / 2**20:.0f} MiB are free there; what was at {out} is unchanged"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _swap(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)

@@ -1,0 +1,81 @@
+"""Reading models through transformers: config, skeleton, weights, tokenizer. Imports torch; nothing light imports it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from polyquant import compat
+from polyquant.errors import ModelError
+from polyquant.request import LoadRequest, ModelSource
+from polyquant.types import Dtype
+
+
+def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The model's transformers config.
+
+    Raises ModelError where it needs remote code that was not allowed, or is not a causal language model.
+    """
+    gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    needs_code = "auto_map" in source.config and source.config.get("model_type") not in CONFIG_MAPPING
+    if needs_code and not trust_remote_code:
+        raise ModelError(
+            f"{source.name} runs Python code of its own ({source.config['auto_map']}); "
+            "read that code first, then allow it with trust_remote_code=True (--trust-remote-code)"
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=trust_remote_code, **gguf)
+    except Exception as error:
+        raise ModelError(f"{source.name}: transformers cannot read its config: {error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not needs_code:
+        raise ModelError(
+            f"{source.name} is not a causal language model: its architecture {config.model_type!r} "
+            "has no causal language model class in transformers"
+        )
+    return config
+
+
+def skeleton(source: ModelSource, dtype: Dtype, *, trust_remote_code: bool = False) -> Any:
+    """The model's modules on the meta device: shapes and names without a byte of weights."""
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, **compat.dtype_argument(getattr(torch, dtype))
+        )
+
+
+def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode."""
+    source = request.source
+    arguments: dict[str, Any] = compat.dtype_argument(getattr(torch, dtype))
+    if quantization_config is not None:
+        arguments["quantization_config"] = quantization_config
+    if source.gguf_file:
+        arguments["gguf_file"] = source.gguf_file
+    if request.attention:
+        arguments["attn_implementation"] = request.attention
+    with compat.progress_bars(request.progress):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source.path),
+            device_map=dict(request.device_map),
+            trust_remote_code=request.trust_remote_code,
+            use_safetensors=None if request.allow_pickle or source.gguf_file else True,
+            local_files_only=True,
+            **arguments,
+        )
+    return model.eval()
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. Raises ModelError where there is none."""
+    gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=trust_remote_code, **gguf)
+    except Exception as error:
+        raise ModelError(f"{source.name}: no tokenizer that transformers can read ({error})") from error

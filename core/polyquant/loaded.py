@@ -1,0 +1,71 @@
+"""A loaded model: what `polyquant.load` returns, and what a backend's `load` hook answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyquant.errors import PolyquantError
+
+if TYPE_CHECKING:
+    from polyquant.backend import Backend
+    from polyquant.options import BackendOptions
+    from polyquant.request import LoadRequest
+    from polyquant.types import HookRecord, LayerInfo
+
+Prompt = str | Sequence[dict[str, str]]
+"""Plain text, or chat messages such as [{"role": "user", "content": "Hello"}] for the model's chat template."""
+
+
+@dataclass
+class LoadedModel:
+    """A model with its tokenizer and everything known about how it was loaded.
+
+    A backend whose runtime is not torch subclasses this and overrides `logits` and `stream`.
+    """
+
+    model: Any  # the plain transformers model, in eval mode
+    tokenizer: Any
+    config: BackendOptions  # the effective options
+    kernel: str  # what multiplies with the quantized weights
+    notes: list[str] = field(default_factory=list)  # what a user should know about this load
+    requested: BackendOptions | None = None  # the options before the checkpoint and the device had their say
+    request: LoadRequest | None = None  # set by the core
+    records: list[HookRecord] = field(default_factory=list)  # set by the core: time and peak memory of each hook call
+    _backend: Backend | None = None
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that loaded it. Raises PolyquantError for a model that no backend handle has completed."""
+        if self._backend is None:
+            raise PolyquantError("this model was not loaded through polyquant.load")
+        return self._backend
+
+    @property
+    def layers(self) -> list[LayerInfo]:
+        """Every parameter and buffer as it is now."""
+        return self.backend.describe_layers(self.model)
+
+    def generate(self, prompt: Prompt, **generation_parameters: Any) -> str:
+        """The text that follows `prompt`; parameters are those of transformers' `generate`."""
+        return "".join(self.stream(prompt, **generation_parameters))
+
+    def stream(self, prompt: Prompt, **generation_parameters: Any) -> Iterator[str]:
+        """Like `generate`, in pieces as they come."""
+        from polyquant.generation import stream
+
+        return stream(self.model, self.tokenizer, prompt, generation_parameters)
+
+    def logits(self, tokens: Sequence[int]) -> Any:
+        """Logits of one sequence, float32 torch tensor (positions, vocabulary)."""
+        import torch
+
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)], device=self.model.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0].float()
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a checkpoint that loads back bit for bit. All or nothing; see `Backend.save`."""
+        return self.backend.save(self, Path(out), overwrite=overwrite)

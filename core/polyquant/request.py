@@ -1,0 +1,46 @@
+"""What a backend's `load` is asked for: the model's files, and everything the core has resolved about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from polyquant.types import DeviceMap, Record
+
+Offload = Literal["error", "cpu"]
+
+
+class ModelSource(Record):
+    """A model on this machine's disk, checked."""
+
+    name: str  # as the user gave it
+    path: Path  # the folder with config.json, or with the GGUF file
+    gguf_file: str = ""  # the file's name inside `path`, where the weights are a GGUF
+    config: dict[str, Any] = {}  # config.json as it stands; empty for a GGUF
+    weight_files: tuple[str, ...] = ()  # names inside `path`
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of the weight files on disk."""
+        return sum((self.path / name).stat().st_size for name in self.weight_files)
+
+    @property
+    def stored_quantization(self) -> dict[str, Any]:
+        """The checkpoint's own quantization config; empty for a dense one."""
+        text_config = self.config.get("text_config") or {}
+        stored = self.config.get("quantization_config") or text_config.get("quantization_config")
+        return dict(stored) if stored else {}
+
+
+class LoadRequest(Record):
+    """A load, with every question settled except the backend's own."""
+
+    source: ModelSource
+    device: str  # where the model runs, such as cpu or cuda:0
+    device_map: DeviceMap  # module name -> device; {"": device} where all of it goes to one
+    offload: Offload = "error"  # what may happen where the model does not fit `device`
+    allow_dequantize: bool = False
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    attention: str = ""  # transformers' attn_implementation; empty: its own choice
+    progress: bool = False  # whether progress bars may be drawn

@@ -1,0 +1,149 @@
+"""The records that travel between core and plugins: frozen, typed, JSON through msgspec, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from polyquant.options import BackendOptions
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DeviceMap = Mapping[str, int | str]
+Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "other"]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all records."""
+
+    def to_json(self) -> str:
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
+
+class Problem(Record):
+    """One thing that stops a backend on this machine."""
+
+    what: str  # what is wrong and what is there, one sentence
+    fix: str  # the command or option that fixes it
+    kind: Literal["missing", "version", "import", "native", "device", "other"] = "other"
+    detail: str = ""  # the library's own words, such as a traceback
+
+
+class DeviceSupport(Record):
+    """A device type a backend runs on."""
+
+    type: str  # torch's device type: cpu, cuda, xpu, mps, ...
+    minimum_capability: tuple[int, int] | None = None  # CUDA compute capability
+
+    def __str__(self) -> str:
+        least = self.minimum_capability
+        return f"{self.type} (compute capability {least[0]}.{least[1]} and up)" if least else self.type
+
+
+class Library(Record):
+    """A distribution that a backend stands on, with the versions it was tested with."""
+
+    distribution: str  # as pip names it
+    versions: str = ""  # PEP 440 specifier; empty: any
+    module: str = ""  # import name where it differs from the distribution's
+
+    @property
+    def requirement(self) -> str:
+        """What to give pip: `bitsandbytes>=0.49,<0.51`."""
+        return self.distribution + self.versions
+
+
+class Capabilities(Record):
+    """What a backend can do. Each entry is a promise that the conformance suite runs."""
+
+    bits: tuple[float, ...]
+    schemes: tuple[str, ...]
+    devices: tuple[DeviceSupport, ...]
+    on_the_fly: bool = False  # quantizes a dense checkpoint while loading
+    needs_calibration: bool = False  # quantizing needs sample text
+    loads_prequantized: tuple[str, ...] = ()  # the quant_method names it reads
+    saves: bool = False  # writes a checkpoint that loads back bit for bit
+    trains: bool = False  # adapters train on its frozen base
+    compiles: bool = False  # torch.compile works
+    offloads: bool = False  # part of the model may live on a slower device
+    torch_module: bool = True  # loaded.model is a torch.nn.Module
+
+
+class BackendInfo(Record):
+    """A backend's card."""
+
+    name: str
+    summary: str
+    capabilities: Capabilities
+    options: type[BackendOptions]
+    docs: str  # address
+    libraries: tuple[Library, ...] = ()
+    presets: Mapping[str, Mapping[str, object]] = {}  # name -> options; the first is the default choice
+    compute_dtypes: Mapping[str, Dtype] = {}  # device type -> measured best; cuda left out: by compute capability
+
+
+class WeightInfo(Record):
+    """One tensor of a model before quantization, as the architecture defines it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Dtype | str
+    role: Role
+    module: str  # class name of the module that owns it
+    tied_to: str = ""  # the tensor it shares its storage with; it then counts no bytes
+    default_skip: bool = False  # kept dense unless skip_defaults=False
+
+
+class LayerPlan(Record):
+    """What a tensor is going to be."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    stored_bytes: int  # with scales, zero points and constants
+    bits: float
+    scheme: str
+    quantized: bool
+    reason: str = ""  # why it stays dense
+
+
+class LayerInfo(Record):
+    """What a tensor is: one record for every parameter and buffer of a loaded model."""
+
+    name: str  # of the tensor, such as model.layers.0.mlp.up_proj.weight
+    shape: tuple[int, ...]  # logical: of the weight, not of its packed form
+    role: Role
+    bits: float  # nominal, such as 4
+    scheme: str  # such as nf4; for a dense tensor its dtype
+    stored_bytes: int  # all storage it owns: packed weight, scales, zero points, codes
+    parts: Mapping[str, int]  # attribute -> bytes; sums to stored_bytes
+    device: str
+    quantized: bool
+    kernel: str = ""  # what multiplies with it, where it is quantized
+    reason: str = ""  # why it is dense
+
+    @property
+    def weights(self) -> int:
+        """Number of logical elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, constants included, for each logical element."""
+        return 8 * self.stored_bytes / self.weights if self.weights else 0.0
+
+
+class HookRecord(Record):
+    """One addressed hook call, as the observers saw it."""
+
+    backend: str
+    hook: str
+    seconds: float
+    peak_bytes: int | None  # resident set (CPU) or allocator (CUDA) peak during the call; None: could not be measured
+    device: str
+    failed: bool = False

@@ -1,0 +1,96 @@
+"""Options of the bitsandbytes backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+from polyquant.options import BackendOptions
+
+FOUR_BIT = {"quant_type": "nf4", "double_quant": False, "quant_storage": "uint8"}
+EIGHT_BIT = {"int8_threshold": 6.0, "fp32_offload": False}
+
+
+class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """4 bit (QLoRA's NF4 and FP4, blocks of 64 weights) or 8 bit (LLM.int8, one scale for each output row)."""
+
+    bits: Annotated[Literal[4, 8], Meta(description="bits of a quantized weight")] = 4
+    quant_type: Annotated[
+        Literal["nf4", "fp4"] | None, Meta(description="4 bit: normal float (the default) or float")
+    ] = None
+    double_quant: Annotated[bool | None, Meta(description="4 bit: quantize the block scales too, to 4.13 bits a weight")] = (
+        None
+    )
+    quant_storage: Annotated[
+        Literal["uint8", "int8", "float16", "bfloat16", "float32"] | None,
+        Meta(description="4 bit: dtype of the packed tensor; FSDP needs that of the dense weights"),
+    ] = None
+    int8_threshold: Annotated[
+        float | None, Meta(description="8 bit: activations above it are multiplied in float16 (6.0)")
+    ] = None
+    fp32_offload: Annotated[bool | None, Meta(description="8 bit: modules that spill to the CPU stay there in float32")] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        own, other = (FOUR_BIT, EIGHT_BIT) if self.bits == 4 else (EIGHT_BIT, FOUR_BIT)
+        misplaced = [name for name in other if getattr(self, name) is not None]
+        if misplaced:
+            raise ValueError(f"{', '.join(misplaced)} does not apply to {self.bits} bit, only {', '.join(own)} do")
+        if self.int8_threshold is not None and self.int8_threshold < 0:
+            raise ValueError(f"int8_threshold must be 0 (no outliers) or more, got {self.int8_threshold}")
+        for name, value in own.items():
+            if getattr(self, name) is None:
+                msgspec.structs.force_setattr(self, name, value)
+
+    @property
+    def weight_bits(self) -> float:
+        return self.bits
+
+    @property
+    def scheme(self) -> str:
+        """nf4, fp4 or int8."""
+        return self.quant_type or "int8"
+
+    def native(self) -> Any:
+        """transformers' BitsAndBytesConfig."""
+        from transformers import BitsAndBytesConfig
+
+        skip = None if self.skip_defaults and not self.skip else list(self.skip)
+        if self.bits == 8:
+            return BitsAndBytesConfig(
+                load_in_8bit=True,
+                llm_int8_threshold=self.int8_threshold,
+                llm_int8_enable_fp32_cpu_offload=self.fp32_offload,
+                llm_int8_skip_modules=skip,
+            )
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_quant_storage=self.quant_storage,
+            bnb_4bit_compute_dtype=self.compute_dtype,
+            llm_int8_skip_modules=skip,
+        )
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        skip = stored.get("llm_int8_skip_modules")
+        common = {"skip": tuple(skip or ()), "skip_defaults": skip is None}
+        if stored.get("load_in_8bit"):
+            return cls(
+                bits=8,
+                int8_threshold=float(stored.get("llm_int8_threshold", 6.0)),
+                fp32_offload=bool(stored.get("llm_int8_enable_fp32_cpu_offload", False)),
+                **common,
+            )
+        values = {
+            "bits": 4,
+            "quant_type": stored.get("bnb_4bit_quant_type", "fp4"),
+            "double_quant": stored.get("bnb_4bit_use_double_quant", False),
+            "quant_storage": stored.get("bnb_4bit_quant_storage") or "uint8",
+            "compute_dtype": stored.get("bnb_4bit_compute_dtype", "auto"),
+        }
+        return msgspec.convert({**values, **common}, cls)

@@ -1,0 +1,47 @@
+"""Bytes of bitsandbytes' layers from shapes alone. Formats: bitsandbytes.functional.quantize_4bit, int8_vectorwise_quant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+from polyquant.memory.planned import plan_dense
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_bitsandbytes.options import BitsAndBytesOptions
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights a scale, scales a nested scale
+CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES = 16 * 4, 256 * 4, 4  # float32 code books and mean, one of each a tensor
+STORAGE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: BitsAndBytesOptions) -> list[LayerPlan]:
+    return [
+        LayerPlan(
+            name=weight.name, shape=weight.shape, role="linear", stored_bytes=quantized_bytes(weight.shape, config),
+            bits=config.bits, scheme=config.scheme, quantized=True,
+        )
+        if is_quantized(weight, config)
+        else plan_dense(weight, config)
+        for weight in weights
+    ]  # fmt: skip
+
+
+def is_quantized(weight: WeightInfo, config: BitsAndBytesOptions) -> bool:
+    """transformers replaces nn.Linear and Conv1D modules; fused experts and embeddings are neither."""
+    skipped = weight.name.rpartition(".")[0] in config.skip or (config.skip_defaults and not config.skip and weight.default_skip)
+    return weight.module in ("Linear", "Conv1D") and len(weight.shape) == 2 and not skipped and not weight.tied_to
+
+
+def quantized_bytes(shape: tuple[int, ...], config: BitsAndBytesOptions) -> int:
+    """Packed weight with absmax, code book and, with double quantization, the nested state.
+
+    shape: (out_features, in_features).
+    """
+    if config.bits == 8:
+        return prod(shape) + 4 * shape[0]
+    blocks, storage = ceil(prod(shape) / BLOCK), STORAGE_BYTES[config.quant_storage or "uint8"]
+    packed = ceil(ceil(prod(shape) / 2) / storage) * storage + CODE_BYTES
+    if not config.double_quant:
+        return packed + 4 * blocks
+    return packed + blocks + 4 * ceil(blocks / NESTED_BLOCK) + NESTED_CODE_BYTES + OFFSET_BYTES
