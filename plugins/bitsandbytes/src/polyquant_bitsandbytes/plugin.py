@@ -85,9 +85,9 @@ class BitsAndBytesBackend:
 
     @hookimpl
     def save(self, loaded: LoadedModel, out: Path) -> Path:
-        loaded.model.save_pretrained(out)
-        loaded.tokenizer.save_pretrained(out)
-        return out
+        from polyquant_bitsandbytes import _load
+
+        return _load.save(loaded, out)
 
     @hookimpl
     def prepare_for_training(self, loaded: LoadedModel) -> Any:
