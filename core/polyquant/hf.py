@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from polyquant import compat
 from polyquant.errors import ModelError
+from polyquant.loaded import LoadedModel
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import Dtype
 
@@ -79,3 +81,11 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         return AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:
         raise ModelError(f"{source.name}: no tokenizer that transformers can read ({error})") from error
+
+
+def save_pretrained(loaded: LoadedModel, out: Path, model: Any = None) -> Path:
+    """Write `model`, or the loaded one, with its tokenizer, as transformers saves them."""
+    with compat.progress_bars(loaded.request is not None and loaded.request.progress):
+        (model or loaded.model).save_pretrained(out)
+        loaded.tokenizer.save_pretrained(out)
+    return out

@@ -33,6 +33,7 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)  # what a user should know about this load
     requested: BackendOptions | None = None  # the options before the checkpoint and the device had their say
     request: LoadRequest | None = None  # set by the core
+    initial_layers: list[LayerInfo] = field(default_factory=list)  # set by the core: the layers before any forward pass
     records: list[HookRecord] = field(default_factory=list)  # set by the core: time and peak memory of each hook call
     _backend: Backend | None = None
 

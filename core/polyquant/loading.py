@@ -42,6 +42,7 @@ def load(
     loaded = backend.load(request, effective)
     loaded.requested = config
     loaded.notes[:0] = notes
+    loaded.initial_layers = loaded.layers
     _require_quantized(loaded, how.allow_dequantize)
     return loaded
 
@@ -161,7 +162,7 @@ def _device_map(
 
 
 def _require_quantized(loaded: LoadedModel, allowed: bool) -> None:
-    if not loaded.backend.capabilities.torch_module or any(layer.quantized for layer in loaded.layers):
+    if not loaded.backend.capabilities.torch_module or any(layer.quantized for layer in loaded.initial_layers):
         return
     if not allowed:
         raise DenseModelError(

@@ -37,7 +37,7 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
     generated = len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
     checks = [
         _coverage(before),
-        _against_plan(before, plans),
+        _against_plan(loaded.initial_layers or before, plans),
         _described(walked, stored),
         _reasons(before),
         _after_forward(stored, after),

@@ -49,7 +49,7 @@ def describe(
                 continue  # a second name of a storage that is described already
             role = role_of(whole, tensor, module, head=head, is_buffer=is_buffer)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            reason = TIED.format(tied[whole]) if whole in tied else SKIPPED if name in skipped else REASONS[role]
+            reason = TIED.format(tied[whole]) if whole in tied else SKIPPED if name in skipped and role != "embedding" else REASONS[role]
             layers.append(
                 LayerInfo(
                     name=whole, shape=tuple(tensor.shape), role=role, bits=8 * tensor.element_size(), scheme=dtype,

@@ -16,7 +16,7 @@ def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:
     module = weight.name.rpartition(".")[0]
     if weight.tied_to:
         reason = TIED.format(weight.tied_to)
-    elif module in config.skip:
+    elif module in config.skip and weight.role != "embedding":
         reason = SKIPPED
     else:
         reason = REASONS[weight.role]

@@ -31,11 +31,10 @@ def native_problems(device: str) -> list[Problem]:
 
 
 def load(request: LoadRequest, config: BitsAndBytesOptions) -> LoadedModel:
-    dtype = resolved_dtype(config)
-    model = hf.load_causal_lm(request, dtype, config.native())
+    model = _load_model(request, config)
     notes = []
-    if config.bits == 8 and dtype != "float16":
-        notes.append(f"LLM.int8 casts its inputs from {dtype} to float16 inside each layer")
+    if config.bits == 8 and config.compute_dtype != "float16":
+        notes.append(f"LLM.int8 casts its inputs from {config.compute_dtype} to float16 inside each layer")
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_drop_cast_warning)
     if _repacks(model):
         notes.append("on this CPU the first forward pass repacks 4-bit weights for AVX512 and rounds their scales to bfloat16")
@@ -43,15 +42,26 @@ def load(request: LoadRequest, config: BitsAndBytesOptions) -> LoadedModel:
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel(request.device), notes=notes)
 
 
+def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
+    dtype = resolved_dtype(config)
+    if not request.source.stored_quantization:
+        return hf.load_causal_lm(request, dtype, config.native())
+    model = hf.load_causal_lm(request, dtype)
+    if config.bits == 4:  # transformers takes the stored compute dtype; the one asked for is a load-time option
+        model.config.quantization_config.bnb_4bit_compute_dtype = getattr(torch, dtype)
+        for module in _linear_4bit(model):
+            module.compute_dtype = getattr(torch, dtype)
+    return model
+
+
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Weights that the CPU kernel has repacked have lost bits of their scales: those are read from the source again."""
-    repacked = any(getattr(state, "packing_format_for_cpu", False) for state in _quant_states(loaded.model))
-    if repacked and loaded.request is None:
+    repacked = any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit(loaded.model))
+    if not repacked:
+        return hf.save_pretrained(loaded, out)
+    if loaded.request is None:
         raise SaveError("the first forward pass repacked the weights, and where they came from is unknown: load through polyquant")
-    model = hf.load_causal_lm(loaded.request, resolved_dtype(loaded.config), loaded.config.native()) if repacked else loaded.model
-    model.save_pretrained(out)
-    loaded.tokenizer.save_pretrained(out)
-    return out
+    return hf.save_pretrained(loaded, out, _load_model(loaded.request, loaded.config))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -71,8 +81,8 @@ def _native_error() -> str | None:
     return lib.formatted_error if isinstance(lib, cextension.ErrorHandlerMockBNBNativeLibrary) else None
 
 
-def _quant_states(model: Any) -> Iterator[Any]:
-    return (module.weight.quant_state for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit))
+def _linear_4bit(model: Any) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit))
 
 
 def _repacks(model: Any) -> bool:
