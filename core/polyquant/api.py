@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from polyquant.report import Verification
 
 
-class Diagnosis(Record):
+class Diagnosis(Record, frozen=True):
     """What `doctor` found for one backend on one device."""
 
     backend: str
@@ -71,7 +71,9 @@ def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
         try:
             handle = backend(each)
             chosen = choose_device(device, handle.capabilities)
-            diagnoses.append(Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=handle.problems(chosen)))
+            diagnoses.append(
+                Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=handle.problems(chosen))
+            )
         except BrokenBackend as error:
             fix = f"update or uninstall {registry().origin(each)}, or set POLYQUANT_DISABLE={each}"
             broken = Problem(what=str(error), fix=fix, kind="import", detail=str(error.__cause__ or ""))
@@ -101,7 +103,9 @@ def load(model: str | Path, backend: str | None = None, *, revision: str | None 
         method = checkpoints.method_of(source)
         if not method:
             known = ", ".join(registry().names()) or "none"
-            raise ConfigError(f"{source.name} is dense: name the backend to quantize it with (backend=...); installed: {known}")
+            raise ConfigError(
+                f"{source.name} is dense: name the backend to quantize it with (backend=...); installed: {known}"
+            )
         handle = registry_backend(checkpoints.reader_of(method, backends()))
         config = handle.config(own)
     assert config is not None  # either branch above has set it
@@ -150,6 +154,20 @@ def quantize(
         failed = "; ".join(f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures)
         raise SaveError(f"not written, because verification failed: {failed}")
     return loaded.save(out, overwrite=overwrite)
+
+
+def read_calibration(path: str | Path) -> list[str]:
+    """Paragraphs of a UTF-8 text file. Raises ConfigError where it is missing, empty or not UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"calibration text {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it first") from error
+    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+    if not paragraphs:
+        raise ConfigError(f"calibration text {path} is empty; give some pages of text like what the model will read")
+    return paragraphs
 
 
 registry_backend = backend  # the function, where a parameter is called `backend` too

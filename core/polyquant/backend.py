@@ -81,7 +81,13 @@ class Backend:
         return out
 
     def quantize(
-        self, request: LoadRequest, config: BackendOptions, calibration: Sequence[str], out: Path, *, overwrite: bool = False
+        self,
+        request: LoadRequest,
+        config: BackendOptions,
+        calibration: Sequence[str],
+        out: Path,
+        *,
+        overwrite: bool = False,
     ) -> Path:
         """Quantize with calibration texts into `out`, all or nothing."""
         self._require_hook("quantize")

@@ -48,7 +48,9 @@ def reader_of(method: str, installed: Selection) -> str:
     if readers:
         return readers[0]
     if method in READERS:
-        raise UnknownBackend(f"the checkpoint is quantized with {method!r}; to read it, run: pip install {READERS[method]}")
+        raise UnknownBackend(
+            f"the checkpoint is quantized with {method!r}; to read it, run: pip install {READERS[method]}"
+        )
     known = sorted({known for info in installed for known in info.capabilities.loads_prequantized})
     raise UnknownBackend(
         f"the checkpoint is quantized with {method!r}, which no polyquant backend reads; "
@@ -61,7 +63,8 @@ def stored_options(source: ModelSource, info: BackendInfo, method: str) -> Backe
     reads = info.capabilities.loads_prequantized
     if method not in reads:
         raise CheckpointConflict(
-            f"{source.name} is quantized already with {method!r}; {info.name} reads {', '.join(reads) or 'no quantized checkpoints'}. "
+            f"{source.name} is quantized already with {method!r}; "
+            f"{info.name} reads {', '.join(reads) or 'no quantized checkpoints'}. "
             "Leave the backend out to have it chosen, or give the dense model"
         )
     try:
@@ -88,6 +91,7 @@ def reconcile(
     if conflicts:
         raise CheckpointConflict(
             f"{source.name} is quantized already, and not as asked:\n" + "\n".join(conflicts) + "\n"
-            f"Leave these options out, or quantize the dense model; only {', '.join(sorted(stored.load_time))} can be chosen now"
+            f"Leave these options out, or quantize the dense model; "
+            f"only {', '.join(sorted(stored.load_time))} can be chosen now"
         )
     return msgspec.structs.replace(stored, **applied)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import transformers
@@ -42,13 +43,16 @@ def default_dense_modules(model: Any) -> set[str]:
 @contextmanager
 def progress_bars(enabled: bool) -> Iterator[None]:
     """Draw transformers' and the hub's progress bars only where `enabled`; what was set before comes back."""
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
-    before = logging.is_progress_bar_enabled()
+    before, gguf_bar = logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
     _set_progress_bars(enabled)
+    modeling_gguf_pytorch_utils.tqdm = partial(gguf_bar, disable=not enabled)  # it does not ask the setting
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = gguf_bar
         _set_progress_bars(before)
 
 

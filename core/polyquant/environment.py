@@ -1,4 +1,4 @@
-"""Checks a plugin's `validate_environment` is made of: libraries from metadata, devices from torch. All return values."""
+"""What a plugin's `validate_environment` is made of: libraries from metadata, devices from torch; all return values."""
 
 from __future__ import annotations
 

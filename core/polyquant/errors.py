@@ -9,6 +9,8 @@ from difflib import get_close_matches
 class PolyquantError(Exception):
     """Base of all errors raised on purpose; the command line prints it without a traceback."""
 
+    exit_code = 2  # of the command line: 2 wrong use, 1 the work failed
+
 
 class ConfigError(PolyquantError):
     """An option is unknown or has a value that is not allowed. Raised before any file is read."""
@@ -21,6 +23,8 @@ class UnknownBackend(PolyquantError):
 class BrokenBackend(PolyquantError):
     """A plugin is installed but cannot be used: it fails to import, lacks a hook, or answers with the wrong type."""
 
+    exit_code = 1
+
 
 class BackendConflict(BrokenBackend):
     """Two distributions claim one backend name."""
@@ -29,6 +33,8 @@ class BackendConflict(BrokenBackend):
 class BackendFailed(PolyquantError):
     """The backend's library raised; its own error is the cause of this one."""
 
+    exit_code = 1
+
 
 class UnsupportedOperation(PolyquantError):
     """The backend does not implement this operation. Raised before any work is done."""
@@ -36,6 +42,8 @@ class UnsupportedOperation(PolyquantError):
 
 class EnvironmentProblem(PolyquantError):
     """This machine cannot run the backend as asked; the message lists every problem with its fix."""
+
+    exit_code = 1
 
 
 class ModelError(PolyquantError):
@@ -53,9 +61,13 @@ class PlacementError(PolyquantError):
 class DenseModelError(PolyquantError):
     """The load ended with a model that is not quantized, and `allow_dequantize` was not given."""
 
+    exit_code = 1
+
 
 class SaveError(PolyquantError):
     """A checkpoint could not be written; what was at the destination before is still there."""
+
+    exit_code = 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

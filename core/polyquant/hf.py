@@ -1,4 +1,4 @@
-"""Reading models through transformers: config, skeleton, weights, tokenizer. Imports torch; nothing light imports it."""
+"""Models through transformers: config, skeleton, weights, tokenizer. Imports torch, so nothing light imports it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -64,7 +63,7 @@ def prepare(
         LoadRequest(
             source=source,
             device=device,
-            device_map=_device_map(source, backend, config, device, how, stored is not None),
+            device_map=_device_map(source, backend, config, device, how),
             offload=how.offload,
             allow_dequantize=how.allow_dequantize,
             trust_remote_code=how.trust_remote_code,
@@ -94,7 +93,9 @@ def compute_dtype(config: BackendOptions, backend: Backend, device: str) -> Dtyp
     return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
-def plan(source: ModelSource, backend: Backend, config: BackendOptions, *, trust_remote_code: bool = False) -> list[LayerPlan]:
+def plan(
+    source: ModelSource, backend: Backend, config: BackendOptions, *, trust_remote_code: bool = False
+) -> list[LayerPlan]:
     """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
     from polyquant import hf
     from polyquant.memory.weights import list_weights
@@ -120,7 +121,8 @@ def _with_stored(
     if not capabilities.on_the_fly:
         raise CheckpointConflict(
             f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
-            f"({', '.join(capabilities.loads_prequantized)}); make one with: polyquant quantize {source.name} --backend {backend.name} --out DIR"
+            f"({', '.join(capabilities.loads_prequantized)}); "
+            f"make one with: polyquant quantize {source.name} --backend {backend.name} --out DIR"
         )
     return source, None
 
@@ -142,7 +144,7 @@ def _with_skips(source: ModelSource, config: BackendOptions, how: LoadOptions) -
 
 
 def _device_map(
-    source: ModelSource, backend: Backend, config: BackendOptions, device: str, how: LoadOptions, stored: bool
+    source: ModelSource, backend: Backend, config: BackendOptions, device: str, how: LoadOptions
 ) -> DeviceMap:
     if how.device_map != "auto":
         device_map = check_device_map(how.device_map)

@@ -24,7 +24,9 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = "auto"
     skip: Annotated[
         tuple[str, ...],
-        Meta(description="more modules to keep dense: name parts, * matches any run, as in 'layers.0' or '*.down_proj'"),
+        Meta(
+            description="more modules to keep dense: name parts, * matches any run, as in 'layers.0' or '*.down_proj'"
+        ),
     ] = ()
     skip_defaults: Annotated[
         bool, Meta(description="keep the backend's default dense modules (the output head) dense too")
@@ -91,7 +93,11 @@ def _describe(field: msgspec.structs.FieldInfo) -> Option:
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself; a Literal counts as one."""
-    return get_args(hint) if get_origin(hint) is not Literal and get_origin(hint) is not tuple and get_args(hint) else (hint,)
+    return (
+        get_args(hint)
+        if get_origin(hint) is not Literal and get_origin(hint) is not tuple and get_args(hint)
+        else (hint,)
+    )
 
 
 def convert(options_type: type[Options], options: Mapping[str, object], *, strict: bool = True) -> Options:
@@ -130,5 +136,7 @@ def _explain(error: msgspec.ValidationError, values: Mapping[str, object], known
 def resolved_dtype(options: BackendOptions) -> Dtype:
     """The compute dtype the core has settled on. Raises ConfigError where it is still 'auto'."""
     if options.compute_dtype == "auto":
-        raise ConfigError("compute_dtype is still 'auto': load through polyquant.load, which resolves it for the device")
+        raise ConfigError(
+            "compute_dtype is still 'auto': load through polyquant.load, which resolves it for the device"
+        )
     return options.compute_dtype

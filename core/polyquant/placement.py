@@ -30,7 +30,11 @@ def place(
     else:
         limits = get_max_memory()
     kind, _, index = device.partition(":")
-    usable = {key: limit for key, limit in limits.items() if key == "cpu" or (kind != "cpu" and (not index or key in (int(index), device)))}
+    usable = {
+        key: limit
+        for key, limit in limits.items()
+        if key == "cpu" or (kind != "cpu" and (not index or key in (int(index), device)))
+    }
     sizes = {plan.name: plan.stored_bytes for plan in plans}
     for name, module in skeleton.named_modules():
         for short in list(module._parameters):
@@ -49,11 +53,13 @@ def check_spill(
     """Raises PlacementError where modules sit on a slower device than `device` and `offload` is 'error'."""
     slow = ("disk",) if device == "cpu" else ("cpu", "disk")
     spilled = {name: where for name, where in device_map.items() if str(where) in slow}
-    if not spilled or offload == "cpu" and "disk" not in spilled.values():
+    if not spilled or (offload == "cpu" and "disk" not in spilled.values()):
         return
     shown = ", ".join(f"{name or 'the whole model'} -> {where}" for name, where in list(spilled.items())[:5])
     room = f"; planned {planned_bytes / 2**20:.0f} MiB, room for {_shown(limits)}" if limits else ""
-    way_out = "allow it with offload='cpu' (--offload cpu), " if device != "cpu" and "disk" not in spilled.values() else ""
+    way_out = (
+        "allow it with offload='cpu' (--offload cpu), " if device != "cpu" and "disk" not in spilled.values() else ""
+    )
     raise PlacementError(
         f"{len(spilled)} modules would not be on {device}: {shown}{room}; {way_out}"
         "choose fewer bits or a smaller model, or raise max_memory (--max-memory)"

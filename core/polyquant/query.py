@@ -13,7 +13,7 @@ from polyquant.types import BackendInfo, Capabilities, Record
 PLURAL = {"scheme": "schemes", "device": "devices", "quant_method": "loads_prequantized"}
 
 
-class Miss(Record):
+class Miss(Record, frozen=True):
     """A backend that does not satisfy a query, or cannot be used at all."""
 
     name: str
@@ -84,5 +84,9 @@ def _miss(capabilities: Capabilities, field: str, wanted: object) -> str:
     if field == "devices":
         has = tuple(device.type for device in has)
         wanted = str(wanted).partition(":")[0]
-    shown = ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in has) or "none"
-    return "" if wanted in has else f"{field} are {shown}, not {wanted}"
+    shown = ", ".join(map(_plain, has)) or "none"
+    return "" if wanted in has else f"{field} are {shown}, not {_plain(wanted)}"
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -168,7 +168,11 @@ class Registry:
         except Exception as error:
             raise BrokenBackend(f"{origin}: backend_info failed with {type(error).__name__}: {error}") from error
         if not isinstance(info, BackendInfo):
-            raise BrokenBackend(f"{origin}: backend_info must answer with BackendInfo, it answered with {type(info).__name__}")
+            raise BrokenBackend(
+                f"{origin}: backend_info must answer with BackendInfo, it answered with {type(info).__name__}"
+            )
         if info.name != name:
-            raise BrokenBackend(f"{origin}: entry point {name!r} answers with the card of {info.name!r}; give both one name")
+            raise BrokenBackend(
+                f"{origin}: entry point {name!r} answers with the card of {info.name!r}; give both one name"
+            )
         return info

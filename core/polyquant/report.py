@@ -10,7 +10,7 @@ DENSE_ROLES = ("embedding", "head", "vector", "buffer")
 """Roles that no backend is expected to quantize; the head may be."""
 
 
-class Check(Record):
+class Check(Record, frozen=True):
     """One thing verified."""
 
     name: str
@@ -19,7 +19,7 @@ class Check(Record):
     found: str
 
 
-class Memory(Record):
+class Memory(Record, frozen=True):
     """Bytes of a loaded model, each under its own name; docs/explanation/memory.md defines them."""
 
     weights_planned_bytes: int | None  # predicted from shapes; None: the backend does not plan
@@ -28,6 +28,8 @@ class Memory(Record):
     weights_after_forward_bytes: int
     weights_bfloat16_bytes: int  # the same weights, dense, in bfloat16
     quantized_bytes: int  # stored bytes of the quantized tensors
+    quantized_planned_bytes: int | None
+    quantized_reported_bytes: int | None  # what transformers counts of them: parameters only
     quantized_weights: int  # how many weights those hold
     checkpoint_bytes: int
     load_peak_bytes: int | None
@@ -40,6 +42,11 @@ class Memory(Record):
         return self.weights_stored_bytes / self.weights_bfloat16_bytes
 
     @property
+    def ratio_to_checkpoint(self) -> float:
+        """Whole model: stored bytes over the weight files it was loaded from."""
+        return self.weights_stored_bytes / self.checkpoint_bytes
+
+    @property
     def quantized_ratio_to_bfloat16(self) -> float:
         """Quantized tensors alone: stored bytes over the same in bfloat16."""
         return self.quantized_bytes / (2 * self.quantized_weights) if self.quantized_weights else 1.0
@@ -50,7 +57,7 @@ class Memory(Record):
         return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else 0.0
 
 
-class Sample(Record):
+class Sample(Record, frozen=True):
     """A greedy generation."""
 
     text: str
@@ -58,7 +65,7 @@ class Sample(Record):
     tokens_per_second: float  # prompt included: a first impression, not a benchmark
 
 
-class Verification(Record):
+class Verification(Record, frozen=True):
     """What a load gave."""
 
     model: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,13 @@ from polyquant.types import DeviceMap, Record
 Offload = Literal["error", "cpu"]
 
 
-class ModelSource(Record):
+class ModelSource(Record, frozen=True):
     """A model on this machine's disk, checked."""
 
     name: str  # as the user gave it
     path: Path  # the folder with config.json, or with the GGUF file
     gguf_file: str = ""  # the file's name inside `path`, where the weights are a GGUF
-    config: dict[str, Any] = {}  # config.json as it stands; empty for a GGUF
+    config: Mapping[str, Any] = {}  # config.json as it stands; empty for a GGUF
     weight_files: tuple[str, ...] = ()  # names inside `path`
 
     @property
@@ -32,7 +33,7 @@ class ModelSource(Record):
         return dict(stored) if stored else {}
 
 
-class LoadRequest(Record):
+class LoadRequest(Record, frozen=True):
     """A load, with every question settled except the backend's own."""
 
     source: ModelSource

@@ -22,7 +22,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
 
-class Problem(Record):
+class Problem(Record, frozen=True):
     """One thing that stops a backend on this machine."""
 
     what: str  # what is wrong and what is there, one sentence
@@ -31,7 +31,7 @@ class Problem(Record):
     detail: str = ""  # the library's own words, such as a traceback
 
 
-class DeviceSupport(Record):
+class DeviceSupport(Record, frozen=True):
     """A device type a backend runs on."""
 
     type: str  # torch's device type: cpu, cuda, xpu, mps, ...
@@ -42,7 +42,7 @@ class DeviceSupport(Record):
         return f"{self.type} (compute capability {least[0]}.{least[1]} and up)" if least else self.type
 
 
-class Library(Record):
+class Library(Record, frozen=True):
     """A distribution that a backend stands on, with the versions it was tested with."""
 
     distribution: str  # as pip names it
@@ -55,7 +55,7 @@ class Library(Record):
         return self.distribution + self.versions
 
 
-class Capabilities(Record):
+class Capabilities(Record, frozen=True):
     """What a backend can do. Each entry is a promise that the conformance suite runs."""
 
     bits: tuple[float, ...]
@@ -71,7 +71,7 @@ class Capabilities(Record):
     torch_module: bool = True  # loaded.model is a torch.nn.Module
 
 
-class BackendInfo(Record):
+class BackendInfo(Record, frozen=True):
     """A backend's card."""
 
     name: str
@@ -84,7 +84,7 @@ class BackendInfo(Record):
     compute_dtypes: Mapping[str, Dtype] = {}  # device type -> measured best; cuda left out: by compute capability
 
 
-class WeightInfo(Record):
+class WeightInfo(Record, frozen=True):
     """One tensor of a model before quantization, as the architecture defines it."""
 
     name: str
@@ -96,7 +96,7 @@ class WeightInfo(Record):
     default_skip: bool = False  # kept dense unless skip_defaults=False
 
 
-class LayerPlan(Record):
+class LayerPlan(Record, frozen=True):
     """What a tensor is going to be."""
 
     name: str
@@ -109,7 +109,7 @@ class LayerPlan(Record):
     reason: str = ""  # why it stays dense
 
 
-class LayerInfo(Record):
+class LayerInfo(Record, frozen=True):
     """What a tensor is: one record for every parameter and buffer of a loaded model."""
 
     name: str  # of the tensor, such as model.layers.0.mlp.up_proj.weight
@@ -138,7 +138,7 @@ class LayerInfo(Record):
         return 8 * self.stored_bytes / self.weights if self.weights else 0.0
 
 
-class HookRecord(Record):
+class HookRecord(Record, frozen=True):
     """One addressed hook call, as the observers saw it."""
 
     backend: str

@@ -61,8 +61,12 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
             weights_stored_bytes=stored,
             weights_reported_bytes=_reported(loaded),
             weights_after_forward_bytes=after,
-            weights_bfloat16_bytes=sum(2 * layer.weights for layer in before if layer.role != "buffer" and not _tied(layer)),
+            weights_bfloat16_bytes=sum(
+                2 * layer.weights for layer in before if layer.role != "buffer" and not _tied(layer)
+            ),
             quantized_bytes=total([layer for layer in before if layer.quantized]),
+            quantized_planned_bytes=total([plan for plan in plans if plan.quantized]) if plans else None,
+            quantized_reported_bytes=_quantized_reported(loaded, before),
             quantized_weights=sum(layer.weights for layer in before if layer.quantized),
             checkpoint_bytes=request.source.checkpoint_bytes if request else 0,
             load_peak_bytes=load_record.peak_bytes if load_record else None,
@@ -90,11 +94,15 @@ def _plans(loaded: LoadedModel) -> list[LayerPlan]:
 
 def _coverage(layers: Sequence[LayerInfo]) -> Check:
     asked_dense = [layer for layer in layers if layer.reason == "skipped on request"]
-    quantizable = [layer for layer in layers if layer.role not in DENSE_ROLES and not _tied(layer) and layer not in asked_dense]
+    quantizable = [
+        layer for layer in layers if layer.role not in DENSE_ROLES and not _tied(layer) and layer not in asked_dense
+    ]
     total_weights = sum(layer.weights for layer in quantizable)
     share = sum(layer.weights for layer in quantizable if layer.quantized) / total_weights if total_weights else 0.0
     largest = sorted((layer for layer in quantizable if not layer.quantized), key=lambda layer: -layer.weights)[:3]
-    dense = "".join(f"; dense: {layer.name} ({layer.stored_bytes / 2**20:.1f} MiB, {layer.reason})" for layer in largest)
+    dense = "".join(
+        f"; dense: {layer.name} ({layer.stored_bytes / 2**20:.1f} MiB, {layer.reason})" for layer in largest
+    )
     return Check(
         name="coverage",
         passed=share >= COVERAGE_FLOOR,
@@ -105,15 +113,18 @@ def _coverage(layers: Sequence[LayerInfo]) -> Check:
 
 def _against_plan(layers: Sequence[LayerInfo], plans: Sequence[LayerPlan]) -> Check:
     if not plans:
-        return Check(name="planned bytes", passed=True, expected="a plan", found="the backend does not plan; not checked")
-    stored = {layer.name: layer for layer in layers}
+        return Check(
+            name="planned bytes", passed=True, expected="a plan", found="the backend does not plan; not checked"
+        )
+    stored = {layer.name: layer.stored_bytes for layer in layers}
+    quantized = {layer.name for layer in layers if layer.quantized}
     difference = abs(total(layers) - total(plans)) / total(plans)
-    gaps = sorted(plans, key=lambda plan: -abs(plan.stored_bytes - (stored[plan.name].stored_bytes if plan.name in stored else 0)))
     named = ""
     if difference > PLAN_TOLERANCE:
-        rows = (f"{plan.name} planned {plan.stored_bytes}, stored {stored[plan.name].stored_bytes if plan.name in stored else 0}" for plan in gaps[:3])
+        gaps = sorted(plans, key=lambda plan: -abs(plan.stored_bytes - stored.get(plan.name, 0)))
+        rows = (f"{plan.name} planned {plan.stored_bytes}, stored {stored.get(plan.name, 0)}" for plan in gaps[:3])
         named = "; largest differences: " + "; ".join(rows)
-    astray = [plan.name for plan in plans if plan.name in stored and stored[plan.name].quantized != plan.quantized]
+    astray = [plan.name for plan in plans if plan.quantized != (plan.name in quantized)]
     wrong = f"; planned otherwise: {', '.join(astray[:3])}" if astray else ""
     return Check(
         name="planned bytes",
@@ -133,8 +144,12 @@ def _walked(loaded: LoadedModel) -> int | None:
 
 
 def _described(walked: int | None, stored: int) -> Check:
-    expected = "no torch module: the runtime's own count" if walked is None else f"{walked} bytes found by the storage walk"
-    return Check(name="described bytes", passed=walked in (None, stored), expected=expected, found=f"{stored} bytes described")
+    expected = (
+        "no torch module: the runtime's own count" if walked is None else f"{walked} bytes found by the storage walk"
+    )
+    return Check(
+        name="described bytes", passed=walked in (None, stored), expected=expected, found=f"{stored} bytes described"
+    )
 
 
 def _reasons(layers: Sequence[LayerInfo]) -> Check:
@@ -148,14 +163,18 @@ def _after_forward(stored: int, after: int) -> Check:
         name="bytes after a forward pass",
         passed=after <= stored * (1 + PLAN_TOLERANCE),
         expected=f"still {stored} bytes, at most {PLAN_TOLERANCE:.0%} more",
-        found=f"{after} bytes" + ("" if after <= stored * (1 + PLAN_TOLERANCE) else ": weights are decompressed on first use"),
+        found=f"{after} bytes"
+        + ("" if after <= stored * (1 + PLAN_TOLERANCE) else ": weights are decompressed on first use"),
     )
 
 
 def _finite(logits: Any) -> Check:
     finite = bool(logits.isfinite().all())
     return Check(
-        name="finite logits", passed=finite, expected="no NaN or infinity", found=f"{'all' if finite else 'not all'} of {tuple(logits.shape)} finite"
+        name="finite logits",
+        passed=finite,
+        expected="no NaN or infinity",
+        found=f"{'all' if finite else 'not all'} of {tuple(logits.shape)} finite",
     )
 
 
@@ -191,18 +210,32 @@ def _placed(loaded: LoadedModel, layers: Sequence[LayerInfo]) -> Check:
     meta = [layer.name for layer in layers if layer.device == "meta"]
     asked = loaded.request.device.partition(":")[0] if loaded.request else "cpu"
     return Check(
-        name="placement", passed=kinds <= {asked} and not meta, expected=f"on {', '.join(wanted)}", found=f"on {', '.join(found)}"
+        name="placement",
+        passed=kinds <= {asked} and not meta,
+        expected=f"on {', '.join(wanted)}",
+        found=f"on {', '.join(found)}",
     )
 
 
 def _eval_mode(loaded: LoadedModel) -> Check:
     training = bool(getattr(loaded.model, "training", False))
-    return Check(name="eval mode", passed=not training, expected="eval mode", found="training mode" if training else "eval mode")
+    return Check(
+        name="eval mode", passed=not training, expected="eval mode", found="training mode" if training else "eval mode"
+    )
 
 
 def _reported(loaded: LoadedModel) -> int | None:
     footprint = getattr(loaded.model, "get_memory_footprint", None)
     return int(footprint()) if footprint else None
+
+
+def _quantized_reported(loaded: LoadedModel, layers: Sequence[LayerInfo]) -> int | None:
+    """The part of transformers' figure that is quantized: elements times element size of the parameters."""
+    if not loaded.backend.capabilities.torch_module:
+        return None
+    quantized = {layer.name for layer in layers if layer.quantized}
+    parameters = loaded.model.named_parameters()
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in parameters if name in quantized)
 
 
 def _kv_cache(loaded: LoadedModel, tokens: Sequence[int]) -> int | None:
@@ -217,5 +250,3 @@ def _kv_cache(loaded: LoadedModel, tokens: Sequence[int]) -> int | None:
         ids = torch.tensor([list(tokens)], device=loaded.model.device)
         cache = loaded.model(input_ids=ids, use_cache=True).past_key_values
     return round(tensor_bytes(cache) / len(tokens)) if cache is not None else None
-
-

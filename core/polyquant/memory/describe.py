@@ -44,22 +44,38 @@ def describe(
         found = quantized(name, module)
         for short, tensor, is_buffer in _own_tensors(module, found):
             whole = f"{name}.{short}" if name else short
-            owned = {path: remaining.pop(path) for path in list(remaining) if path == short or path.startswith(f"{short}.")}
-            if not owned and whole not in tied and tensor.numel() and tensor.device.type != "meta" and not _is_parameter(module, short):
+            owned = {
+                path: remaining.pop(path) for path in list(remaining) if path == short or path.startswith(f"{short}.")
+            }
+            if (
+                not owned
+                and whole not in tied
+                and tensor.numel()
+                and tensor.device.type != "meta"
+                and not _is_parameter(module, short)
+            ):
                 continue  # a second name of a storage that is described already
-            role = role_of(whole, tensor, module, head=head, is_buffer=is_buffer)
+            role = role_of(tensor, module, head=head, is_buffer=is_buffer)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            reason = TIED.format(tied[whole]) if whole in tied else SKIPPED if name in skipped and role != "embedding" else REASONS[role]
+            reason = (
+                TIED.format(tied[whole])
+                if whole in tied
+                else SKIPPED
+                if name in skipped and role != "embedding"
+                else REASONS[role]
+            )
             layers.append(
                 LayerInfo(
                     name=whole, shape=tuple(tensor.shape), role=role, bits=8 * tensor.element_size(), scheme=dtype,
-                    stored_bytes=sum(owned.values()), parts=owned, device=str(tensor.device), quantized=False, reason=reason,
+                    stored_bytes=sum(owned.values()), parts=owned, device=str(tensor.device), quantized=False,
+                    reason=reason,
                 )
             )  # fmt: skip
         if found:
             layers.append(
                 LayerInfo(
-                    name=f"{name}.{found.tensor}", shape=found.shape, role="experts" if len(found.shape) == 3 else "linear",
+                    name=f"{name}.{found.tensor}", shape=found.shape,
+                    role="experts" if len(found.shape) == 3 else "linear",
                     bits=found.bits, scheme=found.scheme, stored_bytes=sum(remaining.values()), parts=dict(remaining),
                     device=devices.get(name, "meta"), quantized=True, kernel=found.kernel,
                 )

@@ -8,7 +8,17 @@ from polyquant.memory.roles import REASONS, SKIPPED, TIED
 from polyquant.options import BackendOptions
 from polyquant.types import LayerPlan, WeightInfo
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 
 
 def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:

@@ -18,8 +18,8 @@ REASONS: dict[Role, str] = {
 TIED, SKIPPED = "tied to {}", "skipped on request"
 
 
-def role_of(name: str, tensor: Any, module: Any, *, head: Any, is_buffer: bool) -> Role:
-    """The role of a tensor `name` of `module`; `head` is the model's output embedding module."""
+def role_of(tensor: Any, module: Any, *, head: Any, is_buffer: bool) -> Role:
+    """The role of a tensor of `module`; `head` is the model's output embedding module."""
     kind = type(module).__name__
     if is_buffer:
         return "buffer"

@@ -38,7 +38,10 @@ def stored_bytes(model: torch.nn.Module) -> int:
 
 def tensor_bytes(holder: Any) -> int:
     """Bytes of all storages that hang off any object, such as a key-value cache."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in _tensors(holder, "", set(), 0)}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for _, tensor in _tensors(holder, "", set(), 0)
+    }
     return sum(storages.values())
 
 

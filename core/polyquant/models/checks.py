@@ -52,7 +52,9 @@ def _weight_files(path: Path, name: str, files: list[str], allow_pickle: bool) -
             raise ModelError(f"{name}: {INDEX} names files outside the folder: {_shown(outside)}")
         missing = [shard for shard in wanted if shard not in files]
         if missing:
-            raise ModelError(f"{name}: {len(missing)} of {len(wanted)} shards are missing: {_shown(missing)}; fetch them")
+            raise ModelError(
+                f"{name}: {len(missing)} of {len(wanted)} shards are missing: {_shown(missing)}; fetch them"
+            )
         return wanted
     if weights := [file for file in files if file.endswith(".safetensors") and not file.startswith("adapter_")]:
         return weights

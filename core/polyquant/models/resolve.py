@@ -62,7 +62,8 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, progress: boo
         raise ModelError(f"{name}: no such folder here and no such repository on the hub ({error})") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise ModelError(
-            f"{name}: no such folder here, not in the hub's cache, and the hub cannot be reached ({type(error).__name__}); "
+            f"{name}: no such folder here, not in the hub's cache, and the hub cannot be reached "
+            f"({type(error).__name__}); "
             "give a local folder or a .gguf file, try builtin:smollm2, or unset HF_HUB_OFFLINE and check the network"
         ) from error
     return checks.check_folder(Path(folder), name, allow_pickle=allow_pickle)

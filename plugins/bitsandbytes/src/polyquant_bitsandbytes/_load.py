@@ -26,7 +26,7 @@ def native_problems(device: str) -> list[Problem]:
     if error is None or device.startswith(("cpu", "xpu")):
         return []  # bitsandbytes itself runs without it there, in plain torch
     what = f"bitsandbytes {bitsandbytes.__version__} has no native library for CUDA {torch.version.cuda}"
-    fix = "pip install --upgrade bitsandbytes, or set BNB_CUDA_VERSION to a packaged one; python -m bitsandbytes tells which"
+    fix = "pip install --upgrade bitsandbytes, or set BNB_CUDA_VERSION to one that python -m bitsandbytes lists"
     return [Problem(what=what, fix=fix, kind="native", detail=error)]
 
 
@@ -37,7 +37,9 @@ def load(request: LoadRequest, config: BitsAndBytesOptions) -> LoadedModel:
         notes.append(f"LLM.int8 casts its inputs from {config.compute_dtype} to float16 inside each layer")
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_drop_cast_warning)
     if _repacks(model):
-        notes.append("on this CPU the first forward pass repacks 4-bit weights for AVX512 and rounds their scales to bfloat16")
+        notes.append(
+            "on this CPU the first forward pass repacks 4-bit weights for AVX512 and rounds their scales to bfloat16"
+        )
     tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel(request.device), notes=notes)
 
@@ -56,11 +58,15 @@ def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Weights that the CPU kernel has repacked have lost bits of their scales: those are read from the source again."""
-    repacked = any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit(loaded.model))
+    repacked = any(
+        getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit(loaded.model)
+    )
     if not repacked:
         return hf.save_pretrained(loaded, out)
     if loaded.request is None:
-        raise SaveError("the first forward pass repacked the weights, and where they came from is unknown: load through polyquant")
+        raise SaveError(
+            "the first forward pass repacked the weights, and where they came from is unknown: load through polyquant"
+        )
     return hf.save_pretrained(loaded, out, _load_model(loaded.request, loaded.config))
 
 

@@ -20,9 +20,9 @@ class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkn
     quant_type: Annotated[
         Literal["nf4", "fp4"] | None, Meta(description="4 bit: normal float (the default) or float")
     ] = None
-    double_quant: Annotated[bool | None, Meta(description="4 bit: quantize the block scales too, to 4.13 bits a weight")] = (
-        None
-    )
+    double_quant: Annotated[
+        bool | None, Meta(description="4 bit: quantize the block scales too, to 4.13 bits a weight")
+    ] = None
     quant_storage: Annotated[
         Literal["uint8", "int8", "float16", "bfloat16", "float32"] | None,
         Meta(description="4 bit: dtype of the packed tensor; FSDP needs that of the dense weights"),
@@ -30,9 +30,9 @@ class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkn
     int8_threshold: Annotated[
         float | None, Meta(description="8 bit: activations above it are multiplied in float16 (6.0)")
     ] = None
-    fp32_offload: Annotated[bool | None, Meta(description="8 bit: modules that spill to the CPU stay there in float32")] = (
-        None
-    )
+    fp32_offload: Annotated[
+        bool | None, Meta(description="8 bit: modules that spill to the CPU stay there in float32")
+    ] = None
 
     def __post_init__(self) -> None:
         own, other = (FOUR_BIT, EIGHT_BIT) if self.bits == 4 else (EIGHT_BIT, FOUR_BIT)

@@ -1,4 +1,4 @@
-"""Bytes of bitsandbytes' layers from shapes alone. Formats: bitsandbytes.functional.quantize_4bit, int8_vectorwise_quant."""
+"""Bytes of bitsandbytes' layers from shapes alone; formats as in bitsandbytes.functional.quantize_4bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def plan_layers(weights: Sequence[WeightInfo], config: BitsAndBytesOptions) -> l
 
 def is_quantized(weight: WeightInfo, config: BitsAndBytesOptions) -> bool:
     """transformers replaces nn.Linear and Conv1D modules; fused experts and embeddings are neither."""
-    skipped = weight.name.rpartition(".")[0] in config.skip or (config.skip_defaults and not config.skip and weight.default_skip)
+    skipped = weight.name.rpartition(".")[0] in config.skip or (
+        config.skip_defaults and not config.skip and weight.default_skip
+    )
     return weight.module in ("Linear", "Conv1D") and len(weight.shape) == 2 and not skipped and not weight.tied_to
 
 

@@ -20,7 +20,11 @@ LIBRARIES = (BITSANDBYTES, Library(distribution="accelerate", versions=">=1.6"))
 CAPABILITIES = Capabilities(
     bits=(4, 8),
     schemes=("nf4", "fp4", "int8"),
-    devices=(DeviceSupport(type="cpu"), DeviceSupport(type="cuda", minimum_capability=(6, 0)), DeviceSupport(type="xpu")),
+    devices=(
+        DeviceSupport(type="cpu"),
+        DeviceSupport(type="cuda", minimum_capability=(6, 0)),
+        DeviceSupport(type="xpu"),
+    ),
     on_the_fly=True,
     loads_prequantized=("bitsandbytes",),
     saves=True,

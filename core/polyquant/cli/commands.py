@@ -1,0 +1,202 @@
+"""The commands. Each loads what it needs when it runs, so that listing backends stays quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import polyquant
+from polyquant import api
+from polyquant.cli.options import Loading, complete_backend, loads_models
+from polyquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from polyquant.loaded import LoadedModel
+
+Model = Annotated[
+    str, typer.Argument(help="Hub name, local folder, .gguf file, or builtin:smollm2.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+MaxTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 for greedy decoding.", min=0.0)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(polyquant.__version__)
+        raise typer.Exit
+
+
+def build(backend: str | None) -> typer.Typer:
+    """The command line, with the options of `backend` where one is named."""
+    app = typer.Typer(
+        help="Quantize Hugging Face language models: choose a backend, load, verify, run.",
+        epilog="Options of a backend: polyquant run --backend NAME --help",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    app.command()(backends)
+    app.command()(doctor)
+    for command in (load, verify, run, chat, quantize):
+        app.command()(loads_models(command, backend))
+    return app
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None: ...
+
+
+def backends(
+    bits: Annotated[float | None, typer.Option(help="Can quantize to so many bits.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Knows a scheme, such as nf4.")] = None,
+    device: Annotated[str | None, typer.Option(help="Runs on cpu, cuda, xpu, mps.")] = None,
+    quant_method: Annotated[str | None, typer.Option(help="Reads checkpoints of this method.")] = None,
+    on_the_fly: Annotated[bool | None, typer.Option(help="Quantizes while loading.", show_default=False)] = None,
+    needs_calibration: Annotated[bool | None, typer.Option(help="Needs sample text.", show_default=False)] = None,
+    saves: Annotated[bool | None, typer.Option(help="Writes checkpoints.", show_default=False)] = None,
+    trains: Annotated[bool | None, typer.Option(help="Adapters train on it.", show_default=False)] = None,
+    compiles: Annotated[bool | None, typer.Option(help="torch.compile works.", show_default=False)] = None,
+    offloads: Annotated[bool | None, typer.Option(help="Offloads to the CPU.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """List installed backends and what they can do.
+
+    Example: polyquant backends --bits 4 --device cpu --on-the-fly
+    """
+    query = {name: value for name, value in locals().items() if name != "json" and value is not None}
+    selection = api.backends(**query)
+    from polyquant.cli import show
+
+    show.backends_json(selection) if json else show.backends(selection, bool(query))
+    if not selection:
+        raise typer.Exit(1)
+
+
+def doctor(
+    backend: Annotated[
+        str | None, typer.Argument(help="One backend; all where left out.", autocompletion=complete_backend)
+    ] = None,
+    device: Annotated[str, typer.Option(help="The device to check for.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Check whether backends can run on this machine, with the command that fixes each problem.
+
+    Example: polyquant doctor bitsandbytes --device cuda
+    """
+    from polyquant.cli import show
+
+    diagnoses = api.doctor(backend, device=device)
+    show.records_json(diagnoses) if json else show.doctor(diagnoses)
+    if not all(diagnosis.runs for diagnosis in diagnoses):
+        raise typer.Exit(1)
+
+
+def load(model: Model, loading: Loading, json: Json = False) -> None:
+    """Load a model and show what it takes.
+
+    Example: polyquant load builtin:smollm2 --backend bitsandbytes --bits 4
+    """
+    from polyquant.cli import show
+
+    loaded = _load(model, loading)
+    show.loaded_json(loaded) if json else show.loaded(loaded)
+
+
+def verify(model: Model, loading: Loading, json: Json = False) -> None:
+    """Load a model and prove what you got: bytes, coverage, layers, outputs. Exit code 1 where a check fails.
+
+    Example: polyquant verify builtin:smollm2 --backend bitsandbytes --quant-type nf4
+    """
+    from polyquant.cli import show
+
+    report = api.verify(_load(model, loading))
+    show.verification_json(report) if json else show.verification(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.", show_default=False)],
+    loading: Loading,
+    max_new_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+) -> None:
+    """Load a model and continue a text, token by token.
+
+    Example: polyquant run builtin:smollm2 -b bitsandbytes --quant-type nf4 "The capital of France is"
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    _stream(_load(model, loading), text, max_new_tokens, temperature)
+
+
+def chat(model: Model, loading: Loading, max_new_tokens: MaxTokens = 512, temperature: Temperature = 0.7) -> None:
+    """Talk with a model through its chat template. An empty line or Ctrl-D ends.
+
+    Example: polyquant chat builtin:smollm2 -b bitsandbytes --quant-type nf4
+    """
+    loaded = _load(model, loading)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("you: " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        messages.append({"role": "user", "content": question})
+        answer = _stream(loaded, messages, max_new_tokens, temperature)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    loading: Loading,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one sample a paragraph, for backends that calibrate.", dir_okay=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+) -> None:
+    """Write a quantized checkpoint: load, verify, save; all or nothing.
+
+    Example: polyquant quantize builtin:smollm2 --backend bitsandbytes --quant-type nf4 --out smollm2-nf4
+    """
+    if loading.backend is None:
+        raise ConfigError(
+            "name the backend to quantize with: --backend, "
+            f"one of {', '.join(api.registry().names()) or 'none installed'}"
+        )
+    texts = api.read_calibration(calibration) if calibration else None
+    options = {**loading.options, "progress": sys.stderr.isatty()}
+    path = api.quantize(model, loading.backend, out, calibration=texts, overwrite=overwrite, **options)
+    print(f"wrote {path}: {sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB")
+
+
+def _load(model: str, loading: Loading) -> LoadedModel:
+    from polyquant.cli import show
+
+    with show.loading(model):
+        return api.load(
+            model, loading.backend, revision=loading.revision, progress=sys.stderr.isatty(), **loading.options
+        )
+
+
+def _stream(loaded: LoadedModel, prompt: Any, max_new_tokens: int, temperature: float) -> str:
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    pieces = []
+    for piece in loaded.stream(prompt, max_new_tokens=max_new_tokens, **sampling):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(pieces)

@@ -1,0 +1,125 @@
+"""Command-line options made from typed options: how to load, and the backend's own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from polyquant import api
+from polyquant.errors import ConfigError, PolyquantError
+from polyquant.options import BackendOptions, Option, convert, describe_options
+
+LOADING = "How to load"
+
+
+class Loading(NamedTuple):
+    """What a command was told about loading: `polyquant.load`'s arguments."""
+
+    backend: str | None
+    revision: str | None
+    options: dict[str, Any]
+
+
+def complete_backend(incomplete: str) -> list[str]:
+    return [name for name in api.registry().names() if name.startswith(incomplete)]
+
+
+def _shared() -> list[inspect.Parameter]:
+    def option(name: str, kind: Any, default: Any, help: str, *flags: str, **more: Any) -> inspect.Parameter:
+        info = typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=help, rich_help_panel=LOADING, **more)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+        )
+
+    return [
+        option("backend", str | None, None, "Quantization backend; a quantized checkpoint names its own.",
+               "--backend", "-b", autocompletion=complete_backend),
+        option("device", str, "auto", "cpu, cuda, cuda:1, xpu, mps; auto: the fastest that the backend supports."),
+        option("max_memory", str | None, None, "Room on each device, as in '0=6GiB,cpu=24GiB'."),
+        option("offload", str, "error", "Where the model does not fit the device: error, or cpu."),
+        option("attention", str, "", "Attention implementation: eager, sdpa, flash_attention_2."),
+        option("revision", str | None, None, "Branch, tag or commit of a hub repository."),
+        option("allow_dequantize", bool, False, "Accept a model that ends up dense.", "--allow-dequantize"),
+        option("allow_pickle", bool, False, "Read pickle weights, which can run any code.", "--allow-pickle"),
+        option("trust_remote_code", bool, False, "Run the repository's own Python code.", "--trust-remote-code"),
+    ]  # fmt: skip
+
+
+def _own(option: Option, panel: str) -> inspect.Parameter:
+    flag = f"--{option.name.replace('_', '-')}"
+    default = (
+        f" (default: {option.default})" if option.default not in (None, "", ()) and option.kind != "true/false" else ""
+    )
+    if option.kind == "true/false":
+        info = typer.Option(
+            f"{flag}/--no-{flag[2:]}", help=option.description, rich_help_panel=panel, show_default=False
+        )
+        annotation: Any = Annotated[bool | None, info]
+    else:
+        values = [str(value) for value in option.values]
+        info = typer.Option(
+            flag,
+            help=option.description + default,
+            rich_help_panel=panel,
+            metavar="|".join(values) or option.kind.upper(),
+            autocompletion=lambda incomplete: [value for value in values if value.startswith(incomplete)],
+        )
+        annotation = Annotated[str | None, info]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
+    """`command` with its `loading` parameter spread into options: how to load, and those of `backend`."""
+    options_type = _options_type(backend)
+    shared = _shared()
+    own = [_own(option, f"Options of {backend}") for option in describe_options(options_type)] if options_type else []
+    plain = [
+        parameter
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
+        if name != "loading"
+    ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        given = {parameter.name: values.pop(parameter.name) for parameter in own}
+        how = {parameter.name: values.pop(parameter.name) for parameter in shared}
+        chosen, revision = how.pop("backend"), how.pop("revision")
+        how["max_memory"] = _max_memory(how["max_memory"])
+        typed = _typed(options_type, {name: value for name, value in given.items() if value is not None})
+        return command(**values, loading=Loading(chosen, revision, {**how, **typed}))
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in plain] + shared + own
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del run.__wrapped__
+    return run
+
+
+def _options_type(backend: str | None) -> type[BackendOptions] | None:
+    """The options type of a usable backend; a wrong name is told when the command runs."""
+    if backend is None:
+        return None
+    try:
+        return api.registry().info(backend).options
+    except PolyquantError:
+        return None
+
+
+def _typed(options_type: type[BackendOptions] | None, text: dict[str, object]) -> dict[str, object]:
+    if options_type is None:
+        return {}
+    typed = convert(options_type, text, strict=False)
+    return {name: getattr(typed, name) for name in text}
+
+
+def _max_memory(text: str | None) -> dict[int | str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(not device or not size for device, _, size in pairs):
+        raise ConfigError(f"--max-memory must look like '0=6GiB,cpu=24GiB', got {text!r}")
+    return {int(device) if device.strip().isdigit() else device.strip(): size.strip() for device, _, size in pairs}

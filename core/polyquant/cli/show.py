@@ -1,0 +1,213 @@
+"""What the commands print: tables for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from polyquant.api import Diagnosis
+from polyquant.query import Selection
+from polyquant.types import BackendInfo, Capabilities, Record
+
+if TYPE_CHECKING:
+    from polyquant.loaded import LoadedModel
+    from polyquant.report import Verification
+
+console = Console(highlight=False, soft_wrap=False)
+ABILITIES = {
+    "on_the_fly": "quantizes while loading",
+    "needs_calibration": "calibrates",
+    "saves": "saves",
+    "trains": "trains",
+    "compiles": "compiles",
+    "offloads": "offloads",
+}
+
+
+def size(count: int | None) -> str:
+    """Bytes for people: 12.3 MiB."""
+    if count is None:
+        return "not measured"
+    value, units = float(count), ("B", "KiB", "MiB", "GiB", "TiB")
+    for unit in units[:-1]:
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} {units[-1]}"
+
+
+def print_json(value: object) -> None:
+    """`value` as indented JSON on standard output."""
+    print(msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2).decode())
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    raise NotImplementedError(type(value))
+
+
+def records_json(records: Sequence[Record]) -> None:
+    print_json(list(records))
+
+
+def backends_json(selection: Selection) -> None:
+    print_json({"backends": list(selection), "misses": list(selection.misses)})
+
+
+def backends(selection: Selection, filtered: bool) -> None:
+    if selection:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("backend", style="bold", no_wrap=True)
+        for heading in ("bits", "schemes", "devices", "reads", "can"):
+            table.add_column(heading, overflow="fold")
+        for info in selection:
+            table.add_row(*card_cells(info))
+        console.print(table)
+    elif filtered:
+        console.print("[bold]No installed backend satisfies all of that.[/] Nearest first:")
+    elif not selection.misses:
+        console.print("No backend is installed. Try: pip install polyquant-bitsandbytes")
+    for miss in selection.misses:
+        if miss.broken or not selection:
+            word = "[red]broken[/]" if miss.broken else "misses"
+            console.print(f"  {miss.name} {word}: {escape('; '.join(miss.reasons))}")
+
+
+def card_cells(info: BackendInfo) -> list[str]:
+    """Name, bits, schemes, devices, methods read and abilities of a backend, as tables show them."""
+    can: Capabilities = info.capabilities
+    return [
+        info.name,
+        " ".join(f"{bits:g}" for bits in can.bits),
+        " ".join(can.schemes),
+        " ".join(device.type for device in can.devices),
+        " ".join(can.loads_prequantized),
+        ", ".join(words for flag, words in ABILITIES.items() if getattr(can, flag)),
+    ]
+
+
+def doctor(diagnoses: Sequence[Diagnosis]) -> None:
+    if not diagnoses:
+        console.print("No backend is installed. Try: pip install polyquant-bitsandbytes")
+    for diagnosis in diagnoses:
+        mark = "[green]runs[/]" if diagnosis.runs else "[red]does not run[/]"
+        console.print(f"[bold]{diagnosis.backend}[/] ({diagnosis.origin}) on {diagnosis.device}: {mark}")
+        for problem in diagnosis.problems:
+            console.print(f"  - {escape(problem.what)}\n    fix: [bold]{escape(problem.fix)}[/]")
+            if problem.detail:
+                console.print(f"    [dim]{escape(problem.detail.strip())}[/]")
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """A spinner on standard error where it is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status(f"loading {model}"):
+        yield
+
+
+def loaded_json(model: LoadedModel) -> None:
+    print_json(_summary(model))
+
+
+def _summary(model: LoadedModel) -> dict[str, object]:
+    layers = model.initial_layers
+    return {
+        "backend": model.backend.name,
+        "config": msgspec.to_builtins(model.config),
+        "kernel": model.kernel,
+        "device_map": dict(model.request.device_map) if model.request else {},
+        "weights_stored_bytes": sum(layer.stored_bytes for layer in layers),
+        "quantized_tensors": sum(layer.quantized for layer in layers),
+        "dense_tensors": sum(not layer.quantized for layer in layers),
+        "hooks": list(model.records),
+        "notes": model.notes,
+    }
+
+
+def loaded(model: LoadedModel) -> None:
+    summary = _summary(model)
+    table = _pairs()
+    options = ", ".join(
+        f"{name}={value}" for name, value in msgspec.to_builtins(model.config).items() if value is not None
+    )
+    table.add_row("backend", f"{summary['backend']} ({model.kernel})")
+    table.add_row("options", escape(options))
+    table.add_row("weights stored", size(sum(layer.stored_bytes for layer in model.initial_layers)))
+    table.add_row("tensors", f"{summary['quantized_tensors']} quantized, {summary['dense_tensors']} dense")
+    for record in model.records:
+        table.add_row(f"{record.hook} hook", f"{record.seconds:.1f} s, peak {size(record.peak_bytes)}")
+    console.print(table)
+    _notes(model.notes)
+
+
+def verification_json(report: Verification) -> None:
+    memory = report.memory
+    ratios = {
+        "ratio_to_checkpoint": memory.ratio_to_checkpoint,
+        "ratio_to_bfloat16": memory.ratio_to_bfloat16,
+        "quantized_ratio_to_bfloat16": memory.quantized_ratio_to_bfloat16,
+        "quantized_bits_per_weight": memory.quantized_bits_per_weight,
+    }
+    print_json({"passed": report.passed, **msgspec.to_builtins(report), "ratios": ratios})
+
+
+def verification(report: Verification) -> None:
+    memory = report.memory
+    console.print(
+        f"[bold]{report.model}[/] with {report.backend} ({report.kernel}), {report.compute_dtype} on {report.device}"
+    )
+    table = _pairs()
+    rows = (
+        ("weights planned", memory.weights_planned_bytes),
+        ("weights stored", memory.weights_stored_bytes),
+        ("weights by transformers' count", memory.weights_reported_bytes),
+        ("weights after a forward pass", memory.weights_after_forward_bytes),
+        ("checkpoint on disk", memory.checkpoint_bytes),
+        ("load peak", memory.load_peak_bytes),
+        ("run peak", memory.run_peak_bytes),
+        ("key-value cache a token", memory.kv_cache_bytes_per_token),
+    )
+    for name, count in rows:
+        table.add_row(name, size(count))
+    table.add_row(
+        "quantized layers",
+        f"{memory.quantized_bits_per_weight:.2f} bits a weight, {memory.quantized_ratio_to_bfloat16:.2f}x bfloat16",
+    )
+    ratios = f"{memory.ratio_to_bfloat16:.2f}x bfloat16, {memory.ratio_to_checkpoint:.2f}x the checkpoint"
+    table.add_row("whole model", ratios)
+    table.add_row("load", f"{report.load_seconds:.1f} s")
+    table.add_row("sample", escape(report.sample.text.strip().replace("\n", " ")))
+    console.print(table)
+    checks = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "check", "found"):
+        checks.add_column(heading, overflow="fold")
+    for check in report.checks:
+        found = check.found if check.passed else f"{check.found} (expected: {check.expected})"
+        checks.add_row("[green]pass[/]" if check.passed else "[red]FAIL[/]", check.name, escape(found))
+    console.print(checks)
+    _notes(report.notes)
+    console.print("[green]verified[/]" if report.passed else "[red]verification failed[/]")
+
+
+def _pairs() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(f"note: {escape(note)}")

