@@ -235,7 +235,7 @@ def _quantized_reported(loaded: LoadedModel, layers: Sequence[LayerInfo]) -> int
         return None
     quantized = {layer.name for layer in layers if layer.quantized}
     parameters = loaded.model.named_parameters()
-    return sum(tensor.numel() * tensor.element_size() for name, tensor in parameters if name in quantized)
+    return sum(int(tensor.nbytes) for name, tensor in parameters if name in quantized)
 
 
 def _kv_cache(loaded: LoadedModel, tokens: Sequence[int]) -> int | None:

@@ -1,0 +1,91 @@
+"""Folders are written all or nothing: errors, a full disk and a kill leave what was there."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from polyquant.errors import SaveError
+from polyquant.files import atomic_folder
+
+
+@pytest.fixture
+def old(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "weights").write_text("old")
+    return out
+
+
+def test_a_folder_appears_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with atomic_folder(out, overwrite=False) as partial:
+        (partial / "weights").write_text("new")
+        assert not out.exists()
+    assert (out / "weights").read_text() == "new"
+    assert [child.name for child in out.parent.iterdir()] == ["out"]
+
+
+def test_an_existing_folder_needs_overwrite(old):
+    with pytest.raises(SaveError, match=r"exists; choose another folder, or replace it with overwrite=True"):
+        with atomic_folder(old, overwrite=False):
+            pass
+    with atomic_folder(old, overwrite=True) as partial:
+        (partial / "weights").write_text("new")
+    assert (old / "weights").read_text() == "new"
+    assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_the_old_folder_and_nothing_else(old):
+    with pytest.raises(SaveError, match="failed .*boom.* MiB are free there; what was at .* is unchanged") as caught:
+        with atomic_folder(old, overwrite=True) as partial:
+            (partial / "weights").write_text("half")
+            raise RuntimeError("boom")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert (old / "weights").read_text() == "old"
+    assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="cannot write beside"):
+        with atomic_folder(tmp_path / "file" / "out", overwrite=False):
+            pass
+
+
+def test_a_full_disk_leaves_the_old_folder(old):
+    """A file size limit makes the write fail as a full disk does, in the operating system."""
+    code = f"""
+import resource, pathlib
+from polyquant.files import atomic_folder
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
+    (partial / "weights").write_bytes(b"x" * 100_000)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "SaveError" in result.stderr
+    assert "File too large" in result.stderr
+    assert (old / "weights").read_text() == "old"
+    assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+def test_a_kill_leaves_the_old_folder(old):
+    code = f"""
+import pathlib, time
+from polyquant.files import atomic_folder
+with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
+    (partial / "weights").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert (old / "weights").read_text() == "old"
+    leftovers = [child.name for child in old.parent.iterdir() if child.name != "out"]
+    assert all(name.startswith(".out.partial-") for name in leftovers)

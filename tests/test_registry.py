@@ -1,0 +1,115 @@
+"""Finding plugins: what is listed, what is refused, and how each refusal reads."""
+
+import pytest
+from polyquant.backend import Backend
+from polyquant.errors import BackendConflict, BackendFailed, BrokenBackend, UnknownBackend, UnsupportedOperation
+from polyquant.registry import Registry
+from polyquant.types import BackendInfo
+
+from .conftest import GOOD_PLUGIN
+
+
+def test_a_plugin_is_found_by_its_entry_point(make_plugin):
+    make_plugin()
+    registry = Registry()
+    assert "acme" in registry.names()
+    assert registry.origin("acme") == "polyquant-acme 1.0"
+    assert isinstance(registry.info("acme"), BackendInfo)
+    assert Backend("acme", registry).config({"bits": 8}).bits == 8
+
+
+def test_names_are_listed_without_importing_the_plugin(make_plugin):
+    make_plugin("raise RuntimeError('imported')")
+    assert "acme" in Registry().names()
+
+
+def test_an_unknown_backend_names_the_nearest(make_plugin):
+    make_plugin()
+    with pytest.raises(UnknownBackend, match=r"no backend 'acne'; installed: acme.*Did you mean 'acme'\?"):
+        Registry().info("acne")
+
+
+def test_two_distributions_of_one_name_are_both_named(make_plugin):
+    make_plugin()
+    make_plugin(distribution="polyquant-other", version="2.1")
+    with pytest.raises(BackendConflict, match="'acme' is claimed by .*polyquant-other 2.1.*uninstall one") as caught:
+        Registry().info("acme")
+    assert "polyquant-acme 1.0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("import a_library_that_is_missing", "polyquant-acme 1.0: import failed with ModuleNotFoundError"),
+        ("raise SyntaxError('no')", "import failed with SyntaxError: no"),
+        ("x = 1", "import failed with AttributeError.*backend"),
+        (GOOD_PLUGIN.replace("def load(", "def lood("), "unknown hook 'lood'.*Did you mean 'load'"),
+        (GOOD_PLUGIN.replace("    @hookimpl\n    def describe_layers(self, model):\n        return []\n", ""), "lacks the required hook.*describe_layers"),
+        (GOOD_PLUGIN.replace("def load(self, request, config)", "def load(self, wish, config)"), "(?s)hooks do not fit.*wish"),
+        (GOOD_PLUGIN.replace('name="acme"', 'name="other"'), "entry point 'acme' answers with the card of 'other'"),
+        (GOOD_PLUGIN.replace("return BackendInfo(", "return dict("), "backend_info must answer with BackendInfo, it answered with dict"),
+        (GOOD_PLUGIN.replace("return BackendInfo(", "raise KeyError('x')\n        return BackendInfo("), "backend_info failed with KeyError"),
+    ],
+    ids=["import", "syntax", "no object", "misspelt", "lacks a hook", "argument", "name", "type", "raises"],
+)  # fmt: skip
+def test_a_broken_plugin_is_an_error_only_when_used(make_plugin, broken, message):
+    make_plugin(broken)
+    make_plugin(GOOD_PLUGIN.replace('"acme"', '"good"'), backend="good", distribution="polyquant-good")
+    registry = Registry()
+    assert {"acme", "good"} <= set(registry.names())
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(BrokenBackend, match=message):
+            registry.info("acme")
+    assert registry.call("good", "validate_environment", device="cpu") == []
+
+
+def test_a_hook_that_answers_with_the_wrong_type_is_named(make_plugin):
+    make_plugin(GOOD_PLUGIN.replace("return []", "return 'fine'", 1))
+    with pytest.raises(BrokenBackend, match="polyquant-acme 1.0: validate_environment must answer with list"):
+        Registry().call("acme", "validate_environment", device="cpu")
+
+
+def test_a_hook_that_answers_nothing_is_named(make_plugin):
+    make_plugin(GOOD_PLUGIN.replace("return LoadedModel(", "LoadedModel("))
+    with pytest.raises(BrokenBackend, match="load must answer with LoadedModel, it answered with NoneType"):
+        Registry().call("acme", "load", request=None, config=None)
+
+
+def test_the_librarys_own_error_is_chained(make_plugin):
+    make_plugin(GOOD_PLUGIN.replace("return LoadedModel(", "1 / 0\n        return LoadedModel("))
+    with pytest.raises(BackendFailed, match="acme failed in load: ZeroDivisionError: division by zero") as caught:
+        Registry().call("acme", "load", request=None, config=None)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_an_absent_optional_hook_names_the_backends_that_have_it(make_plugin):
+    make_plugin()
+    saver = GOOD_PLUGIN.replace('"acme"', '"saver"').replace("backend = ", "    @hookimpl\n    def save(self, loaded, out):\n        return out\n\nbackend = ")
+    make_plugin(saver, backend="saver", distribution="polyquant-saver")  # fmt: skip
+    registry = Registry()
+    with pytest.raises(UnsupportedOperation, match="acme does not implement save; installed backends that do:.*saver"):
+        registry.require("acme", "save")
+
+
+def test_only_the_addressee_is_called(make_plugin):
+    make_plugin()
+    hijacker = GOOD_PLUGIN.replace('"acme"', '"hijacker"').replace("return convert(Options, options)", "raise AssertionError")
+    make_plugin(hijacker, backend="hijacker", distribution="polyquant-hijacker")
+    registry = Registry()
+    registry.info("hijacker")
+    assert registry.call("acme", "build_config", options={}).bits == 4
+
+
+def test_plugins_can_be_switched_off(make_plugin, monkeypatch):
+    make_plugin()
+    monkeypatch.setenv("POLYQUANT_DISABLE", "acme, other")
+    assert "acme" not in Registry().names()
+
+
+def test_observers_see_every_addressed_call(make_plugin):
+    make_plugin()
+    loaded = Backend("acme", Registry()).load(None, None)
+    (record,) = loaded.records
+    assert (record.backend, record.hook, record.failed) == ("acme", "load", False)
+    assert record.seconds > 0
+    assert record.peak_bytes is None or record.peak_bytes > 10**6
