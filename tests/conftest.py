@@ -46,7 +46,9 @@ backend = Plugin()
 def make_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Write an importable module with a distribution's metadata beside it, and put both on sys.path."""
 
-    def make(code: str = GOOD_PLUGIN, *, backend: str = "acme", distribution: str = "polyquant-acme", version: str = "1.0") -> str:
+    def make(
+        code: str = GOOD_PLUGIN, *, backend: str = "acme", distribution: str = "polyquant-acme", version: str = "1.0"
+    ) -> str:
         site = tmp_path / "site" / distribution
         module = distribution.replace("-", "_")
         site.mkdir(parents=True)

@@ -14,7 +14,10 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 def safetensors(tensors: dict[str, tuple[int, int]], data: bytes) -> bytes:
-    header = {name: {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]} for name, (start, end) in tensors.items()}
+    header = {
+        name: {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+        for name, (start, end) in tensors.items()
+    }
     raw = json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + data
 
@@ -92,7 +95,9 @@ def test_no_weights(folder):
 )  # fmt: skip
 def test_damaged_weights(folder, content):
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match=r"model.safetensors \(\d+ bytes\) is truncated or damaged .*fetch or write it again"):
+    with pytest.raises(
+        ModelError, match=r"model.safetensors \(\d+ bytes\) is truncated or damaged .*fetch or write it again"
+    ):
         resolve(folder)
 
 
@@ -109,7 +114,9 @@ def test_any_bytes_as_weights_are_read_or_refused(folder, content, sized):
 
 def test_pickle_weights_are_refused_unless_allowed(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"only pickle weights \(pytorch_model.bin\).*can run any code.*allow_pickle=True"):
+    with pytest.raises(
+        ModelError, match=r"only pickle weights \(pytorch_model.bin\).*can run any code.*allow_pickle=True"
+    ):
         resolve(folder)
     assert resolve(folder, allow_pickle=True).weight_files == ("pytorch_model.bin",)
 

@@ -61,7 +61,13 @@ def test_options_are_described_own_ones_first():
     assert described["threshold"].kind == "number"
 
 
-@given(st.dictionaries(st.text(max_size=12), st.none() | st.integers() | st.text(max_size=9) | st.lists(st.integers(), max_size=3), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(max_size=12),
+        st.none() | st.integers() | st.text(max_size=9) | st.lists(st.integers(), max_size=3),
+        max_size=4,
+    )
+)
 def test_any_input_gives_options_or_a_config_error(options):
     for strict in (True, False):
         try:

@@ -84,7 +84,9 @@ def test_the_librarys_own_error_is_chained(make_plugin):
 
 def test_an_absent_optional_hook_names_the_backends_that_have_it(make_plugin):
     make_plugin()
-    saver = GOOD_PLUGIN.replace('"acme"', '"saver"').replace("backend = ", "    @hookimpl\n    def save(self, loaded, out):\n        return out\n\nbackend = ")
+    saver = GOOD_PLUGIN.replace('"acme"', '"saver"').replace(
+        "backend = ", "    @hookimpl\n    def save(self, loaded, out):\n        return out\n\nbackend = "
+    )
     make_plugin(saver, backend="saver", distribution="polyquant-saver")  # fmt: skip
     registry = Registry()
     with pytest.raises(UnsupportedOperation, match="acme does not implement save; installed backends that do:.*saver"):
@@ -93,7 +95,9 @@ def test_an_absent_optional_hook_names_the_backends_that_have_it(make_plugin):
 
 def test_only_the_addressee_is_called(make_plugin):
     make_plugin()
-    hijacker = GOOD_PLUGIN.replace('"acme"', '"hijacker"').replace("return convert(Options, options)", "raise AssertionError")
+    hijacker = GOOD_PLUGIN.replace('"acme"', '"hijacker"').replace(
+        "return convert(Options, options)", "raise AssertionError"
+    )
     make_plugin(hijacker, backend="hijacker", distribution="polyquant-hijacker")
     registry = Registry()
     registry.info("hijacker")

@@ -8,13 +8,13 @@ import traceback
 from collections.abc import Iterable
 from importlib import metadata
 
-from packaging.specifiers import SpecifierSet
-
 from polyquant.types import Capabilities, Library, Problem
 
 
 def library_problems(libraries: Iterable[Library]) -> list[Problem]:
     """Libraries that are missing or outside their tested window, read from metadata; imports nothing."""
+    from packaging.specifiers import SpecifierSet
+
     problems = []
     for library in libraries:
         version = installed_version(library.distribution)

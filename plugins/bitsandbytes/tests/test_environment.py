@@ -22,7 +22,9 @@ print(json.dumps([[p.kind, p.what, p.fix, p.detail] for p in polyquant.backend("
 def problems_without(tmp_path):
     """Problems in a copy of this environment, made of links, that lacks some distributions and has some files changed."""
 
-    def check(*missing: str, files: dict[str, str] | None = None, device: str = "cpu", code: str = CHECK) -> list[list[str]]:
+    def check(
+        *missing: str, files: dict[str, str] | None = None, device: str = "cpu", code: str = CHECK
+    ) -> list[list[str]]:
         site = tmp_path / "site"
         site.mkdir()
         for entry in Path(sysconfig.get_path("purelib")).iterdir():
@@ -34,7 +36,9 @@ def problems_without(tmp_path):
             path.write_text(content)
         path = os.pathsep.join([*SOURCES, str(site)])
         command = [sys.executable, "-S", "-c", code.format(device=device)]
-        result = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": path}, timeout=120, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, env={"PYTHONPATH": path}, timeout=120, check=False
+        )
         assert result.returncode == 0, result.stderr
         assert result.stderr == "", "the check must not print"
         return json.loads(result.stdout)
@@ -70,14 +74,20 @@ def test_the_wrong_version(problems_without):
 
 
 def test_an_import_that_fails_comes_with_its_traceback(problems_without):
-    files = {**metadata("bitsandbytes", "0.50.2"), "bitsandbytes/__init__.py": "raise OSError('libcudart.so.99: not found')"}
+    files = {
+        **metadata("bitsandbytes", "0.50.2"),
+        "bitsandbytes/__init__.py": "raise OSError('libcudart.so.99: not found')",
+    }
     ((kind, what, _, detail),) = problems_without("bitsandbytes", files=files)
     assert kind == "import"
     assert "OSError: libcudart.so.99" in what
     assert "Traceback" in detail
 
 
-@pytest.mark.parametrize(("device", "words"), [("cuda", "device cuda is not there"), ("mps", "does not run on mps"), ("gpu", "'gpu' is no device name")])
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("cuda", "device cuda is not there"), ("mps", "does not run on mps"), ("gpu", "'gpu' is no device name")],
+)
 def test_no_such_device(device, words):
     import torch
 

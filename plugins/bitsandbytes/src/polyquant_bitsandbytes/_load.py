@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes
 import torch
@@ -67,7 +67,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
         raise SaveError(
             "the first forward pass repacked the weights, and where they came from is unknown: load through polyquant"
         )
-    return hf.save_pretrained(loaded, out, _load_model(loaded.request, loaded.config))
+    return hf.save_pretrained(loaded, out, _load_model(loaded.request, cast(BitsAndBytesOptions, loaded.config)))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:

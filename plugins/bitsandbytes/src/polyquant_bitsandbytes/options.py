@@ -78,19 +78,19 @@ class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkn
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         skip = stored.get("llm_int8_skip_modules")
-        common = {"skip": tuple(skip or ()), "skip_defaults": skip is None}
+        values: dict[str, Any] = {"skip": tuple(skip or ()), "skip_defaults": skip is None}
         if stored.get("load_in_8bit"):
-            return cls(
-                bits=8,
-                int8_threshold=float(stored.get("llm_int8_threshold", 6.0)),
-                fp32_offload=bool(stored.get("llm_int8_enable_fp32_cpu_offload", False)),
-                **common,
-            )
-        values = {
-            "bits": 4,
-            "quant_type": stored.get("bnb_4bit_quant_type", "fp4"),
-            "double_quant": stored.get("bnb_4bit_use_double_quant", False),
-            "quant_storage": stored.get("bnb_4bit_quant_storage") or "uint8",
-            "compute_dtype": stored.get("bnb_4bit_compute_dtype", "auto"),
-        }
-        return msgspec.convert({**values, **common}, cls)
+            values |= {
+                "bits": 8,
+                "int8_threshold": stored.get("llm_int8_threshold", 6.0),
+                "fp32_offload": stored.get("llm_int8_enable_fp32_cpu_offload", False),
+            }
+        else:
+            values |= {
+                "bits": 4,
+                "quant_type": stored.get("bnb_4bit_quant_type", "fp4"),
+                "double_quant": stored.get("bnb_4bit_use_double_quant", False),
+                "quant_storage": stored.get("bnb_4bit_quant_storage") or "uint8",
+                "compute_dtype": stored.get("bnb_4bit_compute_dtype", "auto"),
+            }
+        return msgspec.convert(values, cls)

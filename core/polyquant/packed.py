@@ -1,0 +1,97 @@
+"""Checkpoints of packed weights that transformers itself does not read or write: config.json and safetensors.
+
+For backends whose library leaves no format of transformers' own; never pickle. Imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from polyquant import compat, hf
+from polyquant.errors import ModelError, PlacementError
+from polyquant.loaded import LoadedModel
+from polyquant.request import LoadRequest, ModelSource
+from polyquant.types import Dtype
+
+
+def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
+    """The model in eval mode with its parameters on the meta device; buffers, such as rotary frequencies, are real."""
+    source = request.source
+    config = hf.read_config(source, trust_remote_code=request.trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    attention = {"attn_implementation": request.attention} if request.attention else {}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            trust_remote_code=request.trust_remote_code,
+            **compat.dtype_argument(getattr(torch, dtype)),
+            **attention,
+        )
+    if (source.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    return model.eval()
+
+
+def single_device(request: LoadRequest) -> str:
+    """The one device of the request's map. Raises PlacementError for several."""
+    devices = {str(device) for device in request.device_map.values()}
+    if len(devices) != 1:
+        raise PlacementError(
+            f"this checkpoint loads onto one device, and the device map names {', '.join(sorted(devices))}; "
+            f"give device_map={{'': {request.device!r}}}"
+        )
+    return devices.pop()
+
+
+def read_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in the safetensors files of `source`, one at a time, on the CPU."""
+    for name in source.weight_files:
+        with safe_open(source.path / name, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118  not a mapping
+                yield key, file.get_tensor(key)
+
+
+def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -> None:
+    """Assign `tensors` to the parameters and buffers of `model`, and tie what is tied.
+
+    Raises ModelError where a parameter is left on the meta device, or a tensor fits nothing.
+    """
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = {name for name, tensor in own.items() if tensor.is_meta} - set(compat.tied_tensors(model)) - set(tensors)
+    astray = sorted(missing | set(tensors).difference(own))
+    if astray:
+        named = ", ".join(astray[:3])
+        raise ModelError(f"{source.name}: {len(astray)} tensors are missing or have no place in the model: {named}")
+    for name, tensor in tensors.items():
+        module_name, _, short = name.rpartition(".")
+        wanted = own[name]
+        if wanted.shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, {tuple(wanted.shape)} was expected"
+            raise ModelError(f"{source.name}: {name} has shape {shapes}")
+        parameter = torch.nn.Parameter(tensor, wanted.requires_grad) if isinstance(wanted, torch.nn.Parameter) else tensor
+        setattr(model.get_submodule(module_name), short, parameter)
+    model.tie_weights()
+
+
+def save(loaded: LoadedModel, out: Path, tensors: dict[str, torch.Tensor], quantization_config: dict[str, Any]) -> Path:
+    """Write the tensors, less those that are tied to another, with config and tokenizer."""
+    tied = compat.tied_tensors(loaded.model)
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}
+    save_torch_state_dict(kept, out, metadata={"format": "pt"})
+    config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
+    config.quantization_config = quantization_config
+    config.architectures = [type(loaded.model).__name__]
+    config.save_pretrained(out)
+    if loaded.model.can_generate():
+        loaded.model.generation_config.save_pretrained(out)
+    loaded.tokenizer.save_pretrained(out)
+    return out

@@ -1,0 +1,92 @@
+"""Benchmarks that compare two commands within one run, alternately: `nox -s bench`. Quote medians and ratios.
+
+1. `polyquant backends` as a whole process, against a bare interpreter.
+2. Loading through polyquant, against calling transformers directly with the same config.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from polyquant.models import builtin
+
+RUNS = 5
+TIMED = """
+import json, resource, sys, time
+{imports}
+started = time.perf_counter()
+{load}
+seconds = time.perf_counter() - started
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({{"seconds": seconds, "peak_bytes": peak}}))
+"""
+IMPORTS = "import bitsandbytes, torch, transformers; from transformers import AutoModelForCausalLM, AutoTokenizer"
+THROUGH = """
+loaded = polyquant.load({model!r}, backend="bitsandbytes", device="cpu", quant_type="nf4", compute_dtype="float32")
+"""
+DIRECT = """
+config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+model = AutoModelForCausalLM.from_pretrained(
+    {model!r}, quantization_config=config, device_map={{"": "cpu"}}, dtype=torch.float32
+).eval()
+tokenizer = AutoTokenizer.from_pretrained({model!r})
+"""
+
+
+def main() -> None:
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} threads, Python {platform.python_version()}")
+    print(f"load before: {psutil.getloadavg()[0]:.2f}")
+    listing()
+    loading()
+
+
+def listing() -> None:
+    """Whole processes; the aim is at most 3x a bare interpreter plus 150 ms."""
+    bare, ours = [], []
+    for _ in range(2 * RUNS + 1):
+        bare.append(wall([sys.executable, "-c", "pass"]))
+        ours.append(wall([sys.executable, "-m", "polyquant", "backends"]))
+    base, median = statistics.median(bare[1:]), statistics.median(ours[1:])
+    limit = 3 * base + 0.150
+    print(f"polyquant backends: {median * 1000:.0f} ms; bare: {base * 1000:.0f} ms; limit {limit * 1000:.0f} ms: {verdict(median <= limit)}")
+
+
+def loading() -> None:
+    """Each load in a process of its own; the aim is 1.05 for the time and 1.02 for the peak."""
+    model = str(builtin.dense_folder("builtin:smollm2"))
+    through = TIMED.format(imports=f"{IMPORTS}\nimport polyquant", load=THROUGH.format(model=model))
+    direct = TIMED.format(imports=IMPORTS, load=DIRECT.format(model=model))
+    results: dict[str, list[dict[str, float]]] = {"through": [], "direct": []}
+    for _ in range(RUNS + 1):
+        results["through"].append(measured(through))
+        results["direct"].append(measured(direct))
+    for figure, limit in (("seconds", 1.05), ("peak_bytes", 1.02)):
+        ours, theirs = (statistics.median(run[figure] for run in results[side][1:]) for side in ("through", "direct"))
+        print(f"NF4 load, {figure}: polyquant {ours:.4g}, direct {theirs:.4g}, ratio {ours / theirs:.3f} (limit {limit}): {verdict(ours / theirs <= limit)}")
+
+
+def wall(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - started
+
+
+def measured(code: str) -> dict[str, float]:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.home())
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def verdict(good: bool) -> str:
+    return "within" if good else "ABOVE"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The repository's shape: layout, one-way light modules, generated parts, nothing undocumented."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import polyquant
+import pytest
+from polyquant import errors, hookspecs
+
+ROOT = Path(__file__).parent.parent
+CORE = sorted((ROOT / "core").rglob("*.py"))
+PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
+LIGHT = ("__init__.py", "plugin.py", "options.py")
+HEAVY = re.compile(r"^(?:from|import) (?:torch|transformers|accelerate|peft|bitsandbytes)\b", re.MULTILINE)
+
+
+def test_top_level():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {name.partition("/")[0] for name in tracked}
+    visible = {name for name in top if not name.startswith(".")}
+    allowed = {
+        "pyproject.toml",
+        "core",
+        "plugins",
+        "tests",
+        "docs",
+        "README.md",
+        "noxfile.py",
+        "LICENSE",
+        "constraints.txt",
+    }
+    assert visible <= allowed
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=lambda path: path.name)
+def test_plugins_have_one_shape(folder):
+    (package,) = (folder / "src").glob("polyquant_*")
+    assert {"__init__.py", "plugin.py", "options.py", "_load.py", "_layers.py"} <= {
+        path.name for path in package.iterdir()
+    }
+    assert len(ast.parse((package / "__init__.py").read_text()).body) == 1, "__init__.py holds a docstring only"
+    assert (folder / "README.md").stat().st_size > 300
+    assert list((folder / "tests").glob("test_*.py"))
+    for name in LIGHT:
+        assert not HEAVY.search((package / name).read_text()), f"{name} imports something heavy"
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=lambda path: path.name)
+def test_no_plugin_imports_another(folder):
+    others = {f"polyquant_{path.name.replace('-', '_')}" for path in PLUGINS if path != folder}
+    for path in (folder / "src").rglob("*.py"):
+        assert not [name for name in imported_by(path) if name.partition(".")[0] in others], path
+
+
+def test_the_core_imports_no_plugin_and_only_the_registry_touches_pluggy():
+    for path in CORE:
+        names = imported_by(path)
+        assert not [name for name in names if name.startswith("polyquant_")], path
+        if path.name not in ("registry.py", "markers.py"):
+            assert "pluggy" not in names, path
+            assert not any(name == "importlib.metadata.entry_points" for name in names), path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*CORE, *(file for folder in PLUGINS for file in (folder / "src").rglob("*.py"))],
+    ids=lambda path: path.stem,
+)
+def test_no_file_is_a_room_for_two_owners(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def imported_by(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_every_hook_is_documented_and_has_no_defaults():
+    for hook in (*hookspecs.REQUIRED, *hookspecs.OPTIONAL):
+        function = getattr(hookspecs.QuantBackend, hook)
+        assert inspect.getdoc(function), hook
+        parameters = inspect.signature(function).parameters.values()
+        assert all(parameter.default is inspect.Parameter.empty for parameter in parameters), hook
+    hooks = {name for name, member in vars(hookspecs.QuantBackend).items() if callable(member)}
+    assert hooks == {*hookspecs.REQUIRED, *hookspecs.OPTIONAL}
+
+
+def test_every_public_name_is_documented():
+    for name in polyquant.__all__:
+        assert inspect.getdoc(getattr(polyquant, name)), name
+
+
+def test_every_error_is_documented_in_the_reference():
+    reference = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    for name, member in vars(errors).items():
+        if isinstance(member, type) and issubclass(member, errors.PolyquantError):
+            assert f"`{name}`" in reference, name
+
+
+def test_every_option_is_described():
+    for info in polyquant.backends():
+        for option in polyquant.options.describe_options(info.options):
+            assert option.description, f"{info.name}: {option.name}"
+
+
+def test_generated_parts_are_up_to_date():
+    result = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"run: python docs/generate.py\n{result.stderr}"
+
+
+def test_links_in_markdown_lead_somewhere():
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "plugins").glob("*/README.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
+
+
+def test_files_speak_of_no_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    own = re.compile(r"/work/|/tmp/pq|/opt/wheels")
+    for name in tracked:
+        if name != "tests/test_repository.py" and name.endswith((".py", ".md", ".toml", ".txt", ".yml", "run")):
+            assert not own.search((ROOT / name).read_text(encoding="utf-8")), name
