@@ -30,9 +30,18 @@ def test_help_shows_the_options_of_the_backend_named(run_python):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "m", "-b", "bitsandbites", "hello"), "no backend 'bitsandbites'; installed: .*Did you mean 'bitsandbytes'"),
-        (("run", "m", "-b", "bitsandbytes", "--quant-type", "nf5", "hello"), "quant_type must be 'nf4' or 'fp4', got 'nf5'"),
-        (("run", "m", "-b", "bitsandbytes", "--bits", "8", "--double-quant", "hello"), "double_quant does not apply to 8 bit"),
+        (
+            ("run", "m", "-b", "bitsandbites", "hello"),
+            "no backend 'bitsandbites'; installed: .*Did you mean 'bitsandbytes'",
+        ),
+        (
+            ("run", "m", "-b", "bitsandbytes", "--quant-type", "nf5", "hello"),
+            "quant_type must be 'nf4' or 'fp4', got 'nf5'",
+        ),
+        (
+            ("run", "m", "-b", "bitsandbytes", "--bits", "8", "--double-quant", "hello"),
+            "double_quant does not apply to 8 bit",
+        ),
         (("run", "m", "-b", "bitsandbytes", "--bitz", "8", "hello"), "No such option.*--bitz"),
         (("load", "./nowhere", "-b", "bitsandbytes"), "./nowhere: no such file or folder"),
         (("load", "m", "-b", "bitsandbytes", "--offload", "gpu"), "load option: Invalid enum value 'gpu'"),
@@ -85,7 +94,12 @@ def test_completion_knows_backends_and_their_options(run_python):
 
     def complete(line: str) -> str:
         words = line.split(" ")
-        env = {**os.environ, "_POLYQUANT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+        env = {
+            **os.environ,
+            "_POLYQUANT_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(words) - 1),
+        }
         return run_python(env=env).stdout
 
     assert "bitsandbytes" in complete("polyquant run --backend bits")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from polyquant.errors import PolyquantError, SaveError
+from polyquant.errors import BackendFailed, PolyquantError, SaveError
 
 
 @contextmanager
@@ -29,11 +29,10 @@ def atomic_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         partial.chmod(0o755)
         yield partial
         _swap(partial, out)
-    except PolyquantError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, PolyquantError) and not isinstance(error, BackendFailed):
+            raise
         free = shutil.disk_usage(out.parent).free
         raise SaveError(
             f"writing {out} failed ({error}); {free / 2**20:.0f} MiB are free there; what was at {out} is unchanged"

@@ -56,6 +56,10 @@ def prepare(
         config = checkpoints.reconcile(source, stored, config, given)
     device = choose_device(how.device, backend.capabilities)
     backend.require(device)
+    if source.config and backend.capabilities.torch_module:
+        from polyquant import hf
+
+        hf.read_config(source, trust_remote_code=how.trust_remote_code)
     config = msgspec.structs.replace(config, compute_dtype=compute_dtype(config, backend, device))
     if stored is None and (config.skip or not config.skip_defaults):
         config = _with_skips(source, config, how)

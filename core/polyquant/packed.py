@@ -77,7 +77,9 @@ def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -
         if wanted.shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)}, {tuple(wanted.shape)} was expected"
             raise ModelError(f"{source.name}: {name} has shape {shapes}")
-        parameter = torch.nn.Parameter(tensor, wanted.requires_grad) if isinstance(wanted, torch.nn.Parameter) else tensor
+        parameter = (
+            torch.nn.Parameter(tensor, wanted.requires_grad) if isinstance(wanted, torch.nn.Parameter) else tensor
+        )
         setattr(model.get_submodule(module_name), short, parameter)
     model.tie_weights()
 

@@ -49,11 +49,21 @@ def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
     if not request.source.stored_quantization:
         return hf.load_causal_lm(request, dtype, config.native())
     model = hf.load_causal_lm(request, dtype)
+    _cast_dense(model, getattr(torch, dtype))
     if config.bits == 4:  # transformers takes the stored compute dtype; the one asked for is a load-time option
         model.config.quantization_config.bnb_4bit_compute_dtype = getattr(torch, dtype)
         for module in _linear_4bit(model):
             module.compute_dtype = getattr(torch, dtype)
     return model
+
+
+def _cast_dense(model: Any, dtype: torch.dtype) -> None:
+    """Dense parameters of a stored checkpoint in `dtype`: transformers 5.23 leaves them in the dtype they are stored in."""
+    kept = tuple(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        packed = isinstance(parameter, (bitsandbytes.nn.Params4bit, bitsandbytes.nn.Int8Params))
+        if not packed and parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:
