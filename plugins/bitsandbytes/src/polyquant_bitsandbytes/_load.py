@@ -58,7 +58,7 @@ def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
 
 
 def _cast_dense(model: Any, dtype: torch.dtype) -> None:
-    """Dense parameters of a stored checkpoint in `dtype`: transformers 5.23 leaves them in the dtype they are stored in."""
+    """Dense parameters of a stored checkpoint in `dtype`: transformers 5.23 leaves them in their stored one."""
     kept = tuple(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
         packed = isinstance(parameter, (bitsandbytes.nn.Params4bit, bitsandbytes.nn.Int8Params))
