@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from polyquant import compat
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
+from polyquant.options import Dtype
 from polyquant.request import LoadRequest, ModelSource
-from polyquant.types import Dtype
 
 
 def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from polyquant.errors import PolyquantError
 
 if TYPE_CHECKING:
-    from polyquant.backend import Backend
     from polyquant.options import BackendOptions
     from polyquant.request import LoadRequest
-    from polyquant.types import HookRecord, LayerInfo
+    from polyquant.types import Capabilities, HookRecord, LayerInfo, LayerPlan, WeightInfo
 
 Prompt = str | Sequence[dict[str, str]]
 """Plain text, or chat messages such as [{"role": "user", "content": "Hello"}] for the model's chat template."""
+
+
+class Owner(Protocol):
+    """What a loaded model needs of the `Backend` handle that loaded it."""
+
+    name: str
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+    def can(self, hook: str) -> bool: ...
+    def describe_layers(self, model: Any) -> list[LayerInfo]: ...
+    def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]: ...
+    def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path: ...
 
 
 @dataclass
@@ -35,10 +47,10 @@ class LoadedModel:
     request: LoadRequest | None = None  # set by the core
     initial_layers: list[LayerInfo] = field(default_factory=list)  # set by the core: the layers before any forward pass
     records: list[HookRecord] = field(default_factory=list)  # set by the core: time and peak memory of each hook call
-    _backend: Backend | None = None
+    _backend: Owner | None = None
 
     @property
-    def backend(self) -> Backend:
+    def backend(self) -> Owner:
         """The backend that loaded it. Raises PolyquantError for a model that no backend handle has completed."""
         if self._backend is None:
             raise PolyquantError("this model was not loaded through polyquant.load")

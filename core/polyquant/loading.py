@@ -12,11 +12,11 @@ from polyquant import checkpoints
 from polyquant.backend import Backend
 from polyquant.environment import choose_device
 from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError
-from polyquant.loaded import LoadedModel
-from polyquant.options import BackendOptions
+from polyquant.loaded import LoadedModel, Owner
+from polyquant.options import BackendOptions, Dtype
 from polyquant.placement import MaxMemory, check_device_map, check_spill, place
 from polyquant.request import LoadRequest, ModelSource, Offload
-from polyquant.types import DeviceMap, Dtype, LayerPlan
+from polyquant.types import DeviceMap, LayerPlan
 
 
 class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,7 +98,7 @@ def compute_dtype(config: BackendOptions, backend: Backend, device: str) -> Dtyp
 
 
 def plan(
-    source: ModelSource, backend: Backend, config: BackendOptions, *, trust_remote_code: bool = False
+    source: ModelSource, backend: Owner, config: BackendOptions, *, trust_remote_code: bool = False
 ) -> list[LayerPlan]:
     """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
     from polyquant import hf

@@ -9,7 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from polyquant.errors import ConfigError, did_you_mean
-from polyquant.types import Dtype
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from polyquant import compat, hf
 from polyquant.errors import ModelError, PlacementError
 from polyquant.loaded import LoadedModel
+from polyquant.options import Dtype
 from polyquant.request import LoadRequest, ModelSource
-from polyquant.types import Dtype
 
 
 def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 
-if TYPE_CHECKING:
-    from polyquant.options import BackendOptions
+from polyquant.options import BackendOptions, Dtype
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 DeviceMap = Mapping[str, int | str]
 Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "other"]
 
