@@ -17,7 +17,7 @@ PROMPT = "The three primary colours are"
 TOKENS = 32
 CONFIGURATIONS = {
     "NF4": {"bits": 4, "quant_type": "nf4"},
-    "NF4 + double quantization": {"bits": 4, "quant_type": "nf4", "double_quant": True},
+    "NF4 double": {"bits": 4, "quant_type": "nf4", "double_quant": True},
     "FP4": {"bits": 4, "quant_type": "fp4"},
     "LLM.int8": {"bits": 8},
 }

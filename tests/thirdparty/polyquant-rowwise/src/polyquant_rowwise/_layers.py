@@ -1,0 +1,60 @@
+"""The quantized module, and how it stores its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from polyquant.memory.describe import Quantized, describe
+from polyquant.types import LayerInfo
+from torch.nn import functional
+
+from polyquant_rowwise.planning import SCHEME
+
+KERNEL = "torch matmul on int8 cast to the compute dtype"
+LARGEST = 127  # symmetric: -128 is not used
+
+
+class RowwiseLinear(torch.nn.Linear):
+    """`nn.Linear` with int8 weights (out_features, in_features) and one scale for each row (out_features, 1).
+
+    It is an `nn.Linear`, so that adapters wrap it; its weight is a frozen buffer.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.nn.Parameter | None) -> None:
+        torch.nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = bias
+
+    @classmethod
+    def quantize(cls, linear: torch.nn.Linear, scale_dtype: torch.dtype) -> RowwiseLinear:
+        """Round to the nearest of 255 steps: the row's largest absolute weight is 127 steps; a row of zeros stays so."""
+        dense = linear.weight.detach().float()
+        largest = dense.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * LARGEST)
+        scale = (largest / LARGEST).to(scale_dtype)
+        weight = (dense / scale.float()).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+        return cls(weight, scale, linear.bias)
+
+    @classmethod
+    def empty(cls, linear: torch.nn.Linear, scale_dtype: torch.dtype) -> RowwiseLinear:
+        """On the meta device, to be filled from a checkpoint."""
+        weight = torch.empty(linear.weight.shape, dtype=torch.int8, device="meta")
+        scale = torch.empty((linear.out_features, 1), dtype=scale_dtype, device="meta")
+        return cls(weight, scale, linear.bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (..., in_features) in the compute dtype; returns (..., out_features)."""
+        output = functional.linear(input, self.weight.to(input.dtype)) * self.scale.to(input.dtype).squeeze(1)
+        return output if self.bias is None else output + self.bias
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    return describe(model, _quantized, skipped=model.config.quantization_config["modules_to_not_convert"] or ())
+
+
+def _quantized(name: str, module: Any) -> Quantized | None:
+    if not isinstance(module, RowwiseLinear):
+        return None
+    return Quantized((module.out_features, module.in_features), 8, SCHEME, KERNEL)

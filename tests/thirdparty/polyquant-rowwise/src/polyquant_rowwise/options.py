@@ -1,0 +1,47 @@
+"""Options of the rowwise backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+from polyquant.options import BackendOptions
+
+QUANT_METHOD = "rowwise"  # how config.json names the format
+
+
+class RowwiseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """8 bit, symmetric, rounded to nearest; one scale for each output row."""
+
+    bits: Annotated[Literal[8], Meta(description="bits of a quantized weight")] = 8
+    scale_dtype: Annotated[
+        Literal["float32", "bfloat16"], Meta(description="dtype of the scales: 4 or 2 bytes for each output row")
+    ] = "float32"
+
+    @property
+    def weight_bits(self) -> float:
+        return self.bits
+
+    def native(self) -> dict[str, Any]:
+        """The `quantization_config` of a saved model's config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "bits": self.bits,
+            "scale_dtype": self.scale_dtype,
+            "compute_dtype": self.compute_dtype,
+            "modules_to_not_convert": None if self.skip_defaults and not self.skip else list(self.skip),
+        }
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        skip = stored["modules_to_not_convert"]
+        values = {
+            "bits": stored["bits"],
+            "scale_dtype": stored["scale_dtype"],
+            "compute_dtype": stored["compute_dtype"],
+            "skip": tuple(skip or ()),
+            "skip_defaults": skip is None,
+        }
+        return msgspec.convert(values, cls)
