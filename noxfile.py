@@ -96,6 +96,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Write what the docs derive from the code."""
+    install(session, *PLUGINS.values())
+    session.run("python", "docs/generate.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Speed and memory, compared within one run. Keep the machine otherwise idle."""
     install(session, *PLUGINS.values())

@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor any backend.
 """
 
-from polyquant.api import Diagnosis, backend, backends, doctor, load, quantize, verify
+from polyquant.api import Diagnosis, backend, backends, doctor, load, observing, quantize, verify
 from polyquant.backend import Backend
 from polyquant.loaded import LoadedModel
 from polyquant.markers import hookimpl
@@ -19,6 +19,7 @@ __all__ = [
     "doctor",
     "hookimpl",
     "load",
+    "observing",
     "quantize",
     "verify",
 ]

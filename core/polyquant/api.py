@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +155,19 @@ def quantize(
         failed = "; ".join(f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures)
         raise SaveError(f"not written, because verification failed: {failed}")
     return loaded.save(out, overwrite=overwrite)
+
+
+@contextmanager
+def observing(observer: object) -> Iterator[None]:
+    """Within the block, `observer` sees every addressed hook call: its methods are `hookimpl(wrapper=True)` hooks.
+
+    `polyquant.observers.Recorder`, which records time and peak memory, is one.
+    """
+    registry().add_observer(observer)
+    try:
+        yield
+    finally:
+        registry().remove_observer(observer)
 
 
 def read_calibration(path: str | Path) -> list[str]:

@@ -35,6 +35,11 @@ class Backend:
         """What it can do."""
         return self.info.capabilities
 
+    @property
+    def plugin(self) -> object:
+        """The plugin object, to look at; hooks are called through the methods here."""
+        return self._registry.plugin(self.name)
+
     def can(self, hook: str) -> bool:
         """Whether it implements an optional hook: plan_layers, quantize, prepare_for_training, save."""
         return self._registry.implements(self.name, hook)

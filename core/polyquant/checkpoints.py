@@ -68,7 +68,8 @@ def stored_options(source: ModelSource, info: BackendInfo, method: str) -> Backe
             "Leave the backend out to have it chosen, or give the dense model"
         )
     try:
-        return info.options.from_stored(source.stored_quantization)
+        gguf = {"quant_method": method, "gguf_file": str(source.path / source.gguf_file)}
+        return info.options.from_stored(gguf if source.gguf_file else source.stored_quantization)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{source.name}: {info.name} cannot read its quantization_config: {error}") from error
 

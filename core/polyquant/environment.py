@@ -72,11 +72,15 @@ def available_devices() -> list[str]:
 
 
 def choose_device(device: str, capabilities: Capabilities) -> str:
-    """`device` itself, or for 'auto' the first available one that the backend supports."""
+    """`device` itself, or for 'auto' the fastest kind here that the backend supports.
+
+    A kind without an index, such as cuda, stands for all devices of that kind.
+    """
     if device != "auto":
-        return f"{device}:0" if device in ("cuda", "xpu") else device
+        return device
     supported = {support.type for support in capabilities.devices}
-    return next((name for name in available_devices() if name.partition(":")[0] in supported), "cpu")
+    kinds = (name.partition(":")[0] for name in available_devices())
+    return next((kind for kind in kinds if kind in supported), "cpu")
 
 
 def device_problems(device: str, capabilities: Capabilities) -> list[Problem]:

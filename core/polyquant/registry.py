@@ -71,6 +71,11 @@ class Registry:
         self._ensure(name)
         return self._infos[name]
 
+    def plugin(self, name: str) -> object:
+        """The plugin object itself, for checks of its hooks' signatures. Raises as `info` does."""
+        self._ensure(name)
+        return self._plugins[name]
+
     def implements(self, name: str, hook: str) -> bool:
         """Whether the backend has this optional hook."""
         self._ensure(name)

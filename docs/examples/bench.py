@@ -56,7 +56,8 @@ def listing() -> None:
         ours.append(wall([sys.executable, "-m", "polyquant", "backends"]))
     base, median = statistics.median(bare[1:]), statistics.median(ours[1:])
     limit = 3 * base + 0.150
-    print(f"polyquant backends: {median * 1000:.0f} ms; bare: {base * 1000:.0f} ms; limit {limit * 1000:.0f} ms: {verdict(median <= limit)}")
+    figures = f"{median * 1000:.0f} ms, bare {base * 1000:.0f} ms, limit {limit * 1000:.0f} ms"
+    print(f"polyquant backends: {figures}: {verdict(median <= limit)}")
 
 
 def loading() -> None:
@@ -69,8 +70,10 @@ def loading() -> None:
         results["through"].append(measured(through))
         results["direct"].append(measured(direct))
     for figure, limit in (("seconds", 1.05), ("peak_bytes", 1.02)):
-        ours, theirs = (statistics.median(run[figure] for run in results[side][1:]) for side in ("through", "direct"))
-        print(f"NF4 load, {figure}: polyquant {ours:.4g}, direct {theirs:.4g}, ratio {ours / theirs:.3f} (limit {limit}): {verdict(ours / theirs <= limit)}")
+        ours, theirs = (statistics.median(run[figure] for run in runs[1:]) for runs in results.values())
+        ratio = ours / theirs
+        figures = f"polyquant {ours:.4g}, direct {theirs:.4g}, ratio {ratio:.3f}, limit {limit}"
+        print(f"NF4 load, {figure}: {figures}: {verdict(ratio <= limit)}")
 
 
 def wall(command: list[str]) -> float:

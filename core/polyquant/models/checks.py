@@ -31,7 +31,9 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
         raise ModelError(f"{name}: the folder is empty; a model folder has config.json and *.safetensors")
     if "config.json" not in files:
         gguf = [file for file in files if file.endswith(".gguf")]
-        hint = f"to load a GGUF, name the file: {path / gguf[0]}" if gguf else "is it a model folder?"
+        if len(gguf) == 1:
+            return check_gguf(path / gguf[0], name)
+        hint = f"it has several GGUF files, name the one to load: {path / gguf[0]}" if gguf else "is it a model folder?"
         raise ModelError(f"{name}: no config.json among {_shown(files)}; {hint}")
     config = _read_object(path / "config.json", name)
     weights = _weight_files(path, name, files, allow_pickle)

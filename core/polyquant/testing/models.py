@@ -15,8 +15,8 @@ WORDS = 320  # of the tokenizer: 256 bytes, the special tokens and what it learn
 LOGITS_SPREAD = 2.0  # standard deviation of the logits, roughly that of a language model
 SPECIAL = ("<pad>", "<s>", "</s>")
 SIZES: Mapping[str, Any] = {
-    "vocab_size": 384, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
+    "vocab_size": 384, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512,
     "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

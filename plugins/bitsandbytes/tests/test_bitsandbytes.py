@@ -327,6 +327,21 @@ def test_quantize_writes_nothing_where_verification_fails(experts, tmp_path):
         polyquant.quantize(experts, "bitsandbytes", tmp_path)
 
 
+def test_offloading_needs_a_word(tiny):
+    from polyquant.models.resolve import resolve
+    from polyquant.request import LoadRequest
+    from polyquant_bitsandbytes._load import require_offload
+    from polyquant_bitsandbytes.options import BitsAndBytesOptions
+
+    device_map = {"model": "cuda:0", "lm_head": "cpu"}
+    request = LoadRequest(source=resolve(tiny), device="cuda", device_map=device_map, offload="cpu")
+    with pytest.raises(
+        ConfigError, match="the device map uses cpu, cuda:0, .* accept float32 there with fp32_offload=True"
+    ):
+        require_offload(request, BitsAndBytesOptions())
+    require_offload(request, BitsAndBytesOptions(fp32_offload=True))
+
+
 def test_hook_calls_are_recorded(tiny, tmp_path):
     loaded = load(tiny, **NF4)
     loaded.save(tmp_path / "out")

@@ -11,7 +11,7 @@ import bitsandbytes
 import torch
 from bitsandbytes import cextension
 from polyquant import hf
-from polyquant.errors import SaveError
+from polyquant.errors import ConfigError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
@@ -45,6 +45,7 @@ def load(request: LoadRequest, config: BitsAndBytesOptions) -> LoadedModel:
 
 
 def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
+    require_offload(request, config)
     dtype = resolved_dtype(config)
     if not request.source.stored_quantization:
         return hf.load_causal_lm(request, dtype, config.native())
@@ -55,6 +56,16 @@ def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
         for module in _linear_4bit(model):
             module.compute_dtype = getattr(torch, dtype)
     return model
+
+
+def require_offload(request: LoadRequest, config: BitsAndBytesOptions) -> None:
+    """Raises ConfigError where modules go to the CPU beside another device without `fp32_offload`."""
+    devices = {str(device) for device in request.device_map.values()}
+    if devices & {"cpu", "disk"} and devices != {"cpu"} and not config.fp32_offload:
+        raise ConfigError(
+            f"the device map uses {', '.join(sorted(devices))}, and bitsandbytes does not quantize what it offloads; "
+            "accept float32 there with fp32_offload=True, or keep the model on one kind of device"
+        )
 
 
 def _cast_dense(model: Any, dtype: torch.dtype) -> None:
@@ -83,7 +94,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 def prepare_for_training(loaded: LoadedModel) -> Any:
     from peft import prepare_model_for_kbit_training
 
-    return prepare_model_for_kbit_training(loaded.model)
+    return prepare_model_for_kbit_training(loaded.model, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def kernel(device: str) -> str:

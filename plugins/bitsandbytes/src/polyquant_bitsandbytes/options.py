@@ -10,7 +10,7 @@ from msgspec import Meta
 from polyquant.options import BackendOptions
 
 FOUR_BIT = {"quant_type": "nf4", "double_quant": False, "quant_storage": "uint8"}
-EIGHT_BIT = {"int8_threshold": 6.0, "fp32_offload": False}
+EIGHT_BIT = {"int8_threshold": 6.0}
 
 
 class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,8 +31,8 @@ class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkn
         float | None, Meta(description="8 bit: activations above it are multiplied in float16 (6.0)")
     ] = None
     fp32_offload: Annotated[
-        bool | None, Meta(description="8 bit: modules that spill to the CPU stay there in float32")
-    ] = None
+        bool, Meta(description="with offload cpu: modules that spill to the CPU stay dense there, in float32")
+    ] = False
 
     def __post_init__(self) -> None:
         own, other = (FOUR_BIT, EIGHT_BIT) if self.bits == 4 else (EIGHT_BIT, FOUR_BIT)
@@ -72,19 +72,20 @@ class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkn
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_quant_storage=self.quant_storage,
             bnb_4bit_compute_dtype=self.compute_dtype,
+            llm_int8_enable_fp32_cpu_offload=self.fp32_offload,
             llm_int8_skip_modules=skip,
         )
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         skip = stored.get("llm_int8_skip_modules")
-        values: dict[str, Any] = {"skip": tuple(skip or ()), "skip_defaults": skip is None}
+        values: dict[str, Any] = {
+            "skip": tuple(skip or ()),
+            "skip_defaults": skip is None,
+            "fp32_offload": stored.get("llm_int8_enable_fp32_cpu_offload", False),
+        }
         if stored.get("load_in_8bit"):
-            values |= {
-                "bits": 8,
-                "int8_threshold": stored.get("llm_int8_threshold", 6.0),
-                "fp32_offload": stored.get("llm_int8_enable_fp32_cpu_offload", False),
-            }
+            values |= {"bits": 8, "int8_threshold": stored.get("llm_int8_threshold", 6.0)}
         else:
             values |= {
                 "bits": 4,

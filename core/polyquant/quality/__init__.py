@@ -1,0 +1,1 @@
+"""How far a quantized model is from the dense one: pure functions on logits, which know no backend."""

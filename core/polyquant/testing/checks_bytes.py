@@ -1,0 +1,72 @@
+"""Checks of memory: what is described and planned is what is stored, and it comes back."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from polyquant import LoadedModel, checks, loading
+from polyquant.models.resolve import resolve
+from polyquant.report import total
+from polyquant.testing.check import NotApplicable, check, expect
+from polyquant.testing.models import ARCHITECTURES
+from polyquant.testing.subject import Subject
+
+
+@check(per="model", models=tuple(ARCHITECTURES), needs=("torch_module",))
+def described_bytes_are_stored_bytes(subject: Subject, preset: str, model: str) -> None:
+    """The bytes of all layers are those of all storages, found by a walk that does not ask the backend."""
+    from polyquant.memory.storage import stored_bytes
+
+    loaded = subject.loaded(preset, model)
+    layers = loaded.layers
+    described, stored = total(layers), stored_bytes(loaded.model)
+    expect(described == stored, f"{described} bytes are described, {stored} are stored")
+    for layer in layers:
+        parts = sum(layer.parts.values())
+        expect(parts == layer.stored_bytes, f"{layer.name}: its parts have {parts} bytes, it says {layer.stored_bytes}")
+
+
+@check(per="model", models=tuple(ARCHITECTURES))
+def plan_is_within_one_percent(subject: Subject, preset: str, model: str) -> None:
+    """Planned bytes are at most 1 % off the stored ones, and what is planned quantized is quantized."""
+    if not subject.handle.can("plan_layers"):
+        raise NotApplicable(f"{subject.backend} does not plan")
+    loaded = subject.load(preset, model)
+    plans = loading.plan(resolve(subject.source(preset, model)[0]), subject.handle, loaded.config)
+    stored, planned = _stored(subject, loaded), total(plans)
+    off = abs(stored - planned) / planned
+    expect(off <= checks.PLAN_TOLERANCE, f"{planned} bytes are planned, {stored} stored: {off:.2%} off")
+    quantized = {layer.name for layer in loaded.layers if layer.quantized}
+    astray = [plan.name for plan in plans if plan.quantized != (plan.name in quantized)]
+    expect(not astray, f"planned otherwise than it is: {', '.join(astray[:5])}")
+
+
+@check(needs=("torch_module",))
+def memory_comes_back(subject: Subject, preset: str) -> None:
+    """A deleted model is gone, with all its tensors, and a second load answers as the first did."""
+    first, references = _load_and_let_go(subject, preset)
+    alive = [name for name, reference in references if reference() is not None]
+    expect(not alive, f"still in memory after the model was deleted: {', '.join(alive[:5])}")
+    second, _ = _load_and_let_go(subject, preset)
+    expect(bool((first == second).all()), "a second load gives other logits")
+
+
+def _load_and_let_go(subject: Subject, preset: str) -> tuple[Any, Sequence[tuple[str, weakref.ref[Any]]]]:
+    loaded = subject.load(preset)
+    logits = loaded.logits([5, 6, 7])
+    tensors = [*loaded.model.named_parameters(), *loaded.model.named_buffers()]
+    references = [(name, weakref.ref(tensor)) for name, tensor in [("the model", loaded.model), *tensors]]
+    del loaded, tensors
+    gc.collect()
+    return logits, references
+
+
+def _stored(subject: Subject, loaded: LoadedModel) -> int:
+    if not subject.capabilities.torch_module:
+        return total(loaded.layers)
+    from polyquant.memory.storage import stored_bytes
+
+    return stored_bytes(loaded.model)

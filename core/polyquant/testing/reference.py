@@ -1,0 +1,29 @@
+"""Logits of the dense model, which quantized ones are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+
+def reference_logits(model: str, tokens: Sequence[int]) -> Any:
+    """Logits of the dense model in float32 on the CPU, (positions, vocabulary); computed once a process.
+
+    model: as `polyquant.load` takes it.
+    """
+    return _logits(model, tuple(tokens))
+
+
+@lru_cache(maxsize=2)
+def _logits(model: str, tokens: tuple[int, ...]) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from polyquant import compat
+    from polyquant.models.resolve import resolve
+
+    with compat.progress_bars(enabled=False):
+        dense = AutoModelForCausalLM.from_pretrained(resolve(model).path, **compat.dtype_argument(torch.float32)).eval()
+    with torch.inference_mode():
+        return dense(torch.tensor([list(tokens)]), use_cache=False).logits[0].float()

@@ -1,0 +1,118 @@
+"""The backend under test, with the models it is tested on. Knows no backend by name."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polyquant
+from polyquant import Backend, LoadedModel
+from polyquant.environment import choose_device
+from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError
+from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
+from polyquant.testing.models import tiny_model
+from polyquant.testing.texts import CALIBRATION, EVALUATION
+from polyquant.types import BackendInfo, Capabilities
+
+UNUSUAL = ("odd", "mixtral")  # a backend may refuse these with an error of polyquant's own
+KEPT = 40  # loaded tiny models
+EVALUATED_TOKENS = 160
+MakeCheckpoint = Callable[[Path, str, Path], Path]
+
+
+@dataclass
+class Subject:
+    """One backend on one device."""
+
+    backend: str
+    folder: Path  # for what the checks write; may be shared by subjects
+    floors: Mapping[str, Floor] = field(default_factory=dict)  # preset -> promise
+    real_model: str = "builtin:smollm2"
+    device: str = "auto"
+    make_checkpoint: MakeCheckpoint | None = None  # (dense folder, preset, out) -> checkpoint; None: the quantize hook
+    _loaded: OrderedDict[tuple[str, str], LoadedModel] = field(default_factory=OrderedDict)
+
+    @cached_property
+    def handle(self) -> Backend:
+        """The backend's handle."""
+        return polyquant.backend(self.backend)
+
+    @property
+    def info(self) -> BackendInfo:
+        """The backend's card."""
+        return self.handle.info
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it declares."""
+        return self.info.capabilities
+
+    @cached_property
+    def runs_on(self) -> str:
+        """The device of the checks. Raises NotApplicable where the backend cannot run there."""
+        device = choose_device(self.device, self.capabilities)
+        if problems := self.handle.problems(device):
+            raise NotApplicable(f"cannot run on {device} here: " + "; ".join(problem.what for problem in problems))
+        return device
+
+    def dense(self, model: str) -> str:
+        """A dense model: a tiny one by name, or the real one."""
+        return self.real_model if model == REAL else str(tiny_model(model, self.folder / "tiny"))
+
+    def source(self, preset: str, model: str) -> tuple[str, dict[str, Any]]:
+        """What to load for a preset, and with which options: dense on the fly, else a checkpoint made once."""
+        options = dict(self.info.presets[preset])
+        if self.capabilities.on_the_fly:
+            return self.dense(model), options
+        out = self.folder / "quantized" / self.backend / f"{model}-{preset}"
+        if not out.exists():
+            self._quantize(preset, model, out)
+        return str(out), {}
+
+    def load(self, preset: str, model: str = "llama", **more: Any) -> LoadedModel:
+        """Load anew. Raises NotApplicable where the backend refuses an unusual model, and says why."""
+        device = self.runs_on
+        try:
+            source, options = self.source(preset, model)
+            return polyquant.load(source, self.backend, **{"device": device, **options, **more})
+        except (BackendFailed, BrokenBackend):
+            raise
+        except PolyquantError as error:
+            if model in UNUSUAL:
+                raise NotApplicable(f"refuses {model}: {error}") from error
+            raise
+
+    def loaded(self, preset: str, model: str = "llama") -> LoadedModel:
+        """The same, kept for checks that change nothing."""
+        key = (preset, model)
+        if key not in self._loaded:
+            self._loaded[key] = self.load(preset, model)
+            while len(self._loaded) > KEPT:
+                self._loaded.popitem(last=False)
+        return self._loaded[key]
+
+    def forget(self) -> None:
+        """Let go of every loaded model."""
+        self._loaded.clear()
+
+    def tokens(self, loaded: LoadedModel, count: int = EVALUATED_TOKENS) -> Sequence[int]:
+        """The first tokens of the evaluation text."""
+        ids: list[int] = loaded.tokenizer(EVALUATION, add_special_tokens=False).input_ids
+        return ids[:count]
+
+    def _quantize(self, preset: str, model: str, out: Path) -> None:
+        options: dict[str, Any] = dict(self.info.presets[preset])
+        if self.make_checkpoint is not None:
+            self.make_checkpoint(Path(self.dense(model)), preset, out)
+        elif self.handle.can("quantize"):
+            source, device = self.dense(model), self.runs_on
+            polyquant.quantize(source, self.backend, out, calibration=CALIBRATION, device=device, **options)
+        else:
+            raise CheckFailed(
+                f"{self.backend} neither quantizes on the fly nor has a quantize hook: override make_checkpoint "
+                "in the test class to provide a small checkpoint"
+            )
