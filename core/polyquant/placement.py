@@ -42,6 +42,7 @@ def place(
             if module._parameters[short] is not None and size is not None:
                 planned = torch.empty(size, dtype=torch.uint8, device="meta")
                 module._parameters[short] = torch.nn.Parameter(planned, requires_grad=False)
+    skeleton.tie_weights()
     device_map = infer_auto_device_map(skeleton, max_memory=usable, no_split_module_classes=skeleton._no_split_modules)
     check_spill(device_map, device, offload, sum(sizes.values()), usable)
     return device_map
