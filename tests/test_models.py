@@ -58,7 +58,9 @@ def test_a_folder_without_a_config_points_to_the_gguf(tmp_path):
     with pytest.raises(ModelError, match="no config.json among notes.txt; is it a model folder"):
         resolve(tmp_path)
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"to load a GGUF, name the file: .*small\.gguf"):
+    assert resolve(tmp_path).gguf_file == "small.gguf"
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"several GGUF files, name the one to load: .*other\.gguf"):
         resolve(tmp_path)
 
 

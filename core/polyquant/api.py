@@ -145,7 +145,7 @@ def quantize(
         how, own = _split(options)
         config = handle.config(own)
         source = resolve(model, allow_pickle=how.allow_pickle, progress=how.progress)
-        request, effective, _ = loading.prepare(source, handle, config, own, how)
+        request, effective, _ = loading.prepare(source, handle, config, own, how, to_quantize=True)
         return handle.quantize(request, effective, calibration or (), out, overwrite=overwrite)
     if not handle.can("save"):
         raise UnsupportedOperation(f"{backend} cannot write checkpoints")

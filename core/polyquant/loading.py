@@ -47,11 +47,15 @@ def load(
 
 
 def prepare(
-    source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
-) -> tuple[LoadRequest, BackendOptions, list[str]]:
-    """The request and effective options of a load, and what a user should know about them."""
+    source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions,
+    *, to_quantize: bool = False,
+) -> tuple[LoadRequest, BackendOptions, list[str]]:  # fmt: skip
+    """The request and effective options of a load, and what a user should know about them.
+
+    to_quantize: the load is for the `quantize` hook, which takes a dense model whatever the backend loads.
+    """
     notes: list[str] = []
-    source, stored = _with_stored(source, backend, how, notes)
+    source, stored = _with_stored(source, backend, how, notes, to_quantize=to_quantize)
     if stored is not None:
         config = checkpoints.reconcile(source, stored, config, given)
     device = choose_device(how.device, backend.capabilities)
@@ -110,7 +114,7 @@ def plan(
 
 
 def _with_stored(
-    source: ModelSource, backend: Backend, how: LoadOptions, notes: list[str]
+    source: ModelSource, backend: Backend, how: LoadOptions, notes: list[str], *, to_quantize: bool
 ) -> tuple[ModelSource, BackendOptions | None]:
     """The source to load, and the options stored in it where it is quantized already."""
     capabilities, method = backend.capabilities, checkpoints.method_of(source)
@@ -122,7 +126,7 @@ def _with_stored(
         return check_folder(dense_from_gguf(source, progress=how.progress), source.name), None
     if method:
         return source, checkpoints.stored_options(source, backend.info, method)
-    if not capabilities.on_the_fly:
+    if not capabilities.on_the_fly and not to_quantize:
         raise CheckpointConflict(
             f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
             f"({', '.join(capabilities.loads_prequantized)}); "

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from polyquant.report import Verification
 
 console = Console(highlight=False, soft_wrap=False)
+SCHEMES_SHOWN = 8  # in a table; --json has them all
 ABILITIES = {
-    "on_the_fly": "quantizes while loading",
+    "on_the_fly": "on the fly",
     "needs_calibration": "calibrates",
     "saves": "saves",
     "trains": "trains",
@@ -88,7 +89,8 @@ def card_cells(info: BackendInfo) -> list[str]:
     return [
         info.name,
         " ".join(f"{bits:g}" for bits in can.bits),
-        " ".join(can.schemes),
+        " ".join(can.schemes[:SCHEMES_SHOWN])
+        + (f" and {more} more" if (more := len(can.schemes) - SCHEMES_SHOWN) > 0 else ""),
         " ".join(device.type for device in can.devices),
         " ".join(can.loads_prequantized),
         ", ".join(words for flag, words in ABILITIES.items() if getattr(can, flag)),

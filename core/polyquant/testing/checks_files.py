@@ -29,7 +29,7 @@ def saves_and_loads_back(subject: Subject, preset: str, model: str) -> None:
         expected = loaded.logits(tokens)
         used = loaded.save(Path(folder) / "used")
         for name, path in (("before it ran", fresh), ("after a forward pass", used)):
-            again = polyquant.load(path, device=subject.runs_on)
+            again = polyquant.load(path, subject.backend, device=subject.runs_on)
             same = bool((again.logits(tokens) == expected).all())
             expect(same, f"saved {name}, loaded back, it gives other logits")
             _expect_same(loaded, again)

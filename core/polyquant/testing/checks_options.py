@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from polyquant.errors import ConfigError
-from polyquant.options import BackendOptions, convert, describe_options
+from polyquant.options import convert, describe_options
 from polyquant.testing.check import check, expect
 from polyquant.testing.subject import Subject
 
@@ -56,18 +56,6 @@ def options_survive_conversion(subject: Subject, preset: str) -> None:
     text = {name: _as_text(value) for name, value in subject.info.presets[preset].items()}
     read = convert(subject.info.options, text, strict=False)
     expect(read == config, f"{config} became {read} when its options were read as text")
-
-
-@check()
-def options_give_the_librarys_own_config(subject: Subject, preset: str) -> None:
-    """`native()` answers with the library's own config object."""
-    config = _resolved(subject.handle.config(subject.info.presets[preset]))
-    subject.runs_on  # noqa: B018  raises where the library is not there
-    expect(config.native() is not None, "native() answers with None")
-
-
-def _resolved(config: BackendOptions) -> BackendOptions:
-    return msgspec.structs.replace(config, compute_dtype="float32")
 
 
 def _as_text(value: object) -> str:

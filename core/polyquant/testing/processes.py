@@ -11,11 +11,12 @@ from typing import Any
 from polyquant.testing.check import CheckFailed
 
 LIMIT_SECONDS = 600
+ENVIRONMENT = dict(os.environ)  # as it was before any backend was loaded here
 
 
 def run_python(code: str, *arguments: str) -> Any:
     """The JSON in the last line that `code` prints, run with this process's import path. Raises CheckFailed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", code, *arguments]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False, env=environment
