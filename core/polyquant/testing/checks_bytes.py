@@ -55,11 +55,14 @@ def memory_comes_back(subject: Subject, preset: str) -> None:
 
 
 def _load_and_let_go(subject: Subject, preset: str) -> tuple[Any, Sequence[tuple[str, weakref.ref[Any]]]]:
+    from polyquant.memory import storage
+
     loaded = subject.load(preset)
     logits = loaded.logits([5, 6, 7])
-    tensors = [*loaded.model.named_parameters(), *loaded.model.named_buffers()]
-    references = [(name, weakref.ref(tensor)) for name, tensor in [("the model", loaded.model), *tensors]]
-    del loaded, tensors
+    references = [("the model", weakref.ref(loaded.model))]
+    for name, module in loaded.model.named_modules():
+        references += [(f"{name}.{path}", weakref.ref(tensor)) for path, tensor in storage._module_tensors(module)]
+    del loaded, module
     gc.collect()
     return logits, references
 

@@ -35,6 +35,7 @@ class Subject:
     device: str = "auto"
     make_checkpoint: MakeCheckpoint | None = None  # (dense folder, preset, out) -> checkpoint; None: the quantize hook
     _loaded: OrderedDict[tuple[str, str], LoadedModel] = field(default_factory=OrderedDict)
+    _refused: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @cached_property
     def handle(self) -> Backend:
@@ -76,15 +77,18 @@ class Subject:
     def load(self, preset: str, model: str = "llama", **more: Any) -> LoadedModel:
         """Load anew. Raises NotApplicable where the backend refuses an unusual model, and says why."""
         device = self.runs_on
+        if (preset, model) in self._refused:
+            raise NotApplicable(self._refused[preset, model])
         try:
             source, options = self.source(preset, model)
             return polyquant.load(source, self.backend, **{"device": device, **options, **more})
         except (BackendFailed, BrokenBackend):
             raise
         except PolyquantError as error:
-            if model in UNUSUAL:
-                raise NotApplicable(f"refuses {model}: {error}") from error
-            raise
+            if model not in UNUSUAL:
+                raise
+            self._refused[preset, model] = f"refuses {model}: {error}"
+            raise NotApplicable(self._refused[preset, model]) from error
 
     def loaded(self, preset: str, model: str = "llama") -> LoadedModel:
         """The same, kept for checks that change nothing."""

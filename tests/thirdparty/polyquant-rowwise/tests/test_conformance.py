@@ -7,4 +7,4 @@ from polyquant.testing import BackendConformance, Floor
 
 class TestRowwise(BackendConformance):
     backend = "rowwise"
-    floors: ClassVar = {"int8": Floor(kl=0.03, top1=0.9), "int8-bf16-scales": Floor(kl=0.03, top1=0.9)}
+    floors: ClassVar = {"int8": Floor(kl=0.005, top1=0.95), "int8-bf16-scales": Floor(kl=0.005, top1=0.95)}

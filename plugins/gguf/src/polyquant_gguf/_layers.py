@@ -1,0 +1,58 @@
+"""How packed modules store their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from polyquant.memory.describe import Quantized, describe
+from polyquant.memory.roles import TIED
+from polyquant.types import LayerInfo, Role
+
+from polyquant_gguf._load import KERNEL
+from polyquant_gguf.blocks import FLOAT_DTYPES
+from polyquant_gguf.modules import Packed, PackedEmbedding
+from polyquant_gguf.planning import IN_FILE
+
+GGUF_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Packed)}
+    config = getattr(model.config, "quantization_config", None) or {}
+    from_file = config.get("type") == "file"
+    layers = describe(model, _quantized(model), skipped=config.get("skip", ()))
+    head = model.get_output_embeddings()
+    refined = [_refined(layer, packed[layer.name], head) if layer.name in packed else layer for layer in layers]
+    return [_with_reason(layer) for layer in refined] if from_file else refined
+
+
+def _quantized(model: Any) -> Any:
+    """Each storage belongs to the first module that has it: a head tied to the embedding is the embedding's."""
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Packed):
+            first.setdefault(id(module.weight), name)
+
+    def quantized(name: str, module: Any) -> Quantized | None:
+        if not isinstance(module, Packed) or not module.block.packed or first[id(module.weight)] != name:
+            return None
+        return Quantized(
+            module.logical_shape, module.block.bits, module.block.name, KERNEL, dense=("bias", "embed_scale")
+        )
+
+    return quantized
+
+
+def _refined(layer: LayerInfo, module: Packed, head: Any) -> LayerInfo:
+    """The parts of a packed matrix's description that its class name and bytes do not tell."""
+    role: Role = "head" if module is head else "embedding" if isinstance(module, PackedEmbedding) else "linear"
+    scheme = module.block.name if module.block.packed else layer.scheme
+    return msgspec.structs.replace(layer, role=role, shape=module.logical_shape, bits=module.block.bits, scheme=scheme)
+
+
+def _with_reason(layer: LayerInfo) -> LayerInfo:
+    """A matrix of a GGUF is dense because the file holds it so."""
+    if layer.quantized or layer.role not in ("linear", "head", "embedding") or layer.reason.startswith(TIED[:8]):
+        return layer
+    return msgspec.structs.replace(layer, reason=IN_FILE.format(GGUF_NAMES.get(layer.scheme, layer.scheme)))

@@ -1,0 +1,106 @@
+"""A linear layer and an embedding whose weights stay blocks; each forward pass dequantizes what it uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from polyquant_gguf.blocks import BlockType
+from polyquant_gguf.dequantize import dequantize
+
+CHUNK_WEIGHTS = {"cpu": 2**20, "other": 2**26}
+"""Weights dequantized at a time. CPU: 4 MiB in float32, so that an output head never stands in memory whole."""
+
+
+class Packed(nn.Module):
+    """A matrix of blocks: uint8 (rows, bytes a row); for F32, F16 and BF16 the numbers, (rows, in_features)."""
+
+    weight: nn.Parameter
+
+    def __init__(self, weight: Tensor | nn.Parameter, block: BlockType) -> None:
+        super().__init__()
+        self.block = block
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+
+    @property
+    def columns(self) -> int:
+        """Weights in a row."""
+        return int(self.weight.shape[1]) // (self.block.nbytes if self.block.packed else 1) * self.block.elements
+
+    @property
+    def logical_shape(self) -> tuple[int, int]:
+        """Of the weight before packing."""
+        return int(self.weight.shape[0]), self.columns
+
+    def numbers(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of `weight`, dequantized."""
+        return dequantize(rows, self.block, dtype) if self.block.packed else rows.to(dtype)
+
+
+class PackedLinear(Packed):
+    """y = x W^T + b; x (..., in_features), y (..., out_features) in the dtype of x."""
+
+    def __init__(self, weight: Tensor | nn.Parameter, block: BlockType, bias: nn.Parameter | None = None) -> None:
+        super().__init__(weight, block)
+        self.out_features, self.in_features = self.logical_shape
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = CHUNK_WEIGHTS["cpu" if x.device.type == "cpu" else "other"]
+        step = max(1, size // self.in_features)
+        if step >= self.out_features or not self.block.packed:
+            return functional.linear(x, self.numbers(self.weight, x.dtype), self.bias)
+        pieces = [functional.linear(x, self.numbers(rows, x.dtype)) for rows in self.weight.split(step)]
+        y = torch.cat(pieces, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, type={self.block.name}"
+
+
+class PackedEmbedding(Packed):
+    """Rows of the table for token ids, (...) to (..., embedding_dim); only those rows are dequantized."""
+
+    def __init__(self, weight: Tensor | nn.Parameter, block: BlockType, dtype: torch.dtype, scale: Any = None) -> None:
+        super().__init__(weight, block)
+        self.num_embeddings, self.embedding_dim = self.logical_shape
+        self.dtype = dtype
+        self.register_buffer("embed_scale", scale, persistent=False)  # Gemma's
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.numbers(self.weight.index_select(0, ids.reshape(-1)), self.dtype)
+        found = rows.view(*ids.shape, self.embedding_dim)
+        return found if self.embed_scale is None else found * self.embed_scale.to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, type={self.block.name}"
+
+
+def replace(model: nn.Module, name: str, weight: Tensor | nn.Parameter, block: BlockType, dtype: torch.dtype) -> None:
+    """Put `weight` in place of the dense matrix `name`, such as model.layers.0.mlp.up_proj.weight.
+
+    Raises TypeError where its module is neither a linear layer nor an embedding.
+    """
+    module_name = name.removesuffix(".weight")
+    module = model.get_submodule(module_name)
+    new: Packed
+    if isinstance(module, (nn.Linear, PackedLinear)):
+        new = PackedLinear(weight, block, module.bias)
+    elif isinstance(module, nn.Embedding):
+        new = PackedEmbedding(weight, block, dtype, getattr(module, "embed_scale", None))
+    else:
+        raise TypeError(f"{name} belongs to a {type(module).__name__}, which cannot be packed")
+    model.set_submodule(module_name, new)
+
+
+def share_tied(model: nn.Module, tied: dict[str, str], dtype: torch.dtype) -> None:
+    """Let each tied matrix be its origin's, packed or not. tied: name -> origin."""
+    for name, origin in tied.items():
+        home = model.get_submodule(origin.removesuffix(".weight"))
+        if isinstance(home, Packed):
+            replace(model, name, home.weight, home.block, dtype)
+        else:
+            model.get_submodule(name.removesuffix(".weight")).weight = home.weight

@@ -1,0 +1,78 @@
+"""Options of the GGUF backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+from polyquant.options import BackendOptions
+
+from polyquant_gguf.blocks import TYPES
+from polyquant_gguf.reading import read_header
+
+OPTIONS_KEY = "polyquant.options"  # metadata of a GGUF that polyquant wrote: the options it was made with, as JSON
+Quantizable = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
+"""The types the gguf package quantizes to; the others only llama.cpp does."""
+
+
+class GgufOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A block type for a dense checkpoint; for a GGUF file `type` is 'file': each tensor keeps its own."""
+
+    type: Annotated[
+        Quantizable | Literal["file"],
+        Meta(description="block type of quantized weights; file: what the GGUF holds, tensor by tensor"),
+    ] = "Q4_0"
+    embedding_type: Annotated[
+        Quantizable | Literal["dense", "file"] | None,
+        Meta(description="block type of the embedding and of an output head tied to it; dense where left out"),
+    ] = None
+    file: Annotated[str, Meta(description="the GGUF whose types apply; filled in when one is loaded")] = ""
+
+    def __post_init__(self) -> None:
+        if self.embedding_type is None:
+            msgspec.structs.force_setattr(self, "embedding_type", "file" if self.type == "file" else "dense")
+        if (self.type == "file") != (self.embedding_type == "file"):
+            raise ValueError(
+                "a GGUF's types come with its file, for all tensors: type and embedding_type are both 'file'"
+            )
+        if self.file and self.type != "file":
+            raise ValueError("file belongs to type 'file'")
+
+    @property
+    def weight_bits(self) -> float:
+        """Of the type; for a file, of the type that most of its weights have."""
+        if self.type != "file":
+            return TYPES[self.type].bits
+        if not self.file:
+            return 0.0
+        sizes: dict[float, int] = {}
+        for entry in read_header(Path(self.file)).tensors.values():
+            if len(entry.shape) > 1:
+                sizes[entry.type.bits] = sizes.get(entry.type.bits, 0) + entry.nbytes // entry.type.nbytes
+        return max(sizes, key=lambda bits: sizes[bits], default=0.0)
+
+    def native(self) -> dict[str, Any]:
+        """What the loaded model's config carries as `quantization_config`."""
+        return {"quant_method": "gguf", **msgspec.to_builtins(self)}
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        """stored: {"gguf_file": its path} for a GGUF file, or what `native` gives.
+
+        A file that polyquant wrote holds the options it was made with; any other has the type 'file'.
+        """
+        own = {name: value for name, value in stored.items() if name not in ("quant_method", "gguf_file")}
+        try:
+            if path := stored.get("gguf_file"):
+                written = read_header(Path(path)).metadata.get(OPTIONS_KEY)
+                if written is None:
+                    return cls(type="file", file=str(path))
+                own = msgspec.json.decode(written)
+                if own.get("type", "file") == "file":
+                    raise ValueError(f"its {OPTIONS_KEY} name no type")
+            return msgspec.convert({"type": "file", **own}, cls)
+        except (msgspec.MsgspecError, AttributeError) as error:
+            raise ValueError(f"unreadable {OPTIONS_KEY}: {error}") from error

@@ -1,0 +1,84 @@
+"""Bytes of each tensor: from the file's own types, or from shapes for a checkpoint that is quantized while loading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import msgspec
+from polyquant.errors import ConfigError
+from polyquant.memory.planned import plan_dense
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_gguf.blocks import FLOAT_DTYPES, TYPES, BlockType
+from polyquant_gguf.names import place
+from polyquant_gguf.options import GgufOptions
+from polyquant_gguf.reading import read_header
+
+IN_FILE = "the file holds it as {}, no blocks"
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: GgufOptions) -> list[LayerPlan]:
+    types = file_types(weights, config) if config.type == "file" else quantized_types(weights, config)
+    return [
+        _plan(weight, types[weight.name], config) if weight.name in types else plan_dense(weight, config)
+        for weight in weights
+    ]
+
+
+def file_types(weights: Sequence[WeightInfo], config: GgufOptions) -> dict[str, BlockType]:
+    """Matrix name -> its type in the file. Raises ConfigError where the options name no file."""
+    if not config.file:
+        raise ConfigError("type 'file' takes its types from a GGUF: give one as the model, or name it with file=")
+    shapes = {weight.name: weight.shape for weight in weights if weight.role != "buffer" and not weight.tied_to}
+    placed = place(read_header(Path(config.file)), shapes)
+    return {name: found.entry.type for name, found in placed.items() if len(found.shape) > 1}
+
+
+def quantized_types(weights: Sequence[WeightInfo], config: GgufOptions) -> dict[str, BlockType]:
+    """Matrix name -> the type it is going to have. Raises ConfigError where its rows are not whole blocks."""
+    if config.type == "file":
+        raise ConfigError("type 'file' is for GGUF files; for a dense checkpoint choose a block type, such as Q4_0")
+    types = {}
+    for weight in weights:
+        chosen = _chosen(weight, config)
+        if chosen is None:
+            continue
+        block = TYPES[chosen]
+        if weight.shape[-1] % block.elements:
+            module = weight.name.rpartition(".")[0]
+            raise ConfigError(
+                f"{module} has {weight.shape[-1]} inputs, and {chosen} blocks hold {block.elements} weights; "
+                f"keep it dense with skip=({module!r},), or choose a type with smaller blocks (32: Q4_0, Q8_0, ...)"
+            )
+        types[weight.name] = block
+    return types
+
+
+def _chosen(weight: WeightInfo, config: GgufOptions) -> str | None:
+    """The type for a weight, or None where it stays dense."""
+    if weight.tied_to or len(weight.shape) != 2:
+        return None
+    if weight.module == "Embedding" or weight.module.endswith("ScaledWordEmbedding"):
+        return None if config.embedding_type == "dense" else config.embedding_type
+    skipped = weight.name.rpartition(".")[0] in config.skip or (
+        config.skip_defaults and not config.skip and weight.default_skip
+    )
+    return config.type if weight.module == "Linear" and not skipped else None
+
+
+def _plan(weight: WeightInfo, block: BlockType, config: GgufOptions) -> LayerPlan:
+    rows = prod(weight.shape[:-1])
+    if not block.packed:
+        dense = plan_dense(msgspec.structs.replace(weight, dtype=FLOAT_DTYPES[block.name]), config)
+        return msgspec.structs.replace(dense, reason=IN_FILE.format(block.name))
+    return LayerPlan(
+        name=weight.name,
+        shape=weight.shape,
+        role=weight.role,
+        stored_bytes=rows * block.row_bytes(weight.shape[-1]),
+        bits=block.bits,
+        scheme=block.name,
+        quantized=True,
+    )

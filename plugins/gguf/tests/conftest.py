@@ -1,0 +1,114 @@
+"""Small models of each architecture, written as GGUF files the way llama.cpp's converter lays them out."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from polyquant_gguf import metadata
+from polyquant_gguf.blocks import TYPES
+from polyquant_gguf.names import ARCHITECTURES, gguf_names
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+CLASSES = {
+    "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "starcoder2": "Starcoder2",
+    "stablelm": "StableLm", "gemma2": "Gemma2", "gemma3": "Gemma3", "nemotron": "Nemotron",
+}  # fmt: skip
+
+
+def tiny(architecture: str, **more: object) -> torch.nn.Module:
+    """A dense float32 model with random weights, norms that are not ones and biases that are not zero."""
+    name = CLASSES[architecture]
+    config_name = "Gemma3TextConfig" if architecture == "gemma3" else f"{name}Config"
+    config = getattr(transformers, config_name)(**{**SIZES, **more})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.add_(torch.randn_like(tensor) * (0.3 if tensor.dim() == 1 else 0.1))
+    return model
+
+
+def as_llama_cpp(name: str, tensor: torch.Tensor, architecture: str, config: object) -> torch.Tensor:
+    """What convert_hf_to_gguf.py does to a tensor: LlamaModel.permute, Gemma's and Nemotron's norms plus one."""
+    if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+        shape = tensor.shape
+        return tensor.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+    if architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
+        return tensor + 1
+    return tensor
+
+
+def write_gguf(
+    path: Path, model: torch.nn.Module, architecture: str, kind: str = "F32", more: dict = {}, **extra: object
+) -> Path:
+    """kind: type of the matrices whose rows are whole blocks; vectors are F32. more: keys; extra: tensors to add."""
+    writer = GGUFWriter(path, architecture)
+    keys = metadata.model_keys(model.config, architecture) | metadata.token_ids(model.config)
+    if "vocab_size" not in metadata.model_keys(model.config, architecture):
+        keys[f"{architecture}.vocab_size"] = model.config.vocab_size
+    tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["! !"]}
+    alphabet = [chr(code) for code in range(33, 127)] + ["!!", "Ġ"]
+    keys |= tokens | {"tokenizer.ggml.tokens": alphabet[: model.config.vocab_size]}
+    for key, value in (keys | more).items():
+        metadata.add(writer, key, value)
+    tied = set(model.all_tied_weights_keys)
+    tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if name not in tied}
+    names = gguf_names(architecture, model.config.num_hidden_layers, tensors)
+    stored = {names[name]: as_llama_cpp(name, tensor, architecture, model.config) for name, tensor in tensors.items()}
+    stored |= {name.replace("__", "."): tensor for name, tensor in extra.items()}
+    for name, tensor in stored.items():
+        chosen = kind if tensor.dim() == 2 and tensor.shape[1] % TYPES[kind].elements == 0 else "F32"
+        numbers = tensor.contiguous().numpy()
+        writer.add_tensor(
+            name, quants.quantize(numbers, GGMLQuantizationType[chosen]), raw_dtype=GGMLQuantizationType[chosen]
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[torch.nn.Module, Path]:
+    """A dense llama and its Q8_0 file."""
+    model = tiny("llama", tie_word_embeddings=False)
+    return model, write_gguf(tmp_path / "llama.gguf", model, "llama", "Q8_0")
+
+
+@pytest.fixture
+def patched(llama: tuple[torch.nn.Module, Path]) -> Callable[[bytes, bytes], Path]:
+    """The llama file with bytes replaced once."""
+    _, path = llama
+
+    def patch(old: bytes, new: bytes) -> Path:
+        content = path.read_bytes()
+        assert content.count(old) >= 1
+        path.write_bytes(content.replace(old, new, 1))
+        return path
+
+    return patch
+
+
+def row(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    """A row of the tensor table; shape as torch has it."""
+    sizes = struct.pack(f"<{len(shape)}Q", *shape[::-1])
+    return (
+        struct.pack("<Q", len(name))
+        + name.encode()
+        + struct.pack("<I", len(shape))
+        + sizes
+        + struct.pack("<IQ", kind, offset)
+    )

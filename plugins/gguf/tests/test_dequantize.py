@@ -1,0 +1,65 @@
+"""Every block type against gguf.quants: blocks of random bytes, so that every field takes every value."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from polyquant_gguf.blocks import TYPES
+from polyquant_gguf.dequantize import BLOCKS, dequantize
+
+PACKED = [name for name, block in TYPES.items() if block.packed]
+QUANTIZABLE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
+FLOAT16_AT = {  # byte positions of float16 fields, which random bytes would make NaN or infinite
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
+    "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (), "IQ1_M": (),
+}  # fmt: skip
+
+
+def random_blocks(name: str, count: int) -> np.ndarray:
+    rng = np.random.default_rng(7)
+    blocks = rng.integers(0, 256, (count, TYPES[name].nbytes), dtype=np.uint8)
+    for at in FLOAT16_AT.get(name, (0,)):
+        blocks[:, at : at + 2] = rng.normal(0, 0.02, (count, 1)).astype(np.float16).view(np.uint8)
+    if name == "IQ1_M":
+        blocks[:, 55] &= 0x3F  # top nibble of the scale: no infinities
+    if name == "MXFP4":
+        blocks[:, 0] %= 240  # an exponent; beyond, the reference overflows
+    return blocks
+
+
+def test_sizes_are_ggmls() -> None:
+    for name, block in TYPES.items():
+        kind = GGMLQuantizationType[name]
+        assert (block.id, (block.elements, block.nbytes)) == (kind.value, gguf.GGML_QUANT_SIZES[kind])
+
+
+def test_every_type_gguf_dequantizes_is_there() -> None:
+    assert {kind.name for kind in quants._type_traits} == set(PACKED) | {"BF16"}
+    assert set(BLOCKS) == set(PACKED)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_random_blocks_bit_for_bit(name: str) -> None:
+    blocks = random_blocks(name, 3 * 512)
+    rows = blocks.reshape(512, -1)
+    expected = quants.dequantize(rows, GGMLQuantizationType[name])
+    found = dequantize(torch.from_numpy(rows.copy()), TYPES[name], torch.float32)
+    assert found.shape == (512, 3 * TYPES[name].elements)
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", QUANTIZABLE)
+def test_quantized_weights_bit_for_bit(name: str) -> None:
+    weights = np.random.default_rng(3).normal(0, 0.05, (16, 512)).astype(np.float32)
+    rows = quants.quantize(weights, GGMLQuantizationType[name])
+    found = dequantize(torch.from_numpy(rows), TYPES[name], torch.float32)
+    np.testing.assert_array_equal(found.numpy(), quants.dequantize(rows, GGMLQuantizationType[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_round_the_float32_result_once(dtype: torch.dtype) -> None:
+    rows = torch.from_numpy(random_blocks("Q4_K", 8))
+    exact = dequantize(rows, TYPES["Q4_K"], torch.float32)
+    assert torch.equal(dequantize(rows, TYPES["Q4_K"], dtype), exact.to(dtype))

@@ -1,0 +1,330 @@
+"""GGUF files: loaded as the dense model they were made of, packed; saved byte for byte; refused where they lie."""
+
+import polyquant
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError, ModelError, SaveError
+from polyquant.testing.models import tiny_model
+from polyquant_gguf import metadata, modules
+from polyquant_gguf.blocks import TYPES
+from polyquant_gguf.names import ARCHITECTURES
+from polyquant_gguf.reading import read_header
+from transformers import AutoModelForCausalLM
+
+from .conftest import row, tiny, write_gguf
+
+IDS = [5, 17, 40, 3, 3, 88, 21, 60]
+PARTICULARS = {  # what transformers reads of a GGUF's config leaves these to the class's defaults
+    "qwen3": {"head_dim": 128}, "gemma2": {}, "gemma3": {}, "stablelm": {}, "phi3": {}, "nemotron": {}, "starcoder2": {},
+}  # fmt: skip
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([IDS])).logits[0].float()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_architecture_is_the_model_it_was_made_of(architecture, tied, tmp_path):
+    tied = tied or architecture == "gemma2"  # which GGUF has with tied embeddings only
+    dense = tiny(architecture, tie_word_embeddings=tied, **PARTICULARS.get(architecture, {}))
+    path = write_gguf(tmp_path / "model.gguf", dense, architecture)
+    with pytest.raises(DenseModelError):
+        polyquant.load(path, "gguf")
+    loaded = polyquant.load(path, "gguf", allow_dequantize=True)
+    torch.testing.assert_close(logits(loaded.model), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_equals_transformers_dequantized(architecture, tmp_path):
+    dense = tiny(architecture, tie_word_embeddings=architecture == "gemma2", **PARTICULARS.get(architecture, {}))
+    path = write_gguf(tmp_path / "model.gguf", dense, architecture, "Q5_1")
+    loaded = polyquant.load(path, "gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(loaded.model), logits(theirs), rtol=1e-5, atol=1e-5)
+    packed = [module for module in loaded.model.modules() if isinstance(module, modules.Packed)]
+    assert packed and all(module.weight.dtype == torch.uint8 for module in packed)
+    assert polyquant.verify(loaded).memory.weights_stored_bytes < 1.1 * path.stat().st_size
+
+
+def test_llama_3_rope_factors_scale_the_rotary_frequencies(tmp_path):
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 32}  # fmt: skip
+    dense = tiny("llama", rope_parameters=scaled, tie_word_embeddings=True)
+    plain = tiny("llama", tie_word_embeddings=True)
+    factors = plain.model.rotary_emb.inv_freq / dense.model.rotary_emb.inv_freq
+    assert factors.max() > 1
+    path = write_gguf(tmp_path / "model.gguf", dense, "llama", "Q8_0", rope_freqs__weight=factors)
+    loaded = polyquant.load(path, "gguf")
+    torch.testing.assert_close(loaded.model.model.rotary_emb.inv_freq, dense.model.rotary_emb.inv_freq)
+
+
+def test_types_that_are_no_blocks_stay_as_they_are(llama, tmp_path):
+    dense, _ = llama
+    path = write_gguf(tmp_path / "half.gguf", dense, "llama", "F16")
+    loaded = polyquant.load(path, "gguf", allow_dequantize=True)
+    report = polyquant.verify(loaded)
+    matrices = [layer for layer in report.layers if layer.role in ("linear", "head", "embedding")]
+    assert {(layer.scheme, layer.quantized, layer.reason) for layer in matrices} == {
+        ("float16", False, "the file holds it as F16, no blocks")
+    }
+    assert report.memory.weights_stored_bytes == report.memory.weights_planned_bytes < 1.1 * path.stat().st_size
+
+
+def test_a_file_saves_as_itself(llama, tmp_path):
+    _, path = llama
+    for dtype in ("float32", "bfloat16"):
+        loaded = polyquant.load(path, "gguf", compute_dtype=dtype)
+        loaded.logits(IDS)
+        out = loaded.save(tmp_path / dtype)
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_was_changed_in_memory_is_saved(llama, tmp_path):
+    _, path = llama
+    loaded = polyquant.load(path, "gguf")
+    with torch.no_grad():
+        loaded.model.model.norm.weight.mul_(1.5)
+        loaded.model.model.layers[0].self_attn.q_proj.weight[0, 2:].fill_(7)
+    expected = loaded.logits(IDS)
+    again = polyquant.load(loaded.save(tmp_path / "out"))
+    assert torch.equal(again.logits(IDS), expected)
+
+
+def test_packed_rows_are_embedded_one_by_one():
+    numbers = torch.randn(50, 64)
+    block = TYPES["Q8_0"]
+    weight = torch.from_numpy(quants.quantize(numbers.numpy(), GGMLQuantizationType.Q8_0))
+    table = modules.PackedEmbedding(weight, block, torch.float32)
+    ids = torch.tensor([[3, 3], [49, 0]])
+    assert torch.equal(table(ids), table.numbers(weight, torch.float32)[ids])
+
+
+def test_a_matrix_in_pieces_multiplies_as_a_whole(monkeypatch):
+    weight = torch.from_numpy(quants.quantize(torch.randn(70, 64).numpy(), GGMLQuantizationType.Q4_1))
+    bias = torch.nn.Parameter(torch.randn(70))
+    layer = modules.PackedLinear(weight, TYPES["Q4_1"], bias)
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    whole = layer(x)
+    monkeypatch.setitem(modules.CHUNK_WEIGHTS, "cpu", 64 * 16)
+    torch.testing.assert_close(layer(x), whole)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+# on the fly
+
+
+def test_the_embedding_is_packed_on_request_with_the_head_tied_to_it(tmp_path):
+    loaded = polyquant.load(tiny_model("llama-tied", tmp_path), "gguf", type="Q4_0", embedding_type="Q8_0")
+    layers = {layer.name: layer for layer in loaded.layers}
+    embedding, head = layers["model.embed_tokens.weight"], layers["lm_head.weight"]
+    assert (embedding.scheme, embedding.quantized, embedding.role) == ("Q8_0", True, "embedding")
+    assert (head.reason, head.stored_bytes, head.shape) == ("tied to model.embed_tokens.weight", 0, embedding.shape)
+    assert polyquant.verify(loaded).passed
+    again = polyquant.load(loaded.save(tmp_path / "out"))
+    assert again.config == loaded.config and torch.equal(again.logits(IDS), loaded.logits(IDS))
+
+
+def test_a_written_file_reads_in_transformers(tmp_path):
+    loaded = polyquant.load(tiny_model("llama", tmp_path), "gguf", type="Q5_0")
+    out = loaded.save(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(theirs), loaded.logits(IDS))
+
+
+def test_a_tokenizer_gguf_cannot_express_is_written_beside(tmp_path):
+    from tokenizers import normalizers
+
+    loaded = polyquant.load(tiny_model("llama", tmp_path), "gguf")
+    loaded.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    out = loaded.save(tmp_path / "out")
+    assert any("cannot express this tokenizer" in note for note in loaded.notes)
+    again = polyquant.load(out)
+    assert again.tokenizer("Lake LAKE").input_ids == loaded.tokenizer("lake lake").input_ids
+
+
+def test_rows_that_are_no_whole_blocks_are_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj has \d+ inputs, and TQ1_0 blocks hold 256"):
+        polyquant.load(tiny_model("odd", tmp_path), "gguf", type="TQ1_0")
+
+
+def test_models_without_a_gguf_form_are_not_written(tmp_path):
+    loaded = polyquant.load(tiny_model("mixtral", tmp_path), "gguf", type="Q4_0")
+    with pytest.raises(SaveError, match="no GGUF can be written for 'mixtral'"):
+        loaded.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_types_are_the_files(llama):
+    _, path = llama
+    with pytest.raises(CheckpointConflict, match="type: requested 'Q4_0', stored 'file'"):
+        polyquant.load(path, "gguf", type="Q4_0")
+    assert polyquant.load(path, "gguf").config.weight_bits == 8
+
+
+def test_type_file_needs_a_file(tmp_path):
+    with pytest.raises(ConfigError, match="type 'file' is for GGUF files"):
+        polyquant.load(tiny_model("llama", tmp_path), "gguf", type="file")
+
+
+# bad files: a ModelError each, before memory is taken
+
+
+def test_every_cut_of_a_file_is_refused(llama):
+    _, path = llama
+    whole = path.read_bytes()
+    header = min(entry.start for entry in read_header(path).tensors.values())
+    for end in [*range(4, header, 97), header, len(whole) - 1]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(ModelError):
+            read_header(path)
+
+
+def test_random_damage_to_the_header_never_escapes(llama):
+    import random
+
+    _, path = llama
+    whole, header = path.read_bytes(), min(entry.start for entry in read_header(path).tensors.values())
+    chance = random.Random(5)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[chance.randrange(header)] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_header(path)
+        except ModelError:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": (2**62, 64)}, "should have .* bytes"),
+        ({"shape": (2**63, 2**63)}, "should have .* bytes|the shape"),
+        ({"shape": (96, 63)}, "blocks hold 32 weights"),
+        ({"shape": (0, 64)}, "has the shape"),
+        ({"shape": (96, 32)}, "has the shape .* its metadata say"),
+        ({"kind": 31}, "has ggml type 31; types that can be read: F32"),
+        ({"offset": 2**63}, "should have .* bytes at"),
+        ({"offset": 7}, "should have .* bytes at"),
+    ],
+)
+def test_a_lying_tensor_table(llama, change, message):
+    _, path = llama
+    entry = read_header(path).tensors["output.weight"]
+    begin = min(other.start for other in read_header(path).tensors.values())
+    true = {"shape": entry.shape, "kind": entry.type.id, "offset": entry.start - begin}
+    content, old = path.read_bytes(), row("output.weight", **true)
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, row("output.weight", **{**true, **change})))
+    with pytest.raises(ModelError, match=message):
+        polyquant.load(path, "gguf")
+
+
+def test_overlapping_tensors(llama):
+    _, path = llama
+    header = read_header(path)
+    begin = min(other.start for other in header.tensors.values())
+    one, two = header.tensors["blk.0.attn_q.weight"], header.tensors["blk.1.attn_q.weight"]
+    old = row(two.name, two.shape, two.type.id, two.start - begin)
+    path.write_bytes(path.read_bytes().replace(old, row(two.name, two.shape, two.type.id, one.start - begin)))
+    with pytest.raises(ModelError, match="overlap"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"GGUF\x03\x00\x00\x00", b"GGUF\x01\x00\x00\x00", "its version is 1"),
+        (b"GGUF\x03\x00\x00\x00", b"GGUF\x00\x00\x00\x03", "a big-endian file"),
+        (b"GGUF\x03\x00\x00\x00", b"GGUF\x03\x00\x00\x00" + b"\xff" * 7 + b"\x7f", "it claims .* tensors"),
+        (b"general.architecture", b"general.architecturE", "no general.architecture"),
+        (b"\x0d" + b"\0" * 7 + b"output.weight", b"\x0d" + b"\0" * 7 + b"outpuT.weight", "lacks 1 tensors of the model: lm_head.weight|has no place"),
+        (b"llama.block_count\x04\x00\x00\x00\x02", b"llama.block_count\x04\x00\x00\x00\x01", "has no place for"),
+        (b"llama.block_count\x04\x00\x00\x00\x02", b"llama.block_count\x04\x00\x00\xff\xff", "block_count"),
+        (b"llama.attention.head_count_kv\x04\x00\x00\x00\x02", b"llama.attention.head_count_kv\x04\x00\x00\x00\x03", "."),
+        (b"llama.embedding_length\x04\x00\x00\x00\x40", b"llama.embedding_length\x04\x00\x00\x00\x00", "."),
+    ],
+)  # fmt: skip
+def test_bad_headers(patched, old, new, message):
+    with pytest.raises(ModelError, match=message):
+        polyquant.load(patched(old, new), "gguf")
+
+
+def test_architectures_that_would_load_wrong_are_refused(tmp_path):
+    from gguf import GGUFWriter
+
+    for extra, message in (
+        ({}, "the architecture 'falcon'; this backend reads llama"),
+        ({"expert_count": 8}, "a mixture of 8 experts"),
+        ({"rope.scaling.type": "yarn"}, "scales its rotary positions"),
+        ({"rope.scale_linear": 2.0}, "scales its rotary positions .linear"),
+    ):
+        writer = GGUFWriter(tmp_path / "x.gguf", "llama" if extra else "falcon")
+        for key, value in extra.items():
+            metadata.add(writer, f"llama.{key}", value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(ModelError, match=message):
+            polyquant.load(tmp_path / "x.gguf", "gguf")
+
+
+def test_a_rotary_width_that_transformers_does_not_read_is_refused(tmp_path):
+    dense = tiny("stablelm", tie_word_embeddings=False)
+    path = write_gguf(tmp_path / "x.gguf", dense, "stablelm", "Q8_0", {"stablelm.rope.dimension_count": 8})
+    with pytest.raises(ModelError, match="rotates 8 dimensions of each head"):
+        polyquant.load(path, "gguf")
+
+
+def test_tensors_without_a_place_are_refused(llama, tmp_path):
+    dense, _ = llama
+    path = write_gguf(tmp_path / "more.gguf", dense, "llama", blk__0__extra__weight=torch.ones(64))
+    with pytest.raises(ModelError, match="no place for: blk.0.extra.weight"):
+        polyquant.load(path, "gguf")
+
+
+def test_one_part_of_a_split_file(tmp_path):
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="one of 3 parts"):
+        polyquant.load(tmp_path / "x.gguf", "gguf")
+
+
+def test_options_in_a_file_must_fit_its_types(tmp_path):
+    out = polyquant.load(tiny_model("llama", tmp_path), "gguf", type="Q4_0").save(tmp_path / "out")
+    path = out / "model.gguf"
+    path.write_bytes(path.read_bytes().replace(b'"type":"Q4_0"', b'"type":"Q4_1"', 1))
+    with pytest.raises(ModelError, match="contradicts the options stored in the file"):
+        polyquant.load(out)
+    path.write_bytes(path.read_bytes().replace(b'"type":"Q4_1"', b'"type":"Q9_1"', 1))
+    with pytest.raises(ModelError, match="polyquant.options"):
+        polyquant.load(out)
+
+
+@pytest.mark.real
+def test_the_packaged_model_packed_is_the_dense_one():
+    from polyquant.models.builtin import dense_folder, packaged_gguf
+
+    path = packaged_gguf("builtin:smollm2")
+    loaded = polyquant.load(path, "gguf")
+    report = polyquant.verify(loaded, max_new_tokens=8)
+    assert report.passed, report.failures
+    assert report.memory.weights_stored_bytes <= 1.1 * path.stat().st_size
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder("builtin:smollm2"), dtype=torch.float32).eval()
+    ids = loaded.tokenizer("The old lighthouse keeper counted 17 ships before the fog closed in.").input_ids
+    with torch.inference_mode():
+        reference = dense(torch.tensor([ids])).logits[0].log_softmax(-1)
+    kl = (reference.exp() * (reference - loaded.logits(ids).log_softmax(-1))).sum(-1).mean()
+    assert kl < 1e-3

@@ -1,0 +1,419 @@
+"""Copies of the rowwise backend, each with one promise broken: what the conformance suite must find.
+
+And variants that break none, to see that the suite asks of a backend only what it declares.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import msgspec
+from polyquant import LoadedModel, hookimpl
+from polyquant.errors import ConfigError, ModelError
+from polyquant.options import BackendOptions, convert
+from polyquant_rowwise.options import RowwiseOptions
+from polyquant_rowwise.plugin import CAPABILITIES, RowwiseBackend
+
+PLUGINS = {}  # name of the backend -> value of its entry point
+BREAKS = {}  # name of the backend -> the check that must fail
+
+
+class Variant(RowwiseBackend):
+    name = ""
+    options = RowwiseOptions
+    card = {}
+    capabilities = {}
+
+    @hookimpl
+    def backend_info(self):
+        capabilities = msgspec.structs.replace(CAPABILITIES, **self.capabilities)
+        changes = {"name": self.name, "options": self.options, "capabilities": capabilities, **self.card}
+        return msgspec.structs.replace(super().backend_info(), presets={"int8": {"bits": 8}}, **changes)
+
+    @hookimpl
+    def build_config(self, options):
+        return convert(self.options, options)
+
+
+def plugin(breaks=""):
+    def register(cls):
+        cls.name = f"rowwise-{cls.__name__.lower()}"
+        cls.plugin = cls()
+        PLUGINS[cls.name] = f"rowwise_mutants:{cls.__name__}.plugin"
+        if breaks:
+            BREAKS[cls.name] = breaks
+        return cls
+
+    return register
+
+
+def become(cls, loaded):
+    """`loaded` as an object of a subclass of LoadedModel."""
+    return cls(**{field.name: getattr(loaded, field.name) for field in fields(LoadedModel)})
+
+
+def redescribe(change, layers):
+    """The layers, those that `change` answers for replaced."""
+    return [msgspec.structs.replace(layer, **(change(layer) or {})) for layer in layers]
+
+
+# the card, the hooks, the environment
+
+
+@plugin(breaks="imports_nothing_heavy")
+class Heavy(Variant):
+    @hookimpl
+    def backend_info(self):
+        import torch  # noqa: F401
+
+        return super().backend_info()
+
+
+@plugin(breaks="card_is_complete")
+class Undocumented(Variant):
+    card = {"docs": "see the readme"}
+
+
+@plugin(breaks="capabilities_have_their_hooks")
+class Modest(Variant):
+    capabilities = {"trains": False}
+
+
+@plugin(breaks="hooks_fit_the_specification")
+class Defaults(Variant):
+    @hookimpl
+    def plan_layers(self, weights, config, verbose=False):
+        return super().plan_layers(weights, config)
+
+
+@plugin(breaks="no_device_is_a_problem")
+class Raises(Variant):
+    @hookimpl
+    def validate_environment(self, device):
+        if device == "nonsense":
+            raise RuntimeError(device)
+        return super().validate_environment(device)
+
+
+@plugin(breaks="environment_check_is_quiet")
+class Prints(Variant):
+    @hookimpl
+    def validate_environment(self, device):
+        print("checking", device)
+        return super().validate_environment(device)
+
+
+# options
+
+
+@plugin(breaks="unknown_options_are_refused")
+class Tolerant(Variant):
+    @hookimpl
+    def build_config(self, options):
+        known = RowwiseOptions.__struct_fields__
+        return convert(RowwiseOptions, {name: value for name, value in options.items() if name in known})
+
+
+@plugin(breaks="wrong_values_are_refused")
+class Guesses(Variant):
+    @hookimpl
+    def build_config(self, options):
+        try:
+            return convert(RowwiseOptions, options)
+        except ConfigError as error:
+            if "must be" in str(error):
+                return RowwiseOptions()
+            raise
+
+
+class LooseOptions(RowwiseOptions, frozen=False, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+@plugin(breaks="options_are_frozen")
+class Loose(Variant):
+    options = LooseOptions
+
+
+@plugin(breaks="options_survive_conversion")
+class Changes(Variant):
+    @hookimpl
+    def build_config(self, options):
+        config = super().build_config(options)
+        return msgspec.structs.replace(config, scale_dtype="bfloat16") if "scale_dtype" in options else config
+
+
+@plugin(breaks="a_skip_pattern_without_a_match_is_refused")
+class Forgiving(Variant):
+    @hookimpl
+    def build_config(self, options):
+        config = super().build_config(options)
+        return msgspec.structs.replace(config, skip=tuple(name for name in config.skip if "layers" in name))
+
+
+class FreeOptions(RowwiseOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    load_time = frozenset(BackendOptions.__struct_fields__)
+
+
+@plugin(breaks="contradicting_options_are_refused")
+class Agrees(Variant):
+    options = FreeOptions
+
+
+# loading
+
+
+class Loads(Variant):
+    """Changes what was loaded."""
+
+    def after(self, loaded):
+        raise NotImplementedError
+
+    @hookimpl
+    def load(self, request, config):
+        loaded = super().load(request, config)
+        return self.after(loaded) or loaded
+
+
+@plugin(breaks="loads")
+class Nameless(Loads):
+    def after(self, loaded):
+        loaded.kernel = ""
+
+
+@plugin(breaks="is_in_eval_mode")
+class Training(Loads):
+    def after(self, loaded):
+        loaded.model.model.norm.train()
+
+
+@plugin(breaks="config_is_the_effective_one")
+class Otherwise(Loads):
+    def after(self, loaded):
+        loaded.model.config.quantization_config["scale_dtype"] = "bfloat16"
+
+
+@plugin(breaks="runs_on_every_declared_device")
+class Elsewhere(Variant):
+    @hookimpl
+    def describe_layers(self, model):
+        return redescribe(
+            lambda layer: {"device": "meta"} if layer.role == "vector" else None, super().describe_layers(model)
+        )
+
+
+@plugin(breaks="load_leaves_global_state_alone")
+class Leaks(Loads):
+    def after(self, loaded):
+        os.environ["ROWWISE_WAS_HERE"] = "1"
+
+
+@plugin(breaks="memory_comes_back")
+class Keeps(Loads):
+    kept = []
+
+    def after(self, loaded):
+        self.kept[:] = [loaded.model]
+
+
+# outputs
+
+
+class Squeezed(LoadedModel):
+    def logits(self, tokens):
+        return super().logits(tokens).squeeze(0)
+
+
+@plugin(breaks="logits_are_whole")
+class Squeezes(Loads):
+    def after(self, loaded):
+        return become(Squeezed, loaded)
+
+
+class Restless(LoadedModel):
+    count = itertools.count()
+
+    def stream(self, prompt, **generation_parameters):
+        return itertools.chain(super().stream(prompt, **generation_parameters), [str(next(self.count))])
+
+
+@plugin(breaks="greedy_decoding_is_deterministic")
+class Wavers(Loads):
+    def after(self, loaded):
+        return become(Restless, loaded)
+
+
+@plugin(breaks="stays_close_to_the_dense_model")
+class Coarse(Loads):
+    def after(self, loaded):
+        for layer in loaded.model.model.layers:
+            if hasattr(layer.mlp.up_proj, "scale"):
+                layer.mlp.up_proj.weight.div_(24, rounding_mode="trunc").mul_(24)
+
+
+# layers and bytes
+
+
+@plugin(breaks="describes_every_tensor_once")
+class Twice(Variant):
+    @hookimpl
+    def describe_layers(self, model):
+        layers = super().describe_layers(model)
+        norm = next(layer for layer in layers if layer.role == "vector")
+        return [*layers, msgspec.structs.replace(norm, stored_bytes=0, parts={})]
+
+
+@plugin(breaks="bits_and_schemes_are_declared")
+class Renames(Variant):
+    @hookimpl
+    def describe_layers(self, model):
+        return redescribe(lambda layer: {"scheme": "int8"} if layer.quantized else None, super().describe_layers(model))
+
+
+@plugin(breaks="dense_tensors_have_reasons")
+class Silent(Variant):
+    @hookimpl
+    def describe_layers(self, model):
+        return redescribe(
+            lambda layer: {"reason": ""} if layer.role == "vector" else None, super().describe_layers(model)
+        )
+
+
+@plugin(breaks="covers_the_model")
+class Half(Loads):
+    def after(self, loaded):
+        import torch
+
+        for name, module in list(loaded.model.model.layers[1].named_modules()):
+            if hasattr(module, "scale"):
+                dense = torch.nn.Linear(module.in_features, module.out_features, bias=False).eval()
+                dense.weight.data = module.weight * module.scale
+                loaded.model.model.layers[1].set_submodule(name, dense)
+
+    @hookimpl
+    def plan_layers(self, weights, config):
+        names = {weight.name.rpartition(".")[0] for weight in weights if ".layers.1." in weight.name}
+        names |= {weight.name.rpartition(".")[0] for weight in weights if weight.default_skip}
+        return super().plan_layers(weights, msgspec.structs.replace(config, skip=(*config.skip, *names)))
+
+
+@plugin(breaks="skipped_modules_stay_dense")
+class Deaf(Variant):
+    @hookimpl
+    def load(self, request, config):
+        if request.source.stored_quantization:
+            return super().load(request, config)
+        return super().load(request, msgspec.structs.replace(config, skip=(), skip_defaults=True))
+
+
+@plugin(breaks="described_bytes_are_stored_bytes")
+class Understates(Variant):
+    @hookimpl
+    def describe_layers(self, model):
+        """As transformers' footprint counts: the scales are left out."""
+
+        def change(layer):
+            packed = layer.parts.get("weight", 0)
+            return {"parts": {"weight": packed}, "stored_bytes": packed} if layer.quantized else None
+
+        return redescribe(change, super().describe_layers(model))
+
+
+@plugin(breaks="plan_is_within_one_percent")
+class Optimist(Variant):
+    @hookimpl
+    def plan_layers(self, weights, config):
+        plans = super().plan_layers(weights, config)
+        return [msgspec.structs.replace(plan, stored_bytes=plan.stored_bytes // (1 + plan.quantized)) for plan in plans]
+
+
+# files and training
+
+
+@plugin(breaks="saves_and_loads_back")
+class Inexact(Variant):
+    @hookimpl
+    def save(self, loaded, out):
+        from safetensors.torch import load_file, save_file
+
+        super().save(loaded, out)
+        tensors = load_file(out / "model.safetensors")
+        rounded = {name: tensor.bfloat16().float() if "embed" in name else tensor for name, tensor in tensors.items()}
+        save_file(rounded, out / "model.safetensors", metadata={"format": "pt"})
+        return out
+
+
+@plugin(breaks="writes_no_pickle")
+class Pickles(Variant):
+    @hookimpl
+    def save(self, loaded, out):
+        import torch
+
+        torch.save({}, out / "training_args.bin")
+        return super().save(loaded, out)
+
+
+@plugin(breaks="adapters_train_on_the_frozen_base")
+class Detached(Variant):
+    @hookimpl
+    def prepare_for_training(self, loaded):
+        model = super().prepare_for_training(loaded)
+        model.model.layers[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
+        return model
+
+
+# variants that keep every promise they make
+
+
+@plugin()
+class Calibrated(Variant):
+    """Quantizes with calibration texts, and loads what it wrote."""
+
+    capabilities = {"on_the_fly": False, "needs_calibration": True}
+
+    @hookimpl
+    def quantize(self, request, config, calibration, out):
+        if not calibration:
+            raise ConfigError("this backend needs calibration texts")
+        return self.save(self.load(request, config), out)
+
+
+@plugin()
+class Reader(Variant):
+    """Reads checkpoints that only others can make."""
+
+    capabilities = {"on_the_fly": False}
+
+
+@plugin()
+class Runtime(Variant):
+    """Says that its model is no torch module."""
+
+    capabilities = {"torch_module": False}
+
+
+@plugin()
+class Picky(Variant):
+    """Refuses sizes that are no multiple of 64."""
+
+    @hookimpl
+    def load(self, request, config):
+        if request.source.config["hidden_size"] % 64:
+            raise ModelError(f"{request.source.name}: hidden_size must be a multiple of 64")
+        return super().load(request, config)
+
+
+def write_metadata(folder: Path) -> None:
+    """What pip would have left in `folder`, had it installed the rowwise distribution and one with these plugins."""
+    for name, points in (
+        ("polyquant_rowwise", {"rowwise": "polyquant_rowwise.plugin:backend"}),
+        ("polyquant_rowwise_mutants", PLUGINS),
+    ):
+        info = folder / f"{name}-0.1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 0.1.0\n")
+        lines = [f"{backend} = {value}\n" for backend, value in points.items()]
+        (info / "entry_points.txt").write_text("[polyquant.backends]\n" + "".join(lines))
