@@ -11,8 +11,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import transformers
 from packaging.version import Version
+
+from polyquant.environment import quiet_imports
+
+with quiet_imports():
+    import transformers
+    import transformers.quantizers.auto  # it imports every quantization library that is installed
 
 VERSION_5 = Version(transformers.__version__) >= Version("5.0.0.dev0")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 from polyquant.types import Capabilities, Library, Problem
@@ -27,6 +28,17 @@ def library_problems(libraries: Iterable[Library]) -> list[Problem]:
     return problems
 
 
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Importing in the block logs no warnings: libraries tell there of kernels they have for other machines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def installed_version(distribution: str) -> str | None:
     """The installed version, or None."""
     try:
@@ -41,10 +53,9 @@ def import_problems(libraries: Iterable[Library]) -> list[Problem]:
     for library in libraries:
         if installed_version(library.distribution) is None:
             continue
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # a check never prints; what a library warns of is in the kernel's name
         try:
-            importlib.import_module(library.module or library.distribution)
+            with quiet_imports():
+                importlib.import_module(library.module or library.distribution)
         except Exception as error:
             problems.append(
                 Problem(
@@ -54,8 +65,6 @@ def import_problems(libraries: Iterable[Library]) -> list[Problem]:
                     detail=traceback.format_exc(),
                 )
             )
-        finally:
-            logging.disable(before)
     return problems
 
 
