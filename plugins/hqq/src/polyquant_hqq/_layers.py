@@ -1,0 +1,73 @@
+"""How HQQ's modules store their weights, and how they are made and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from hqq.core.quantize import HQQLinear, Quantizer
+from polyquant.errors import ModelError
+from polyquant.memory.describe import Quantized, describe
+from polyquant.types import LayerInfo
+
+from polyquant_hqq.options import HqqOptions
+from polyquant_hqq.planning import packed_shape
+
+KERNEL = "hqq dequantize and torch matmul"
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    return describe(model, _quantized, skipped=model.config.quantization_config["skip_modules"])
+
+
+def quantized_linear(linear: torch.nn.Linear, config: HqqOptions, dtype: torch.dtype) -> HQQLinear:
+    """A layer that takes the place of `linear`, whose own weight is let go."""
+    layer = HQQLinear(linear, config.native(), compute_dtype=dtype, device=str(linear.weight.device))
+    return _with_parameters(layer)
+
+
+def linear_from_tensors(
+    linear: Any, config: HqqOptions, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
+) -> HQQLinear:
+    """A layer from the stored W_q, scale, zero and bias.
+
+    hqq's own reading evaluates text of the checkpoint as Python, so what is not a weight comes from the config.
+    Raises ModelError where a tensor is missing or has another shape.
+    """
+    shape = (linear.out_features, linear.in_features)
+    groups = linear.out_features * linear.in_features // config.group_size
+    group_shape = (groups, 1) if config.axis == 1 else (1, groups)
+    expected = {"W_q": packed_shape(shape, config), "scale": group_shape, "zero": group_shape}
+    expected |= {"bias": (linear.out_features,)} if linear.bias is not None else {}
+    for name, wanted in expected.items():
+        if name not in tensors or tuple(tensors[name].shape) != wanted:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise ModelError(f"{name} of an HQQ layer {shape} should have shape {wanted}, and is {found}")
+    layer = HQQLinear(None, config.native(), compute_dtype=dtype, device=str(tensors["W_q"].device), initialize=False)
+    layer.W_q = torch.nn.Parameter(tensors["W_q"], requires_grad=False)
+    packing = Quantizer.bit_to_packing[config.bits]
+    layer.meta = {
+        "nbits": config.bits, "group_size": config.group_size, "shape": torch.Size(shape), "axis": config.axis,
+        "scale": tensors["scale"].to(dtype), "zero": tensors["zero"].to(dtype), "packing": packing,
+        "unpack_view_dtype": Quantizer.unpack_view_dtype[packing], "view_as_float": False,
+        "quant_scale": False, "quant_zero": False, "compute_dtype": dtype,
+    }  # fmt: skip
+    layer.out_features, layer.in_features = shape
+    layer.bias = tensors["bias"].to(dtype) if linear.bias is not None else None
+    layer.in_gpu = layer.ready = True
+    return _with_parameters(layer)
+
+
+def _with_parameters(layer: HQQLinear) -> HQQLinear:
+    """hqq keeps the bias as a plain attribute; as a parameter it is seen and moved like any other."""
+    if layer.bias is not None:
+        layer.bias = torch.nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return layer.eval()
+
+
+def _quantized(name: str, module: Any) -> Quantized | None:
+    if not isinstance(module, HQQLinear):
+        return None
+    bits = module.meta["nbits"]
+    return Quantized((module.out_features, module.in_features), bits, f"hqq{bits}", KERNEL)

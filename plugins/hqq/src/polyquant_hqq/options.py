@@ -1,0 +1,72 @@
+"""Options of the HQQ backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+from polyquant.options import BackendOptions
+
+
+class HqqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Scale and zero point for each group of weights, the zero point fitted by half-quadratic optimization."""
+
+    bits: Annotated[Literal[1, 2, 3, 4, 8], Meta(description="bits of a quantized weight")] = 4
+    group_size: Annotated[
+        int, Meta(ge=8, multiple_of=8, description="weights that share one scale and zero point; a multiple of 8")
+    ] = 64
+    axis: Annotated[Literal[0, 1], Meta(description="groups run along out_features (0) or in_features (1)")] = 1
+    optimize: Annotated[
+        bool,
+        Meta(
+            description="fit the zero points; without, plain rounding: many times faster, less exact at 4 bit and below"
+        ),
+    ] = True
+
+    @property
+    def weight_bits(self) -> float:
+        return self.bits
+
+    @property
+    def scheme(self) -> str:
+        """hqq1 to hqq8."""
+        return f"hqq{self.bits}"
+
+    def native(self) -> dict[str, Any]:
+        """hqq's own BaseQuantizeConfig, a dict."""
+        from hqq.core.quantize import BaseQuantizeConfig
+
+        config: dict[str, Any] = BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=self.axis)
+        config["weight_quant_params"]["optimize"] = self.optimize
+        return config
+
+    def stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint, as transformers 4 wrote it, with full names of dense modules."""
+        extra = {"compute_dtype": self.compute_dtype, "skip_defaults": self.skip_defaults}
+        return {"quant_method": "hqq", "quant_config": self.native(), "skip_modules": list(self.skip), **extra}
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        params = stored["quant_config"].get("weight_quant_params")
+        if params is None:
+            raise ValueError("it gives layers different options, which is not read")
+        unread = {"view_as_float": params.get("view_as_float"), "channel_wise": not params.get("channel_wise", True)}
+        unread |= {
+            name: stored["quant_config"].get(name)
+            for name in ("scale_quant_params", "zero_quant_params", "offload_meta")
+        }
+        if any(unread.values()):
+            raise ValueError(f"it uses {', '.join(name for name, used in unread.items() if used)}, which is not read")
+        defaults = stored.get("skip_defaults", False)
+        values = {
+            "bits": params["nbits"],
+            "group_size": params["group_size"],
+            "axis": params["axis"],
+            "optimize": params.get("optimize", True),
+            "compute_dtype": stored.get("compute_dtype", "auto"),
+            "skip": () if defaults else tuple(stored.get("skip_modules") or ()),
+            "skip_defaults": defaults,
+        }
+        return msgspec.convert(values, cls)

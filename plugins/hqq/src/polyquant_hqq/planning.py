@@ -1,0 +1,68 @@
+"""Bytes of HQQ's layers from shapes alone, and which layers it can take. Format: hqq.core.bitpack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+from polyquant.errors import ConfigError
+from polyquant.memory.planned import DTYPE_BYTES, plan_dense
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_hqq.options import HqqOptions
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: HqqOptions) -> list[LayerPlan]:
+    """Raises ConfigError where the group size does not fit a layer."""
+    return [
+        LayerPlan(
+            name=weight.name, shape=weight.shape, role="linear", stored_bytes=quantized_bytes(weight, config),
+            bits=config.bits, scheme=config.scheme, quantized=True,
+        )
+        if is_quantized(weight, config)
+        else plan_dense(weight, config)
+        for weight in weights
+    ]  # fmt: skip
+
+
+def is_quantized(weight: WeightInfo, config: HqqOptions) -> bool:
+    """HQQLinear takes the place of nn.Linear; Conv1D, fused experts and embeddings are none."""
+    module = weight.name.rpartition(".")[0]
+    skipped = module in config.skip or (config.skip_defaults and not config.skip and weight.default_skip)
+    return weight.role in ("linear", "head") and "Linear" in weight.module and not skipped and not weight.tied_to
+
+
+def quantized_bytes(weight: WeightInfo, config: HqqOptions) -> int:
+    """Packed weight with a scale and a zero point a group, both in the compute dtype."""
+    groups = _groups(weight, config)
+    return (
+        prod(packed_shape(weight.shape, config)) * (4 if config.bits == 3 else 1)
+        + 2 * groups * DTYPE_BYTES[weight.dtype]
+    )
+
+
+def packed_shape(shape: tuple[int, ...], config: HqqOptions) -> tuple[int, int]:
+    """Shape of W_q: uint8, for 3 bit int32 with ten weights each. shape: (out_features, in_features)."""
+    groups = prod(shape) // config.group_size
+    rows, columns = (groups, config.group_size) if config.axis == 1 else (config.group_size, groups)
+    return ceil(rows / 10) if config.bits == 3 else rows * config.bits // 8, columns
+
+
+def _groups(weight: WeightInfo, config: HqqOptions) -> int:
+    """Number of groups of a layer. Raises ConfigError where they do not come out even."""
+    size, dimension = config.group_size, ("out_features", "in_features")[config.axis]
+    length, groups = weight.shape[config.axis], prod(weight.shape) // size
+    packed_together = 1 if config.bits == 3 or config.axis == 0 else 8 // config.bits
+    if length % size == 0 and groups % packed_together == 0:
+        return groups
+    short = weight.name.rpartition(".")[0].rpartition(".")[2]
+    what = f"group_size {size} does not divide {dimension} {length}"
+    if length % size == 0:
+        what = f"{groups} groups of {size} cannot be packed by {packed_together}"
+    other = [
+        each
+        for each in (8, 16, 32, 64, 128)
+        if length % each == 0 and prod(weight.shape) // each % packed_together == 0
+    ]
+    fix = f"group_size={max(other)} or " if other else ""
+    raise ConfigError(f"{what} in {weight.name}; use {fix}skip=({short!r},)")

@@ -1,0 +1,65 @@
+"""How quanto's modules store their weights, and the one change they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from optimum.quanto import QLinear, QTensor, WeightQBitsTensor
+from polyquant.memory.describe import Quantized, describe
+from polyquant.types import LayerInfo
+
+NAMES = {"qint8": "int8", "qint4": "int4", "qint2": "int2", "qfloat8_e4m3fn": "float8", "qfloat8": "float8"}
+
+
+class SafeLinear(QLinear):
+    """A QLinear that multiplies with the dequantized weight where optimum-quanto 0.2.7 fails, with the same meaning.
+
+    4 and 2 bit under `torch.inference_mode`, which refuses its view of the packed weight ("Cannot set version_counter
+    for inference tensor"); int8 in bfloat16 where torch's CPU kernel would read past the end of a row.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        packed_bits = type(self.weight) is WeightQBitsTensor and torch.is_inference_mode_enabled()
+        if not packed_bits and not _overruns(self.weight):
+            return super().forward(input)
+        output = torch.matmul(input, self.weight.dequantize().t())
+        return output if self.bias is None else output + self.bias
+
+
+def make_safe(model: Any) -> None:
+    """Make every quantized layer a SafeLinear."""
+    for module in model.modules():
+        if type(module) is QLinear:
+            module.__class__ = SafeLinear
+
+
+def _takes_int8pack(weight: Any) -> bool:
+    """Whether quanto gives this weight to torch._weight_int8pack_mm: see optimum.quanto.library.qbytes_mm."""
+    here = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return here and weight._qtype.name == "qint8" and weight.shape[1] % 4 == 0
+
+
+def _overruns(weight: Any) -> bool:
+    """torch 2.13's kernel crashes on in_features that its vectors do not divide: 16 on AVX512, 8 on AVX2."""
+    return isinstance(weight, QTensor) and _takes_int8pack(weight) and weight.shape[1] % 16 != 0
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    skipped = getattr(model.config.quantization_config, "modules_to_not_convert", None) or ()
+    return describe(model, _quantized, skipped=skipped)
+
+
+def kernel(weight: Any) -> str:
+    """What multiplies with a quantized weight."""
+    if type(weight).__name__.startswith(("TinyGemm", "AWQ", "Marlin")):
+        return f"quanto {type(weight).__name__.partition('Weight')[0].partition('F8Q')[0]}"
+    fast = _takes_int8pack(weight) and not _overruns(weight)
+    return "torch int8pack_mm" if fast else "quanto dequantize and torch matmul"
+
+
+def _quantized(name: str, module: Any) -> Quantized | None:
+    if not isinstance(module, QLinear) or not isinstance(module.weight, QTensor):
+        return None
+    qtype = module.weight._qtype
+    return Quantized((module.out_features, module.in_features), qtype.bits, NAMES[qtype.name], kernel(module.weight))

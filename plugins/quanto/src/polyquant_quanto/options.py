@@ -1,0 +1,46 @@
+"""Options of the quanto backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+from polyquant.options import BackendOptions
+
+BITS = {"int8": 8, "float8": 8, "int4": 4, "int2": 2}
+
+
+class QuantoOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Weights only. 8 bit: one scale for each output row; 4 and 2 bit: scale and shift for each group of a row."""
+
+    weights: Annotated[
+        Literal["int8", "int4", "int2", "float8"], Meta(description="type of a quantized weight; float8 is e4m3")
+    ] = "int8"
+
+    @property
+    def weight_bits(self) -> float:
+        return BITS[self.weights]
+
+    def native(self) -> Any:
+        """transformers' QuantoConfig; it carries the compute dtype along, as saved checkpoints do."""
+        from transformers import QuantoConfig
+
+        skip = None if self.skip_defaults and not self.skip else list(self.skip)
+        config = QuantoConfig(weights=self.weights, modules_to_not_convert=skip)
+        config.compute_dtype = self.compute_dtype
+        return config
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        if stored.get("activations"):
+            raise ValueError(f"activations are quantized to {stored['activations']}; only weight quantization is read")
+        skip = stored.get("modules_to_not_convert")
+        values = {
+            "weights": stored["weights"],
+            "compute_dtype": stored.get("compute_dtype", "auto"),
+            "skip": tuple(skip or ()),
+            "skip_defaults": skip is None,
+        }
+        return msgspec.convert(values, cls)

@@ -1,0 +1,41 @@
+"""How torchao stores weights: the modules stay nn.Linear, their weight is a tensor subclass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from polyquant.memory.describe import Quantized, describe
+from polyquant.types import LayerInfo
+from torchao.utils import TorchAOBaseTensor
+
+NAMES = {"IntxUnpackedToInt8Tensor": "int4-in-int8", "Int8Tensor": "int8", "Float8Tensor": "float8"}
+KERNELS = {
+    "int8": "torchao int8 scaled matmul",
+    "int8-dynamic": "torchao int8 matmul",
+    "int4-in-int8": "torchao dequantize and torch matmul",
+    "float8": "torchao dequantize and torch matmul",
+}
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    skipped = getattr(model.config.quantization_config, "modules_to_not_convert", None) or ()
+    return describe(model, _quantized, skipped=skipped)
+
+
+def scheme(weight: Any) -> str:
+    """int8, int8-dynamic, int4-in-int8 or float8; of any other subclass its own name."""
+    name = NAMES.get(type(weight).__name__, type(weight).__name__)
+    return f"{name}-dynamic" if getattr(weight, "act_quant_kwargs", None) is not None else name
+
+
+def kernel(name: str) -> str:
+    """What multiplies with weights of a scheme, on the CPU and on CUDA without torch.compile."""
+    return KERNELS.get(name, "torchao")
+
+
+def _quantized(name: str, module: Any) -> Quantized | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, torch.nn.Linear) or not isinstance(weight, TorchAOBaseTensor):
+        return None
+    return Quantized(tuple(weight.shape), 8, scheme(weight), kernel(scheme(weight)))

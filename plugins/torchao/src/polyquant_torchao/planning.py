@@ -1,0 +1,47 @@
+"""Bytes of torchao's tensors from shapes alone. Formats: torchao.quantization.quantize_.workflows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from polyquant.errors import ConfigError
+from polyquant.memory.planned import DTYPE_BYTES, plan_dense
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_torchao.options import TorchAoOptions
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: TorchAoOptions) -> list[LayerPlan]:
+    """Raises ConfigError where the group size does not divide a layer."""
+    return [
+        LayerPlan(
+            name=weight.name, shape=weight.shape, role="linear", stored_bytes=quantized_bytes(weight, config),
+            bits=config.weight_bits, scheme=config.scheme, quantized=True,
+        )
+        if is_quantized(weight, config)
+        else plan_dense(weight, config)
+        for weight in weights
+    ]  # fmt: skip
+
+
+def is_quantized(weight: WeightInfo, config: TorchAoOptions) -> bool:
+    """transformers' torchao path quantizes nn.Linear; Conv1D, fused experts and embeddings are none."""
+    module = weight.name.rpartition(".")[0]
+    skipped = module in config.skip or (config.skip_defaults and not config.skip and weight.default_skip)
+    return weight.role in ("linear", "head") and "Linear" in weight.module and not skipped and not weight.tied_to
+
+
+def quantized_bytes(weight: WeightInfo, config: TorchAoOptions) -> int:
+    """One byte a weight; int8 has a float32 scale and an int8 zero point a row, float8 the scale, int4 both a group."""
+    rows, columns = weight.shape
+    if config.group_size is None:
+        return prod(weight.shape) + rows * (4 if config.weights == "float8" else 5)
+    if columns % config.group_size:
+        divisors = [size for size in range(8, min(columns, 257)) if columns % size == 0]
+        fix = f"group_size={max(divisors)} or " if divisors else ""
+        raise ConfigError(
+            f"group_size {config.group_size} does not divide in_features {columns} of {weight.name}; "
+            f"use {fix}skip=({weight.name.rpartition('.')[0].rpartition('.')[2]!r},)"
+        )
+    return prod(weight.shape) + prod(weight.shape) // config.group_size * (DTYPE_BYTES[weight.dtype] + 1)
