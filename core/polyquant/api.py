@@ -131,8 +131,10 @@ def quantize(
 ) -> Path:
     """Write a quantized checkpoint of `model` into the folder `out`, all or nothing.
 
-    A backend that needs calibration gets the texts of `calibration`; any other loads, verifies and saves.
-    Raises UnsupportedOperation, before any work, where the backend cannot write one.
+    A backend that quantizes offline gets the texts of `calibration`, and what it wrote is loaded back and verified
+    before it takes its place; any other loads, verifies and saves.
+    Raises UnsupportedOperation, before any work, where the backend cannot write one, and SaveError where the result
+    does not pass.
     """
     from polyquant import loading
     from polyquant.errors import SaveError
@@ -141,20 +143,32 @@ def quantize(
     handle, out = registry_backend(backend), Path(out)
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
-    if handle.capabilities.needs_calibration:
+    if handle.can("quantize"):
         how, own = _split(options)
         config = handle.config(own)
         source = resolve(model, allow_pickle=how.allow_pickle, progress=how.progress)
         request, effective, _ = loading.prepare(source, handle, config, own, how, to_quantize=True)
-        return handle.quantize(request, effective, calibration or (), out, overwrite=overwrite)
+
+        def accept(written: Path) -> None:
+            again = {"device": request.device, "trust_remote_code": how.trust_remote_code, "progress": how.progress}
+            _require_passed(load(written, backend, **again))
+
+        return handle.quantize(request, effective, calibration or (), out, overwrite=overwrite, accept=accept)
     if not handle.can("save"):
         raise UnsupportedOperation(f"{backend} cannot write checkpoints")
+    if calibration is not None:
+        raise ConfigError(f"{backend} quantizes without calibration text; leave calibration (--calibration) out")
     loaded = load(model, backend, **options)
+    _require_passed(loaded)
+    return loaded.save(out, overwrite=overwrite)
+
+
+def _require_passed(loaded: LoadedModel) -> None:
+    """Raises SaveError where a model that is to be written fails its verification."""
     report = verify(loaded)
     if not report.passed:
         failed = "; ".join(f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures)
         raise SaveError(f"not written, because verification failed: {failed}")
-    return loaded.save(out, overwrite=overwrite)
 
 
 @contextmanager
@@ -168,20 +182,6 @@ def observing(observer: object) -> Iterator[None]:
         yield
     finally:
         registry().remove_observer(observer)
-
-
-def read_calibration(path: str | Path) -> list[str]:
-    """Paragraphs of a UTF-8 text file. Raises ConfigError where it is missing, empty or not UTF-8."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"calibration text {path} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it first") from error
-    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
-    if not paragraphs:
-        raise ConfigError(f"calibration text {path} is empty; give some pages of text like what the model will read")
-    return paragraphs
 
 
 registry_backend = backend  # the function, where a parameter is called `backend` too

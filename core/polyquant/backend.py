@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,11 +93,17 @@ class Backend:
         out: Path,
         *,
         overwrite: bool = False,
+        accept: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Quantize with calibration texts into `out`, all or nothing."""
+        """Quantize with calibration texts into `out`, all or nothing.
+
+        accept: called with what was written before it takes its place; what it raises leaves `out` as it was.
+        """
         self._require_hook("quantize")
         with atomic_folder(out, overwrite=overwrite) as partial:
             self._call("quantize", request=request, config=config, calibration=calibration, out=partial)
+            if accept is not None:
+                accept(partial)
         return out
 
     def prepare_for_training(self, loaded: LoadedModel) -> Any:

@@ -23,6 +23,10 @@ READERS: Mapping[str, str] = {
     "compressed-tensors": "polyquant-compressed-tensors",
     "bitsandbytes": "polyquant-bitsandbytes",
     "gguf": "polyquant-gguf",
+    "aqlm": "polyquant-aqlm",
+    "bitnet": "polyquant-bitnet",
+    "quark": "polyquant-quark",
+    "sinq": "polyquant-sinq",
 }
 """quant_method -> the plugin package that reads it."""
 
@@ -43,10 +47,13 @@ def method_of(source: ModelSource) -> str:
 
 
 def reader_of(method: str, installed: Selection) -> str:
-    """Name of the installed backend that reads `method`. Raises UnknownBackend, naming the plugin package that does."""
+    """Name of the installed backend that reads `method`; of several, the one called like it.
+
+    Raises UnknownBackend, naming the plugin package that does.
+    """
     readers = [info.name for info in installed if method in info.capabilities.loads_prequantized]
     if readers:
-        return readers[0]
+        return method if method in readers else readers[0]
     if method in READERS:
         raise UnknownBackend(
             f"the checkpoint is quantized with {method!r}; to read it, run: pip install {READERS[method]}"

@@ -52,7 +52,8 @@ def prepare(
 ) -> tuple[LoadRequest, BackendOptions, list[str]]:  # fmt: skip
     """The request and effective options of a load, and what a user should know about them.
 
-    to_quantize: the load is for the `quantize` hook, which takes a dense model whatever the backend loads.
+    to_quantize: the load is for the `quantize` hook, which takes a dense model (a GGUF too, where the backend reads
+        those) whatever the backend loads.
     """
     notes: list[str] = []
     source, stored = _with_stored(source, backend, how, notes, to_quantize=to_quantize)
@@ -118,12 +119,15 @@ def _with_stored(
 ) -> tuple[ModelSource, BackendOptions | None]:
     """The source to load, and the options stored in it where it is quantized already."""
     capabilities, method = backend.capabilities, checkpoints.method_of(source)
-    if method == "gguf" and "gguf" not in capabilities.loads_prequantized and capabilities.on_the_fly:
+    reads_dense = capabilities.on_the_fly or to_quantize
+    if method == "gguf" and "gguf" not in capabilities.loads_prequantized and reads_dense:
         from polyquant.models.builtin import dense_from_gguf
         from polyquant.models.checks import check_folder
 
         notes.append(f"{source.gguf_file} was dequantized to a float32 checkpoint first, then quantized again")
         return check_folder(dense_from_gguf(source, progress=how.progress), source.name), None
+    if method and to_quantize and method != "gguf":
+        raise CheckpointConflict(f"{source.name} is quantized already with {method!r}; give the dense model")
     if method:
         return source, checkpoints.stored_options(source, backend.info, method)
     if not capabilities.on_the_fly and not to_quantize:

@@ -177,7 +177,9 @@ def quantize(
             "name the backend to quantize with: --backend, "
             f"one of {', '.join(api.registry().names()) or 'none installed'}"
         )
-    texts = api.read_calibration(calibration) if calibration else None
+    from polyquant.calibration import read_calibration
+
+    texts = read_calibration(calibration) if calibration else None
     options = {**loading.options, "progress": sys.stderr.isatty()}
     path = api.quantize(model, loading.backend, out, calibration=texts, overwrite=overwrite, **options)
     print(f"wrote {path}: {sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB")

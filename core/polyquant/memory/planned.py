@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
 
 from polyquant.memory.roles import REASONS, SKIPPED, TIED
@@ -19,6 +20,41 @@ DTYPE_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
+
+
+def is_skipped(weight: WeightInfo, config: BackendOptions) -> bool:
+    """Whether the tensor's module stays dense on request, by default, or because it is tied to another."""
+    module = weight.name.rpartition(".")[0]
+    by_default = config.skip_defaults and not config.skip and weight.default_skip
+    return module in config.skip or by_default or bool(weight.tied_to)
+
+
+def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:
+    """Whether a backend that replaces nn.Linear modules takes it: Conv1D, fused experts and embeddings are none."""
+    return weight.role in ("linear", "head") and "Linear" in weight.module and not is_skipped(weight, config)
+
+
+def plan_linears(
+    weights: Sequence[WeightInfo],
+    config: BackendOptions,
+    scheme: str,
+    stored_bytes: Callable[[WeightInfo], int],
+    *,
+    takes: Callable[[WeightInfo, BackendOptions], bool] = is_linear,
+) -> list[LayerPlan]:
+    """The plan of a backend that packs linear layers and leaves everything else dense, in the order of `weights`.
+
+    stored_bytes: of a tensor that `takes` says is quantized, with scales, zero points and constants.
+    """
+    return [
+        LayerPlan(
+            name=weight.name, shape=weight.shape, role=weight.role, stored_bytes=stored_bytes(weight),
+            bits=config.weight_bits, scheme=scheme, quantized=True,
+        )
+        if takes(weight, config)
+        else plan_dense(weight, config)
+        for weight in weights
+    ]  # fmt: skip
 
 
 def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:

@@ -67,7 +67,8 @@ def capabilities_have_their_hooks(subject: Subject) -> None:
     for capability, hook in (("saves", "save"), ("trains", "prepare_for_training"), ("needs_calibration", "quantize")):
         declared, there = getattr(subject.capabilities, capability), subject.handle.can(hook)
         expect(not declared or there, f"{capability} is declared, and the hook {hook} is not implemented")
-        expect(declared or not there, f"the hook {hook} is implemented, and {capability} is not declared")
+        if hook != "quantize":  # it may round to nearest, without calibration
+            expect(declared or not there, f"the hook {hook} is implemented, and {capability} is not declared")
 
 
 @check(per="backend")

@@ -12,7 +12,7 @@ from typing import Any
 import polyquant
 from polyquant import Backend, LoadedModel
 from polyquant.environment import choose_device
-from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError
+from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, SaveError
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import CALIBRATION, EVALUATION
@@ -82,7 +82,7 @@ class Subject:
         try:
             source, options = self.source(preset, model)
             return polyquant.load(source, self.backend, **{"device": device, **options, **more})
-        except (BackendFailed, BrokenBackend):
+        except (BackendFailed, BrokenBackend, SaveError):
             raise
         except PolyquantError as error:
             if model not in UNUSUAL:

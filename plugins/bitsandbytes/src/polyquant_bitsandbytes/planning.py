@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.memory.planned import plan_dense
+from polyquant.memory.planned import is_skipped, plan_linears
+from polyquant.options import BackendOptions
 from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
@@ -16,23 +17,15 @@ STORAGE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: BitsAndBytesOptions) -> list[LayerPlan]:
-    return [
-        LayerPlan(
-            name=weight.name, shape=weight.shape, role="linear", stored_bytes=quantized_bytes(weight.shape, config),
-            bits=config.bits, scheme=config.scheme, quantized=True,
-        )
-        if is_quantized(weight, config)
-        else plan_dense(weight, config)
-        for weight in weights
-    ]  # fmt: skip
+    def stored_bytes(weight: WeightInfo) -> int:
+        return quantized_bytes(weight.shape, config)
+
+    return plan_linears(weights, config, config.scheme, stored_bytes, takes=is_quantized)
 
 
-def is_quantized(weight: WeightInfo, config: BitsAndBytesOptions) -> bool:
+def is_quantized(weight: WeightInfo, config: BackendOptions) -> bool:
     """transformers replaces nn.Linear and Conv1D modules; fused experts and embeddings are neither."""
-    skipped = weight.name.rpartition(".")[0] in config.skip or (
-        config.skip_defaults and not config.skip and weight.default_skip
-    )
-    return weight.module in ("Linear", "Conv1D") and len(weight.shape) == 2 and not skipped and not weight.tied_to
+    return weight.module in ("Linear", "Conv1D") and len(weight.shape) == 2 and not is_skipped(weight, config)
 
 
 def quantized_bytes(shape: tuple[int, ...], config: BitsAndBytesOptions) -> int:

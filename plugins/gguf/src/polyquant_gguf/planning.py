@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import plan_dense
+from polyquant.memory.planned import is_skipped, plan_dense
 from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_gguf.blocks import FLOAT_DTYPES, TYPES, BlockType
@@ -62,10 +62,7 @@ def _chosen(weight: WeightInfo, config: GgufOptions) -> str | None:
         return None
     if weight.module == "Embedding" or weight.module.endswith("ScaledWordEmbedding"):
         return None if config.embedding_type == "dense" else config.embedding_type
-    skipped = weight.name.rpartition(".")[0] in config.skip or (
-        config.skip_defaults and not config.skip and weight.default_skip
-    )
-    return config.type if weight.module == "Linear" and not skipped else None
+    return config.type if weight.module == "Linear" and not is_skipped(weight, config) else None
 
 
 def _plan(weight: WeightInfo, block: BlockType, config: GgufOptions) -> LayerPlan:

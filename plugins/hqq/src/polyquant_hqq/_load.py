@@ -44,11 +44,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    model = loaded.model
-    model.requires_grad_(requires_grad=False)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return hf.frozen_for_adapters(loaded.model)
 
 
 def _quantize(request: LoadRequest, config: HqqOptions) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import ceil, prod
 
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import DTYPE_BYTES, plan_dense
+from polyquant.memory.planned import DTYPE_BYTES, plan_linears
 from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_hqq.options import HqqOptions
@@ -14,22 +14,7 @@ from polyquant_hqq.options import HqqOptions
 
 def plan_layers(weights: Sequence[WeightInfo], config: HqqOptions) -> list[LayerPlan]:
     """Raises ConfigError where the group size does not fit a layer."""
-    return [
-        LayerPlan(
-            name=weight.name, shape=weight.shape, role="linear", stored_bytes=quantized_bytes(weight, config),
-            bits=config.bits, scheme=config.scheme, quantized=True,
-        )
-        if is_quantized(weight, config)
-        else plan_dense(weight, config)
-        for weight in weights
-    ]  # fmt: skip
-
-
-def is_quantized(weight: WeightInfo, config: HqqOptions) -> bool:
-    """HQQLinear takes the place of nn.Linear; Conv1D, fused experts and embeddings are none."""
-    module = weight.name.rpartition(".")[0]
-    skipped = module in config.skip or (config.skip_defaults and not config.skip and weight.default_skip)
-    return weight.role in ("linear", "head") and "Linear" in weight.module and not skipped and not weight.tied_to
+    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
 
 
 def quantized_bytes(weight: WeightInfo, config: HqqOptions) -> int:

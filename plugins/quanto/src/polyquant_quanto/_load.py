@@ -67,11 +67,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
     PEFT's prepare_model_for_kbit_training casts every 16-bit parameter to float32, which quanto's tensors refuse.
     """
-    model = loaded.model
-    model.requires_grad_(requires_grad=False)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return hf.frozen_for_adapters(loaded.model)
 
 
 def _read(request: LoadRequest, config: QuantoOptions) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.memory.planned import DTYPE_BYTES, plan_dense
+from polyquant.memory.planned import DTYPE_BYTES, plan_linears
 from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_quanto.options import QuantoOptions
@@ -14,23 +14,10 @@ ACTIVATION_SCALE_BYTES = 2 * 4  # input and output scale, float32 scalars, unuse
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: QuantoOptions) -> list[LayerPlan]:
-    return [
-        LayerPlan(
-            name=weight.name, shape=weight.shape, role="linear",
-            stored_bytes=quantized_bytes(weight.shape, config.weights, DTYPE_BYTES[weight.dtype]),
-            bits=config.weight_bits, scheme=config.weights, quantized=True,
-        )
-        if is_quantized(weight, config)
-        else plan_dense(weight, config)
-        for weight in weights
-    ]  # fmt: skip
+    def stored_bytes(weight: WeightInfo) -> int:
+        return quantized_bytes(weight.shape, config.weights, DTYPE_BYTES[weight.dtype])
 
-
-def is_quantized(weight: WeightInfo, config: QuantoOptions) -> bool:
-    """quanto replaces nn.Linear and what derives from it; Conv1D, fused experts and embeddings are neither."""
-    module = weight.name.rpartition(".")[0]
-    skipped = module in config.skip or (config.skip_defaults and not config.skip and weight.default_skip)
-    return weight.role in ("linear", "head") and "Linear" in weight.module and not skipped and not weight.tied_to
+    return plan_linears(weights, config, config.weights, stored_bytes)
 
 
 def quantized_bytes(shape: tuple[int, ...], weights: str, dtype_bytes: int) -> int:

@@ -53,11 +53,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
         raise UnsupportedOperation(
             "no gradient passes through dynamic_activations; load with weights='int8' alone to train"
         )
-    model = loaded.model
-    model.requires_grad_(requires_grad=False)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return hf.frozen_for_adapters(loaded.model)
 
 
 def _require_dtype(model: Any, dtype: torch.dtype, name: str) -> None:

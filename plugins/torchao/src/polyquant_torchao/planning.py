@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import DTYPE_BYTES, plan_dense
+from polyquant.memory.planned import DTYPE_BYTES, plan_linears
 from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_torchao.options import TorchAoOptions
@@ -14,22 +14,7 @@ from polyquant_torchao.options import TorchAoOptions
 
 def plan_layers(weights: Sequence[WeightInfo], config: TorchAoOptions) -> list[LayerPlan]:
     """Raises ConfigError where the group size does not divide a layer."""
-    return [
-        LayerPlan(
-            name=weight.name, shape=weight.shape, role="linear", stored_bytes=quantized_bytes(weight, config),
-            bits=config.weight_bits, scheme=config.scheme, quantized=True,
-        )
-        if is_quantized(weight, config)
-        else plan_dense(weight, config)
-        for weight in weights
-    ]  # fmt: skip
-
-
-def is_quantized(weight: WeightInfo, config: TorchAoOptions) -> bool:
-    """transformers' torchao path quantizes nn.Linear; Conv1D, fused experts and embeddings are none."""
-    module = weight.name.rpartition(".")[0]
-    skipped = module in config.skip or (config.skip_defaults and not config.skip and weight.default_skip)
-    return weight.role in ("linear", "head") and "Linear" in weight.module and not skipped and not weight.tied_to
+    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
 
 
 def quantized_bytes(weight: WeightInfo, config: TorchAoOptions) -> int:

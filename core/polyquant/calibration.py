@@ -1,0 +1,45 @@
+"""Calibration text: read from a file, and cut into windows of tokens for a backend that needs sample activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from polyquant.errors import ConfigError
+
+LEAST_TOKENS = 256  # below, scales fit the sample and nothing else
+
+
+def read_calibration(path: str | Path) -> list[str]:
+    """Paragraphs of a UTF-8 text file. Raises ConfigError where it is missing, empty or not UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"calibration text {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it first") from error
+    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+    if not paragraphs:
+        raise ConfigError(f"calibration text {path} is empty; give some pages of text like what the model will read")
+    return paragraphs
+
+
+def token_windows(tokenizer: Any, texts: Sequence[str], *, length: int, count: int) -> list[list[int]]:
+    """At most `count` windows of `length` token ids (the last one may be shorter), cut from the texts in their order.
+
+    Raises ConfigError where there is no text, or fewer tokens than LEAST_TOKENS.
+    """
+    if not any(text.strip() for text in texts):
+        raise ConfigError(
+            "this needs calibration text, and there is none: give some pages of text like what the model will read "
+            "with calibration=[...] (--calibration FILE)"
+        )
+    ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False).input_ids
+    if len(ids) < LEAST_TOKENS:
+        raise ConfigError(
+            f"the calibration text has {len(ids)} tokens, at least {LEAST_TOKENS} are needed, and "
+            f"{count * length} would be used; give more text (--calibration FILE)"
+        )
+    windows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return windows[:count]
