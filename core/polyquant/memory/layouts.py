@@ -1,0 +1,82 @@
+"""Packed layouts of GPTQ and AWQ: the tensors of one linear layer, in checkpoints and in torch's int4 matmul.
+
+Shapes of a layer are (out_features, in_features), as torch.nn.Linear has them. A group size of -1 is one group for all
+of in_features; a last group may be shorter than the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil, prod
+from typing import NamedTuple
+
+WORD_BITS = 32  # packed values lie in int32 words
+
+
+class Packed(NamedTuple):
+    """One tensor of a packed layer."""
+
+    shape: tuple[int, ...]
+    item_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its storage."""
+        return prod(self.shape) * self.item_bytes
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Groups along in_features, each with a scale and a zero point."""
+    return 1 if group_size == -1 else ceil(in_features / group_size)
+
+
+def gptq_tensors(shape: tuple[int, ...], bits: int, group_size: int, *, scale_bytes: int = 2) -> dict[str, Packed]:
+    """qweight, qzeros, scales and g_idx of a GPTQ checkpoint: words run down in_features. bits: 2, 3, 4 or 8."""
+    out_features, in_features = shape
+    groups = group_count(in_features, group_size)
+    return {
+        "qweight": Packed((ceil(in_features * bits / WORD_BITS), out_features), 4),
+        "qzeros": Packed((groups, ceil(out_features * bits / WORD_BITS)), 4),
+        "scales": Packed((groups, out_features), scale_bytes),
+        "g_idx": Packed((in_features,), 4),
+    }
+
+
+def awq_tensors(shape: tuple[int, ...], bits: int, group_size: int, *, scale_bytes: int = 2) -> dict[str, Packed]:
+    """qweight, qzeros and scales of an AWQ checkpoint of version gemm: words run along out_features. bits: 4."""
+    out_features, in_features = shape
+    groups, words = group_count(in_features, group_size), ceil(out_features * bits / WORD_BITS)
+    return {
+        "qweight": Packed((in_features, words), 4),
+        "qzeros": Packed((groups, words), 4),
+        "scales": Packed((groups, out_features), scale_bytes),
+    }
+
+
+def int4pack_tensors(shape: tuple[int, ...], group_size: int) -> dict[str, Packed]:
+    """What aten::_weight_int4pack_mm_for_cpu multiplies with: two weights a byte, 16-bit scale and offset a group."""
+    out_features, in_features = shape
+    return {
+        "qweight": Packed((out_features, ceil(in_features / 2)), 1),
+        "scales_and_zeros": Packed((group_count(in_features, group_size), out_features, 2), 2),
+    }
+
+
+def total_bytes(tensors: Mapping[str, Packed]) -> int:
+    """Bytes of all tensors of a layer."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def gptq_bytes(shape: tuple[int, ...], bits: int, group_size: int, *, scale_bytes: int = 2) -> int:
+    """Bytes of a layer as a GPTQ checkpoint stores it."""
+    return total_bytes(gptq_tensors(shape, bits, group_size, scale_bytes=scale_bytes))
+
+
+def awq_bytes(shape: tuple[int, ...], bits: int, group_size: int, *, scale_bytes: int = 2) -> int:
+    """Bytes of a layer as an AWQ checkpoint of version gemm stores it."""
+    return total_bytes(awq_tensors(shape, bits, group_size, scale_bytes=scale_bytes))
+
+
+def int4pack_bytes(shape: tuple[int, ...], group_size: int) -> int:
+    """Bytes of a layer in torch's int4 matmul on the CPU."""
+    return total_bytes(int4pack_tensors(shape, group_size))
