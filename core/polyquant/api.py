@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from polyquant.backend import Backend
-from polyquant.errors import BrokenBackend, ConfigError, UnsupportedOperation
+from polyquant.errors import BrokenBackend, ConfigError, SaveError, UnsupportedOperation
 from polyquant.query import Miss, Selection, select
 from polyquant.registry import Registry
 from polyquant.types import Problem, Record
@@ -137,7 +137,6 @@ def quantize(
     does not pass.
     """
     from polyquant import loading
-    from polyquant.errors import SaveError
     from polyquant.models.resolve import resolve
 
     handle, out = registry_backend(backend), Path(out)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polyquant.errors import ConfigError
+from polyquant.texts import calibration_text
 
 LEAST_TOKENS = 256  # below, scales fit the sample and nothing else
 
@@ -28,14 +29,10 @@ def read_calibration(path: str | Path) -> list[str]:
 def token_windows(tokenizer: Any, texts: Sequence[str], *, length: int, count: int) -> list[list[int]]:
     """At most `count` windows of `length` token ids (the last one may be shorter), cut from the texts in their order.
 
-    Raises ConfigError where there is no text, or fewer tokens than LEAST_TOKENS.
+    texts: none of them: the prose that comes with polyquant. Raises ConfigError for fewer tokens than LEAST_TOKENS.
     """
-    if not any(text.strip() for text in texts):
-        raise ConfigError(
-            "this needs calibration text, and there is none: give some pages of text like what the model will read "
-            "with calibration=[...] (--calibration FILE)"
-        )
-    ids: list[int] = tokenizer("\n\n".join(texts), add_special_tokens=False).input_ids
+    joined = "\n\n".join(texts) if texts else calibration_text()
+    ids: list[int] = tokenizer(joined, add_special_tokens=False).input_ids
     if len(ids) < LEAST_TOKENS:
         raise ConfigError(
             f"the calibration text has {len(ids)} tokens, at least {LEAST_TOKENS} are needed, and "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Thread
 from typing import Any
 
@@ -50,6 +51,25 @@ def stream(
             raise _explained(failures[0])
 
     return pieces()
+
+
+def session(model: Any) -> Callable[[Sequence[int]], None]:
+    """A new context of `model` with a key-value cache that grows with each call."""
+    import torch
+
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    cache: Any = None
+
+    def feed(tokens: Sequence[int]) -> None:
+        nonlocal cache
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)], device=model.device)
+            outputs = model(input_ids=ids, past_key_values=cache, use_cache=True, **last_only)
+        cache = outputs.past_key_values
+        if ids.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    return feed
 
 
 def _explained(error: BaseException) -> BaseException:

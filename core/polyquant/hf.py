@@ -74,6 +74,13 @@ def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any 
     return model.eval()
 
 
+def load_dense(source: ModelSource, dtype: Dtype = "float32") -> Any:
+    """The dense model on the CPU, in eval mode: what quantized ones are compared with."""
+    with compat.progress_bars(enabled=False):
+        arguments = compat.dtype_argument(getattr(torch, dtype))
+        return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments).eval()
+
+
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer. Raises ModelError where there is none."""
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}

@@ -12,6 +12,7 @@ from polyquant.errors import PolyquantError
 if TYPE_CHECKING:
     from polyquant.options import BackendOptions
     from polyquant.request import LoadRequest
+    from polyquant.speed import Feed
     from polyquant.types import Capabilities, HookRecord, LayerInfo, LayerPlan, WeightInfo
 
 Prompt = str | Sequence[dict[str, str]]
@@ -35,7 +36,7 @@ class Owner(Protocol):
 class LoadedModel:
     """A model with its tokenizer and everything known about how it was loaded.
 
-    A backend whose runtime is not torch subclasses this and overrides `logits` and `stream`.
+    A backend whose runtime is not torch subclasses this and overrides `logits`, `stream` and `session`.
     """
 
     model: Any  # the plain transformers model, in eval mode
@@ -78,6 +79,12 @@ class LoadedModel:
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)], device=self.model.device)
             return self.model(input_ids=ids, use_cache=False).logits[0].float()
+
+    def session(self) -> Feed:
+        """A new, empty context; each call runs tokens after those before, up to the logits of the last one."""
+        from polyquant.generation import session
+
+        return session(self.model)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write a checkpoint that loads back bit for bit. All or nothing; see `Backend.save`."""

@@ -18,12 +18,10 @@ def reference_logits(model: str, tokens: Sequence[int]) -> Any:
 @lru_cache(maxsize=2)
 def _logits(model: str, tokens: tuple[int, ...]) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from polyquant import compat
+    from polyquant import hf
     from polyquant.models.resolve import resolve
 
-    with compat.progress_bars(enabled=False):
-        dense = AutoModelForCausalLM.from_pretrained(resolve(model).path, **compat.dtype_argument(torch.float32)).eval()
+    dense = hf.load_dense(resolve(model))
     with torch.inference_mode():
         return dense(torch.tensor([list(tokens)]), use_cache=False).logits[0].float()

@@ -1,0 +1,86 @@
+"""One cell of a comparison, in a process of its own: python -m polyquant.compare.cell JOB.json RESULT.json."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import polyquant
+from polyquant.compare.records import Job, Result
+from polyquant.errors import PolyquantError
+from polyquant.loaded import LoadedModel
+from polyquant.machine import this_machine
+from polyquant.quality.records import Quality
+from polyquant.speed import measure_speed
+
+
+def main() -> None:
+    """Read the job, measure, write the result in one step."""
+    job_path, result_path = map(Path, sys.argv[1:])
+    result = run(msgspec.json.decode(job_path.read_bytes(), type=Job))
+    partial = result_path.with_suffix(".partial")
+    partial.write_text(result.to_json())
+    partial.replace(result_path)
+
+
+def run(job: Job) -> Result:
+    """Load, verify, and measure what the job asks for. Whatever fails becomes the result's reason."""
+    measured: dict[str, Any] = {}
+    try:
+        libraries = [library.distribution for library in polyquant.backend(job.backend).info.libraries]
+        measured["machine"] = this_machine(libraries)
+        loaded = polyquant.load(job.model, job.backend, device=job.device, **job.options)
+        if job.reference:
+            measured["quality"] = measure_quality(loaded, Path(job.reference), job.reference_key)
+        if job.speed:
+            import torch
+
+            measured["threads"] = torch.get_num_threads()
+            measured["speed"] = measure_speed(loaded.session, _vocabulary(loaded))
+        measured |= verified(loaded)
+    except Exception as error:  # of the backend's library: a row of the comparison, with its reason
+        return Result(job=job, status="failed", reason=f"{type(error).__name__}: {error}", **measured)
+    return Result(job=job, status="done", **measured)
+
+
+def verified(loaded: LoadedModel) -> dict[str, Any]:
+    """What the verification of the model adds to a result."""
+    report = polyquant.verify(loaded)
+    return {
+        "kernel": report.kernel,
+        "compute_dtype": report.compute_dtype,
+        "device": report.device,
+        "load_seconds": report.load_seconds,
+        "memory": report.memory,
+        "bits_per_weight": report.memory.quantized_bits_per_weight,
+        "checks": tuple(report.checks),
+        "notes": tuple(report.notes),
+    }
+
+
+def measure_quality(loaded: LoadedModel, folder: Path, key: str) -> Quality:
+    """The model against stored log-probabilities, window by window. Raises PolyquantError where they are not there."""
+    import torch
+
+    from polyquant.quality import stored
+    from polyquant.quality.metrics import Comparison
+
+    index = stored.stored_in(folder, key)
+    if index is None:
+        raise PolyquantError(f"{folder} holds no reference with the key {key}; measure the reference again")
+    comparison = Comparison()
+    for window, reference in stored.read(folder, index):
+        candidate = stored.scored(loaded.logits(window.tokens), window)
+        comparison.add(reference, candidate.cpu(), torch.tensor(window.tokens[window.first_scored :]))
+    return comparison.result(index.preset, storage_error=index.storage_error)
+
+
+def _vocabulary(loaded: LoadedModel) -> int:
+    return int(loaded.logits([0]).shape[-1])
+
+
+if __name__ == "__main__":
+    main()

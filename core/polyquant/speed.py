@@ -1,0 +1,82 @@
+"""Speed as llama-bench defines it, on callables: knows no backend and imports nothing heavy."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from polyquant.types import Record
+
+Feed = Callable[[Sequence[int]], None]
+"""Runs tokens through a model after those it was fed before, up to the logits of the last one."""
+PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 512, 128, 5
+
+
+class Rate(Record, frozen=True):
+    """Tokens a second over several repetitions."""
+
+    mean: float
+    standard_deviation: float
+    repetitions: tuple[float, ...]
+
+
+class Speed(Record, frozen=True):
+    """Prompt and generation speed, tokenization and sampling excluded, batch of one; one warm-up before each."""
+
+    prompt_tokens: int  # pp512: of each repetition
+    generated_tokens: int  # tg128
+    prompt_tokens_per_second: Rate
+    generated_tokens_per_second: Rate
+    first_token_seconds: float  # for a prompt of `prompt_tokens`
+
+
+def measure_speed(
+    session: Callable[[], Feed],
+    vocabulary: int,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    generated_tokens: int = GENERATED_TOKENS,
+    repetitions: int = REPETITIONS,
+) -> Speed:
+    """Time a model on random tokens, as llama-bench does.
+
+    session: a new, empty context of the model; what it returns has finished its work when it returns.
+    """
+    rng = random.Random(0)  # noqa: S311  tokens to time, no secret
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(vocabulary) for _ in range(count)]
+
+    def prompt() -> float:
+        return _seconds(session(), [tokens(prompt_tokens)])
+
+    def generation() -> float:
+        return _seconds(session(), [[token] for token in tokens(generated_tokens)])
+
+    prompts, generations = _repeat(prompt, repetitions), _repeat(generation, repetitions)
+    return Speed(
+        prompt_tokens=prompt_tokens,
+        generated_tokens=generated_tokens,
+        prompt_tokens_per_second=_rate([prompt_tokens / seconds for seconds in prompts]),
+        generated_tokens_per_second=_rate([generated_tokens / seconds for seconds in generations]),
+        first_token_seconds=statistics.fmean(prompts),
+    )
+
+
+def _repeat(run: Callable[[], float], repetitions: int) -> list[float]:
+    run()
+    return [run() for _ in range(repetitions)]
+
+
+def _seconds(feed: Feed, batches: Sequence[Sequence[int]]) -> float:
+    started = perf_counter()
+    for batch in batches:
+        feed(batch)
+    return perf_counter() - started
+
+
+def _rate(rates: list[float]) -> Rate:
+    deviation = statistics.stdev(rates) if len(rates) > 1 else 0.0
+    return Rate(mean=statistics.fmean(rates), standard_deviation=deviation, repetitions=tuple(rates))
