@@ -11,7 +11,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from polyquant_gguf import metadata
-from polyquant_gguf.blocks import TYPES
+from polyquant.models.gguf_types import TYPES
 from polyquant_gguf.names import ARCHITECTURES, gguf_names
 
 SIZES = {

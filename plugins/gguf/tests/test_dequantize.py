@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from polyquant_gguf.blocks import TYPES
+from polyquant.models.gguf_types import TYPES
 from polyquant_gguf.dequantize import BLOCKS, dequantize
 
 PACKED = [name for name, block in TYPES.items() if block.packed]

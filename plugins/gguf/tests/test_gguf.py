@@ -7,9 +7,9 @@ from gguf import GGMLQuantizationType, quants
 from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError, ModelError, SaveError
 from polyquant.testing.models import tiny_model
 from polyquant_gguf import metadata, modules
-from polyquant_gguf.blocks import TYPES
+from polyquant.models.gguf_types import TYPES
 from polyquant_gguf.names import ARCHITECTURES
-from polyquant_gguf.reading import read_header
+from polyquant.models.gguf_header import read_header
 from transformers import AutoModelForCausalLM
 
 from .conftest import row, tiny, write_gguf

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 from polyquant.memory.describe import Quantized, describe
 from polyquant.memory.roles import TIED
+from polyquant.models.gguf_types import FLOAT_DTYPES
 from polyquant.types import LayerInfo, Role
 
 from polyquant_gguf._load import KERNEL
-from polyquant_gguf.blocks import FLOAT_DTYPES
 from polyquant_gguf.modules import Packed, PackedEmbedding
 from polyquant_gguf.planning import IN_FILE
 

@@ -10,6 +10,7 @@ from polyquant import compat, hf
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models.gguf_header import read_header
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
 
@@ -18,7 +19,6 @@ from polyquant_gguf.from_file import build, tokenizer_of
 from polyquant_gguf.names import rules_of
 from polyquant_gguf.options import GgufOptions
 from polyquant_gguf.planning import quantized_types
-from polyquant_gguf.reading import read_header
 
 KERNEL = "torch dequantize"
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from polyquant.models.gguf_types import BlockType
 from torch import Tensor
 
 from polyquant_gguf import grids
-from polyquant_gguf.blocks import BlockType
 from polyquant_gguf.fields import bits, f16, nibbles, split, table
 
 FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # e2m1, doubled

@@ -9,18 +9,18 @@ import torch
 from polyquant import compat, hf
 from polyquant.errors import ModelError, PolyquantError
 from polyquant.memory.weights import list_weights
+from polyquant.models.gguf_header import Entry, Header
+from polyquant.models.gguf_types import FLOAT_DTYPES
 from polyquant.options import resolved_dtype
 from polyquant.packed import empty_causal_lm
 from polyquant.request import LoadRequest
 from torch import Tensor, nn
 
 from polyquant_gguf import modules
-from polyquant_gguf.blocks import FLOAT_DTYPES
 from polyquant_gguf.dequantize import dequantize
 from polyquant_gguf.names import ROPE_FACTORS, Placed, place, rules_of
 from polyquant_gguf.options import GgufOptions
 from polyquant_gguf.planning import quantized_types
-from polyquant_gguf.reading import Entry, Header
 
 
 def build(request: LoadRequest, header: Header, config: GgufOptions) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from polyquant.models.gguf_types import BlockType
 from torch import Tensor, nn
 from torch.nn import functional
 
-from polyquant_gguf.blocks import BlockType
 from polyquant_gguf.dequantize import dequantize
 
 CHUNK_WEIGHTS = {"cpu": 2**20, "other": 2**26}

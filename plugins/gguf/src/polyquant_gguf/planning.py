@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 from polyquant.errors import ConfigError
 from polyquant.memory.planned import is_skipped, plan_dense
+from polyquant.models.gguf_header import read_header
+from polyquant.models.gguf_types import FLOAT_DTYPES, TYPES, BlockType
 from polyquant.types import LayerPlan, WeightInfo
 
-from polyquant_gguf.blocks import FLOAT_DTYPES, TYPES, BlockType
 from polyquant_gguf.names import place
 from polyquant_gguf.options import GgufOptions
-from polyquant_gguf.reading import read_header
 
 IN_FILE = "the file holds it as {}, no blocks"
 

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
 from polyquant.errors import ModelError
+from polyquant.models.gguf_types import BlockType
 from torch import Tensor
-
-from polyquant_gguf.blocks import BlockType
 
 ROWS_AT_A_TIME = 2048  # bounds the float32 copies
 

@@ -14,16 +14,16 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from polyquant import compat, hf
 from polyquant.errors import SaveError
 from polyquant.loaded import LoadedModel
+from polyquant.models.gguf_header import read_header
+from polyquant.models.gguf_types import FLOAT_DTYPES
 from polyquant.request import ModelSource
 from torch import Tensor
 
 from polyquant_gguf import metadata, vocabulary
-from polyquant_gguf.blocks import FLOAT_DTYPES
 from polyquant_gguf.from_file import as_loaded, places_of, row_order
 from polyquant_gguf.modules import Packed
 from polyquant_gguf.names import Placed, Rules, gguf_names
 from polyquant_gguf.options import OPTIONS_KEY
-from polyquant_gguf.reading import read_header
 
 NEW_FILE = "model.gguf"
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyquant.errors import ModelError
-
-from polyquant_gguf.blocks import BY_ID, TYPES, BlockType
+from polyquant.models.gguf_types import BY_ID, TYPES, BlockType
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
