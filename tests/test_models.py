@@ -185,3 +185,14 @@ except Exception as error:
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path))
     assert builtin.cache_folder() == tmp_path
+
+
+def test_a_quantization_config_beside_the_config_is_read(folder):
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4}))
+    assert resolve(folder).stored_quantization == {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": "other"}}))
+    assert resolve(folder).stored_quantization == {"quant_method": "other"}
+    (folder / "quantize_config.json").write_text("[")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ModelError, match="quantize_config.json is not readable JSON"):
+        resolve(folder)

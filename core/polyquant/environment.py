@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
+import os
+import random
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
 
 from polyquant.types import Capabilities, Library, Problem
@@ -39,6 +43,34 @@ def quiet_imports() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextmanager
+def contained(*, shown: bool = False, **environment: str) -> Iterator[None]:
+    """What a library changes of the process in the block is put back, and what it prints is dropped.
+
+    For libraries that set environment variables, the root logger and warning filters when they are imported or used.
+    shown: let it print. environment: variables that are set in the block.
+    """
+    variables, state = dict(os.environ), random.getstate()
+    root, level, handlers = logging.root, logging.root.level, logging.root.handlers[:]
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(quiet_imports())
+        if not shown:
+            warnings.simplefilter("ignore")
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        os.environ.update(environment)
+        try:
+            yield
+        finally:
+            for name in set(os.environ) - set(variables):
+                del os.environ[name]
+            os.environ.update(variables)
+            random.setstate(state)
+            root.setLevel(level)
+            root.handlers[:] = handlers
+
+
 def installed_version(distribution: str) -> str | None:
     """The installed version, or None."""
     try:
@@ -54,7 +86,7 @@ def import_problems(libraries: Iterable[Library]) -> list[Problem]:
         if installed_version(library.distribution) is None:
             continue
         try:
-            with quiet_imports():
+            with contained():
                 importlib.import_module(library.module or library.distribution)
         except Exception as error:
             problems.append(

@@ -13,6 +13,8 @@ from polyquant.request import ModelSource
 INDEX = "model.safetensors.index.json"
 GGUF_MAGIC = b"GGUF"
 CONFIG_LIMIT_BYTES = 64 * 2**20
+SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files beside config.json in which older tools wrote the quantization config, and the method each stands for."""
 
 
 def check_gguf(path: Path, name: str) -> ModelSource:
@@ -35,12 +37,20 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
             return check_gguf(path / gguf[0], name)
         hint = f"it has several GGUF files, name the one to load: {path / gguf[0]}" if gguf else "is it a model folder?"
         raise ModelError(f"{name}: no config.json among {_shown(files)}; {hint}")
-    config = _read_object(path / "config.json", name)
+    config = _with_sidecar(_read_object(path / "config.json", name), path, name, files)
     weights = _weight_files(path, name, files, allow_pickle)
     for file in weights:
         if file.endswith(".safetensors"):
             _check_safetensors(path / file, name)
     return ModelSource(name=name, path=path, config=config, weight_files=tuple(weights))
+
+
+def _with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str]) -> dict[str, Any]:
+    """`config` with the quantization config that a file beside it holds, where it has none of its own."""
+    beside = next((file for file in SIDECARS if file in files), None)
+    if beside is None or config.get("quantization_config"):
+        return config
+    return config | {"quantization_config": {"quant_method": SIDECARS[beside], **_read_object(path / beside, name)}}
 
 
 def _weight_files(path: Path, name: str, files: list[str], allow_pickle: bool) -> list[str]:

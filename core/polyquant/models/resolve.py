@@ -8,7 +8,16 @@ from polyquant.errors import ModelError
 from polyquant.models import builtin, checks
 from polyquant.request import ModelSource
 
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "model*.safetensors"]
+HUB_FILES = [
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "model*.safetensors",
+    "gptq_model*.safetensors",
+]
 PICKLE_FILES = ["pytorch_model*.bin"]
 
 
