@@ -1,0 +1,1 @@
+"""AQLM for polyquant: checkpoints of additive codebooks, read and run packed."""

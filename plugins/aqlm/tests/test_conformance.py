@@ -1,0 +1,23 @@
+"""The conformance suite. Floors: measured on SmolLM2-135M, CPU, in brackets; KL in nats.
+
+They measure the quantizer of these tests, which is much simpler than AQLM's own.
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+from polyquant.models.resolve import resolve
+from polyquant.testing import BackendConformance, Floor
+
+from .checkpoints import make
+
+BOOKS = {"2x8": 2, "4x8": 4}
+
+
+class TestAqlm(BackendConformance):
+    backend = "aqlm"
+    floors: ClassVar = {}
+    real_is_slow = True
+
+    def make_checkpoint(self, dense: Path, preset: str, out: Path) -> Path:
+        return make(resolve(str(dense)).path, out, books=BOOKS[preset])
