@@ -117,7 +117,9 @@ def test_a_stored_reference_is_found_by_its_key_and_damage_is_said(reference):
         list(stored.read(folder, index))
 
 
-def test_speed_counts_tokens_and_leaves_the_warm_up_out(monkeypatch):
+@pytest.fixture
+def timed(monkeypatch):
+    """Feeds that take 10 ms a token on a clock of their own, and the number of tokens of every call."""
     clock, fed = [0.0], []
     monkeypatch.setattr("polyquant.speed.perf_counter", lambda: clock[0])
 
@@ -125,17 +127,27 @@ def test_speed_counts_tokens_and_leaves_the_warm_up_out(monkeypatch):
         fed.append([])
 
         def feed(tokens):
-            slow = len(fed) in (1, 5)  # the warm-ups
             fed[-1].append(len(tokens))
-            clock[0] += 100.0 if slow else len(tokens) * 0.01
+            clock[0] += 100.0 if fed in ([[8]], [[8]] * 4 + [[1]]) else len(tokens) * 0.01  # the warm-ups are slow
 
         return feed
 
+    return session, fed
+
+
+def test_speed_counts_tokens_and_leaves_the_warm_up_out(timed):
+    session, fed = timed
     speed = measure_speed(session, 50, prompt_tokens=8, generated_tokens=4, repetitions=3)
-    assert fed == [[8]] * 4 + [[1, 1, 1, 1]] * 4
+    assert fed == [[8]] * 4 + [[1]] + [[1, 1, 1, 1]] * 3
     assert speed.prompt_tokens_per_second.mean == pytest.approx(100)
     assert speed.generated_tokens_per_second.repetitions == pytest.approx((100, 100, 100))
     assert speed.first_token_seconds == pytest.approx(0.08)
+
+
+def test_a_slow_model_is_repeated_less_often(timed):
+    speed = measure_speed(timed[0], 50, prompt_tokens=8, generated_tokens=4, limit_seconds=0.1)
+    assert len(speed.prompt_tokens_per_second.repetitions) == 2
+    assert len(speed.generated_tokens_per_second.repetitions) == 3
 
 
 def test_texts_are_there_and_calibration_is_cut_from_its_own():

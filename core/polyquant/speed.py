@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ class Rate(Record, frozen=True):
 
 
 class Speed(Record, frozen=True):
-    """Prompt and generation speed, tokenization and sampling excluded, batch of one; one warm-up before each."""
+    """Prompt and generation speed, tokenization and sampling excluded, batch of one; warmed up with a prompt, a token."""
 
     prompt_tokens: int  # pp512: of each repetition
     generated_tokens: int  # tg128
@@ -39,10 +40,12 @@ def measure_speed(
     prompt_tokens: int = PROMPT_TOKENS,
     generated_tokens: int = GENERATED_TOKENS,
     repetitions: int = REPETITIONS,
+    limit_seconds: float = math.inf,
 ) -> Speed:
     """Time a model on random tokens, as llama-bench does.
 
     session: a new, empty context of the model; what it returns has finished its work when it returns.
+    limit_seconds: after so long, prompts and generations each, nothing more is repeated; one repetition is always made.
     """
     rng = random.Random(0)  # noqa: S311  tokens to time, no secret
 
@@ -52,10 +55,13 @@ def measure_speed(
     def prompt() -> float:
         return _seconds(session(), [tokens(prompt_tokens)])
 
-    def generation() -> float:
-        return _seconds(session(), [[token] for token in tokens(generated_tokens)])
+    def generation(count: int = generated_tokens) -> float:
+        return _seconds(session(), [[token] for token in tokens(count)])
 
-    prompts, generations = _repeat(prompt, repetitions), _repeat(generation, repetitions)
+    prompt()
+    prompts = _repeat(prompt, repetitions, limit_seconds)
+    generation(1)
+    generations = _repeat(generation, repetitions, limit_seconds)
     return Speed(
         prompt_tokens=prompt_tokens,
         generated_tokens=generated_tokens,
@@ -65,9 +71,11 @@ def measure_speed(
     )
 
 
-def _repeat(run: Callable[[], float], repetitions: int) -> list[float]:
-    run()
-    return [run() for _ in range(repetitions)]
+def _repeat(run: Callable[[], float], repetitions: int, limit_seconds: float) -> list[float]:
+    seconds: list[float] = []
+    while len(seconds) < repetitions and sum(seconds) < limit_seconds:
+        seconds.append(run())
+    return seconds
 
 
 def _seconds(feed: Feed, batches: Sequence[Sequence[int]]) -> float:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import msgspec
 
 import polyquant
-from polyquant.compare.records import Job, Result
+from polyquant.compare.records import DENSE, Job, Result
 from polyquant.errors import PolyquantError
 from polyquant.loaded import LoadedModel
 from polyquant.machine import this_machine
+from polyquant.options import BackendOptions
 from polyquant.quality.records import Quality
 from polyquant.speed import measure_speed
 
@@ -30,20 +32,44 @@ def run(job: Job) -> Result:
     """Load, verify, and measure what the job asks for. Whatever fails becomes the result's reason."""
     measured: dict[str, Any] = {}
     try:
-        libraries = [library.distribution for library in polyquant.backend(job.backend).info.libraries]
-        measured["machine"] = this_machine(libraries)
-        loaded = polyquant.load(job.model, job.backend, device=job.device, **job.options)
+        loaded = _load(job, measured)
         if job.reference:
             measured["quality"] = measure_quality(loaded, Path(job.reference), job.reference_key)
         if job.speed:
             import torch
 
             measured["threads"] = torch.get_num_threads()
-            measured["speed"] = measure_speed(loaded.session, _vocabulary(loaded))
-        measured |= verified(loaded)
+            measured["speed"] = measure_speed(
+                loaded.session, _vocabulary(loaded), limit_seconds=job.speed_limit_seconds
+            )
+        if job.backend != DENSE:
+            measured |= verified(loaded)
     except Exception as error:  # of the backend's library: a row of the comparison, with its reason
         return Result(job=job, status="failed", reason=f"{type(error).__name__}: {error}", **measured)
     return Result(job=job, status="done", **measured)
+
+
+def _load(job: Job, measured: dict[str, Any]) -> LoadedModel:
+    if job.backend == DENSE:
+        measured["machine"] = this_machine()
+        return _dense(job, measured)
+    info = polyquant.backend(job.backend).info
+    measured["machine"] = this_machine(library.distribution for library in info.libraries)
+    return polyquant.load(job.model, job.backend, device=job.device, **job.options)
+
+
+def _dense(job: Job, measured: dict[str, Any]) -> LoadedModel:
+    """The dense model, for the rows that the others are read against."""
+    from polyquant import hf
+    from polyquant.models.resolve import resolve
+
+    source, dtype = resolve(job.model), job.options.get("compute_dtype", "float32")
+    started = perf_counter()
+    model = hf.load_dense(source, dtype)
+    measured |= {"load_seconds": perf_counter() - started, "compute_dtype": dtype, "kernel": "torch", "device": "cpu"}
+    return LoadedModel(
+        model=model, tokenizer=hf.load_tokenizer(source), config=BackendOptions(compute_dtype=dtype), kernel="torch"
+    )
 
 
 def verified(loaded: LoadedModel) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from polyquant.report import Check, Memory
 from polyquant.speed import Speed
 from polyquant.types import Record
 
+DENSE = "dense"
+"""Stands in a job for no backend: the model as it is, in the compute dtype of the options."""
+
 
 class Job(Record, frozen=True):
     """One candidate on one model."""
@@ -22,6 +25,7 @@ class Job(Record, frozen=True):
     reference: str = ""  # folder of the reference's stored log-probabilities; empty: quality is not measured
     reference_key: str = ""
     speed: bool = True
+    speed_limit_seconds: float = 300  # see measure_speed: slow models are repeated less often
 
 
 class Result(Record, frozen=True):
