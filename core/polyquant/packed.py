@@ -60,6 +60,15 @@ def read_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
                 yield key, file.get_tensor(key)
 
 
+def tensor_names(source: ModelSource) -> set[str]:
+    """Names of all tensors in the safetensors files of `source`; no weight is read."""
+    names: set[str] = set()
+    for name in source.weight_files:
+        with safe_open(source.path / name, framework="pt", device="cpu") as file:
+            names.update(file.keys())
+    return names
+
+
 def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -> None:
     """Assign `tensors` to the parameters and buffers of `model`, and tie what is tied.
 

@@ -1,0 +1,120 @@
+"""Reads GPTQ checkpoints into gptqmodel's layers: every tensor is checked by name and shape on the way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import accelerate
+import msgspec
+import torch
+from polyquant import compat, hf, packed
+from polyquant.errors import ModelError
+from polyquant.loaded import LoadedModel
+from polyquant.memory.planned import is_linear
+from polyquant.memory.weights import list_weights
+from polyquant.options import resolved_dtype
+from polyquant.request import LoadRequest, ModelSource
+from polyquant.types import WeightInfo
+
+from polyquant_gptq._layers import empty_layer, select_kernel, settle
+from polyquant_gptq._library import (
+    BaseQuantLinear,
+    contained,
+    hf_convert_gptq_v1_to_v2_format,
+    hf_gptqmodel_post_init,
+)
+from polyquant_gptq.options import GptqOptions, stored_format
+from polyquant_gptq.planning import cpu_kernel, plan_layers
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
+
+
+def load(request: LoadRequest, config: GptqOptions) -> LoadedModel:
+    source, dtype = request.source, getattr(torch, resolved_dtype(config))
+    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    weights = list_weights(model)
+    quantized = {name.rpartition(".")[0] for name in packed.tensor_names(source) if name.endswith(PARTS)}
+    config, notes = _as_stored(config, weights, quantized, source)
+    if request.device == "cpu" and config.kernel == "auto":
+        config = msgspec.structs.replace(config, kernel=cpu_kernel(config, resolved_dtype(config)))
+    plan_layers(weights, config)  # refuses layers that cannot be packed
+    layout = stored_format(source.stored_quantization)
+    kernel = select_kernel(config, layout, request.device)
+    for name in sorted(quantized):
+        model.set_submodule(name, empty_layer(model.get_submodule(name), kernel, config, name))
+    tensors = dict(_tensors(model, quantized, source, dtype, on_cpu=request.device == "cpu"))
+    for name in quantized:
+        tensors.setdefault(f"{name}.g_idx", _plain_order(model.get_submodule(name)))
+    packed.fill(model, tensors, source)
+    del tensors
+    with contained():
+        hf_convert_gptq_v1_to_v2_format(model, config.bits, kernel, layout, None)
+        _place(model, request)
+        hf_gptqmodel_post_init(model, use_act_order=config.desc_act)
+        if request.device == "cpu":
+            for name in quantized:
+                settle(model.get_submodule(name), dtype)
+    model.config.quantization_config = config.stored()
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    named = f"gptqmodel {kernel.__name__}"
+    return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=named, notes=notes)
+
+
+def _as_stored(
+    config: GptqOptions, weights: Sequence[WeightInfo], quantized: set[str], source: ModelSource
+) -> tuple[GptqOptions, list[str]]:
+    """The options with `skip` as the tensors of the checkpoint have it. Raises ModelError where they do not fit."""
+    anything = msgspec.structs.replace(config, skip=(), skip_defaults=False)
+    linears = [_module(weight) for weight in weights if is_linear(weight, anything)]
+    if astray := sorted(quantized.difference(linears)):
+        raise ModelError(
+            f"{source.name}: {len(astray)} quantized layers have no Linear module in the model: {', '.join(astray[:3])}"
+        )
+    if not quantized:
+        raise ModelError(f"{source.name}: its config says gptq, and no tensor is quantized; it has no *.qweight")
+    if quantized == {_module(weight) for weight in weights if is_linear(weight, config)}:
+        return config, []
+    dense = tuple(name for name in linears if name not in quantized)
+    note = f"{len(dense)} layers are dense in the checkpoint: {', '.join(dense[:3])}"
+    return msgspec.structs.replace(config, skip=dense, skip_defaults=False), [note] if dense else []
+
+
+def _module(weight: WeightInfo) -> str:
+    return weight.name.rpartition(".")[0]
+
+
+def _tensors(
+    model: Any, quantized: set[str], source: ModelSource, dtype: torch.dtype, *, on_cpu: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors in the dtypes in which they are kept, less those that transformers leaves out too."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OBSOLETE]
+    tied = compat.tied_tensors(model)
+    for name, tensor in packed.read_tensors(source):
+        owner, _, short = name.rpartition(".")
+        if name in tied or any(re.search(pattern, name) for pattern in patterns):
+            continue
+        if owner not in quantized or short == "bias":
+            if owner in quantized and model.get_submodule(owner).bias is None and not tensor.any():
+                continue  # auto-gptq wrote biases of zeros for layers that have none
+            yield name, tensor.to(dtype)
+        elif short == "scales":
+            kept = on_cpu and dtype != torch.float32 and tensor.element_size() == 2
+            yield name, tensor if kept else tensor.to(dtype)
+        else:
+            yield name, tensor.clone() if short == "qzeros" else tensor  # zero points are changed in place
+
+
+def _plain_order(layer: BaseQuantLinear) -> torch.Tensor:
+    """The group of each column where columns were not reordered. Shape: (in_features,)."""
+    return torch.arange(layer.in_features, dtype=torch.int32) // layer.group_size
+
+
+def _place(model: Any, request: LoadRequest) -> None:
+    devices = {str(device) for device in request.device_map.values()}
+    if len(devices) == 1:
+        model.to(devices.pop())
+    else:
+        accelerate.dispatch_model(model, dict(request.device_map))
