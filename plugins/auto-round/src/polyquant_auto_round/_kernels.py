@@ -1,0 +1,88 @@
+"""What multiplies: auto-round-lib where it is there and takes the bits, else auto-round's own layers in plain torch.
+
+Neither needs transformers' auto-round path, which changes transformers when it is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from polyquant.environment import contained
+from polyquant.errors import EnvironmentProblem, ModelError
+
+from polyquant_auto_round.options import AutoRoundOptions
+
+try:
+    with contained():
+        import auto_round_kernel
+        from auto_round_kernel import qlinear
+    INSTALLED = auto_round_kernel.cpu_lib is not None
+except ImportError:
+    INSTALLED = False
+
+FAST, SLOW = "auto-round-lib woqgemm", "auto-round dequantize and torch matmul"
+FAST_BITS = (2, 4, 8)
+CPU_TYPES = ("auto", "fp32")  # of products, as auto-round-lib's layers choose on a CPU, and of scales
+
+
+def is_fast(bits: int) -> bool:
+    """Whether auto-round-lib multiplies weights of so many bits here."""
+    return INSTALLED and bits in FAST_BITS
+
+
+def packed_bytes(shape: tuple[int, ...], config: AutoRoundOptions) -> int:
+    """Bytes of a layer as auto-round-lib repacks it for this CPU: float32 scale and sum a group, padded rows."""
+    out_features, in_features = shape
+    group = in_features if config.group_size == -1 else config.group_size
+    product, scale = CPU_TYPES
+    return int(
+        auto_round_kernel.packed_weight_size(
+            torch.empty(0), out_features, in_features, group, product, f"int{config.bits}", scale, not config.sym
+        )
+    )
+
+
+def empty_layer(linear: Any, layout: Literal["plain", "gptq", "awq"], config: AutoRoundOptions) -> Any:
+    """A packed layer on the meta device that takes the place of `linear`.
+
+    Raises EnvironmentProblem for the AWQ layout without auto-round-lib: auto-round has no other layer for it.
+    """
+    shape = {"bits": config.bits, "group_size": config.group_size, "bias": linear.bias is not None}
+    with torch.device("meta"):
+        if is_fast(config.bits):
+            kind = {"plain": qlinear.QuantLinear, "gptq": qlinear.QuantLinearGPTQ, "awq": qlinear.QuantLinearAWQ}
+            shape |= {"in_features": linear.in_features, "out_features": linear.out_features, "sym": config.sym}
+            return kind[layout](**shape)
+        if layout == "awq":
+            raise EnvironmentProblem(
+                "AWQ's layout, which auto-round uses for 4 bits with sym=False too, runs with auto-round-lib only, "
+                "which is not installed here; run: pip install auto-round-lib, or load with backend='awq'"
+            )
+        from polyquant_auto_round import _library
+
+        kind = {"plain": _library.TorchLayer, "gptq": _library.TorchLayerGPTQ}
+        layer = kind[layout](**shape, infeatures=linear.in_features, outfeatures=linear.out_features)
+    layer.wf = _library.unpacking_shifts(config.bits)
+    return layer
+
+
+def settle(layer: Any, name: str) -> None:
+    """Bring a layer with its weights into the form that it keeps.
+
+    Raises ModelError where zero points, which a symmetric layer of auto-round-lib does not read, are not the middle.
+    """
+    if is_fast(layer.bits):
+        if not layer.asym and not _are_middle(layer.qzeros, layer.bits):
+            raise ModelError(f"zero points of {name} are fitted, and its config says that they are symmetric")
+        layer.post_init()
+    if layer.bias is not None and layer.bias.numel():
+        layer.register_parameter("bias", torch.nn.Parameter(layer._buffers.pop("bias"), requires_grad=False))
+    layer.eval()
+
+
+def _are_middle(zeros: torch.Tensor, bits: int) -> bool:
+    """Whether packed zero points are all the middle of the range, or that less one, as GPTQ stores it."""
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    words = [ones * (2 ** (bits - 1) - less) for less in (0, 1)]
+    return any(bool((zeros == word - (word >> 31 << 32)).all()) for word in words)
