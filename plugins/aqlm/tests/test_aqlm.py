@@ -7,7 +7,10 @@ import polyquant
 import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.models.resolve import resolve
+from polyquant.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
+from polyquant.testing.texts import EVALUATION
 from polyquant_aqlm._layers import QuantizedLinear
 from polyquant_aqlm.kernels import DEQUANTIZE, LOOKUP
 from safetensors.torch import load_file, save_file
@@ -225,7 +228,7 @@ def test_another_method_and_contradictions_are_refused(changed, checkpoint):
 )
 def test_unusual_models_are_refused_before_weights_are_read(folder, tmp_path, name, words):
     checkpoint = make(tiny_model(name, folder), tmp_path / "out")
-    save_file({}, checkpoint / "model.safetensors")
+    save_file({"nothing": torch.zeros(1)}, checkpoint / "model.safetensors")
     with pytest.raises(ConfigError, match=words):
         load(checkpoint)
 
@@ -286,3 +289,16 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder, checkpoint)
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_real_model_computes_what_its_checkpoint_says(tmp_path):
+    path = resolve("builtin:smollm2").path
+    checkpoint = make(path, tmp_path / "out", books=4)
+    loaded, twin = load(checkpoint), dense_twin(path, checkpoint)
+    tokens = loaded.tokenizer(EVALUATION, add_special_tokens=False).input_ids[:160]
+    with torch.inference_mode():
+        expected = twin(torch.tensor([tokens])).logits[0]
+    assert kl_divergence(expected, loaded.logits(tokens)).max() < 1e-5
+    assert kl_divergence(expected[:5], loaded.logits(tokens[:5])).max() < 1e-5

@@ -1,0 +1,68 @@
+"""Options of the BitNet backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+from polyquant.options import BackendOptions
+
+OWN = ("linear_class", "quantization_mode", "use_rms_norm", "rms_norm_eps")
+READ = {"quant_method", "modules_to_not_convert", "compute_dtype", *OWN}
+
+
+class BitnetOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Weights are -1, 0 or 1 times one scale a layer; activations are rounded to int8, token by token, in each pass."""
+
+    linear_class: Annotated[
+        Literal["bitlinear", "autobitlinear"],
+        Meta(description="how the checkpoint states a layer's scale: to divide by (bitlinear), or to multiply with"),
+    ] = "bitlinear"
+    quantization_mode: Annotated[
+        Literal["offline", "online"],
+        Meta(
+            description="offline: the checkpoint holds packed weights; online: dense ones, which are packed on loading"
+        ),
+    ] = "offline"
+    use_rms_norm: Annotated[bool, Meta(description="normalize the input of each layer, with weights of its own")] = (
+        False
+    )
+    rms_norm_eps: Annotated[float, Meta(gt=0, description="epsilon of that norm")] = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.quantization_mode == "online" and self.linear_class == "bitlinear":
+            raise ValueError(
+                "quantization_mode 'online' goes with linear_class 'autobitlinear'; bitlinear holds packed weights"
+            )
+
+    @property
+    def weight_bits(self) -> float:
+        """2 as stored; three values are log2(3) = 1.58 bits."""
+        return 2
+
+    def native(self) -> Any:
+        """transformers' BitNetQuantConfig."""
+        from transformers import BitNetQuantConfig
+
+        dense = None if self.skip_defaults and not self.skip else list(self.skip)
+        return BitNetQuantConfig(modules_to_not_convert=dense, **{name: getattr(self, name) for name in OWN})
+
+    def stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint; `compute_dtype` is polyquant's addition."""
+        return {**self.native().to_dict(), "compute_dtype": self.compute_dtype}
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        unread = sorted(name for name in set(stored) - READ if stored[name] is not None)
+        if unread:
+            raise ValueError(f"it has {', '.join(unread)}, which is not read")
+        dense = stored.get("modules_to_not_convert")
+        values = {name: stored[name] for name in OWN if stored.get(name) is not None}
+        values |= {
+            "compute_dtype": stored.get("compute_dtype", "auto"),
+            "skip": tuple(dense or ()),
+            "skip_defaults": dense is None,
+        }
+        return msgspec.convert(values, cls)
