@@ -15,7 +15,7 @@ with contained():
     from gptqmodel.utils.importer import hf_select_quant_linear_v2
     from gptqmodel.utils.model import hf_convert_gptq_v1_to_v2_format, hf_gptqmodel_post_init
 
-from polyquant_gptq.options import GptqOptions
+from polyquant_gptq.options import PER_LAYER, GptqOptions
 
 __all__ = [
     "BaseQuantLinear", "GPTQModel", "PackableQuantLinear", "TorchAtenLinear", "TorchLinear",
@@ -25,8 +25,10 @@ __all__ = [
 
 def quantize_config(config: GptqOptions) -> Any:
     """gptqmodel's QuantizeConfig. A rule that starts with '-:' leaves the modules it matches dense."""
-    dynamic = {rf"-:^{re.escape(name)}$": {} for name in config.skip}
+    dynamic: dict[str, dict[str, Any]] = {rf"-:^{re.escape(name)}$": {} for name in config.skip}
     head = not config.skip_defaults and "lm_head" not in config.skip
+    if head:  # without a rule of its own it becomes 8 bit in groups of 32, whatever the others are
+        dynamic["lm_head"] = {name: getattr(config, name) for name in PER_LAYER}
     with contained():
         return QuantizeConfig(
             bits=config.bits, group_size=config.group_size, desc_act=config.desc_act, sym=config.sym,

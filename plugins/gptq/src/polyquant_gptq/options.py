@@ -10,6 +10,7 @@ from msgspec import Meta
 from polyquant.options import BackendOptions
 
 FORMATS = ("gptq", "gptq_v2")  # zero points are stored less one in the first
+PER_LAYER = ("bits", "group_size", "sym", "desc_act")  # what a rule of gptqmodel's `dynamic` may change for a layer
 UNREAD = ("activation", "adapter", "rotation", "is_marlin_format")
 
 
@@ -71,7 +72,7 @@ class GptqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(f"it uses {', '.join(unread)}, which is not read")
         if stored.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
             raise ValueError(f"it is packed in {stored['pack_dtype']}, and only int32 is read")
-        if overrides := [name for name, values in (stored.get("dynamic") or {}).items() if not name.startswith("-")]:
+        if overrides := [name for name, rule in (stored.get("dynamic") or {}).items() if _differs(name, rule, stored)]:
             raise ValueError(f"it gives layers different options ({', '.join(overrides[:3])}), which is not read")
         skip = tuple(stored.get("skip_modules") or ())
         values = {
@@ -88,3 +89,8 @@ class GptqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
 def stored_format(stored: Mapping[str, Any]) -> str:
     """The checkpoint format that a quantization_config names; auto-gptq names none."""
     return str(stored.get("checkpoint_format") or stored.get("format") or "gptq").lower()
+
+
+def _differs(name: str, rule: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether a rule of `dynamic` gives layers other options; one that starts with '-' leaves them dense."""
+    return not name.startswith("-") and any(rule.get(key, stored.get(key)) != stored.get(key) for key in PER_LAYER)

@@ -1,0 +1,301 @@
+"""GPTQ on small random models: reading the dialects, damaged checkpoints, making checkpoints, training."""
+
+import json
+import os
+
+import polyquant
+import pytest
+import torch
+from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.testing.models import tiny_model
+from polyquant.testing.state import differences, snapshot
+from polyquant.testing.texts import CALIBRATION
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+TOKENS = [3, 4, 5, 6, 7, 8, 9]
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, packing):
+    """int4 in groups of 64, symmetric, of the llama model."""
+    return packing.write(tiny_model("llama", folder), folder / "int4")
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """Its files, to be changed."""
+    import shutil
+
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def load(path, **options):
+    return polyquant.load(path, device="cpu", **options)
+
+
+def quantize(model, out, calibration=CALIBRATION, **options):
+    return polyquant.quantize(model, "gptq", out, calibration=calibration, device="cpu", **options)
+
+
+def assert_verified(loaded):
+    report = polyquant.verify(loaded, max_new_tokens=2)
+    assert not [check for check in report.failures if check.name != "sample"]
+
+
+def equal_dense(path):
+    return AutoModelForCausalLM.from_pretrained(path.with_name(path.name + "-dense")).eval()
+
+
+def logits_of(model):
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([TOKENS])).logits[0]
+
+
+def change_tensors(path, change):
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 5}, "bits must be 2, 3, 4 or 8, got 5"),
+        ({"group_size": 100}, "group_size must be -1, 16, 32"),
+        ({"kernel": "cuda"}, "kernel must be 'auto', 'torch_aten'"),
+        ({"wbits": 4}, "unknown option 'wbits'"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ConfigError, match=words):
+        polyquant.load("nowhere", "gptq", **options)
+
+
+VARIANTS = [
+    {"bits": 2, "group_size": 32, "layout": "gptq_v2", "sym": False},
+    {"bits": 3, "group_size": 64, "layout": "gptq", "sym": False},
+    {"bits": 3, "group_size": 64, "layout": "gptq_v2", "order": True},
+    {"bits": 4, "group_size": -1, "layout": "gptq"},
+    {"bits": 4, "group_size": 128, "layout": "gptq", "sym": False},
+    {"bits": 4, "group_size": 32, "layout": "gptq_v2", "sym": False, "order": True},
+    {"bits": 8, "group_size": 64, "layout": "gptq"},
+    {"bits": 8, "group_size": 16, "layout": "gptq_v2", "sym": False, "order": True},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+def test_a_packed_model_is_its_dequantized_one(folder, tmp_path, variant, packing):
+    """In float32 to rounding; in bfloat16 each layer to bfloat16's own rounding of scales and weights."""
+    path = packing.write(tiny_model("qwen2", folder), tmp_path / "out", **variant)
+    dense = equal_dense(path)
+    exact = load(path, compute_dtype="float32")
+    assert_verified(exact)
+    torch.testing.assert_close(exact.logits(TOKENS), logits_of(dense), rtol=1e-3, atol=1e-3)
+    rounded = load(path)
+    aten = variant["bits"] == 4 and variant["group_size"] > 0
+    assert (rounded.config.kernel, exact.config.kernel) == ("torch_aten" if aten else "torch", "torch")
+    assert_verified(rounded)
+    for name in ("model.layers.0.self_attn.q_proj", UP, "model.layers.1.mlp.down_proj"):
+        weight, layer = dense.get_submodule(name).weight, rounded.model.get_submodule(name)
+        with torch.inference_mode():
+            found = layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).float().T
+        if layer.bias is not None:
+            found = found - layer.bias.float()[:, None]
+        torch.testing.assert_close(found, weight.data, rtol=0.02, atol=0.01 * weight.abs().max().item())
+
+
+def test_auto_gptq_checkpoints(checkpoint, copy, packing):
+    """Config beside config.json, without method and format; its own file name; biases of zeros; old rotary buffers."""
+    packing.change_config(copy, quantization_config=None)
+    old = {"bits": 4, "group_size": 64, "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True}
+    (copy / "quantize_config.json").write_text(json.dumps(old | {"model_file_base_name": "model"}))
+
+    def change(tensors):
+        tensors[f"{UP}.bias"] = torch.zeros(512, dtype=torch.float16)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
+        del tensors[f"{UP}.g_idx"]
+
+    change_tensors(copy, change)
+    (copy / "model.safetensors").rename(copy / "gptq_model-4bit-64g.safetensors")
+    loaded = load(copy)
+    assert loaded.backend.name == "gptq"
+    assert_verified(loaded)
+    assert torch.equal(loaded.logits(TOKENS), load(checkpoint).logits(TOKENS))
+
+
+def test_a_bias_that_is_not_zero_has_no_place(copy):
+    change_tensors(copy, lambda tensors: tensors.update({f"{UP}.bias": torch.ones(512)}))
+    with pytest.raises(ModelError, match=rf"missing or have no place in the model: {UP}\.bias"):
+        load(copy)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_damaged_checkpoints_name_the_tensor(copy, part):
+    def cut(tensors):
+        tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"][:-1].contiguous()
+
+    change_tensors(copy, cut)
+    with pytest.raises(ModelError, match=rf"{UP}\.{part} has shape .* was expected"):
+        load(copy)
+    change_tensors(copy, lambda tensors: tensors.pop(f"{UP}.{part}"))
+    with pytest.raises(ModelError, match=rf"missing or have no place in the model: {UP}\.{part}"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"bits": 5}, "Invalid enum value 5"),
+        ({"group_size": 48}, "Invalid enum value 48"),
+        ({"checkpoint_format": "marlin"}, "its format is 'marlin', and gptq and gptq_v2 are read"),
+        ({"is_marlin_format": True}, "uses is_marlin_format, which is not read"),
+        ({"pack_dtype": "int16"}, "packed in int16"),
+        ({"dynamic": {".*up_proj": {"bits": 8}}}, r"gives layers different options \(.*up_proj\)"),
+    ],
+)
+def test_what_is_not_read_is_refused(copy, stored, words, packing):
+    config = json.loads((copy / "config.json").read_text())["quantization_config"]
+    packing.change_config(copy, quantization_config=config | stored)
+    with pytest.raises(ModelError, match=words):
+        load(copy)
+
+
+@pytest.mark.parametrize(("stored", "tensor"), [({"bits": 8}, "qweight"), ({"group_size": 32}, "qzeros")])
+def test_a_config_that_does_not_fit_the_tensors(copy, stored, tensor, packing):
+    config = json.loads((copy / "config.json").read_text())["quantization_config"]
+    packing.change_config(copy, quantization_config=config | stored)
+    with pytest.raises(ModelError, match=rf"{tensor} has shape"):
+        load(copy)
+
+
+def test_dense_checkpoints(folder, copy):
+    dense = tiny_model("llama", folder)
+    with pytest.raises(CheckpointConflict, match="is dense, and gptq loads quantized checkpoints only"):
+        load(dense, backend="gptq")
+    save_file(load_file(dense / "model.safetensors"), copy / "model.safetensors")
+    with pytest.raises(ModelError, match=r"its config says gptq, and no tensor is quantized"):
+        load(copy)
+
+
+def test_layers_that_the_checkpoint_leaves_dense_stay_dense(folder, tmp_path, packing):
+    """gptqmodel's rules are patterns; what is dense shows in the tensors."""
+    path = packing.write(tiny_model("llama", folder), tmp_path / "out", keep=("up_proj", "o_proj"))
+    stored = json.loads((path / "config.json").read_text())["quantization_config"]
+    packing.change_config(path, quantization_config=stored | {"dynamic": {"-:.*(up|o)_proj": {}}})
+    loaded = load(path, compute_dtype="float32")
+    assert_verified(loaded)
+    assert any("5 layers are dense in the checkpoint" in note for note in loaded.notes)  # with the head
+    assert not {layer.name for layer in loaded.layers if layer.quantized and "up_proj" in layer.name}
+    torch.testing.assert_close(loaded.logits(TOKENS), logits_of(equal_dense(path)), rtol=1e-3, atol=1e-3)
+
+
+def test_kernels(checkpoint):
+    fast, plain = load(checkpoint), load(checkpoint, kernel="torch")
+    assert (fast.kernel, plain.kernel) == ("gptqmodel TorchAtenLinear", "gptqmodel TorchLinear")
+    assert_verified(plain)
+    torch.testing.assert_close(fast.logits(TOKENS), plain.logits(TOKENS), rtol=0.1, atol=0.25)
+    with pytest.raises(ConfigError, match="'torch_aten' cannot be used: it computes in bfloat16 or float16"):
+        load(checkpoint, kernel="torch_aten", compute_dtype="float32")
+    with pytest.raises(ConfigError, match="kernel 'marlin' cannot be used on cpu here"):
+        load(checkpoint, kernel="marlin")
+
+
+def test_calibration_that_is_not_enough(folder, tmp_path):
+    with pytest.raises(ConfigError, match="the calibration text has . tokens, at least 256 are needed"):
+        quantize(tiny_model("llama", folder), tmp_path / "out", ("Hi!",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_quantized_name_the_layer(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"64 does not divide in_features 90 of model\.layers\.0\.self_attn\.q_proj"):
+        quantize(tiny_model("odd", folder), tmp_path / "out", group_size=64)
+    with pytest.raises(ConfigError, match=r"words hold 8 weights, which does not divide 90 x 90"):
+        quantize(tiny_model("odd", folder), tmp_path / "out", group_size=-1)
+    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj is no Linear module but MixtralExperts"):
+        quantize(tiny_model("mixtral", folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantizing_leaves_the_process_as_it_was_and_no_traces_in_the_files(folder, tmp_path, capfd):
+    model = tiny_model("llama", folder)
+    polyquant.backend("gptq").problems()  # torch.compile's cache folder is torch's own, set once
+    before = snapshot()
+    capfd.readouterr()
+    out = quantize(model, tmp_path / "out", group_size=128)
+    assert capfd.readouterr() == ("", "")
+    assert not differences(before, snapshot())
+    config = (out / "config.json").read_text()
+    assert "/tmp" not in config and str(tmp_path) not in config
+    assert not list(out.glob("*.csv"))
+    assert (out / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
+
+
+def test_skipped_modules_and_fitted_zero_points(folder, tmp_path):
+    options = {"sym": False, "group_size": 32, "skip": ("layers.0.mlp", "k_proj")}
+    out = quantize(tiny_model("llama", folder), tmp_path / "out", **options)
+    loaded = load(out)
+    assert_verified(loaded)
+    dense = {layer.name for layer in loaded.layers if layer.role in ("linear", "head") and not layer.quantized}
+    mlp = {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert dense == mlp | {f"model.layers.{index}.self_attn.k_proj.weight" for index in range(2)} | {"lm_head.weight"}
+    assert not loaded.notes
+    assert (loaded.config.sym, loaded.config.group_size) == (False, 32)
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored["checkpoint_format"] == "gptq_v2"
+    with pytest.raises(CheckpointConflict, match="sym: requested True, stored False"):
+        load(out, sym=True)
+
+
+def test_the_output_head_on_request(folder, tmp_path):
+    loaded = load(quantize(tiny_model("llama", folder), tmp_path / "out", skip_defaults=False))
+    assert_verified(loaded)
+    assert {layer.name for layer in loaded.layers if layer.quantized} >= {"lm_head.weight"}
+    assert not loaded.config.skip_defaults
+
+
+def test_calibration_pays(folder, tmp_path, packing):
+    """On calibration-like text the output of a layer is closer than with weights rounded to nearest."""
+    dense = tiny_model("llama", folder)
+    rounded = load(packing.write(dense, tmp_path / "rounded", bits=3, group_size=128), compute_dtype="float32")
+    made = load(quantize(dense, tmp_path / "made", bits=3, group_size=128), compute_dtype="float32")
+    tokens = rounded.tokenizer(" ".join(CALIBRATION), add_special_tokens=False).input_ids[:256]
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(dense)(torch.tensor([tokens])).logits[0]
+    error = [(loaded.logits(tokens) - expected).square().mean() for loaded in (rounded, made)]
+    assert error[1] < error[0]
+
+
+@pytest.mark.parametrize("variant", [{}, {"order": True, "group_size": 32}, {"bits": 8}], ids=["int4", "order", "int8"])
+def test_adapters_get_the_gradients_of_the_dequantized_model(folder, tmp_path, variant, packing):
+    from peft import LoraConfig, get_peft_model
+
+    path = packing.write(tiny_model("qwen2", folder), tmp_path / "out", **variant)
+
+    def gradients(model):
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        ids = torch.tensor([TOKENS])
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+    loaded = load(path)
+    expected = gradients(equal_dense(path))
+    found = gradients(loaded.backend.prepare_for_training(loaded))
+    assert found.keys() == {name for name in expected if "lora" in name}
+    for name, gradient in found.items():
+        similarity = torch.cosine_similarity(gradient.flatten().float(), expected[name].flatten(), dim=0)
+        assert similarity > 0.99, name  # activations are bfloat16
+
+
+def test_progress_is_drawn_only_where_asked(folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.delitem(os.environ, "PYTEST_CURRENT_TEST")  # the library draws nothing under pytest
+    quantize(tiny_model("llama", folder), tmp_path / "out", progress=True)
+    assert "Quantizing" in capfd.readouterr().out
