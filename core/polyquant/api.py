@@ -99,7 +99,10 @@ def load(model: str | Path, backend: str | None = None, *, revision: str | None 
     how, own = _split(options)
     handle = registry_backend(backend) if backend else None
     config = handle.config(own) if handle else None
-    source = resolve(model, revision=revision, allow_pickle=how.allow_pickle, progress=how.progress)
+    source = resolve(
+        model, revision=revision, allow_pickle=how.allow_pickle, progress=how.progress,
+        as_gguf=handle is not None and handle.capabilities.only_gguf,
+    )  # fmt: skip
     if handle is None:
         method = checkpoints.method_of(source)
         if not method:
@@ -145,7 +148,9 @@ def quantize(
     if handle.can("quantize"):
         how, own = _split(options)
         config = handle.config(own)
-        source = resolve(model, allow_pickle=how.allow_pickle, progress=how.progress)
+        source = resolve(
+            model, allow_pickle=how.allow_pickle, progress=how.progress, as_gguf=handle.capabilities.only_gguf
+        )
         request, effective, _ = loading.prepare(source, handle, config, own, how, to_quantize=True)
 
         def accept(written: Path) -> None:

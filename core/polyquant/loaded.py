@@ -80,6 +80,19 @@ class LoadedModel:
             ids = torch.tensor([list(tokens)], device=self.model.device)
             return self.model(input_ids=ids, use_cache=False).logits[0].float()
 
+    def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
+        """Bytes of the key-value cache for each token of context, measured on `tokens`; None where it is not known."""
+        if not self.backend.capabilities.torch_module:
+            return None
+        import torch
+
+        from polyquant.memory.storage import tensor_bytes
+
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)], device=self.model.device)
+            cache = self.model(input_ids=ids, use_cache=True).past_key_values
+        return round(tensor_bytes(cache) / len(tokens)) if cache is not None else None
+
     def session(self) -> Feed:
         """A new, empty context; each call runs tokens after those before, up to the logits of the last one."""
         from polyquant.generation import session

@@ -66,7 +66,7 @@ def prepare(
 
         hf.read_config(source, trust_remote_code=how.trust_remote_code)
     config = msgspec.structs.replace(config, compute_dtype=compute_dtype(config, backend, device))
-    if stored is None and (config.skip or not config.skip_defaults):
+    if stored is None and backend.capabilities.torch_module and (config.skip or not config.skip_defaults):
         config = _with_skips(source, config, how)
     return (
         LoadRequest(
@@ -128,13 +128,16 @@ def _with_stored(
         return check_folder(dense_from_gguf(source, progress=how.progress), source.name), None
     if method and to_quantize and method != "gguf":
         raise CheckpointConflict(f"{source.name} is quantized already with {method!r}; give the dense model")
+    if to_quantize:
+        return source, None
     if method:
         return source, checkpoints.stored_options(source, backend.info, method)
-    if not capabilities.on_the_fly and not to_quantize:
+    if not capabilities.on_the_fly:
+        maker = "gguf" if capabilities.only_gguf else backend.name
         raise CheckpointConflict(
             f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
             f"({', '.join(capabilities.loads_prequantized)}); "
-            f"make one with: polyquant quantize {source.name} --backend {backend.name} --out DIR"
+            f"make one with: polyquant quantize {source.name} --backend {maker} --out DIR"
         )
     return source, None
 
@@ -165,8 +168,11 @@ def _device_map(
     if how.offload == "cpu" and not backend.capabilities.offloads:
         raise ConfigError(f"{backend.name} cannot offload; leave offload at 'error'")
     small = source.checkpoint_bytes < psutil.virtual_memory().available / 2
-    if how.max_memory is None and (small if device == "cpu" else not backend.can("plan_layers")):
+    plans = backend.can("plan_layers")
+    if how.max_memory is None and (not plans or (small and device == "cpu")):
         return {"": device}
+    if not plans:
+        raise ConfigError(f"{backend.name} does not plan its memory, so max_memory cannot be kept; leave it out")
     from polyquant import hf
     from polyquant.memory.weights import list_weights
     from polyquant.options import resolved_dtype
@@ -176,7 +182,7 @@ def _device_map(
 
 
 def _require_quantized(loaded: LoadedModel, allowed: bool) -> None:
-    if not loaded.backend.capabilities.torch_module or any(layer.quantized for layer in loaded.initial_layers):
+    if any(layer.quantized for layer in loaded.initial_layers):
         return
     if not allowed:
         raise DenseModelError(

@@ -68,6 +68,11 @@ class Capabilities(Record, frozen=True):
     offloads: bool = False  # part of the model may live on a slower device
     torch_module: bool = True  # loaded.model is a torch.nn.Module
 
+    @property
+    def only_gguf(self) -> bool:
+        """Whether it works on GGUF files and on nothing dense."""
+        return self.loads_prequantized == ("gguf",) and not self.on_the_fly
+
 
 class BackendInfo(Record, frozen=True):
     """A backend's card."""

@@ -103,20 +103,6 @@ def _quantized_reported(loaded: LoadedModel, layers: Sequence[LayerInfo]) -> int
     return sum(int(tensor.nbytes) for name, tensor in parameters if name in quantized)
 
 
-def _kv_cache(loaded: LoadedModel, tokens: Sequence[int]) -> int | None:
-    """Measured bytes of the key-value cache for each token of context."""
-    if not loaded.backend.capabilities.torch_module:
-        return None
-    import torch
-
-    from polyquant.memory.storage import tensor_bytes
-
-    with torch.inference_mode():
-        ids = torch.tensor([list(tokens)], device=loaded.model.device)
-        cache = loaded.model(input_ids=ids, use_cache=True).past_key_values
-    return round(tensor_bytes(cache) / len(tokens)) if cache is not None else None
-
-
 class _Outputs(NamedTuple):
     """What running the model gave."""
 
@@ -129,7 +115,7 @@ def _run(loaded: LoadedModel, tokens: Sequence[int], prompt: Prompt, max_new_tok
     """A forward pass and a greedy generation; an error in either is a failed check, not an end."""
     try:
         logits = loaded.logits(tokens)
-        cache = _kv_cache(loaded, tokens)
+        cache = loaded.kv_cache_bytes_per_token(tokens)
         started = perf_counter()
         text = loaded.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
         seconds = perf_counter() - started

@@ -22,14 +22,18 @@ PICKLE_FILES = ["pytorch_model*.bin"]
 
 
 def resolve(
-    model: str | Path, *, revision: str | None = None, allow_pickle: bool = False, progress: bool = False
-) -> ModelSource:
+    model: str | Path, *, revision: str | None = None, allow_pickle: bool = False, progress: bool = False,
+    as_gguf: bool = False,
+) -> ModelSource:  # fmt: skip
     """The checked files of `model`; a hub repository is downloaded into the hub's cache first.
 
+    as_gguf: a builtin model is the packaged GGUF itself, instead of the dense checkpoint made of it.
     Raises ModelError, which says what is there and what to do.
     """
     name = str(model)
     if name.startswith(builtin.PREFIX):
+        if as_gguf:
+            return checks.check_gguf(builtin.packaged_gguf(name), name)
         return checks.check_folder(builtin.dense_folder(name, progress=progress), name)
     path = Path(name).expanduser()
     if path.is_dir():
