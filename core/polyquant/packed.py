@@ -5,10 +5,13 @@ For backends whose library leaves no format of transformers' own; never pickle. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import accelerate
+import msgspec
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
@@ -18,8 +21,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from polyquant import compat, hf
 from polyquant.errors import ModelError, PlacementError
 from polyquant.loaded import LoadedModel
-from polyquant.options import Dtype
+from polyquant.memory.planned import is_linear
+from polyquant.options import BackendOptions, Dtype
 from polyquant.request import LoadRequest, ModelSource
+from polyquant.types import WeightInfo
+
+OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
+Options = TypeVar("Options", bound=BackendOptions)
 
 
 def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
@@ -60,13 +68,57 @@ def read_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
                 yield key, file.get_tensor(key)
 
 
-def tensor_names(source: ModelSource) -> set[str]:
-    """Names of all tensors in the safetensors files of `source`; no weight is read."""
+def own_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """`read_tensors` without those that are tied to another, or that transformers leaves out too."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OBSOLETE]
+    tied = compat.tied_tensors(model)
+    for name, tensor in read_tensors(source):
+        if name not in tied and not any(re.search(pattern, name) for pattern in patterns):
+            yield name, tensor
+
+
+def packed_modules(source: ModelSource, parts: tuple[str, ...]) -> set[str]:
+    """Names of the modules that have a tensor called like one of `parts`; no weight is read."""
     names: set[str] = set()
     for name in source.weight_files:
         with safe_open(source.path / name, framework="pt", device="cpu") as file:
-            names.update(file.keys())
+            split = (key.rpartition(".") for key in file.keys())  # noqa: SIM118  not a mapping
+            names.update(module for module, _, part in split if part in parts)
     return names
+
+
+def with_stored_skips(
+    config: Options, weights: Sequence[WeightInfo], quantized: Collection[str], source: ModelSource
+) -> tuple[Options, list[str]]:
+    """`config` with `skip` as the checkpoint has it, whose packed modules are `quantized`; a note where that differs.
+
+    Raises ModelError where no module is packed, or one that is has no Linear module in the model.
+    """
+    anything = msgspec.structs.replace(config, skip=(), skip_defaults=False)
+    linears = [_module(weight) for weight in weights if is_linear(weight, anything)]
+    if not quantized:
+        raise ModelError(f"{source.name}: its config says that it is quantized, and no tensor in it is")
+    if astray := sorted(set(quantized).difference(linears)):
+        named = ", ".join(astray[:3])
+        raise ModelError(f"{source.name}: {len(astray)} packed layers have no Linear module in the model: {named}")
+    if set(quantized) == {_module(weight) for weight in weights if is_linear(weight, config)}:
+        return config, []
+    dense = tuple(name for name in linears if name not in quantized)
+    notes = [f"{len(dense)} layers are dense in the checkpoint: {', '.join(dense[:3])}"] if dense else []
+    return msgspec.structs.replace(config, skip=dense, skip_defaults=False), notes
+
+
+def _module(weight: WeightInfo) -> str:
+    return weight.name.rpartition(".")[0]
+
+
+def place(model: Any, request: LoadRequest) -> None:
+    """Move a filled model to the device or devices of the request's map."""
+    devices = {str(device) for device in request.device_map.values()}
+    if len(devices) == 1:
+        model.to(devices.pop())
+    else:
+        accelerate.dispatch_model(model, dict(request.device_map))
 
 
 def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -> None:

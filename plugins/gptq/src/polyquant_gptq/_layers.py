@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from polyquant import hf
 from polyquant.errors import ConfigError
+from polyquant.frozen import differentiable
 from polyquant.loaded import LoadedModel
 from polyquant.memory.describe import Quantized, describe
 from polyquant.types import LayerInfo
@@ -84,28 +85,8 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, recompute activations in the backward pass, and let gradients pass torch's int4 matmul."""
     for module in loaded.model.modules():
         if isinstance(module, TorchAtenLinear):
-            module._fused_op_forward = partial(_frozen_matmul, module)
+            module._fused_op_forward = partial(differentiable, module._fused_op_forward)
     return hf.frozen_for_adapters(loaded.model)
-
-
-def _frozen_matmul(layer: TorchAtenLinear, inputs: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = _FrozenMatmul.apply(inputs, layer)
-    return result
-
-
-class _FrozenMatmul(torch.autograd.Function):
-    """torch's int4 matmul, which has no gradient of its own."""
-
-    @staticmethod
-    def forward(context: Any, inputs: torch.Tensor, layer: TorchAtenLinear) -> torch.Tensor:
-        context.layer = layer
-        return TorchAtenLinear._fused_op_forward(layer, inputs)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        identity = torch.eye(context.layer.in_features, dtype=gradient.dtype)
-        weight = TorchAtenLinear._fused_op_forward(context.layer, identity)  # (in_features, out_features)
-        return gradient @ weight.T, None
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import accelerate
 import msgspec
 import torch
-from polyquant import compat, hf, packed
-from polyquant.errors import ModelError
+from polyquant import hf, packed
 from polyquant.loaded import LoadedModel
-from polyquant.memory.planned import is_linear
 from polyquant.memory.weights import list_weights
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest, ModelSource
-from polyquant.types import WeightInfo
 
 from polyquant_gptq._layers import empty_layer, select_kernel, settle
 from polyquant_gptq._library import (
@@ -29,15 +24,14 @@ from polyquant_gptq.options import GptqOptions, stored_format
 from polyquant_gptq.planning import cpu_kernel, plan_layers
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 
 
 def load(request: LoadRequest, config: GptqOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
     model = packed.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
-    quantized = {name.rpartition(".")[0] for name in packed.tensor_names(source) if name.endswith(PARTS)}
-    config, notes = _as_stored(config, weights, quantized, source)
+    quantized = packed.packed_modules(source, PARTS)
+    config, notes = packed.with_stored_skips(config, weights, quantized, source)
     if request.device == "cpu" and config.kernel == "auto":
         config = msgspec.structs.replace(config, kernel=cpu_kernel(config, resolved_dtype(config)))
     plan_layers(weights, config)  # refuses layers that cannot be packed
@@ -52,7 +46,7 @@ def load(request: LoadRequest, config: GptqOptions) -> LoadedModel:
     del tensors
     with contained():
         hf_convert_gptq_v1_to_v2_format(model, config.bits, kernel, layout, None)
-        _place(model, request)
+        packed.place(model, request)
         hf_gptqmodel_post_init(model, use_act_order=config.desc_act)
         if request.device == "cpu":
             for name in quantized:
@@ -63,39 +57,12 @@ def load(request: LoadRequest, config: GptqOptions) -> LoadedModel:
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=named, notes=notes)
 
 
-def _as_stored(
-    config: GptqOptions, weights: Sequence[WeightInfo], quantized: set[str], source: ModelSource
-) -> tuple[GptqOptions, list[str]]:
-    """The options with `skip` as the tensors of the checkpoint have it. Raises ModelError where they do not fit."""
-    anything = msgspec.structs.replace(config, skip=(), skip_defaults=False)
-    linears = [_module(weight) for weight in weights if is_linear(weight, anything)]
-    if astray := sorted(quantized.difference(linears)):
-        raise ModelError(
-            f"{source.name}: {len(astray)} quantized layers have no Linear module in the model: {', '.join(astray[:3])}"
-        )
-    if not quantized:
-        raise ModelError(f"{source.name}: its config says gptq, and no tensor is quantized; it has no *.qweight")
-    if quantized == {_module(weight) for weight in weights if is_linear(weight, config)}:
-        return config, []
-    dense = tuple(name for name in linears if name not in quantized)
-    note = f"{len(dense)} layers are dense in the checkpoint: {', '.join(dense[:3])}"
-    return msgspec.structs.replace(config, skip=dense, skip_defaults=False), [note] if dense else []
-
-
-def _module(weight: WeightInfo) -> str:
-    return weight.name.rpartition(".")[0]
-
-
 def _tensors(
     model: Any, quantized: set[str], source: ModelSource, dtype: torch.dtype, *, on_cpu: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's tensors in the dtypes in which they are kept, less those that transformers leaves out too."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OBSOLETE]
-    tied = compat.tied_tensors(model)
-    for name, tensor in packed.read_tensors(source):
+    """The checkpoint's tensors in the dtypes in which they are kept."""
+    for name, tensor in packed.own_tensors(model, source):
         owner, _, short = name.rpartition(".")
-        if name in tied or any(re.search(pattern, name) for pattern in patterns):
-            continue
         if owner not in quantized or short == "bias":
             if owner in quantized and model.get_submodule(owner).bias is None and not tensor.any():
                 continue  # auto-gptq wrote biases of zeros for layers that have none
@@ -110,11 +77,3 @@ def _tensors(
 def _plain_order(layer: BaseQuantLinear) -> torch.Tensor:
     """The group of each column where columns were not reordered. Shape: (in_features,)."""
     return torch.arange(layer.in_features, dtype=torch.int32) // layer.group_size
-
-
-def _place(model: Any, request: LoadRequest) -> None:
-    devices = {str(device) for device in request.device_map.values()}
-    if len(devices) == 1:
-        model.to(devices.pop())
-    else:
-        accelerate.dispatch_model(model, dict(request.device_map))

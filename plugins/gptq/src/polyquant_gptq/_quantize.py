@@ -42,8 +42,8 @@ def quantize(request: LoadRequest, config: GptqOptions, calibration: Sequence[st
         model.quantize(samples, batch_size=1)
         model.save(str(out))
     _complete(out, source, config, tokenizer)
-    written = packed.tensor_names(check_folder(out, str(out)))
-    if left := [name for name in planned if f"{name}.qweight" not in written]:
+    written = packed.packed_modules(check_folder(out, str(out)), ("qweight",))
+    if left := [name for name in planned if name not in written]:
         raise SaveError(f"gptqmodel left {len(left)} of {len(planned)} layers dense: {', '.join(left[:3])}")
     return out
 
