@@ -1,0 +1,144 @@
+"""A Linear module that keeps compressed-tensors' packed tensors and multiplies with what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from polyquant.errors import ModelError
+from polyquant.memory.describe import Quantized, describe
+from polyquant.types import LayerInfo
+
+from polyquant_compressed_tensors.options import CompressedTensorsOptions
+from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, held_tensors, is_ignored
+
+KERNEL = "compressed-tensors decompress and torch matmul"
+DYNAMIC_KERNEL = "compressed-tensors rounded activations, decompress and torch matmul"
+
+
+class PackedLinear(torch.nn.Linear):
+    """`torch.nn.Linear` whose weight is unpacked anew in each forward pass, and never kept.
+
+    transformers and compressed-tensors themselves decompress the whole model in its first forward pass.
+    weight_packed: int4 in int32 words, fp4 two a byte, int8 and fp8 a byte each; (out_features, ...).
+    """
+
+    def __init__(
+        self, config: CompressedTensorsOptions, shape: tuple[int, int], dtype: torch.dtype,
+        tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        torch.nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
+        self.out_features, self.in_features = shape
+        self.compute_dtype, self.options, self.scheme = dtype, config, config.native()
+        self.register_parameter("weight", None)
+        for name, tensor in {**tensors, "bias": bias}.items():
+            held = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, held)
+        self.eval()
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The packed weight, under the name by which PEFT finds the device of a packed layer."""
+        return self.weight_packed
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        arguments = self.scheme.input_activations
+        if arguments is not None and input.numel():
+            scale, zero_point = compute_dynamic_scales_and_zp(input, arguments, self)
+            input = fake_quantize(input, scale, zero_point, arguments).to(input.dtype)
+        return torch.nn.functional.linear(input, self.dequantize().to(input.dtype), self.bias)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight in the compute dtype, (out_features, in_features)."""
+        plain = self.options.weight_bits == 8
+        names = {"weight_packed": "weight"} if plain else {}
+        state = {
+            names.get(name, name): tensor.detach() for name, tensor in self._parameters.items()
+            if name.startswith("weight_") and tensor is not None
+        }  # fmt: skip
+        state["weight_shape"] = (self.out_features, self.in_features)
+        layout = BaseCompressor.get_value_from_registry("naive-quantized" if plain else self.options.packed_format)
+        return layout.decompress(state, self.scheme)["weight"].to(self.compute_dtype)
+
+    def checkpoint_tensors(self, *, plain: bool) -> dict[str, torch.Tensor]:
+        """Tensors as a checkpoint stores them. plain: 8-bit weights a byte each, not in words."""
+        tensors = {name: tensor.detach() for name, tensor in self._parameters.items() if tensor is not None}
+        if plain:
+            tensors["weight"] = tensors.pop("weight_packed")
+        elif self.options.weights == "int8":
+            tensors["weight_packed"] = pack_to_int32(tensors["weight_packed"], 8)
+            if "weight_zero_point" in tensors:
+                tensors["weight_zero_point"] = pack_to_int32(tensors["weight_zero_point"], 8, packed_dim=0)
+        if not plain and self.options.weights.startswith("int"):
+            tensors["weight_shape"] = torch.tensor([self.out_features, self.in_features])
+        return tensors
+
+
+def packed_linear(
+    linear: torch.nn.Linear, config: CompressedTensorsOptions, dtype: torch.dtype,
+    tensors: Mapping[str, torch.Tensor], *, plain: bool,
+) -> PackedLinear:  # fmt: skip
+    """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen."""
+    shape = (linear.out_features, linear.in_features)
+    expected = checkpoint_tensors(shape, config, plain=plain)
+    wanted = {*expected, *(["bias"] if linear.bias is not None else [])}
+    if missing := wanted - set(tensors):
+        raise ModelError(f"{', '.join(sorted(missing))} is missing; it has {', '.join(sorted(tensors)) or 'nothing'}")
+    if astray := set(tensors) - wanted:
+        raise ModelError(f"{', '.join(sorted(astray))} has no place in a layer of {config.scheme} weights")
+    held = dict(tensors)
+    for name, (size, kind) in expected.items():
+        tensor = tensors[name]
+        if name == "weight_scale" and tensor.numel() == torch.Size(size).numel():
+            held[name] = tensor = tensor.reshape(size)
+        right = tensor.is_floating_point() if kind == SCALE else tensor.dtype == getattr(torch, kind)
+        if tuple(tensor.shape) != size or not right:
+            found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            raise ModelError(f"{name} of a layer {shape} should be {size} {kind}, and is {found}")
+    if "weight_shape" in held and held.pop("weight_shape").tolist() != list(shape):
+        raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {list(shape)}")
+    bias = held.pop("bias", None)
+    return PackedLinear(
+        config, shape, dtype, _held(held, config, shape, dtype), None if bias is None else bias.to(dtype)
+    )
+
+
+def _held(
+    tensors: Mapping[str, torch.Tensor], config: CompressedTensorsOptions, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors as they are kept in memory: 8-bit weights out of their words, scales in `dtype`."""
+    held = dict(tensors)
+    if "weight" in held:
+        held["weight_packed"] = held.pop("weight")
+    elif config.weights == "int8":
+        held["weight_packed"] = unpack_from_int32(held["weight_packed"], 8, torch.Size(shape))
+        if "weight_zero_point" in held:
+            zeros = torch.Size((shape[0], held["weight_scale"].shape[1]))
+            held["weight_zero_point"] = unpack_from_int32(held["weight_zero_point"], 8, zeros, packed_dim=0)
+    for name, tensor in held_tensors(shape, config).items():
+        held[name] = (held[name].to(dtype) if tensor.dtype == SCALE else held[name]).contiguous()
+    return held
+
+
+def kernel(config: CompressedTensorsOptions) -> str:
+    """What multiplies with the packed weights."""
+    return DYNAMIC_KERNEL if config.dynamic_activations else KERNEL
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    ignore = model.config.quantization_config.get("ignore") or ()
+    skipped = [name for name, _ in model.named_modules() if is_ignored(name, ignore) and name != "lm_head"]
+    return describe(model, _quantized, skipped=skipped)
+
+
+def _quantized(name: str, module: Any) -> Quantized | None:
+    if not isinstance(module, PackedLinear):
+        return None
+    options = module.options
+    shape = (module.out_features, module.in_features)
+    return Quantized(shape, options.weight_bits, options.scheme, kernel(options))

@@ -1,0 +1,75 @@
+"""Reads checkpoints into packed layers, and writes them. Imports torch; the library comes with `_layers`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from polyquant import hf, packed
+from polyquant.errors import ModelError, UnsupportedOperation
+from polyquant.loaded import LoadedModel
+from polyquant.memory.weights import list_weights
+from polyquant.options import resolved_dtype
+from polyquant.request import LoadRequest
+
+from polyquant_compressed_tensors._layers import PackedLinear, kernel, packed_linear
+from polyquant_compressed_tensors.options import CompressedTensorsOptions
+from polyquant_compressed_tensors.planning import quantized_modules
+from polyquant_compressed_tensors.stored import OWN, own_fields, plain_format
+
+
+def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
+    source, stored = request.source, request.source.stored_quantization
+    dtype, device = getattr(torch, resolved_dtype(config)), packed.single_device(request)
+    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in packed.read_tensors(source):
+        layers[name.rpartition(".")[0]][name.rpartition(".")[2]] = tensor.to(device)
+    plain = plain_format(stored)
+    for name in quantized_modules(list_weights(model), config):
+        try:
+            layer = packed_linear(model.get_submodule(name), config, dtype, layers.pop(name, {}), plain=plain)
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
+        model.set_submodule(name, layer)
+    dense = {
+        f"{name}.{key}": tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensors in layers.items()
+        for key, tensor in tensors.items()
+    }
+    packed.fill(model, dense, source)
+    model.config.quantization_config = {**stored, OWN: own_fields(msgspec.structs.asdict(config))}
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    return LoadedModel(model=model.to(device), tokenizer=tokenizer, config=config, kernel=kernel(config))
+
+
+def save(loaded: LoadedModel, out: Path) -> Path:
+    """The tensors in the format they were read in, and the quantization_config with the compute dtype."""
+    stored = dict(loaded.model.config.quantization_config)
+    plain, tensors = plain_format(stored), dict[str, torch.Tensor]()
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, PackedLinear):
+            own = module.checkpoint_tensors(plain=plain)
+        else:
+            own = {key: tensor.detach() for key, tensor in module._parameters.items() if tensor is not None}
+            own |= {
+                key: tensor for key, tensor in module._buffers.items()
+                if tensor is not None and key not in module._non_persistent_buffers_set
+            }  # fmt: skip
+        tensors |= {f"{name}.{key}" if name else key: tensor for key, tensor in own.items()}
+    return packed.save(loaded, out, tensors, stored)
+
+
+def prepare_for_training(loaded: LoadedModel) -> Any:
+    """Freeze, and recompute activations in the backward pass.
+
+    Raises UnsupportedOperation for rounded activations: no gradient passes through them to the adapters below.
+    """
+    if getattr(loaded.config, "dynamic_activations", False):
+        raise UnsupportedOperation(
+            "no gradient passes through dynamic_activations; train on a checkpoint whose activations are not rounded"
+        )
+    return hf.frozen_for_adapters(loaded.model)

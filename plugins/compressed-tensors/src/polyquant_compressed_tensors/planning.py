@@ -1,0 +1,123 @@
+"""Tensors of a layer in checkpoints and in memory, from shapes alone. Format: compressed_tensors.compressors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from math import ceil, prod
+from typing import NamedTuple
+
+import msgspec
+from polyquant.errors import ConfigError
+from polyquant.memory.planned import DTYPE_BYTES, is_linear, plan_linears
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_compressed_tensors.options import BLOCK, CompressedTensorsOptions
+
+SCALE = "scale"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
+WORD_BITS = 32
+
+
+class Tensor(NamedTuple):
+    """One tensor of a quantized layer."""
+
+    shape: tuple[int, ...]
+    dtype: str  # torch's name, or SCALE
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[LayerPlan]:
+    """Raises ConfigError where the groups do not fit a layer, or where experts are fused."""
+    names = dict.fromkeys(weight.name.rpartition(".")[0] for weight in weights)
+    config = msgspec.structs.replace(config, skip=tuple(name for name in names if is_ignored(name, config.skip)))
+    fused = next((weight.name for weight in weights if weight.role == "experts"), None)
+    if fused:
+        raise ConfigError(
+            f"{fused} holds fused experts, which compressed-tensors has no layout for here; "
+            "choose a model without experts, or a backend that leaves them dense (polyquant list)"
+        )
+    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+
+
+def quantized_modules(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[str]:
+    """Names of the modules that are packed."""
+    return [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
+
+
+def ignored_modules(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[str]:
+    """Names of the Linear modules that stay dense: what a checkpoint's `ignore` lists."""
+    return [
+        weight.name.rpartition(".")[0]
+        for weight in weights
+        if weight.role in ("linear", "head") and "Linear" in weight.module and not is_linear(weight, config)
+    ]
+
+
+def is_ignored(module: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern of a checkpoint's `ignore` is the module's name, or a regular expression that fits it."""
+    return any(
+        re.match(pattern[3:], module) is not None if pattern.startswith("re:") else pattern == module
+        for pattern in patterns
+    )
+
+
+def quantized_bytes(weight: WeightInfo, config: CompressedTensorsOptions) -> int:
+    """Bytes in memory, with scales and zero points. Raises ConfigError where the groups do not fit."""
+    require_fit(weight, config)
+    sizes = {**DTYPE_BYTES, "float8_e4m3fn": 1, SCALE: DTYPE_BYTES[weight.dtype]}
+    return sum(prod(tensor.shape) * sizes[tensor.dtype] for tensor in held_tensors(weight.shape, config).values())
+
+
+def require_fit(weight: WeightInfo, config: CompressedTensorsOptions) -> None:
+    columns = weight.shape[1]
+    size = BLOCK[1] if config.strategy == "block" else config.group_size
+    if size is None or columns % size == 0:
+        return
+    fitting = [each for each in (32, 64, 128, 256) if columns % each == 0]
+    fixes = (
+        [f"group_size={max(fitting)}"] if fitting and config.strategy == "group" and config.weights[0] == "i" else []
+    )
+    fixes += ["strategy='channel'"] if config.weights in ("int4", "int8", "fp8") else []
+    fixes += [f"skip=({weight.name.rpartition('.')[0].rpartition('.')[2]!r},)"]
+    raise ConfigError(
+        f"groups of {size} do not divide in_features {columns} of {weight.name}; use {' or '.join(fixes)}"
+    )
+
+
+def held_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions) -> dict[str, Tensor]:
+    """What a layer holds in memory: 8-bit weights a byte each, 4-bit ones packed as in the checkpoint.
+
+    shape: (out_features, in_features).
+    """
+    tensors = checkpoint_tensors(shape, config, plain=config.weight_bits == 8)
+    codes = tensors.pop("weight", None) or tensors["weight_packed"]
+    return {**{name: tensor for name, tensor in tensors.items() if name != "weight_shape"}, "weight_packed": codes}
+
+
+def checkpoint_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions, *, plain: bool) -> dict[str, Tensor]:
+    """What a checkpoint stores of a layer. plain: 8-bit weights a byte each, not in words."""
+    rows, columns = shape
+    bits, scales = int(config.weight_bits), scale_shape(shape, config)
+    if config.weights == "mxfp4":
+        return {"weight_packed": Tensor((rows, columns // 2), "uint8"), "weight_scale": Tensor(scales, "uint8")}
+    if config.weights == "nvfp4":
+        packed, scale = Tensor((rows, columns // 2), "uint8"), Tensor(scales, "float8_e4m3fn")
+        return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": Tensor((1,), "float32")}
+    if plain:
+        codes = {"weight": Tensor((rows, columns), "int8" if config.weights == "int8" else "float8_e4m3fn")}
+        zeros = Tensor(scales, "int8")
+    else:
+        words = Tensor((rows, ceil(columns * bits / WORD_BITS)), "int32")
+        codes = {"weight_packed": words, "weight_shape": Tensor((2,), "int64")}
+        zeros = Tensor((ceil(rows * bits / WORD_BITS), scales[1]), "int32")
+    symmetric = {} if config.symmetric else {"weight_zero_point": zeros}
+    return {**codes, "weight_scale": Tensor(scales, SCALE), **symmetric}
+
+
+def scale_shape(shape: tuple[int, ...], config: CompressedTensorsOptions) -> tuple[int, ...]:
+    """Shape of weight_scale."""
+    rows, columns = shape
+    if config.strategy == "tensor":
+        return (1,)
+    if config.strategy == "block":
+        return ceil(rows / BLOCK[0]), ceil(columns / BLOCK[1])
+    return rows, columns // config.group_size if config.group_size else 1
