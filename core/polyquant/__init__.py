@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor any backend.
 """
 
-from polyquant.api import Diagnosis, backend, backends, doctor, load, observing, quantize, verify
+from polyquant.api import Diagnosis, backend, backends, doctor, finetune, load, merge, observing, quantize, verify
 from polyquant.backend import Backend
 from polyquant.loaded import LoadedModel
 from polyquant.markers import hookimpl
@@ -17,8 +17,10 @@ __all__ = [
     "backend",
     "backends",
     "doctor",
+    "finetune",
     "hookimpl",
     "load",
+    "merge",
     "observing",
     "quantize",
     "verify",

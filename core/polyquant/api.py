@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,10 @@ from polyquant.registry import Registry
 from polyquant.types import Problem, Record
 
 if TYPE_CHECKING:
+    from polyquant.finetuning.merge import Way
+    from polyquant.finetuning.options import Step, Tuned
     from polyquant.loaded import LoadedModel
+    from polyquant.quality.records import Quality
     from polyquant.report import Verification
 
 
@@ -88,7 +91,8 @@ def load(model: str | Path, backend: str | None = None, *, revision: str | None 
     model: hub name, local folder, `.gguf` file, or `builtin:smollm2`.
     backend: a name; None for a checkpoint that is quantized already, whose backend is then found.
     options: the backend's own (`polyquant.backend(name).info.options`), and how to load (LoadOptions): `device`,
-        `device_map`, `max_memory`, `offload`, `allow_dequantize`, `trust_remote_code`, `allow_pickle`, `attention`.
+        `device_map`, `max_memory`, `offload`, `allow_dequantize`, `trust_remote_code`, `allow_pickle`, `attention`,
+        `adapter` (a folder of PEFT's to put on the model).
 
     >>> loaded = polyquant.load("builtin:smollm2", backend="bitsandbytes", bits=4, quant_type="nf4")
     >>> loaded.generate("The capital of France is", max_new_tokens=8)
@@ -173,6 +177,71 @@ def _require_passed(loaded: LoadedModel) -> None:
     if not report.passed:
         failed = "; ".join(f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures)
         raise SaveError(f"not written, because verification failed: {failed}")
+
+
+def finetune(
+    model: LoadedModel | str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    backend: str | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    report: Callable[[Step], None] | None = None,
+    **options: Any,
+) -> Tuned:
+    """Train LoRA adapters on a quantized base, which stays frozen, and write them to the folder `out`.
+
+    model: one that is loaded (it carries the adapter afterwards), or what `load` takes.
+    data: JSONL (`text`, `prompt` with `completion`, or `messages`), a text file, or a name for `datasets`.
+    report: called with each `Step`. restart: forget an unfinished run; without, the same call goes on with it.
+    options: of training (`polyquant.finetuning.options.TrainingOptions`); the others are `load`'s.
+
+    >>> polyquant.finetune("builtin:smollm2", "train.jsonl", "adapter", backend="bitsandbytes", bits=4, steps=30)
+    """
+    from polyquant.finetuning.options import TrainingOptions
+    from polyquant.finetuning.run import finetune as run
+    from polyquant.options import convert
+
+    training = {name: options.pop(name) for name in TrainingOptions.__struct_fields__ if name in options}
+    chosen = convert(TrainingOptions, training)
+    if isinstance(model, (str, Path)):
+        if backend is not None and not registry_backend(backend).capabilities.trains:
+            raise UnsupportedOperation(
+                f"{backend} cannot train adapters; installed backends that do: {', '.join(backends(trains=True).names)}"
+            )
+        model = load(model, backend, **options)
+    elif options or backend is not None:
+        raise ConfigError(f"the model is loaded already: leave out {', '.join(options) or 'backend'}")
+    return run(model, data, Path(out), chosen, overwrite=overwrite, restart=restart, report=report)
+
+
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    way: Way,
+    *,
+    backend: str | None = None,
+    threshold: float = 0.1,
+    force: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> Quality:
+    """Merge an adapter into `model` and write the result to `out`, if it stays close to base and adapter.
+
+    way: `dense` (into the dense model), `dequantize` (into the dequantized base) or `requantize` (into the dense model,
+        quantized again); `polyquant.finetuning.merge` says what each loses.
+    backend, options: of the base, as `load` takes them; where left out, those on the adapter's card.
+    threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`.
+    Returns the comparison, on the text that comes with polyquant.
+    """
+    from polyquant.finetuning.merging import merge as run
+
+    return run(
+        model, Path(adapter), Path(out), way, backend, options, threshold, force=force, overwrite=overwrite, load=load,
+        quantize=quantize,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -70,6 +70,32 @@ class SaveError(PolyquantError):
     exit_code = 1
 
 
+class AdapterError(PolyquantError):
+    """An adapter does not fit the model: another architecture, other shapes, or no adapter at all."""
+
+
+class TrainingConflict(PolyquantError):
+    """An unfinished run with other options, data or model lies where this one would go on."""
+
+
+class TrainingDiverged(PolyquantError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+    exit_code = 1
+
+
+class OutOfMemory(PolyquantError):
+    """The device's memory did not suffice; the message says what to lower."""
+
+    exit_code = 1
+
+
+class MergeRefused(PolyquantError):
+    """A merged model is further from base and adapter than the gate allows; nothing was written."""
+
+    exit_code = 1
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean 'nf4'?' for the closest known word, or an empty string where none is close."""
     close = get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)

@@ -53,6 +53,15 @@ def stream(
     return pieces()
 
 
+def logits_of(model: Any, tokens: Sequence[int]) -> Any:
+    """Logits of one sequence, float32 torch tensor (positions, vocabulary)."""
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.tensor([list(tokens)], device=model.device)
+        return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
 def session(model: Any) -> Callable[[Sequence[int]], None]:
     """A new context of `model` with a key-value cache that grows with each call."""
     import torch

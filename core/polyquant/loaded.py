@@ -27,6 +27,7 @@ class Owner(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
     def can(self, hook: str) -> bool: ...
+    def prepare_for_training(self, loaded: LoadedModel) -> Any: ...
     def describe_layers(self, model: Any) -> list[LayerInfo]: ...
     def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]: ...
     def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path: ...
@@ -48,6 +49,7 @@ class LoadedModel:
     request: LoadRequest | None = None  # set by the core
     initial_layers: list[LayerInfo] = field(default_factory=list)  # set by the core: the layers before any forward pass
     records: list[HookRecord] = field(default_factory=list)  # set by the core: time and peak memory of each hook call
+    adapter: str = ""  # folder of the adapter on the model; `model` is then PEFT's
     _backend: Owner | None = None
 
     @property
@@ -59,8 +61,12 @@ class LoadedModel:
 
     @property
     def layers(self) -> list[LayerInfo]:
-        """Every parameter and buffer as it is now."""
-        return self.backend.describe_layers(self.model)
+        """Every parameter and buffer as it is now; where there is an adapter, its tensors too, in the role of one."""
+        if not self.adapter:
+            return self.backend.describe_layers(self.model)
+        from polyquant.memory.adapted import base_names
+
+        return base_names(self.backend.describe_layers(self.model.get_base_model()))
 
     def generate(self, prompt: Prompt, **generation_parameters: Any) -> str:
         """The text that follows `prompt`; parameters are those of transformers' `generate`."""
@@ -74,11 +80,9 @@ class LoadedModel:
 
     def logits(self, tokens: Sequence[int]) -> Any:
         """Logits of one sequence, float32 torch tensor (positions, vocabulary)."""
-        import torch
+        from polyquant.generation import logits_of
 
-        with torch.inference_mode():
-            ids = torch.tensor([list(tokens)], device=self.model.device)
-            return self.model(input_ids=ids, use_cache=False).logits[0].float()
+        return logits_of(self.model, tokens)
 
     def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
         """Bytes of the key-value cache for each token of context, measured on `tokens`; None where it is not known."""

@@ -30,6 +30,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trust_remote_code: bool = False
     allow_pickle: bool = False
     attention: str = ""
+    adapter: str = ""
     progress: bool = False
 
 
@@ -43,6 +44,10 @@ def load(
     loaded.notes[:0] = notes
     loaded.initial_layers = loaded.layers
     _require_quantized(loaded, how.allow_dequantize)
+    if how.adapter:
+        from polyquant.finetuning.adapter import attach
+
+        attach(loaded, how.adapter)
     return loaded
 
 

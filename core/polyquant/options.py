@@ -54,7 +54,7 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         raise NotImplementedError
 
 
-Options = TypeVar("Options", bound=BackendOptions)
+Options = TypeVar("Options", bound=msgspec.Struct)
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -67,7 +67,7 @@ class Option(msgspec.Struct, frozen=True):
     description: str
 
 
-def describe_options(options_type: type[BackendOptions]) -> list[Option]:
+def describe_options(options_type: type[msgspec.Struct]) -> list[Option]:
     """Every option with its default, allowed values and description, own options first."""
     common = {field.name for field in msgspec.structs.fields(BackendOptions)}
     described = [_describe(field) for field in msgspec.structs.fields(options_type)]

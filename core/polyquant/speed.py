@@ -24,7 +24,7 @@ class Rate(Record, frozen=True):
 
 
 class Speed(Record, frozen=True):
-    """Prompt and generation speed, batch of one, without tokenization and sampling; warmed up by a prompt and a token."""
+    """Prompt and generation speed of a batch of one, without tokenization and sampling, after a warm-up."""
 
     prompt_tokens: int  # pp512: of each repetition
     generated_tokens: int  # tg128

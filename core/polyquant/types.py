@@ -10,7 +10,7 @@ import msgspec
 from polyquant.options import BackendOptions, Dtype
 
 DeviceMap = Mapping[str, int | str]
-Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "other"]
+Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "adapter", "other"]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -54,7 +54,9 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
             weights_reported_bytes=_reported(loaded),
             weights_after_forward_bytes=after,
             weights_bfloat16_bytes=sum(
-                2 * layer.weights for layer in before if layer.role != "buffer" and not checks.is_tied(layer)
+                2 * layer.weights
+                for layer in before
+                if layer.role not in ("buffer", "adapter") and not checks.is_tied(layer)
             ),
             quantized_bytes=total([layer for layer in before if layer.quantized]),
             quantized_planned_bytes=total([plan for plan in plans if plan.quantized]) if plans else None,

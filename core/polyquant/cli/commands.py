@@ -10,16 +10,14 @@ import typer
 
 import polyquant
 from polyquant import api
+from polyquant.cli.arguments import Json, Model
 from polyquant.cli.options import Loading, complete_backend, loads_models
+from polyquant.cli.training import finetune, merge
 from polyquant.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
 
-Model = Annotated[
-    str, typer.Argument(help="Hub name, local folder, .gguf file, or builtin:smollm2.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.", min=1)]
 Temperature = Annotated[float, typer.Option(help="0 for greedy decoding.", min=0.0)]
 
@@ -43,7 +41,7 @@ def build(backend: str | None) -> typer.Typer:
     app.callback()(_root)
     app.command()(backends)
     app.command()(doctor)
-    for command in (load, verify, run, chat, quantize):
+    for command in (load, verify, run, chat, quantize, finetune, merge):
         app.command()(loads_models(command, backend))
     return app
 

@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import typer
 
 from polyquant import api
 from polyquant.errors import ConfigError, PolyquantError
+from polyquant.finetuning.options import TrainingOptions
 from polyquant.options import BackendOptions, Option, convert, describe_options
 
 LOADING = "How to load"
@@ -42,6 +44,7 @@ def _shared() -> list[inspect.Parameter]:
         option("max_memory", str | None, None, "Room on each device, as in '0=6GiB,cpu=24GiB'."),
         option("offload", str, "error", "Where the model does not fit the device: error, or cpu."),
         option("attention", str, "", "Attention implementation: eager, sdpa, flash_attention_2."),
+        option("adapter", str, "", "Folder of a PEFT adapter to put on the model."),
         option("revision", str | None, None, "Branch, tag or commit of a hub repository."),
         option("allow_dequantize", bool, False, "Accept a model that ends up dense.", "--allow-dequantize"),
         option("allow_pickle", bool, False, "Read pickle weights, which can run any code.", "--allow-pickle"),
@@ -73,26 +76,34 @@ def _own(option: Option, panel: str) -> inspect.Parameter:
 
 
 def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
-    """`command` with its `loading` parameter spread into options: how to load, and those of `backend`."""
-    options_type = _options_type(backend)
-    shared = _shared()
+    """`command` with its `loading` parameter spread into options: how to load, and those of `backend`.
+
+    A parameter `training` is spread too, into those of a fine-tuning run.
+    """
+    options_type, signature = _options_type(backend), inspect.signature(command, eval_str=True).parameters
+    trains = "training" in signature
+    plain = [parameter for name, parameter in signature.items() if name not in ("loading", "training")]
+    shared = [parameter for parameter in _shared() if parameter.name not in signature]
     own = [_own(option, f"Options of {backend}") for option in describe_options(options_type)] if options_type else []
-    plain = [
-        parameter
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
-        if name != "loading"
-    ]
+    training = [_own(option, "Training") for option in describe_options(TrainingOptions)] if trains else []
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
         given = {parameter.name: values.pop(parameter.name) for parameter in own}
+        run_options = {parameter.name: values.pop(parameter.name) for parameter in training}
         how = {parameter.name: values.pop(parameter.name) for parameter in shared}
         chosen, revision = how.pop("backend"), how.pop("revision")
         how["max_memory"] = _max_memory(how["max_memory"])
         typed = _typed(options_type, {name: value for name, value in given.items() if value is not None})
-        return command(**values, loading=Loading(chosen, revision, {**how, **typed}))
+        loading = Loading(chosen, revision, {**how, **typed})
+        if not trains:
+            return command(**values, loading=loading)
+        typed = _typed(TrainingOptions, {name: value for name, value in run_options.items() if value is not None})
+        return command(**values, loading=loading, training=typed)
 
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in plain] + shared + own
+    parameters = (
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in plain] + training + shared + own
+    )
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del run.__wrapped__
@@ -109,7 +120,7 @@ def _options_type(backend: str | None) -> type[BackendOptions] | None:
         return None
 
 
-def _typed(options_type: type[BackendOptions] | None, text: dict[str, object]) -> dict[str, object]:
+def _typed(options_type: type[msgspec.Struct] | None, text: dict[str, object]) -> dict[str, object]:
     if options_type is None:
         return {}
     typed = convert(options_type, text, strict=False)

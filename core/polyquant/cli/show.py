@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,11 @@ from polyquant.query import Selection
 from polyquant.types import BackendInfo, Capabilities, Record
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polyquant.finetuning.options import Step, Tuned
     from polyquant.loaded import LoadedModel
+    from polyquant.quality.records import Quality
     from polyquant.report import Verification
 
 console = Console(highlight=False, soft_wrap=False)
@@ -201,6 +205,50 @@ def verification(report: Verification) -> None:
     console.print(checks)
     _notes(report.notes)
     console.print("[green]verified[/]" if report.passed else "[red]verification failed[/]")
+
+
+@contextmanager
+def training() -> Iterator[Callable[[Step], None]]:
+    """A bar on standard error with loss, learning rate, speed, memory and time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    now = TextColumn("{task.fields[now]}")
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), now)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=None, now="loading the model")
+
+        def report(step: Step) -> None:
+            figures = (
+                f"loss {step.loss:.3f}", f"lr {step.learning_rate:.1e}", f"{step.tokens_per_second:.0f} tokens/s",
+                size(step.memory_bytes),
+            )  # fmt: skip
+            progress.update(task, total=step.of, completed=step.step, now=" · ".join(figures))
+
+        yield report
+
+
+def tuned(run: Tuned) -> None:
+    table = _pairs()
+    table.add_row("adapter", f"{run.adapter} ({size(run.adapter_bytes)})")
+    table.add_row(
+        "steps", f"{run.steps}" + (f", gone on with from step {run.resumed_from}" if run.resumed_from else "")
+    )
+    table.add_row("loss", f"{run.first_loss:.3f} -> {run.last_loss:.3f}")
+    if run.evaluation_loss is not None:
+        table.add_row("held-out loss", f"{run.evaluation_loss:.3f}")
+    table.add_row(
+        "trained", f"{run.trained_parameters:,} parameters in {run.seconds:.0f} s, peak {size(run.peak_bytes)}"
+    )
+    console.print(table)
+    _notes(run.notes)
+    console.print(f'use it: polyquant run MODEL --backend NAME --adapter {run.adapter} "..."', markup=False)
+
+
+def merged(out: Path, quality: Quality) -> None:
+    console.print(
+        f"wrote {out}: KL {quality.kl_mean:.4f} ± {quality.kl_standard_error:.4f} nats to base and adapter, "
+        f"same first token in {quality.top1:.1%} of {quality.tokens_scored} positions"
+    )
 
 
 def _pairs() -> Table:

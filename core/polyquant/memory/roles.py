@@ -13,6 +13,7 @@ REASONS: dict[Role, str] = {
     "head": "the output head stays dense by default",
     "vector": "one-dimensional: norms and biases stay dense",
     "buffer": "a buffer, not a weight",
+    "adapter": "an adapter, trained on the frozen base",
     "other": "not a matrix this backend knows",
 }
 TIED, SKIPPED = "tied to {}", "skipped on request"

@@ -49,7 +49,7 @@ def matching_modules(weights: list[WeightInfo], patterns: tuple[str, ...]) -> li
     ]
     matched: dict[str, None] = {}
     for pattern in patterns:
-        hits = [name for name in names if _matches(name, pattern)]
+        hits = [name for name in names if matches(name, pattern)]
         if not hits:
             parts = sorted({part for name in names for part in name.split(".")})
             raise ConfigError(
@@ -60,7 +60,8 @@ def matching_modules(weights: list[WeightInfo], patterns: tuple[str, ...]) -> li
     return list(matched)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern`, with its *, is a run of parts of `name`."""
     parts = name.split(".")
     runs = (parts[start:end] for start in range(len(parts)) for end in range(start + 1, len(parts) + 1))
     return any(fnmatchcase(".".join(run), pattern) for run in runs)

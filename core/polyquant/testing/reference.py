@@ -17,11 +17,9 @@ def reference_logits(model: str, tokens: Sequence[int]) -> Any:
 
 @lru_cache(maxsize=2)
 def _logits(model: str, tokens: tuple[int, ...]) -> Any:
-    import torch
-
     from polyquant import hf
+    from polyquant.generation import logits_of
     from polyquant.models.resolve import resolve
 
     dense = hf.load_dense(resolve(model))
-    with torch.inference_mode():
-        return dense(torch.tensor([list(tokens)]), use_cache=False).logits[0].float()
+    return logits_of(dense, tokens)

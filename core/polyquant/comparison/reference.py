@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from polyquant.generation import logits_of
 from polyquant.models.builtin import cache_folder
+from polyquant.models.hashing import content_hash
 from polyquant.quality.windows import PRESETS, Window, cut
 from polyquant.request import ModelSource
 
@@ -33,21 +35,9 @@ def reference(
     folder = cache_folder() / "references" / key
     if stored.stored_in(folder, key) is None:
         model = hf.load_dense(source)
-
-        def logits(ids: Sequence[int]) -> object:
-            import torch
-
-            with torch.inference_mode():
-                return model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
-
-        stored.store(folder, key, preset, windows, logits, advance)
+        stored.store(folder, key, preset, windows, lambda tokens: logits_of(model, tokens), advance)
     return folder, key
 
 
 def _key(source: ModelSource, preset: str, windows: Sequence[Window]) -> str:
-    digest = hashlib.sha256()
-    for name in ("config.json", *source.weight_files):
-        with (source.path / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update(repr((preset, windows)).encode())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(repr((content_hash(source), preset, windows)).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""One cell of a comparison, in a process of its own: python -m polyquant.compare.cell JOB.json RESULT.json."""
+"""One cell of a comparison, in a process of its own: python -m polyquant.comparison.cell JOB.json RESULT.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 import polyquant
-from polyquant.compare.records import DENSE, Job, Result
+from polyquant.comparison.records import DENSE, Job, Result
 from polyquant.errors import PolyquantError
 from polyquant.loaded import LoadedModel
 from polyquant.machine import this_machine

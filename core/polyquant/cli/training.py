@@ -1,0 +1,72 @@
+"""The commands that train adapters and merge them."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from polyquant import api
+from polyquant.cli.arguments import Json, Model
+from polyquant.cli.options import Loading
+from polyquant.finetuning.options import Step
+
+
+def finetune(
+    model: Model,
+    data: Annotated[str, typer.Option(help="JSONL, a text file, or the name of a dataset.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.", show_default=False)],
+    loading: Loading,
+    training: dict[str, Any],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was left unfinished.")] = False,
+    json: Json = False,
+) -> None:
+    """Train LoRA adapters on a quantized base. Killed or interrupted, the same command goes on.
+
+    Example: polyquant finetune builtin:smollm2 -b bitsandbytes --bits 4 --data train.jsonl --out adapter --steps 30
+    """
+    from polyquant.cli import show
+
+    with show.training() if sys.stderr.isatty() and not json else nullcontext(_line if not json else None) as report:
+        tuned = api.finetune(
+            model, data, out, backend=loading.backend, overwrite=overwrite, restart=restart, report=report,
+            revision=loading.revision, progress=sys.stderr.isatty(), **training, **loading.options,
+        )  # fmt: skip
+    show.print_json(tuned) if json else show.tuned(tuned)
+
+
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Option(help="Folder of the adapter.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    way: Annotated[
+        Literal["dense", "dequantize", "requantize"],
+        typer.Option(help="Into the dense model, the dequantized base, or the dense model quantized again."),
+    ],
+    loading: Loading,
+    threshold: Annotated[float, typer.Option(help="Largest KL to base and adapter, nats.", min=0.0)] = 0.1,
+    force: Annotated[bool, typer.Option("--force", help="Write it however far it is.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    json: Json = False,
+) -> None:
+    """Merge an adapter into its base; compared with base and adapter before anything is written.
+
+    Example: polyquant merge builtin:smollm2 --adapter adapter --way dequantize --out merged
+    """
+    from polyquant.cli import show
+
+    with show.loading(model):
+        quality = api.merge(
+            model, adapter, out, way, backend=loading.backend, threshold=threshold, force=force, overwrite=overwrite,
+            **{name: value for name, value in loading.options.items() if value not in ("", None)},
+        )  # fmt: skip
+    show.print_json(quality) if json else show.merged(out, quality)
+
+
+def _line(step: Step) -> None:
+    """A report where there is no terminal to draw on."""
+    print(f"step {step.step}/{step.of}: loss {step.loss:.4f}", file=sys.stderr)

@@ -1,0 +1,84 @@
+"""Merging from the model's name to the written folder: load base and adapter, merge, compare, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from polyquant import hf
+from polyquant.errors import ConfigError, SaveError
+from polyquant.files import atomic_folder
+from polyquant.finetuning import merge as ways
+from polyquant.finetuning.adapter import read_card
+from polyquant.generation import logits_of
+from polyquant.loaded import LoadedModel
+from polyquant.models.resolve import resolve
+from polyquant.quality.records import Quality
+from polyquant.quality.windows import Window, cut, preset_named
+from polyquant.texts import evaluation_text
+
+Load = Callable[..., LoadedModel]
+Quantize = Callable[..., Path]
+PRESET, WINDOWS = "llamacpp-512", 2
+
+
+def merge(
+    model: str | Path, adapter: Path, out: Path, way: ways.Way, backend: str | None, options: Mapping[str, Any],
+    threshold: float, *, force: bool, overwrite: bool, load: Load, quantize: Quantize,
+) -> Quality:  # fmt: skip
+    """See `polyquant.merge`; load, quantize: `polyquant`'s."""
+    if out.exists() and not overwrite:
+        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    options = dict(options)
+    if backend is None:
+        card = read_card(adapter)
+        if card is None:
+            raise ConfigError(f"{adapter} has no card that names its base: give the backend (--backend)")
+        backend, options = card.backend, {**card.backend_options, **options}
+    loaded = load(model, backend, adapter=str(adapter), **options)
+    with ways.gate(loaded, _windows(loaded)) as compare, atomic_folder(out, overwrite=overwrite) as partial:
+        if way == "requantize":
+
+            def again(dense: Path, written: Path) -> LoadedModel:
+                return load(quantize(dense, loaded.backend.name, written, **options))
+
+            quality = _requantized(model, adapter, loaded, again, partial, compare)
+        else:
+            merged = _merged(way, model, adapter, loaded)
+            quality = compare(lambda tokens: logits_of(merged, tokens))
+            hf.save_pretrained(loaded, partial, merged)
+        ways.require_close(quality, threshold, way, force=force)
+    return quality
+
+
+def _merged(way: ways.Way, model: str | Path, adapter: Path, loaded: LoadedModel) -> Any:
+    dtype = loaded.config.compute_dtype
+    if dtype == "auto":
+        raise ConfigError("the compute dtype is not settled: load through polyquant.load")
+    source = resolve(model)
+    if way == "dequantize":
+        return ways.dequantized_merged(loaded, source, dtype)
+    if source.stored_quantization:
+        raise ConfigError(f"{model} is quantized, there is no dense model to merge into; use way='dequantize'")
+    return ways.dense_merged(source, adapter, dtype)
+
+
+def _requantized(
+    model: str | Path, adapter: Path, loaded: LoadedModel, again: Callable[[Path, Path], LoadedModel], out: Path,
+    compare: Any,
+) -> Quality:  # fmt: skip
+    with TemporaryDirectory(dir=out.parent) as folder:
+        dense, written = Path(folder) / "dense", Path(folder) / "written"
+        hf.save_pretrained(loaded, dense, _merged("dense", model, adapter, loaded))
+        quality: Quality = compare(again(dense, written).logits)
+        for path in written.iterdir():
+            path.rename(out / path.name)
+    return quality
+
+
+def _windows(loaded: LoadedModel) -> list[Window]:
+    preset = preset_named(PRESET)
+    tokens = loaded.tokenizer(evaluation_text(), add_special_tokens=False).input_ids
+    return cut(tokens, preset, bos=loaded.tokenizer.bos_token_id, limit=WINDOWS)

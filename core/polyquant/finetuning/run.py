@@ -1,0 +1,108 @@
+"""A fine-tuning run from start to end: data, adapters, training that can go on after a kill, an adapter folder."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import msgspec
+
+from polyquant.errors import SaveError, UnsupportedOperation
+from polyquant.files import atomic_folder
+from polyquant.finetuning import state
+from polyquant.finetuning.adapter import CARD, WEIGHTS
+from polyquant.finetuning.curve import write_curve, write_steps
+from polyquant.finetuning.data import Example, read_examples
+from polyquant.finetuning.options import Card, Step, TrainingOptions, Tuned
+from polyquant.finetuning.targets import target_modules
+from polyquant.loaded import LoadedModel
+from polyquant.machine import this_machine
+from polyquant.memory.peak import measure_peak
+from polyquant.models.hashing import content_hash
+
+
+def finetune(
+    loaded: LoadedModel, data: str | Path, out: Path, options: TrainingOptions, *, overwrite: bool = False,
+    restart: bool = False, report: Any = None,
+) -> Tuned:  # fmt: skip
+    """Train adapters on `loaded` and write them to the folder `out`; see `polyquant.finetune`."""
+    backend = loaded.backend
+    if not backend.capabilities.trains:
+        raise UnsupportedOperation(f"{backend.name} cannot train adapters on its quantized base")
+    if out.exists() and not overwrite:
+        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    from polyquant.finetuning import train
+
+    if loaded.request is None:
+        raise SaveError("where the model came from is unknown: load it through polyquant.load")
+    targets = target_modules(loaded.layers, options.targets)
+    limit = options.max_length or int(getattr(loaded.model.config, "max_position_embeddings", 0)) or 2048
+    read = read_examples(data, loaded.tokenizer, options, limit)
+    learned, held_out = split(read.examples, options.evaluation, options.seed)
+    card = Card(
+        base_model=loaded.request.source.name, base_hash=content_hash(loaded.request.source),
+        architecture=type(loaded.model).__name__, backend=backend.name,
+        backend_options=msgspec.to_builtins(loaded.config), training=options, data_hash=read.digest,
+        examples=len(learned), versions=this_machine(("peft",)).versions,
+    )  # fmt: skip
+    folder = state.begin(out, _job(card), restart=restart)
+    model = train.with_adapters(backend.prepare_for_training(loaded), targets, options)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
+    started = perf_counter()
+    with measure_peak() as peak:
+        reporter, resumed, notes = train.train(model, learned, held_out, pad, options, folder, report=report)
+    seconds = perf_counter() - started
+    write(model.eval(), out, card, reporter.steps, folder, overwrite=overwrite)
+    loaded.model, loaded.adapter = model, str(out)
+    evaluated = [step.evaluation_loss for step in reporter.steps if step.evaluation_loss is not None]
+    return Tuned(
+        adapter=str(out), steps=reporter.steps[-1].step, first_loss=reporter.steps[0].loss,
+        last_loss=reporter.steps[-1].loss, evaluation_loss=evaluated[-1] if evaluated else None,
+        trained_parameters=trained, adapter_bytes=(out / WEIGHTS).stat().st_size, seconds=seconds,
+        peak_bytes=peak.peak_bytes, resumed_from=resumed, notes=(*read.notes, *notes),
+    )  # fmt: skip
+
+
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples to learn and to evaluate on; at least one of each where `share` is not 0."""
+    if not share:
+        return list(examples), []
+    shuffled = list(examples)
+    random.Random(seed).shuffle(shuffled)  # noqa: S311  a split, no secret
+    held_out = min(max(1, round(share * len(shuffled))), len(shuffled) - 1)
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def write(model: Any, out: Path, card: Card, steps: Sequence[Step], folder: Path, *, overwrite: bool) -> None:
+    """The adapter folder, all or nothing; the run's working folder is then gone."""
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        model.save_pretrained(partial)
+        (partial / "README.md").write_text(_readme(card, steps), encoding="utf-8")
+        (partial / CARD).write_text(card.to_json(), encoding="utf-8")
+        write_steps(steps, partial / "steps.csv")
+        write_curve(steps, partial / "loss.svg", f"{card.base_model} on {card.backend}")
+        if (folder / "runs").is_dir():
+            shutil.copytree(folder / "runs", partial / "runs")
+    shutil.rmtree(folder)
+
+
+def _job(card: Card) -> dict[str, Any]:
+    """What makes two runs the same run: everything on the card but the versions."""
+    job: dict[str, Any] = msgspec.to_builtins(card)
+    training = job.pop("training")
+    return {name: value for name, value in {**job, **training}.items() if name != "versions"}
+
+
+def _readme(card: Card, steps: Sequence[Step]) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in card.backend_options.items() if value not in (None, []))
+    return (
+        f"---\nbase_model: {card.base_model}\nlibrary_name: peft\n---\n# Adapter for {card.base_model}\n\n"
+        f"LoRA of rank {card.training.rank}, trained on the base quantized with {card.backend} ({options}): "
+        f"{card.examples} examples, {steps[-1].step} steps, loss {steps[0].loss:.3f} -> {steps[-1].loss:.3f}.\n\n"
+        "`steps.csv` and `loss.svg` show the run, `polyquant.json` holds all of its options and hashes.\n"
+    )

@@ -1,0 +1,80 @@
+"""A run's working folder: what it is a run of, its checkpoints, and which of them is whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+
+from polyquant.errors import SaveError, TrainingConflict
+
+JOB = "job.json"
+PARTS = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def working_folder(out: Path) -> Path:
+    """Where a run that is to end in `out` keeps its checkpoints."""
+    return out.parent / f".{out.name}.training"
+
+
+def begin(out: Path, job: Mapping[str, Any], *, restart: bool) -> Path:
+    """The working folder of the run `job`, made or found again.
+
+    Raises TrainingConflict, field by field, where another run was left unfinished there, SaveError where the folder
+    cannot be written.
+    """
+    folder = working_folder(out)
+    try:
+        if restart:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        path, text = folder / JOB, msgspec.json.encode(job)
+        if not path.exists():
+            path.write_bytes(text)
+            return folder
+        unfinished = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise SaveError(f"cannot keep a run in {folder}: {error}") from error
+    now = msgspec.json.decode(text)
+    changed = [
+        f"  {name}: unfinished run {unfinished.get(name)!r}, now {now.get(name)!r}"
+        for name in {**unfinished, **now}
+        if unfinished.get(name) != now.get(name)
+    ]
+    if changed:
+        raise TrainingConflict(
+            f"an unfinished run of another job lies in {folder}:\n" + "\n".join(changed) + "\n"
+            "Give the same options to go on with it, another --out, or begin anew with restart=True (--restart)"
+        )
+    return folder
+
+
+def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that was written to its end, and what was thrown away because it was not."""
+    notes: list[str] = []
+    numbered = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    for _, path in sorted(numbered.items(), reverse=True):
+        broken = _damage(path)
+        if not broken:
+            return path, notes
+        notes.append(f"{path.name} was half written ({broken}) and was thrown away")
+        shutil.rmtree(path)
+    return None, notes
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint; empty where it is whole. trainer_state.json is written last."""
+    missing = [name for name in PARTS if not (checkpoint / name).is_file()]
+    if missing:
+        return f"{', '.join(missing)} missing"
+    try:
+        msgspec.json.decode((checkpoint / "trainer_state.json").read_bytes())
+        with safe_open(checkpoint / "adapter_model.safetensors", framework="numpy") as file:
+            file.keys()
+    except (msgspec.DecodeError, SafetensorError, OSError) as error:
+        return str(error)
+    return ""

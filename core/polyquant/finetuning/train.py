@@ -1,0 +1,157 @@
+"""Trains adapters with transformers' Trainer and PEFT. Imports torch."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from polyquant.errors import OutOfMemory, PolyquantError, SaveError
+from polyquant.finetuning.data import IGNORED, Example
+from polyquant.finetuning.options import TrainingOptions
+from polyquant.finetuning.reporting import Report, Reporter
+from polyquant.finetuning.state import last_whole_checkpoint
+
+
+def with_adapters(model: Any, targets: Sequence[str], options: TrainingOptions) -> Any:
+    """`model`, frozen, with trainable LoRA adapters on `targets` (full module names)."""
+    config = peft.LoraConfig(
+        r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=list(targets),
+        use_rslora=options.rslora, use_dora=options.dora, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        return peft.get_peft_model(model, config)
+
+
+def train(
+    model: Any, examples: Sequence[Example], held_out: Sequence[Example], pad: int, options: TrainingOptions,
+    folder: Path, *, report: Report | None = None,
+) -> tuple[Reporter, int, list[str]]:  # fmt: skip
+    """Train the adapters of `model` in place, from the last whole checkpoint in `folder` if there is one.
+
+    pad: token id that fills shorter examples. Returns the reporter with every step, the step that the run went on
+    from, and notes. Raises TrainingDiverged, OutOfMemory (which says what to lower), SaveError for a full disk.
+    """
+    checkpoint, notes = last_whole_checkpoint(folder)
+    per_step = options.batch_size * options.accumulation
+    mean_tokens = sum(len(example.input_ids) for example in examples) / len(examples)
+    reporter = Reporter(mean_tokens * per_step, report)
+    callbacks: list[Any] = [reporter]
+    if options.patience:
+        callbacks.append(EarlyStoppingCallback(options.patience))
+    trainer = Trainer(
+        model=model,
+        args=_arguments(options, len(examples), folder, model.device.type, evaluates=bool(held_out)),
+        train_dataset=_rows(examples),
+        eval_dataset=_rows(held_out) if held_out else None,
+        data_collator=lambda rows: collate(rows, pad),
+        callbacks=callbacks,
+    )
+    for chatty in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(chatty)
+    with _explained(options, folder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return reporter, int(checkpoint.name.partition("-")[2]) if checkpoint else 0, notes
+
+
+def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Any]:
+    """Examples as one batch, (examples, longest): padded on the right, padding neither seen nor learned."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, value: int) -> Any:
+        return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
+
+    ids, labels = padded("input_ids", pad), padded("labels", IGNORED)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+
+
+def total_steps(options: TrainingOptions, examples: int) -> int:
+    """Optimizer steps of a run."""
+    per_epoch = max(1, -(-examples // (options.batch_size * options.accumulation)))
+    return options.steps or max(1, round(per_epoch * options.epochs))
+
+
+def _arguments(
+    options: TrainingOptions, examples: int, folder: Path, device: str, *, evaluates: bool
+) -> TrainingArguments:
+    steps = total_steps(options, examples)
+    every = min(options.checkpoint_every, steps)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        max_steps=steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule if options.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=round(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        optim=options.optimizer,
+        max_grad_norm=options.gradient_clip,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it hides the NaN that ends a run
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=evaluates and options.patience > 0,
+        seed=options.seed,
+        disable_tqdm=True,
+        report_to=["tensorboard"] if _has_tensorboard() else [],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=device == "cpu",
+    )
+
+
+def _rows(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+    return [example._asdict() for example in examples]
+
+
+def _has_tensorboard() -> bool:
+    from transformers.integrations import is_tensorboard_available
+
+    return bool(is_tensorboard_available())
+
+
+@contextmanager
+def _explained(options: TrainingOptions, folder: Path) -> Iterator[None]:
+    """Errors of the training loop in words that help."""
+    try:
+        yield
+    except PolyquantError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _out_of_memory(options, error) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "out of memory" in str(error):
+            raise _out_of_memory(options, error) from error
+        if "PytorchStreamWriter" in str(error) or "No space left" in str(error):
+            raise _unwritten(folder, error) from error
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise _unwritten(folder, error) from error
+        raise
+
+
+def _out_of_memory(options: TrainingOptions, error: BaseException) -> OutOfMemory:
+    lower = [f"batch_size (now {options.batch_size}; raise accumulation as much to keep the step the same)"]
+    lower += ["max_length (--max-length)", f"rank (now {options.rank})"]
+    lower += ["" if "8bit" in options.optimizer else "optimizer='paged_adamw_8bit' on a GPU"]
+    return OutOfMemory(f"training ran out of memory ({error}); lower {', '.join(part for part in lower if part)}")
+
+
+def _unwritten(folder: Path, error: BaseException) -> SaveError:
+    return SaveError(f"a checkpoint could not be written to {folder} ({error}); the one before it is kept: "
+                     "make room and give the same command again")  # fmt: skip
