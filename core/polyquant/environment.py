@@ -44,22 +44,19 @@ def quiet_imports() -> Iterator[None]:
 
 
 @contextmanager
-def contained(*, shown: bool = False, **environment: str) -> Iterator[None]:
+def contained() -> Iterator[None]:
     """What a library changes of the process in the block is put back, and what it prints is dropped.
 
     For libraries that set environment variables, the root logger and warning filters when they are imported or used.
-    shown: let it print. environment: variables that are set in the block.
     """
     variables, state = dict(os.environ), random.getstate()
     root, level, handlers = logging.root, logging.root.level, logging.root.handlers[:]
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(quiet_imports())
-        if not shown:
-            warnings.simplefilter("ignore")
-            stack.enter_context(redirect_stdout(io.StringIO()))
-            stack.enter_context(redirect_stderr(io.StringIO()))
-        os.environ.update(environment)
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(redirect_stderr(io.StringIO()))
+        warnings.simplefilter("ignore")
         try:
             yield
         finally:

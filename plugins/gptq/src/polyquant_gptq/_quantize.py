@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from polyquant import hf, packed
+from polyquant.apart import run_apart
 from polyquant.calibration import token_windows
 from polyquant.errors import ConfigError, SaveError
 from polyquant.memory.weights import list_weights
@@ -19,7 +19,6 @@ from polyquant.options import Dtype, resolved_dtype
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
-from polyquant_gptq._library import GPTQModel, contained
 from polyquant_gptq.options import GptqOptions
 from polyquant_gptq.planning import plan_layers
 
@@ -33,14 +32,11 @@ def quantize(request: LoadRequest, config: GptqOptions, calibration: Sequence[st
     planned = _quantizable(weights, config)
     tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
-    samples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
-    native = config.native()
-    with contained(shown=request.progress, GPTQMODEL_CPU_WORKERS=WORKERS), torch.random.fork_rng(devices=[]):
-        model = GPTQModel.load(
-            str(source.path), native, device=request.device, dtype=_dtype(source, config), trust_remote_code=trusted
-        )
-        model.quantize(samples, batch_size=1)
-        model.save(str(out))
+    job = {
+        "model": str(source.path), "device": request.device, "dtype": _dtype(source, config), "trusted": trusted,
+        "options": config, "windows": windows, "out": str(out),
+    }  # fmt: skip
+    run_apart("polyquant_gptq._worker", job, shown=request.progress, environment={"GPTQMODEL_CPU_WORKERS": WORKERS})
     _complete(out, source, config, tokenizer)
     written = packed.packed_modules(check_folder(out, str(out)), ("qweight",))
     if left := [name for name in planned if name not in written]:
@@ -60,10 +56,10 @@ def _quantizable(weights: Sequence[WeightInfo], config: GptqOptions) -> list[str
     return [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
 
 
-def _dtype(source: ModelSource, config: GptqOptions) -> torch.dtype:
+def _dtype(source: ModelSource, config: GptqOptions) -> str:
     """The checkpoint's own dtype: rounding its weights before quantizing them costs accuracy."""
     stored = source.config.get("dtype") or source.config.get("torch_dtype")
-    return getattr(torch, stored if stored in get_args(Dtype) else resolved_dtype(config))
+    return stored if stored in get_args(Dtype) else resolved_dtype(config)
 
 
 def _complete(out: Path, source: ModelSource, config: GptqOptions, tokenizer: Any) -> None:

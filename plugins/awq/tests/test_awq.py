@@ -1,0 +1,243 @@
+"""AWQ on small random models: reading the dialects, damaged checkpoints, making checkpoints, training."""
+
+import json
+import shutil
+
+import polyquant
+import pytest
+import torch
+from polyquant.errors import BackendFailed, CheckpointConflict, ConfigError, ModelError
+from polyquant.testing.models import tiny_model
+from polyquant.testing.state import differences, snapshot
+from polyquant.testing.texts import CALIBRATION
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+TOKENS = [3, 4, 5, 6, 7, 8, 9]
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, packing):
+    """int4 in groups of 64 with zero points, of the llama model."""
+    return packing.write(tiny_model("llama", folder), folder / "int4")
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """Its files, to be changed."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def load(path, **options):
+    return polyquant.load(path, device="cpu", **options)
+
+
+def quantize(model, out, calibration=CALIBRATION, **options):
+    return polyquant.quantize(model, "awq", out, calibration=calibration, device="cpu", **options)
+
+
+def assert_verified(loaded):
+    report = polyquant.verify(loaded, max_new_tokens=2)
+    assert not [check for check in report.failures if check.name != "sample"]
+
+
+def equal_dense(path):
+    return AutoModelForCausalLM.from_pretrained(path.with_name(path.name + "-dense")).eval()
+
+
+def change_tensors(path, change):
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 3}, "bits must be 4, got 3"),
+        ({"group_size": 100}, "group_size must be -1, 16, 32"),
+        ({"kernel": "gemv"}, "kernel must be 'auto', 'torch_aten'"),
+        ({"w_bit": 4}, "unknown option 'w_bit'"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ConfigError, match=words):
+        polyquant.load("nowhere", "awq", **options)
+
+
+VARIANTS = [
+    {"group_size": -1},
+    {"group_size": 16, "zero_point": False},
+    {"group_size": 64},
+    {"group_size": 128, "zero_point": False},
+    {"group_size": 256},
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+def test_a_packed_layer_is_its_dequantized_one(folder, tmp_path, packing, variant, dtype):
+    """To the compute dtype's own rounding of scales and weights."""
+    path = packing.write(tiny_model("qwen2", folder), tmp_path / "out", **variant)
+    dense, loaded = equal_dense(path), load(path, compute_dtype=dtype)
+    assert loaded.config.kernel == ("torch" if variant["group_size"] in (-1, 16) else "torch_aten")
+    assert_verified(loaded)
+    for name in ("model.layers.0.self_attn.q_proj", UP, "model.layers.1.mlp.down_proj"):
+        weight, layer = dense.get_submodule(name).weight, loaded.model.get_submodule(name)
+        with torch.inference_mode():
+            found = layer(torch.eye(layer.in_features, dtype=getattr(torch, dtype))).float().T
+        if layer.bias is not None:
+            found = found - layer.bias.float()[:, None]
+        torch.testing.assert_close(found, weight.data, rtol=0.02, atol=0.01 * weight.abs().max().item())
+
+
+def test_autoawq_checkpoints(checkpoint, copy, packing):
+    """Config beside config.json, in autoawq's own words."""
+    packing.change_config(copy, quantization_config=None)
+    old = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
+    (copy / "quant_config.json").write_text(json.dumps(old))
+    loaded = load(copy)
+    assert loaded.backend.name == "awq"
+    assert_verified(loaded)
+    assert torch.equal(loaded.logits(TOKENS), load(checkpoint).logits(TOKENS))
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_damaged_checkpoints_name_the_tensor(copy, part):
+    def cut(tensors):
+        tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"][:-1].contiguous()
+
+    change_tensors(copy, cut)
+    with pytest.raises(ModelError, match=rf"{UP}\.{part} has shape .* was expected"):
+        load(copy)
+    change_tensors(copy, lambda tensors: tensors.pop(f"{UP}.{part}"))
+    with pytest.raises(ModelError, match=rf"missing or have no place in the model: {UP}\.{part}"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"bits": 8}, "Invalid enum value 8"),
+        ({"group_size": 48}, "Invalid enum value 48"),
+        ({"version": "gemv"}, "its version is 'gemv', and 'gemm' is read"),
+        ({"version": "gemv_fast"}, "its version is 'gemv_fast', and 'gemm' is read"),
+        ({"backend": "llm-awq"}, "was written by llm-awq"),
+        ({"dynamic": {".*up_proj": {"group_size": 32}}}, r"gives layers different options \(.*up_proj\)"),
+    ],
+)
+def test_what_is_not_read_is_refused(copy, packing, stored, words):
+    config = json.loads((copy / "config.json").read_text())["quantization_config"]
+    packing.change_config(copy, quantization_config=config | stored)
+    with pytest.raises(ModelError, match=words):
+        load(copy)
+
+
+def test_a_config_that_does_not_fit_the_tensors(copy, packing):
+    config = json.loads((copy / "config.json").read_text())["quantization_config"]
+    packing.change_config(copy, quantization_config=config | {"group_size": 32})
+    with pytest.raises(ModelError, match=r"(qzeros|scales) has shape"):
+        load(copy)
+
+
+def test_dense_checkpoints(folder, copy):
+    dense = tiny_model("llama", folder)
+    with pytest.raises(CheckpointConflict, match="is dense, and awq loads quantized checkpoints only"):
+        load(dense, backend="awq")
+    save_file(load_file(dense / "model.safetensors"), copy / "model.safetensors")
+    with pytest.raises(ModelError, match=r"its config says that it is quantized, and no tensor in it is"):
+        load(copy)
+
+
+def test_layers_that_the_checkpoint_leaves_dense_stay_dense(folder, tmp_path, packing):
+    path = packing.write(tiny_model("llama", folder), tmp_path / "out", keep=("up_proj", "o_proj"))
+    loaded = load(path)
+    assert_verified(loaded)
+    assert any("5 layers are dense in the checkpoint" in note for note in loaded.notes)  # with the head
+    assert not {layer.name for layer in loaded.layers if layer.quantized and "up_proj" in layer.name}
+
+
+def test_kernels(checkpoint):
+    fast, plain = load(checkpoint), load(checkpoint, kernel="torch")
+    assert (fast.kernel, plain.kernel) == ("gptqmodel TorchAtenAwqLinear", "gptqmodel AwqTorchLinear")
+    assert_verified(plain)
+    torch.testing.assert_close(fast.logits(TOKENS), plain.logits(TOKENS), rtol=0.1, atol=0.25)
+    with pytest.raises(ConfigError, match="computes in bfloat16 or float16, not in float32"):
+        load(checkpoint, compute_dtype="float32")
+    with pytest.raises(ConfigError, match="kernel 'marlin' cannot be used on cpu: it needs a GPU"):
+        load(checkpoint, kernel="marlin")
+
+
+def test_calibration_that_is_not_enough(folder, tmp_path):
+    with pytest.raises(ConfigError, match="the calibration text has . tokens, at least 256 are needed"):
+        quantize(tiny_model("llama", folder), tmp_path / "out", ("Hi!",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_quantized_name_the_layer(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"64 does not divide in_features 90 of model\.layers\.0\.self_attn\.q_proj"):
+        quantize(tiny_model("odd", folder), tmp_path / "out", group_size=64)
+    with pytest.raises(ConfigError, match=r"words hold 8 weights, which does not divide out_features 90"):
+        quantize(tiny_model("odd", folder), tmp_path / "out", group_size=-1)
+    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj is no Linear module but MixtralExperts"):
+        quantize(tiny_model("mixtral", folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_made(folder, tmp_path, capfd):
+    """Skipped modules, no zero points; the process stays as it was; no traces in the files."""
+    model = tiny_model("llama", folder)
+    before = snapshot()
+    capfd.readouterr()
+    out = quantize(model, tmp_path / "out", zero_point=False, group_size=32, skip=("layers.0", "k_proj"))
+    assert capfd.readouterr() == ("", "")
+    assert not differences(before, snapshot())
+    assert "/tmp" not in (out / "config.json").read_text()
+    loaded = load(out)
+    assert_verified(loaded)
+    assert not loaded.notes
+    quantized = {layer.name for layer in loaded.layers if layer.quantized}
+    attention = {f"model.layers.1.self_attn.{name}_proj.weight" for name in ("q", "v", "o")}
+    assert quantized == attention | {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert (loaded.config.zero_point, loaded.config.group_size) == (False, 32)
+    with pytest.raises(CheckpointConflict, match="zero_point: requested True, stored False"):
+        load(out, zero_point=True)
+
+
+def test_a_failure_of_the_library_is_an_error_and_not_the_end_of_the_process(folder, tmp_path, monkeypatch):
+    """gptqmodel ends the process that it runs in when one of its threads fails: float32 weights are such a case."""
+    from polyquant_awq import _quantize
+
+    monkeypatch.setattr(_quantize, "_dtype", lambda source: "float32")
+    with pytest.raises(BackendFailed, match=r"_worker ended with code 1:[\s\S]*actual dtype = `torch\.float32`"):
+        quantize(tiny_model("llama", folder), tmp_path / "out", group_size=64)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variant", [{}, {"group_size": 16}], ids=["aten", "torch"])
+def test_adapters_get_the_gradients_of_the_dequantized_model(folder, tmp_path, packing, variant):
+    from peft import LoraConfig, get_peft_model
+
+    path = packing.write(tiny_model("qwen2", folder), tmp_path / "out", **variant)
+
+    def gradients(model):
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        ids = torch.tensor([TOKENS])
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+    loaded = load(path)
+    expected = gradients(equal_dense(path))
+    found = gradients(loaded.backend.prepare_for_training(loaded))
+    assert found.keys() == {name for name in expected if "lora" in name}
+    for name, gradient in found.items():
+        similarity = torch.cosine_similarity(gradient.flatten().float(), expected[name].flatten(), dim=0)
+        assert similarity > 0.99, name  # activations are bfloat16
