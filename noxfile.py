@@ -65,7 +65,7 @@ def cache(session: nox.Session) -> Path:
 @nox.session
 def demo(session: nox.Session) -> None:
     """The six steps on a real model."""
-    install(session, *PLUGINS.values())
+    install(session, *PLUGINS.values(), group="train")
     session.run("python", "docs/examples/demo.py", *session.posargs)
 
 

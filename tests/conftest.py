@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import polyquant
 import pytest
 
 GOOD_PLUGIN = """
@@ -73,3 +75,20 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **more)  # type: ignore[call-overload,no-any-return]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def rowwise(tmp_path_factory):
+    """The third-party backend `rowwise`, installed as far as importlib can tell; gives the import path that does it."""
+    source = Path(__file__).parent / "thirdparty" / "polyquant-rowwise" / "src"
+    site = tmp_path_factory.mktemp("site")
+    info = site / "polyquant_rowwise-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: polyquant-rowwise\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[polyquant.backends]\nrowwise = polyquant_rowwise.plugin:backend\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(source))
+        patch.syspath_prepend(str(site))
+        polyquant.api.registry.cache_clear()
+        yield os.pathsep.join((str(site), str(source)))
+    polyquant.api.registry.cache_clear()

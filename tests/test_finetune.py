@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import polyquant
 import pytest
@@ -24,27 +23,11 @@ from polyquant.finetuning.options import TrainingOptions
 from polyquant.finetuning.run import split
 from polyquant.testing.models import tiny_model
 
-ROWWISE = Path(__file__).parent / "thirdparty" / "polyquant-rowwise"
+pytestmark = pytest.mark.usefixtures("rowwise")
 LINES = [
     {"prompt": f"What is {number} and {number}? ", "completion": f"It is {2 * number}, sir."} for number in range(1, 17)
 ]
 QUICK = {"rank": 4, "batch_size": 4, "steps": 6, "learning_rate": 5e-3, "checkpoint_every": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rowwise(tmp_path_factory):
-    """The third-party backend, installed as far as importlib can tell."""
-    site = tmp_path_factory.mktemp("site")
-    info = site / "polyquant_rowwise-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: polyquant-rowwise\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[polyquant.backends]\nrowwise = polyquant_rowwise.plugin:backend\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROWWISE / "src"))
-        patch.syspath_prepend(str(site))
-        polyquant.api.registry.cache_clear()
-        yield f"{site}:{ROWWISE / 'src'}"
-    polyquant.api.registry.cache_clear()
 
 
 @pytest.fixture(scope="module")

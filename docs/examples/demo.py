@@ -1,9 +1,11 @@
-"""The first five of the six steps on a real model: select, configure, load, verify, run."""
+"""The six steps on a real model: select, configure, load, verify, run, fine-tune."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import polyquant
 from polyquant.cli.show import console, size
@@ -15,6 +17,9 @@ from rich.table import Table
 MODEL = "builtin:smollm2"
 PROMPT = "The three primary colours are"
 TOKENS = 32
+STEPS = 12
+BARS = "▁▂▃▄▅▆▇█"
+DATA = Path(__file__).parent / "captain.jsonl"  # 48 questions, answered the way a sailor would
 CONFIGURATIONS = {
     "NF4": {"bits": 4, "quant_type": "nf4"},
     "NF4 double": {"bits": 4, "quant_type": "nf4", "double_quant": True},
@@ -60,8 +65,35 @@ def main() -> None:
         "planned: predicted from shapes; stored: every storage counted once; reported: transformers' own count, which "
         "misses bitsandbytes' scales. Embeddings stay dense, so the whole model shrinks less than its layers."
     )
-    if not all(report.passed for report, _, _ in columns):
+    tuned = fine_tune(Path(tempfile.mkdtemp(prefix="polyquant-demo-")))
+    if not tuned or not all(report.passed for report, _, _ in columns):
         sys.exit(1)
+
+
+def fine_tune(folder: Path) -> bool:
+    """A short QLoRA run on the NF4 base; whether the loss fell."""
+    console.rule("6. Fine-tune: LoRA on the frozen NF4 base")
+    options = {**CONFIGURATIONS["NF4"], "steps": STEPS, "learning_rate": 1e-3, "warmup": 0.1}
+    console.print(
+        f"polyquant.finetune({MODEL!r}, 'captain.jsonl', 'adapter', backend='bitsandbytes', {shown(options)})"
+    )
+    loaded = polyquant.load(MODEL, backend="bitsandbytes", **CONFIGURATIONS["NF4"])
+    question = [{"role": "user", "content": "What is the capital of Spain?"}]  # not in the data
+    before = loaded.generate(question, max_new_tokens=TOKENS, do_sample=False)
+    training = {name: options[name] for name in ("steps", "learning_rate", "warmup")}
+    steps: list[float] = []
+    tuned = polyquant.finetune(
+        loaded, DATA, folder / "adapter", report=lambda step: steps.append(step.loss), **training
+    )
+    after = loaded.generate(question, max_new_tokens=TOKENS, do_sample=False)
+    highest = max(steps)
+    bars = "".join(BARS[round(loss / highest * (len(BARS) - 1))] for loss in steps)
+    console.print(
+        f"loss {steps[0]:.2f} {bars} {steps[-1]:.2f} in {tuned.seconds:.0f} s; adapter {size(tuned.adapter_bytes)}"
+    )
+    console.print(f"before: {before}\nafter:  [bold]{after}[/]", markup=True)
+    console.print(f"curve: {folder / 'adapter' / 'loss.svg'}", soft_wrap=True)
+    return steps[-1] < steps[0]
 
 
 def rows(columns: list[tuple[Verification, float, str]]) -> list[tuple[str, list[str]]]:
