@@ -27,6 +27,7 @@ READERS: Mapping[str, str] = {
     "bitnet": "polyquant-bitnet",
     "quark": "polyquant-quark",
     "sinq": "polyquant-sinq",
+    "fp8": "polyquant-fp8",
 }
 """quant_method -> the plugin package that reads it."""
 

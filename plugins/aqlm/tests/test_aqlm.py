@@ -211,6 +211,12 @@ def test_names_of_dense_modules_in_both_dialects(changed, checkpoint):
     assert torch.equal(load(plain).logits(TOKENS), load(checkpoint).logits(TOKENS))
 
 
+def test_tensors_that_transformers_leaves_out_too(changed, checkpoint):
+    """Older checkpoints have the rotary frequencies, which follow from the config."""
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
+    assert torch.equal(load(changed(lambda found: found.update(extra))).logits(TOKENS), load(checkpoint).logits(TOKENS))
+
+
 def test_another_method_and_contradictions_are_refused(changed, checkpoint):
     with pytest.raises(CheckpointConflict, match="requested 1, stored 2"):
         load(checkpoint, num_codebooks=1)

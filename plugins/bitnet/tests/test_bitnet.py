@@ -284,6 +284,12 @@ def test_listed_modules_are_dense(folder, changed, listed):
     assert kl_divergence(logits(theirs(path)), loaded.logits(TOKENS)).max() < 1e-3
 
 
+def test_tensors_that_transformers_leaves_out_too(changed, checkpoint):
+    """Older checkpoints have the rotary frequencies, which follow from the config."""
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
+    assert torch.equal(load(changed(lambda found: found.update(extra))).logits(TOKENS), load(checkpoint).logits(TOKENS))
+
+
 def test_another_method_and_contradictions_are_refused(changed, checkpoint):
     with pytest.raises(CheckpointConflict, match="requested 'bitlinear', stored 'autobitlinear'"):
         load(checkpoint, linear_class="bitlinear")

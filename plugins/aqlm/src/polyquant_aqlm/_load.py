@@ -44,31 +44,30 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
 
 def _read(request: LoadRequest, config: AqlmOptions, kernel: str) -> Any:
-    source, device = request.source, packed.single_device(request)
-    wanted = resolved_dtype(config)
+    source, wanted = request.source, resolved_dtype(config)
     dtype = getattr(torch, wanted)
     weights = list_weights(hf.skeleton(source, wanted, trust_remote_code=request.trust_remote_code))
     names = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
+    model = packed.empty_causal_lm(request, wanted)
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.read_tensors(source):
+    for name, tensor in packed.own_tensors(model, source):
         module, _, short = name.rpartition(".")
         layers[module][short] = tensor
     _require_expected(layers, names, source.name)
-    model = packed.empty_causal_lm(request, wanted)
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
-        moved = {key: tensor.to(device) for key, tensor in layers.pop(name, {}).items()}
         try:
-            linear = linear_from_tensors(name, model.get_submodule(name), config, dtype, moved, kernel)
+            linear = linear_from_tensors(name, model.get_submodule(name), config, dtype, layers.pop(name, {}), kernel)
         except ModelError as error:
             raise ModelError(f"{source.name}: {error}") from error
         model.set_submodule(name, linear)
     dense = {
-        f"{module}.{short}" if module else short: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        f"{module}.{short}" if module else short: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for module, tensors in layers.items()
         for short, tensor in tensors.items()
     }
     packed.fill(model, dense, source)
-    return model.to(device)
+    packed.place(model, request)
+    return model
 
 
 def _require_expected(layers: dict[str, dict[str, torch.Tensor]], names: list[str], source: str) -> None:

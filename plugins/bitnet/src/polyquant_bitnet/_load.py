@@ -58,18 +58,17 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
 
 def _read(request: LoadRequest, config: BitnetOptions, names: list[str]) -> Any:
-    source, device = request.source, packed.single_device(request)
-    dtype = getattr(torch, resolved_dtype(config))
+    source, dtype = request.source, getattr(torch, resolved_dtype(config))
+    model = packed.empty_causal_lm(request, resolved_dtype(config))
     quantized, dense = set(names), dict[str, torch.Tensor]()
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.read_tensors(source):
+    for name, tensor in packed.own_tensors(model, source):
         module, _, short = name.rpartition(".")
         home = module.removesuffix(".rms_norm")
         if home in quantized:
-            layers[home][short if home == module else f"rms_norm.{short}"] = tensor.to(device)
+            layers[home][short if home == module else f"rms_norm.{short}"] = tensor
         else:
-            dense[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+            dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
             linear = linear_from_tensors(name, model.get_submodule(name), config, dtype, layers.pop(name, {}))
@@ -77,4 +76,5 @@ def _read(request: LoadRequest, config: BitnetOptions, names: list[str]) -> Any:
             raise ModelError(f"{source.name}: {error}") from error
         model.set_submodule(name, linear)
     packed.fill(model, dense, source)
-    return model.to(device)
+    packed.place(model, request)
+    return model

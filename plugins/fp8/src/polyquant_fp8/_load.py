@@ -1,0 +1,100 @@
+"""Quantizes layer by layer, and reads and writes checkpoints: transformers dequantizes them where no GPU is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import torch
+from polyquant import hf, packed
+from polyquant.errors import ConfigError, ModelError
+from polyquant.loaded import LoadedModel
+from polyquant.memory.weights import list_weights
+from polyquant.options import resolved_dtype
+from polyquant.request import LoadRequest
+from polyquant.types import Dtype, WeightInfo
+from tqdm import tqdm
+
+from polyquant_fp8._layers import linear_from_tensors, quantized_linear
+from polyquant_fp8.modules import KERNEL
+from polyquant_fp8.options import Fp8Options
+from polyquant_fp8.planning import plan_layers
+
+ACTIVATIONS = "activations stay in {}: the checkpoint asks for {} FP8 activations, which GPU kernels round to for speed"
+
+
+def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
+    wanted: Dtype = resolved_dtype(config)
+    weights = list_weights(hf.skeleton(request.source, wanted, trust_remote_code=request.trust_remote_code))
+    if request.source.stored_quantization:
+        stored = packed.packed_modules(request.source, ("weight_scale_inv",))
+        config, notes = packed.with_stored_skips(config, weights, stored, request.source)
+        model = _read(request, config, _names(weights, config))
+        notes.append(ACTIVATIONS.format(wanted, config.activation_scheme))
+    else:
+        model, notes = _quantize(request, config, _names(weights, config)), []
+    model.config.quantization_config = config.stored()
+    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=KERNEL, notes=notes)
+
+
+def save(loaded: LoadedModel, out: Path) -> Path:
+    """Under the names transformers gives them: weight and weight_scale_inv of each layer."""
+    tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
+    return packed.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+
+
+def prepare_for_training(loaded: LoadedModel) -> Any:
+    """Freeze, and recompute activations in the backward pass."""
+    return hf.frozen_for_adapters(loaded.model)
+
+
+def _names(weights: list[WeightInfo], config: Fp8Options) -> list[str]:
+    return [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
+
+
+def _quantize(request: LoadRequest, config: Fp8Options, names: list[str]) -> Any:
+    """The dense model, loaded in the checkpoint's dtype on the CPU, its layers replaced one by one."""
+    if config.activation_scheme == "static":
+        raise ConfigError("activation_scheme 'static' needs scales that a checkpoint brings; quantize with 'dynamic'")
+    wanted: Dtype = resolved_dtype(config)
+    dtype, stored = (
+        getattr(torch, wanted),
+        request.source.config.get("dtype") or request.source.config.get("torch_dtype"),
+    )
+    on_cpu = msgspec.structs.replace(request, device_map={"": "cpu"})
+    model = hf.load_causal_lm(on_cpu, stored if stored in get_args(Dtype) else wanted)
+    for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
+        model.set_submodule(name, quantized_linear(name, model.get_submodule(name), config, dtype))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1 and not name.endswith("weight_scale_inv"):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    packed.place(model, request)
+    return model
+
+
+def _read(request: LoadRequest, config: Fp8Options, names: list[str]) -> Any:
+    source, dtype = request.source, getattr(torch, resolved_dtype(config))
+    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    quantized, dense = set(names), dict[str, torch.Tensor]()
+    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in packed.own_tensors(model, source):
+        module, _, short = name.rpartition(".")
+        if module in quantized:
+            layers[module][short] = tensor
+        elif tensor.element_size() == 1 and tensor.is_floating_point():
+            raise ModelError(f"{source.name}: {name} is {tensor.dtype}, and has no weight_scale_inv beside it")
+        else:
+            dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
+        try:
+            linear = linear_from_tensors(name, model.get_submodule(name), config, dtype, layers.pop(name))
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {error}") from error
+        model.set_submodule(name, linear)
+    packed.fill(model, dense, source)
+    packed.place(model, request)
+    return model

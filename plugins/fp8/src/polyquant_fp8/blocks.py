@@ -1,0 +1,58 @@
+"""float8 e4m3 in scaled blocks: to numbers and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+TINY = torch.finfo(torch.float32).tiny
+
+Block = tuple[int, int] | None
+"""(rows, columns), or None for one scale a matrix."""
+
+
+def quantize(weight: Tensor, block: Block, *, powers_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """(e4m3 weight, scales): the greatest number of each block becomes 448. Same bytes as transformers' Fp8Quantize.
+
+    weight: (out_features, in_features). scales: to multiply with, float32 or e8m0, () or one for each block.
+    """
+    numbers = weight.float()
+    if block is None:
+        greatest = numbers.abs().max()
+    else:
+        greatest = torch.stack(
+            [torch.stack([part.abs().max() for part in rows.split(block[1], 1)]) for rows in numbers.split(block[0])]
+        )
+    inverse = torch.where(greatest > 0, LARGEST / greatest, torch.ones_like(greatest))
+    scales = 1.0 / inverse
+    if powers_of_two:
+        scales = torch.pow(2.0, scales.clamp_min(TINY).log2().ceil()).to(torch.float8_e8m0fnu)
+        inverse = 1.0 / scales.float()
+    return _times(numbers.clone(), inverse, block).clamp_(-LARGEST, LARGEST).to(E4M3), scales
+
+
+def dequantize(weight: Tensor, scales: Tensor, block: Block) -> Tensor:
+    """The numbers, float32. weight: whole blocks of rows, and their scales."""
+    if weight.device.type != "cpu":
+        return _times(weight.float(), scales.float(), block)
+    # torch converts e4m3 one by one on the CPU; moved to where float16 has them, the same bits are the number / 256
+    bits = weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    return _times(bits.view(torch.float16).float(), scales.float() * 256, block)
+
+
+def has_nan(weight: Tensor) -> bool:
+    """e4m3 has no infinities, and two NaN."""
+    return bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any())
+
+
+def _times(numbers: Tensor, scales: Tensor, block: Block) -> Tensor:
+    """`numbers` in place, each block times its scale."""
+    if block is None:
+        return numbers.mul_(scales)
+    rows, size = scales.repeat_interleave(block[0], 0)[: numbers.shape[0]], block[1]
+    whole = numbers.shape[1] // size
+    numbers[:, : whole * size].unflatten(1, (whole, size)).mul_(rows[:, :whole, None])
+    numbers[:, whole * size :].mul_(rows[:, whole:])
+    return numbers

@@ -1,0 +1,92 @@
+"""Options of the FP8 backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+from polyquant.options import BackendOptions
+
+BLOCK = (128, 128)
+E4M3 = ("e4m3", "e4m3fn", "float8_e4m3fn")
+EXPECTED: Mapping[str, tuple[object, ...]] = {
+    "fmt": E4M3, "dequantize": (False,), "modules_to_convert": ([], ()), "expert_dtype": ("fp8",),
+}  # fmt: skip
+"""Settings that are read at these values only."""
+READ = {
+    "quant_method", "compute_dtype", "weight_block_size", "activation_scheme", "scale_fmt", "modules_to_not_convert",
+    "ignored_layers", *EXPECTED,
+}  # fmt: skip
+
+
+class Fp8Options(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Weights in float8 e4m3; each block of a matrix has one scale to multiply with. Activations are not rounded."""
+
+    block_rows: Annotated[
+        int, Meta(ge=0, description="rows (out_features) of a block; 0 with block_columns 0: one scale for the matrix")
+    ] = BLOCK[0]
+    block_columns: Annotated[int, Meta(ge=0, description="columns (in_features) of a block")] = BLOCK[1]
+    scale_fmt: Annotated[
+        Literal["float", "ue8m0"], Meta(description="scales in float32, or as powers of two in a byte each")
+    ] = "float"
+    activation_scheme: Annotated[
+        Literal["dynamic", "static"],
+        Meta(description="how other runtimes are told to round activations; static comes from a checkpoint only"),
+    ] = "dynamic"
+
+    def __post_init__(self) -> None:
+        if (self.block_rows == 0) != (self.block_columns == 0):
+            raise ValueError("block_rows and block_columns are both 0 (one scale for a matrix), or neither")
+        if self.block_rows == 0 and self.scale_fmt == "ue8m0":
+            raise ValueError("scale_fmt 'ue8m0' is for blocks; one scale for a matrix is a float")
+
+    @property
+    def weight_bits(self) -> float:
+        return 8
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """(rows, columns), or None for one scale a matrix."""
+        return (self.block_rows, self.block_columns) if self.block_rows else None
+
+    def native(self) -> Any:
+        """transformers' FineGrainedFP8Config."""
+        from transformers import FineGrainedFP8Config
+
+        return FineGrainedFP8Config(
+            activation_scheme=self.activation_scheme,
+            weight_block_size=self.block,  # type: ignore[arg-type,unused-ignore]
+            modules_to_not_convert=None if self.skip_defaults and not self.skip else list(self.skip),
+            scale_fmt=self.scale_fmt,
+        )
+
+    def stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint; `compute_dtype` is polyquant's addition."""
+        return {**self.native().to_dict(), "compute_dtype": self.compute_dtype}
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        unread = sorted(name for name in set(stored) - READ if stored[name] is not None)
+        if unread:
+            raise ValueError(f"it has {', '.join(unread)}, which is not read")
+        for name, allowed in EXPECTED.items():
+            if stored.get(name) is not None and stored[name] not in allowed:
+                raise ValueError(f"its {name} is {stored[name]!r}; {' or '.join(map(repr, allowed))} is read")
+        block = stored.get("weight_block_size", BLOCK)
+        if block is not None and (len(block) != 2 or min(block) < 1):
+            raise ValueError(f"its weight_block_size is {block!r}; two positive numbers, or null, are read")
+        dense = stored.get("modules_to_not_convert")
+        dense = stored.get("ignored_layers") if dense is None else dense
+        rows, columns = block or (0, 0)
+        values: dict[str, Any] = {
+            "block_rows": rows,
+            "block_columns": columns,
+            "scale_fmt": stored.get("scale_fmt") or "float",
+            "activation_scheme": stored.get("activation_scheme") or "dynamic",
+            "compute_dtype": stored.get("compute_dtype", "auto"),
+            "skip": tuple(dense or ()),
+            "skip_defaults": dense is None,
+        }
+        return msgspec.convert(values, cls)

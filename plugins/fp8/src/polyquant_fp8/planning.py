@@ -1,0 +1,39 @@
+"""Bytes of FP8 layers from shapes alone. Format: transformers.integrations.finegrained_fp8.FP8Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+from polyquant.errors import ConfigError
+from polyquant.memory.planned import is_skipped, plan_linears
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_fp8.options import Fp8Options
+
+SCHEME = "fp8-e4m3"
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: Fp8Options) -> list[LayerPlan]:
+    """Raises ConfigError where experts are fused into one tensor."""
+    for weight in weights:
+        if weight.role == "experts" and not is_skipped(weight, config):
+            module = weight.name.rpartition(".")[0]
+            raise ConfigError(
+                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized; "
+                f"keep them dense with skip=({module.rpartition('.')[2]!r},)"
+            )
+    return plan_linears(weights, config, SCHEME, lambda weight: quantized_bytes(weight, config))
+
+
+def quantized_bytes(weight: WeightInfo, config: Fp8Options) -> int:
+    """A byte a weight, and the scales: float32 or a byte each."""
+    scales = prod(scale_shape(weight.shape, config)) * (1 if config.scale_fmt == "ue8m0" else 4)
+    return prod(weight.shape) + scales + (4 if config.activation_scheme == "static" else 0)
+
+
+def scale_shape(shape: tuple[int, ...], config: Fp8Options) -> tuple[int, ...]:
+    """Shape of weight_scale_inv; blocks at the edges may be smaller."""
+    if config.block is None:
+        return ()
+    return tuple(ceil(length / size) for length, size in zip(shape, config.block, strict=True))
