@@ -6,7 +6,7 @@ import shutil
 import polyquant
 import pytest
 import torch
-from polyquant.errors import BackendFailed, CheckpointConflict, ConfigError, ModelError
+from polyquant.errors import CheckpointConflict, ConfigError, ModelError, SaveError
 from polyquant.testing.models import tiny_model
 from polyquant.testing.state import differences, snapshot
 from polyquant.testing.texts import CALIBRATION
@@ -216,7 +216,7 @@ def test_a_failure_of_the_library_is_an_error_and_not_the_end_of_the_process(fol
     from polyquant_awq import _quantize
 
     monkeypatch.setattr(_quantize, "_dtype", lambda source: "float32")
-    with pytest.raises(BackendFailed, match=r"_worker ended with code 1:[\s\S]*actual dtype = `torch\.float32`"):
+    with pytest.raises(SaveError, match=r"_worker ended with code 1:[\s\S]*actual dtype = `torch\.float32`"):
         quantize(tiny_model("llama", folder), tmp_path / "out", group_size=64)
     assert not (tmp_path / "out").exists()
 
