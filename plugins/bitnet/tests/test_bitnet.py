@@ -11,7 +11,7 @@ from polyquant.models.resolve import resolve
 from polyquant.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
-from polyquant_bitnet.modules import FLOAT, INT8, TernaryLinear, pack, ternarize, unpack
+from polyquant_bitnet.modules import FLOAT, INT8, TernaryLinear, exact, pack, scaled, ternarize, unpack
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear, BitLinear, pack_weights
@@ -99,6 +99,18 @@ def test_packing_is_that_of_transformers():
     assert torch.equal(pack(ternary), pack_weights(ternary.clone()))
     assert torch.equal(unpack(pack(ternary), torch.float32), ternary)
     assert torch.equal(unpack(pack(ternary), torch.int8), ternary.to(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_product_of_other_devices_is_the_same(dtype):
+    generator = torch.Generator().manual_seed(0)
+    packed = pack(torch.randint(-1, 2, (24, 640), generator=generator).float())
+    rounded = torch.randint(-128, 128, (3, 640), generator=generator).float()
+    scale, divisor = torch.tensor([[50.0], [3.0], [700.0]]), torch.tensor([2.7], dtype=dtype)
+    found = scaled(rounded, scale, packed, divisor, dtype)
+    expected = exact(rounded, scale, packed, divisor.float(), torch.float32)
+    step = torch.finfo(dtype).eps
+    assert ((found.float() - expected).abs() <= 16 * step * expected.abs().amax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])

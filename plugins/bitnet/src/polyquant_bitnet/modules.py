@@ -36,6 +36,17 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale).round_().clamp_(-1, 1), scale.reshape(1)
 
 
+def exact(rounded: Tensor, scale: Tensor, packed: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integer sums, then the scales. rounded: (tokens, in_features), numbers of an int8, of `scale` for each token."""
+    sums = torch._int_mm(rounded.to(torch.int8), unpack(packed, torch.int8).T)
+    return (sums / (scale * divisor)).to(dtype)
+
+
+def scaled(rounded: Tensor, scale: Tensor, packed: Tensor, divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same with the activations scaled back first, so that float16 does not overflow; for devices but the CPU."""
+    return functional.linear((rounded / scale).to(dtype), unpack(packed, dtype)) / divisor
+
+
 class TernaryProduct(torch.autograd.Function):
     """x (tokens, in_features), rounded to int8 a token, times the ternary weight; the gradient passes the rounding.
 
@@ -47,10 +58,8 @@ class TernaryProduct(torch.autograd.Function):
         ctx.save_for_backward(packed, divisor)
         scale = 127 / x.float().abs().amax(-1, keepdim=True).clamp_min(LEAST)
         rounded = (x.float() * scale).round_().clamp_(-128, 127)
-        if x.device.type == "cpu":
-            sums = torch._int_mm(rounded.to(torch.int8), unpack(packed, torch.int8).T)
-            return (sums / (scale * divisor)).to(x.dtype)
-        return functional.linear((rounded / scale).to(x.dtype), unpack(packed, x.dtype)) / divisor
+        product = exact if x.device.type == "cpu" else scaled
+        return product(rounded, scale, packed, divisor, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
