@@ -1,0 +1,119 @@
+"""A linear layer in sinq's format: how it is made, what it stores, how it multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from polyquant.errors import ModelError
+from polyquant.memory.describe import Quantized, describe
+from polyquant.types import LayerInfo
+from sinq.quantizer import Quantizer
+from torch import Tensor
+from torch.nn import functional
+
+from polyquant_sinq.options import SinqOptions
+from polyquant_sinq.planning import IN_INT32, layout
+
+KERNEL = "dequantize and torch matmul"
+
+
+class SinqLinear(torch.nn.Linear):
+    """y = x W^T + b, with W = (codes - zero) * scale * columns, dequantized in each forward pass.
+
+    `weight` holds the packed codes. A Linear, as PEFT wants it. sinq's own module keeps its tensors outside of torch's
+    buffers, where `to` does not find them, and unpacks 4 bit by division in float16.
+    """
+
+    def __init__(
+        self, linear: torch.nn.Linear, config: SinqOptions, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """linear: gives sizes and bias; tensors: as `planning.layout` has them, checked."""
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bits, self.tile, self.compute_dtype = config.bits, config.group_size, dtype
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.bias = linear.bias
+        self.eval()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, (out_features, in_features); computed in float32, as sinq does."""
+        rows, columns, size = self.out_features, self.in_features, self.tile
+        codes = unpack(self.weight, self.bits)[: rows * columns // size].float()
+        scale = (self.scale * self.scale_step + self.scale_least).view(-1, 1)
+        zero = (self.zero * self.zero_step + self.zero_least).view(-1, 1)
+        if self.columns.dim() == 2:
+            weight = ((codes - zero) * scale).view(rows, columns) * self.columns
+        else:
+            tiles = (rows // size, columns // size)
+            scale, zero = (each.view(*tiles, size, 1).transpose(1, 2) for each in (scale, zero))
+            by_column = self.columns.view(*tiles, 1, size).transpose(1, 2)
+            weight = ((codes.view(tiles[0], size, tiles[1], size) - zero) * scale * by_column).view(rows, columns)
+        return weight.to(dtype or self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dequantize(x.dtype), self.bias)
+
+
+def unpack(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes, (groups, group_size), with rows of padding at the end where a word is not full.
+
+    Bits of rows far apart share a word, the first row in the highest bits.
+    """
+    count = IN_INT32.get(bits, 8 // bits)
+    return torch.cat([(codes >> bits * (count - 1 - place)) & (2**bits - 1) for place in range(count)])
+
+
+def quantized_linear(linear: torch.nn.Linear, config: SinqOptions, dtype: torch.dtype) -> SinqLinear:
+    """A layer that takes the place of `linear`. Raises ModelError where a scale is not finite."""
+    weight = linear.weight.detach()
+    codes, meta = Quantizer.quantize(weight, None, device=weight.device, compute_dtype=dtype, **config.native())
+    found = {"weight": codes, "columns": meta["scale2"]}
+    for name in ("scale", "zero"):
+        found[name], found[f"{name}_step"], found[f"{name}_least"], _ = meta[name]
+    tensors = {name: tensor.clone() for name, tensor in found.items()}  # sinq gives views and inference tensors
+    if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+        raise ModelError("its scales are not finite in float16; skip this module")
+    return SinqLinear(linear, config, dtype, tensors)
+
+
+def linear_from_tensors(
+    linear: torch.nn.Linear, config: SinqOptions, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+) -> SinqLinear:
+    """A layer from stored tensors. Raises ModelError where one is missing, or has another shape or dtype."""
+    shape = (linear.out_features, linear.in_features)
+    expected = dict(layout(shape, config))
+    if linear.bias is not None:
+        expected["bias"] = ((linear.out_features,), "")
+    for name, (size, kind) in expected.items():
+        found = tensors.get(name)
+        if found is None or found.numel() != prod(size) or kind not in str(found.dtype):
+            described = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise ModelError(f"{name} of a SINQ layer {shape} should be {kind} {size}, and is {described}")
+    if linear.bias is not None:
+        linear.bias = torch.nn.Parameter(tensors["bias"].to(dtype), requires_grad=False)
+    return SinqLinear(
+        linear,
+        config,
+        dtype,
+        {name: tensors[name].view(size) for name, (size, _) in expected.items() if name != "bias"},
+    )
+
+
+def rounded_plainly(model: Any) -> tuple[int, int]:
+    """(layers whose columns are not scaled, layers): sinq leaves weights with a kurtosis above 5 as they are."""
+    layers = [module for module in model.modules() if isinstance(module, SinqLinear)]
+    return sum(bool((layer.columns == 1).all()) for layer in layers), len(layers)
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    return describe(model, _quantized, skipped=model.config.quantization_config["modules_to_not_convert"])
+
+
+def _quantized(name: str, module: Any) -> Quantized | None:
+    if not isinstance(module, SinqLinear):
+        return None
+    return Quantized((module.out_features, module.in_features), module.bits, f"sinq{module.bits}", KERNEL)

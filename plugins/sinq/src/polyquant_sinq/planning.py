@@ -1,0 +1,72 @@
+"""The tensors of a SINQ layer from its shape alone, and which layers it can take. Format: sinq.quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil, prod
+
+from polyquant.errors import ConfigError
+from polyquant.memory.planned import DTYPE_BYTES, plan_linears
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_sinq.options import SinqOptions
+
+STORED_NAMES = {
+    "weight": "W_q", "columns": "meta.scale2",
+    "scale": "meta.scale.x", "scale_step": "meta.scale.s", "scale_least": "meta.scale.m",
+    "zero": "meta.zero.x", "zero_step": "meta.zero.s", "zero_least": "meta.zero.m",
+}  # fmt: skip
+"""A layer's tensors -> their names in checkpoints, which are sinq's own."""
+IN_INT32 = {3: 10, 5: 6, 6: 5}
+"""Bits -> codes in an int32, where they do not divide a byte."""
+SCALE_ROWS = 32  # scales are rounded to 8 bits in columns of so many
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: SinqOptions) -> list[LayerPlan]:
+    """Raises ConfigError where the group size does not fit a layer."""
+    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+
+
+def quantized_bytes(weight: WeightInfo, config: SinqOptions) -> int:
+    _require_fit(weight, config)
+    return sum(prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in layout(weight.shape, config).values())
+
+
+def layout(shape: Sequence[int], config: SinqOptions) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a layer's tensors. shape: of the weight, (out_features, in_features)."""
+    size, (rows, columns) = config.group_size, shape
+    groups = rows * columns // size
+    words = ceil(groups / IN_INT32[config.bits]) if config.bits in IN_INT32 else groups * config.bits // 8
+    return {
+        "weight": ((words, size), "int32" if config.bits in IN_INT32 else "uint8"),
+        "scale": ((SCALE_ROWS, groups // SCALE_ROWS), "uint8"),
+        "scale_step": ((1, groups // SCALE_ROWS), "float16"),
+        "scale_least": ((1, groups // SCALE_ROWS), "float16"),
+        "zero": ((groups, 1), "uint8"),
+        "zero_step": ((1, 1), "float16"),
+        "zero_least": ((1, 1), "float16"),
+        "columns": ((1, columns) if config.tiling == "1D" else (groups // size, 1, size), "float16"),
+    }
+
+
+def _require_fit(weight: WeightInfo, config: SinqOptions) -> None:
+    """sinq itself takes a smaller group where the size does not divide, and says so on standard output only."""
+    size, (rows, columns) = config.group_size, weight.shape
+    what = ""
+    if columns % size:
+        what = f"group_size {size} does not divide in_features {columns}"
+    elif config.tiling == "2D" and rows % size:
+        what = f"group_size {size} does not divide out_features {rows}, as tiling='2D' needs it to"
+    elif (groups := rows * columns // size) % SCALE_ROWS:
+        what = f"group_size {size} gives {groups} groups, and sinq rounds scales by {SCALE_ROWS}s,"
+    if what:
+        short = weight.name.rpartition(".")[0].rpartition(".")[2]
+        fits = [each for each in range(16, 257, 8) if _fits(weight.shape, each, config.tiling)]
+        fix = f"group_size={min(fits, key=lambda each: abs(each - size))} or " if fits else ""
+        raise ConfigError(f"{what} in {weight.name}; use {fix}skip=({short!r},)")
+
+
+def _fits(shape: Sequence[int], size: int, tiling: str) -> bool:
+    rows, columns = shape
+    square = tiling == "1D" or rows % size == 0
+    return columns % size == 0 and square and (rows * columns // size) % SCALE_ROWS == 0
