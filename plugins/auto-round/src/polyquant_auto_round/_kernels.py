@@ -5,6 +5,7 @@ Neither needs transformers' auto-round path, which changes transformers when it 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,9 @@ try:
 except ImportError:
     INSTALLED = False
 
-FAST, SLOW = "auto-round-lib woqgemm", "auto-round dequantize and torch matmul"
+SLOW = "auto-round dequantize and torch matmul"
 FAST_BITS = (2, 4, 8)
-CPU_TYPES = ("auto", "fp32")  # of products, as auto-round-lib's layers choose on a CPU, and of scales
+PRODUCT, SCALE = "auto", "fp32"  # types that auto-round-lib's layers choose on a CPU
 
 
 def is_fast(bits: int) -> bool:
@@ -31,14 +32,27 @@ def is_fast(bits: int) -> bool:
     return INSTALLED and bits in FAST_BITS
 
 
+def name(bits: int) -> str:
+    """Of what multiplies with weights of so many bits here, and what it does to activations on this CPU."""
+    if not is_fast(bits):
+        return SLOW
+    # with sums of weights beside the scales it is made for products of 8-bit integers
+    sizes = {product: _packed_bytes((32, 32), 4, 32, product, sym=True) for product in ("auto", "int8", "fp32")}
+    in_int8 = sizes["auto"] == sizes["int8"] != sizes["fp32"]
+    return "auto-round-lib woqgemm, activations rounded to int8" if in_int8 else "auto-round-lib woqgemm"
+
+
 def packed_bytes(shape: tuple[int, ...], config: AutoRoundOptions) -> int:
-    """Bytes of a layer as auto-round-lib repacks it for this CPU: float32 scale and sum a group, padded rows."""
+    """Bytes of a layer as auto-round-lib repacks it for this CPU: float32 scales, and what its products need."""
+    return _packed_bytes(shape, config.bits, config.group_size, PRODUCT, sym=config.sym)
+
+
+def _packed_bytes(shape: tuple[int, ...], bits: int, group_size: int, product: str, *, sym: bool) -> int:
     out_features, in_features = shape
-    group = in_features if config.group_size == -1 else config.group_size
-    product, scale = CPU_TYPES
+    group = in_features if group_size == -1 else group_size
     return int(
         auto_round_kernel.packed_weight_size(
-            torch.empty(0), out_features, in_features, group, product, f"int{config.bits}", scale, not config.sym
+            torch.empty(0), out_features, in_features, group, product, f"int{bits}", SCALE, not sym
         )
     )
 
@@ -78,7 +92,25 @@ def settle(layer: Any, name: str) -> None:
         layer.post_init()
     if layer.bias is not None and layer.bias.numel():
         layer.register_parameter("bias", torch.nn.Parameter(layer._buffers.pop("bias"), requires_grad=False))
+    layer.in_features, layer.out_features = layer.infeatures, layer.outfeatures
+    layer.register_parameter("weight", None)
+    layer.__class__ = _linear_class(type(layer))
     layer.eval()
+
+
+@cache
+def _linear_class(kind: type) -> type:
+    """`kind` as an nn.Linear too: PEFT puts adapters on these, and on classes that it knows."""
+    return type(kind.__name__, (kind, torch.nn.Linear), {})
+
+
+def multiply(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """inputs, (rows, in_features), times the weight as auto-round-lib's layers do it, without the bias."""
+    product = auto_round_kernel.woqgemm(
+        inputs.to(layer.torch_dt).contiguous(), layer.qweight, torch.empty(0), layer.outfeatures, layer.infeatures,
+        layer.group_size, layer.cdt, layer.wdt, layer.sdt, layer.asym,
+    )  # fmt: skip
+    return product.to(inputs.dtype)
 
 
 def _are_middle(zeros: torch.Tensor, bits: int) -> bool:

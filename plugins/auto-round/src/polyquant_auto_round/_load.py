@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import torch
-from polyquant import compat, hf, packed
+from polyquant import hf, packed
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
-from polyquant.memory.planned import is_linear
 from polyquant.memory.weights import list_weights
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest, ModelSource
-from polyquant.types import WeightInfo
 from tqdm import tqdm
 
+from polyquant_auto_round import _kernels
 from polyquant_auto_round._kernels import FAST_BITS, empty_layer, is_fast, settle
-from polyquant_auto_round._layers import kernel
 from polyquant_auto_round.options import AutoRoundOptions, packing
 from polyquant_auto_round.planning import plan_layers
-
-OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 
 
 def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
     model = packed.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
-    quantized = {name.rpartition(".")[0] for name in packed.tensor_names(source) if name.endswith(".qweight")}
-    config, notes = _as_stored(config, weights, quantized, source)
+    quantized = packed.packed_modules(source, ("qweight", "qzeros", "scales"))
+    config, notes = packed.with_stored_skips(config, weights, quantized, source)
     plan_layers(weights, config)  # refuses layers that cannot be packed
     layout = packing(source.stored_quantization)
     for name in sorted(quantized):
@@ -46,7 +40,8 @@ def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     if not is_fast(config.bits):
         notes.append(_slow(config.bits))
     tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel(config.bits), notes=notes)
+    kernel = _kernels.name(config.bits)
+    return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel, notes=notes)
 
 
 def _slow(bits: int) -> str:
@@ -54,42 +49,12 @@ def _slow(bits: int) -> str:
     return f"{why}: weights are unpacked in every forward pass, about ten times slower to generate with"
 
 
-def _as_stored(
-    config: AutoRoundOptions, weights: Sequence[WeightInfo], quantized: set[str], source: ModelSource
-) -> tuple[AutoRoundOptions, list[str]]:
-    """The options with `skip` as the tensors of the checkpoint have it. Raises ModelError where they do not fit."""
-    anything = msgspec.structs.replace(config, skip=(), skip_defaults=False)
-    linears = [_module(weight) for weight in weights if is_linear(weight, anything)]
-    if astray := sorted(quantized.difference(linears)):
-        raise ModelError(
-            f"{source.name}: {len(astray)} quantized layers have no Linear module in the model: {', '.join(astray[:3])}"
-        )
-    if not quantized:
-        raise ModelError(f"{source.name}: its config says that it is quantized, and it has no tensor *.qweight")
-    if quantized == {_module(weight) for weight in weights if is_linear(weight, config)}:
-        return config, []
-    dense = tuple(name for name in linears if name not in quantized)
-    note = f"{len(dense)} layers are dense in the checkpoint: {', '.join(dense[:3])}"
-    return msgspec.structs.replace(config, skip=dense, skip_defaults=False), [note] if dense else []
-
-
-def _module(weight: WeightInfo) -> str:
-    return weight.name.rpartition(".")[0]
-
-
 def _tensors(
     model: Any, quantized: set[str], source: ModelSource, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's tensors in the dtypes in which they are kept, less those that transformers leaves out too.
-
-    Raises ModelError where columns are reordered.
-    """
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OBSOLETE]
-    tied = compat.tied_tensors(model)
-    for name, tensor in packed.read_tensors(source):
+    """The checkpoint's tensors in the dtypes in which they are kept. Raises ModelError where columns are reordered."""
+    for name, tensor in packed.own_tensors(model, source):
         owner, _, short = name.rpartition(".")
-        if name in tied or any(re.search(pattern, name) for pattern in patterns):
-            continue
         if owner in quantized and short == "g_idx":
             layer = model.get_submodule(owner)
             if not torch.equal(tensor.long(), torch.arange(layer.infeatures) // layer.group_size):

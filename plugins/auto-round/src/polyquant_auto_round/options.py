@@ -10,7 +10,7 @@ from msgspec import Meta
 from polyquant.options import BackendOptions
 
 METHODS = {"auto_round": "auto-round", "auto_gptq": "gptq", "auto_awq": "awq"}  # format -> quant_method
-SAMPLES, SAMPLE_TOKENS = 32, 512
+SAMPLES, SAMPLE_TOKENS = 32, 256
 LIBRARY_ITERS, LIBRARY_SAMPLES, LIBRARY_TOKENS = 200, 128, 2048  # auto-round's defaults, which it does not store
 UNREAD = ("act_bits", "rotation_config", "spinquant_config", "static_kv_dtype", "static_attention_dtype")
 
@@ -32,7 +32,7 @@ class AutoRoundOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown
         Annotated[int, Meta(ge=1)] | None, Meta(description="windows of calibration text, at most, if iters > 0 (32)")
     ] = None
     sample_tokens: Annotated[
-        Annotated[int, Meta(ge=32)] | None, Meta(description="tokens of a calibration window, if iters > 0 (512)")
+        Annotated[int, Meta(ge=32)] | None, Meta(description="tokens of a calibration window, if iters > 0 (256)")
     ] = None
     format: Annotated[
         Literal["auto_round", "auto_gptq", "auto_awq"],
@@ -63,7 +63,7 @@ class AutoRoundOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown
 
     def native(self) -> Any:
         """auto-round's own algorithm config: RTNConfig or SignRoundConfig."""
-        from polyquant_auto_round._quantize import algorithm
+        from polyquant_auto_round._library import algorithm
 
         return algorithm(self)
 

@@ -27,6 +27,7 @@ CAPABILITIES = Capabilities(
     schemes=("int2", "int3", "int4", "int8", "uint2", "uint3", "uint4"),
     devices=(DeviceSupport(type="cpu"),),
     loads_prequantized=("auto-round", "gptq", "awq"),
+    trains=True,
 )
 
 
@@ -83,6 +84,12 @@ class AutoRoundBackend:
         from polyquant_auto_round import _quantize
 
         return _quantize.quantize(request, config, calibration, out)
+
+    @hookimpl
+    def prepare_for_training(self, loaded: LoadedModel) -> Any:
+        from polyquant_auto_round import _layers
+
+        return _layers.prepare_for_training(loaded)
 
 
 backend = AutoRoundBackend()
