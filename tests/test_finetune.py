@@ -264,6 +264,21 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(model, data, tmp_pa
     assert result.steps == 8
 
 
+def test_two_processes_share_the_steps_and_write_one_adapter(model, data, tmp_path, rowwise):
+    out = tmp_path / "out"
+    options = ["--rank", "4", "--batch-size", "2", "--steps", "3", "--checkpoint-every", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [*launch, "-m", "polyquant", "finetune", model, "--backend", "rowwise", "--device", "cpu", *options,
+               "--data", str(data), "--out", str(out), "--json"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": rowwise, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (out / "adapter_model.safetensors").exists()
+    assert (out / "steps.csv").read_text().count("\n") == 4
+    assert polyquant.load(model, "rowwise", device="cpu", bits=8, adapter=str(out)).adapter == str(out)
+
+
 # adapters that do not fit
 
 

@@ -29,12 +29,17 @@ def finetune(
     loaded: LoadedModel, data: str | Path, out: Path, options: TrainingOptions, *, overwrite: bool = False,
     restart: bool = False, report: Any = None,
 ) -> Tuned:  # fmt: skip
-    """Train adapters on `loaded` and write them to the folder `out`; see `polyquant.finetune`."""
+    """Train adapters on `loaded` and write them to the folder `out`; see `polyquant.finetune`.
+
+    Under `accelerate launch` every process has the whole base and a share of each step; the first one writes.
+    """
     backend = loaded.backend
     if not backend.capabilities.trains:
         raise UnsupportedOperation(f"{backend.name} cannot train adapters on its quantized base")
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    from accelerate import PartialState
+
     from polyquant.finetuning import train
 
     if loaded.request is None:
@@ -49,22 +54,30 @@ def finetune(
         backend_options=msgspec.to_builtins(loaded.config), training=options, data_hash=read.digest,
         examples=len(learned), versions=this_machine(("peft",)).versions,
     )  # fmt: skip
-    folder = state.begin(out, _job(card), restart=restart)
+    processes = PartialState(cpu=loaded.request.device == "cpu")
+    with processes.main_process_first():
+        folder = state.begin(out, _job(card), restart=restart and processes.is_main_process)
+        checkpoint, notes = state.last_whole_checkpoint(folder)
     model = train.with_adapters(backend.prepare_for_training(loaded), targets, options)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     started = perf_counter()
     with measure_peak() as peak:
-        reporter, resumed, notes = train.train(model, learned, held_out, pad, options, folder, report=report)
+        reporter = train.train(
+            model, learned, held_out, pad, options, folder, checkpoint,
+            report=report if processes.is_main_process else None,
+        )  # fmt: skip
     seconds = perf_counter() - started
-    write(model.eval(), out, card, reporter.steps, folder, overwrite=overwrite)
+    if processes.is_main_process:
+        write(model.eval(), out, card, reporter.steps, folder, overwrite=overwrite)
+    processes.wait_for_everyone()
     loaded.model, loaded.adapter = model, str(out)
     evaluated = [step.evaluation_loss for step in reporter.steps if step.evaluation_loss is not None]
     return Tuned(
         adapter=str(out), steps=reporter.steps[-1].step, first_loss=reporter.steps[0].loss,
         last_loss=reporter.steps[-1].loss, evaluation_loss=evaluated[-1] if evaluated else None,
         trained_parameters=trained, adapter_bytes=(out / WEIGHTS).stat().st_size, seconds=seconds,
-        peak_bytes=peak.peak_bytes, resumed_from=resumed, notes=(*read.notes, *notes),
+        peak_bytes=peak.peak_bytes, resumed_from=state.step_of(checkpoint), notes=(*read.notes, *notes),
     )  # fmt: skip
 
 

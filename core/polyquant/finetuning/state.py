@@ -56,14 +56,18 @@ def begin(out: Path, job: Mapping[str, Any], *, restart: bool) -> Path:
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that was written to its end, and what was thrown away because it was not."""
     notes: list[str] = []
-    numbered = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
-    for _, path in sorted(numbered.items(), reverse=True):
+    for path in sorted((path for path in folder.glob("checkpoint-*") if path.is_dir()), key=step_of, reverse=True):
         broken = _damage(path)
         if not broken:
             return path, notes
         notes.append(f"{path.name} was half written ({broken}) and was thrown away")
         shutil.rmtree(path)
     return None, notes
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step after which a checkpoint was written; 0 for none."""
+    return int(checkpoint.name.partition("-")[2]) if checkpoint else 0
 
 
 def _damage(checkpoint: Path) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from accelerate import PartialState
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from polyquant.errors import OutOfMemory, PolyquantError, SaveError
 from polyquant.finetuning.data import IGNORED, Example
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.finetuning.reporting import Report, Reporter
-from polyquant.finetuning.state import last_whole_checkpoint
 
 
 def with_adapters(model: Any, targets: Sequence[str], options: TrainingOptions) -> Any:
@@ -32,15 +33,14 @@ def with_adapters(model: Any, targets: Sequence[str], options: TrainingOptions) 
 
 def train(
     model: Any, examples: Sequence[Example], held_out: Sequence[Example], pad: int, options: TrainingOptions,
-    folder: Path, *, report: Report | None = None,
-) -> tuple[Reporter, int, list[str]]:  # fmt: skip
-    """Train the adapters of `model` in place, from the last whole checkpoint in `folder` if there is one.
+    folder: Path, checkpoint: Path | None, *, report: Report | None = None,
+) -> Reporter:  # fmt: skip
+    """Train the adapters of `model` in place, with checkpoints in `folder`, from `checkpoint` on if there is one.
 
-    pad: token id that fills shorter examples. Returns the reporter with every step, the step that the run went on
-    from, and notes. Raises TrainingDiverged, OutOfMemory (which says what to lower), SaveError for a full disk.
+    pad: token id that fills shorter examples. Returns the reporter, with every step. Raises TrainingDiverged,
+    OutOfMemory (which says what to lower), SaveError for a full disk.
     """
-    checkpoint, notes = last_whole_checkpoint(folder)
-    per_step = options.batch_size * options.accumulation
+    per_step = examples_per_step(options)
     mean_tokens = sum(len(example.input_ids) for example in examples) / len(examples)
     reporter = Reporter(mean_tokens * per_step, report)
     callbacks: list[Any] = [reporter]
@@ -58,7 +58,7 @@ def train(
         trainer.remove_callback(chatty)
     with _explained(options, folder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return reporter, int(checkpoint.name.partition("-")[2]) if checkpoint else 0, notes
+    return reporter
 
 
 def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Any]:
@@ -73,9 +73,14 @@ def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
 
+def examples_per_step(options: TrainingOptions) -> int:
+    """Examples of an optimizer step, over all processes."""
+    return options.batch_size * options.accumulation * int(PartialState().num_processes)
+
+
 def total_steps(options: TrainingOptions, examples: int) -> int:
     """Optimizer steps of a run."""
-    per_epoch = max(1, -(-examples // (options.batch_size * options.accumulation)))
+    per_epoch = max(1, ceil(examples / examples_per_step(options)))
     return options.steps or max(1, round(per_epoch * options.epochs))
 
 
