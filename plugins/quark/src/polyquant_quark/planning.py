@@ -1,0 +1,72 @@
+"""The tensors of a Quark layer from its shape alone, and which layers it can take. Format: quark.torch.utils.pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from polyquant.errors import ConfigError
+from polyquant.memory.planned import DTYPE_BYTES, is_linear, plan_linears
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_quark.options import QuarkOptions
+
+PER_WORD = 8  # 4-bit codes in an int32
+BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1}
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[LayerPlan]:
+    """Raises ConfigError where a layer does not fit."""
+    return plan_linears(weights, config, config.weights, lambda weight: quantized_bytes(weight, config))
+
+
+def quantized_modules(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[str]:
+    return [weight.name.rpartition(".")[0] for weight in weights if is_linear(weight, config)]
+
+
+def dense_linears(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[str]:
+    """Names of the Linear modules that stay as they are."""
+    linear = (weight for weight in weights if weight.role in ("linear", "head"))
+    return [weight.name.rpartition(".")[0] for weight in linear if not is_linear(weight, config)]
+
+
+def quantized_bytes(weight: WeightInfo, config: QuarkOptions) -> int:
+    _require_fit(weight, config)
+    return sum(prod(shape) * BYTES[dtype] for shape, dtype in layout(weight.shape, config).values())
+
+
+def layout(shape: Sequence[int], config: QuarkOptions) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a layer's tensors. shape: of the weight, (out_features, in_features).
+
+    Integers with groups are stored transposed. Scales are kept in float32, whatever the checkpoint has.
+    """
+    rows, columns = shape
+    if config.weights == "mxfp4":
+        return {"weight": ((rows, columns // 2), "uint8"), "weight_scale": ((rows, columns // 32), "uint8")}
+    scales: tuple[int, ...] = {"channel": (rows,), "tensor": ()}.get(config.granularity or "", ())
+    if config.weights == "fp8":
+        return {"weight": ((rows, columns), "float8_e4m3fn"), "weight_scale": (scales, "float32")}
+    codes = (rows, columns)
+    if config.group_size is not None:
+        codes, scales = (columns, rows), (columns // config.group_size, rows)
+    step, kind = (1, "int8") if config.weights == "int8" else (PER_WORD, "int32")
+    return {
+        "weight": ((codes[0], codes[1] // step), kind),
+        "weight_scale": (scales, "float32"),
+        "weight_zero_point": ((*scales[:-1], scales[-1] // step), kind),
+    }
+
+
+def _require_fit(weight: WeightInfo, config: QuarkOptions) -> None:
+    (rows, columns), size, what, fix = weight.shape, config.group_size, "", ""
+    if size is not None and columns % size:
+        what = f"group_size {size} does not divide in_features {columns}"
+        fitting = [each for each in (16, 32, 64, 128, 256) if columns % each == 0]
+        fix = f"group_size={max(fitting)} or " if fitting and config.weights != "mxfp4" else ""
+    elif config.weights in ("int4", "uint4") and rows % PER_WORD:
+        what = f"{PER_WORD} 4-bit weights share a word, and do not divide out_features {rows}"
+    elif config.weights in ("int4", "uint4") and size is None and columns % PER_WORD:
+        what = f"{PER_WORD} 4-bit weights share a word, and do not divide in_features {columns}"
+    if what:
+        short = weight.name.rpartition(".")[0].rpartition(".")[2]
+        raise ConfigError(f"{what} of {weight.name}; use {fix}skip=({short!r},)")
