@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
@@ -39,6 +40,7 @@ class Header(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Entry]
+    string_arrays: dict[str, int]  # key -> where the first string lies, bytes from the start of the file
 
     @property
     def architecture(self) -> str:
@@ -59,6 +61,15 @@ def read_header(path: Path) -> Header:
     return _read(path, stat.st_size, stat.st_mtime_ns)
 
 
+def read_strings(header: Header, key: str) -> Iterator[bytes]:
+    """The strings of an array in the metadata, such as tokenizer.ggml.tokens; none where it is no such array."""
+    if key in header.string_arrays:
+        with header.path.open("rb") as file:
+            file.seek(header.string_arrays[key])
+            for _ in header.metadata[key]:
+                yield file.read(int.from_bytes(file.read(8), "little"))
+
+
 @lru_cache(maxsize=4)
 def _read(path: Path, size: int, mtime_ns: int) -> Header:
     if size == 0:
@@ -72,6 +83,7 @@ class _Cursor:
 
     def __init__(self, content: Any, size: int, path: Path) -> None:
         self.content, self.size, self.path, self.at = content, size, path, 0
+        self.string_arrays: dict[str, int] = {}
 
     def fail(self, what: str) -> ModelError:
         return ModelError(f"{self.path.name} is not a GGUF file that can be read: {what}; fetch or write it again")
@@ -99,7 +111,7 @@ class _Cursor:
             raise self.fail(f"its alignment is {alignment!r}, it must be a power of two")
         rows = [self.tensor_row() for _ in range(tensors)]
         begin = -(-self.at // alignment) * alignment
-        return Header(self.path, metadata, self.entries(rows, begin, alignment))
+        return Header(self.path, metadata, self.entries(rows, begin, alignment), self.string_arrays)
 
     def scalar(self, code: str) -> Any:
         length = struct.calcsize(f"<{code}")
@@ -151,6 +163,7 @@ class _Cursor:
             self.at += length * width
         elif inner == STRING:
             length = self.count(f"strings of {key}", 8)
+            self.string_arrays[key] = self.at
             for _ in range(length):
                 size = self.count(f"bytes of a string of {key}", 1)
                 self.at += size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from math import prod
 
 from polyquant.memory.roles import REASONS
 from polyquant.models.gguf_header import Entry
@@ -56,6 +58,18 @@ def extra_buffers(model: LlamaModel) -> dict[str, int]:
 def kernel(model: LlamaModel) -> str:
     """What multiplies with the weights, as llama.cpp names its buffers."""
     return " and ".join([PLAIN, *extra_buffers(model)])
+
+
+def unlike_its_name(model: LlamaModel, file_type: str) -> str:
+    """What the matrices are, in words, where most of them are of another block type than the file's; else empty."""
+    weights: Counter[str] = Counter()
+    for entry in model.header.tensors.values():
+        if _role(entry) in ("linear", "experts"):
+            weights[entry.type.name] += prod(entry.shape)
+    if file_type == "file" or not weights or file_type.startswith(weights.most_common(1)[0][0]):
+        return ""
+    shares = (f"{count / weights.total():.0%} {name}" for name, count in weights.most_common())
+    return f"the file calls itself {file_type}; its matrices are {', '.join(shares)}"
 
 
 def _is_tied(model: LlamaModel, name: str) -> bool:

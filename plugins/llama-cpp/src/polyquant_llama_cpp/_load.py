@@ -17,6 +17,7 @@ from polyquant.request import LoadRequest
 from polyquant.speed import Feed
 
 from polyquant_llama_cpp import _layers, sampling
+from polyquant_llama_cpp.checking import require_bytes, require_sound
 from polyquant_llama_cpp.options import LlamaCppOptions
 from polyquant_llama_cpp.runtime import LlamaModel, Session
 from polyquant_llama_cpp.tokenizer import LlamaTokenizer
@@ -92,6 +93,7 @@ def load(request: LoadRequest, config: LlamaCppOptions) -> LlamaCppModel:
     if places := sorted({str(place) for place in request.device_map.values()} - {"cpu"}):
         raise PlacementError(f"llama.cpp runs on the cpu here, and the device map names {', '.join(places)}")
     header = read_header(request.source.path / request.source.gguf_file)
+    require_sound(header)
     notes: list[str] = []
     config = msgspec.structs.replace(
         config,
@@ -100,6 +102,9 @@ def load(request: LoadRequest, config: LlamaCppOptions) -> LlamaCppModel:
         repack=_repack(notes) if config.repack == "auto" else config.repack,
     )
     model = LlamaModel(header, config)
+    require_bytes(model.vocab, header.path.name)
+    if unlike := _layers.unlike_its_name(model, config.type):
+        notes.append(unlike)
     for name, size in _layers.extra_buffers(model).items():
         notes.append(f"llama.cpp laid weights out anew for this CPU: {size / 2**20:.0f} MiB beside the file ({name})")
     return LlamaCppModel(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from polyquant_llama_cpp._layers import EMBEDDING, HEAD
 from polyquant_llama_cpp._load import available_threads
+from polyquant_llama_cpp.checking import require_sound
 from polyquant_llama_cpp.file_types import FULL_PRECISION, IDS, QUANTIZABLE, SOURCES
 from polyquant_llama_cpp.log import Log, captured
 from polyquant_llama_cpp.options import LlamaCppOptions
@@ -37,6 +38,7 @@ def quantize(request: LoadRequest, config: LlamaCppOptions, calibration: Sequenc
             f"polyquant quantize {source.name} --backend gguf --type Q8_0 --out DIR"
         )
     header = read_header(source.path / source.gguf_file)
+    require_sound(header)
     _check_source(header, config)
     path = out / f"model-{config.type}.gguf"
     planned = _run(header, path, config, dry=True)
