@@ -1,9 +1,12 @@
 """Packed checkpoints: which layers are quantized shows in their tensors; gradients through frozen weights."""
 
+import json
+
+import msgspec
 import pytest
 import torch
 from polyquant import hf, packed
-from polyquant.errors import ModelError
+from polyquant.errors import ConfigError, ModelError
 from polyquant.frozen import differentiable
 from polyquant.memory.weights import list_weights
 from polyquant.models.resolve import resolve
@@ -50,3 +53,19 @@ def test_a_gradient_passes_a_matmul_that_has_none():
     outputs.backward(gradient := torch.randn(3, 4))
     torch.testing.assert_close(outputs, inputs @ weight)
     torch.testing.assert_close(inputs.grad, gradient @ weight.T)
+
+
+def test_fused_experts_are_refused_unless_skipped(tmp_path):
+    weights = list_weights(hf.skeleton(resolve(tiny_model("mixtral", tmp_path)), "float32"))
+    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj is no Linear module but MixtralExperts"):
+        packed.require_linears(weights, BackendOptions())
+    experts = tuple(weight.name.rpartition(".")[0] for weight in weights if weight.role == "experts")
+    packed.require_linears(weights, msgspec.structs.replace(BackendOptions(), skip=experts))
+
+
+def test_a_library_s_checkpoint_is_completed(source, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4}}))
+    packed.complete(tmp_path, source, ["lm_head"], hf.load_tokenizer(source))
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored == {"bits": 4, "skip_modules": ["lm_head"]}
+    assert (tmp_path / "generation_config.json").exists() and (tmp_path / "tokenizer.json").exists()

@@ -5,7 +5,9 @@ For backends whose library leaves no format of transformers' own; never pickle. 
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from polyquant import compat, hf
-from polyquant.errors import ModelError, PlacementError
+from polyquant.errors import ConfigError, ModelError, PlacementError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
 from polyquant.options import BackendOptions, Dtype
@@ -106,6 +108,32 @@ def with_stored_skips(
     dense = tuple(name for name in linears if name not in quantized)
     notes = [f"{len(dense)} layers are dense in the checkpoint: {', '.join(dense[:3])}"] if dense else []
     return msgspec.structs.replace(config, skip=dense, skip_defaults=False), notes
+
+
+def require_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> None:
+    """Raises ConfigError where a matrix of a block is no Linear module's, such as fused experts, and is not skipped."""
+    for weight in weights:
+        other = weight.role == "experts" or (weight.role == "linear" and "Linear" not in weight.module)
+        if other and _module(weight) not in config.skip:
+            raise ConfigError(
+                f"{weight.name} is no Linear module but {weight.module} with shape {weight.shape}; "
+                "this backend quantizes Linear modules only"
+            )
+
+
+def complete(out: Path, source: ModelSource, skip: Sequence[str], tokenizer: Any) -> None:
+    """Finish a checkpoint that a library wrote: the skipped modules, tokenizer and generation config.
+
+    skip: full names of the modules that were to stay dense.
+    """
+    for path in (out / "config.json", out / "quantize_config.json"):
+        if path.exists():
+            content = json.loads(path.read_text())
+            content.get("quantization_config", content)["skip_modules"] = list(skip)
+            path.write_text(json.dumps(content, indent=2) + "\n")
+    tokenizer.save_pretrained(out)
+    if (source.path / "generation_config.json").exists():
+        shutil.copy(source.path / "generation_config.json", out)
 
 
 def _module(weight: WeightInfo) -> str:

@@ -23,6 +23,7 @@ from polyquant_awq._library import (
 from polyquant_awq.options import VERSION, AwqOptions
 from polyquant_awq.planning import SCHEME, why_not
 
+CPU_KERNELS = (TorchAtenAwqLinear, AwqTorchLinear)
 SPENT = ("qzeros", "scales")
 """What the int4 matmul no longer needs once its own form of the weights is made."""
 
@@ -43,7 +44,7 @@ def select_kernel(config: AwqOptions, device: str) -> type[BaseQuantLinear]:
             chosen: type[BaseQuantLinear] = hf_select_quant_linear_v2(
                 bits=config.bits, group_size=config.group_size, desc_act=False, sym=not config.zero_point,
                 zero_point=config.zero_point, format=VERSION, quant_method="awq", device_map={"": device},
-                backend=name, pack=False,
+                backend=name, pack=False, dtype=config.compute_dtype,
             )  # fmt: skip
     except (NotImplementedError, ImportError, ValueError) as error:
         raise ConfigError(f"kernel {config.kernel!r} cannot be used on {device} here: {error}") from error
@@ -52,12 +53,14 @@ def select_kernel(config: AwqOptions, device: str) -> type[BaseQuantLinear]:
 
 def empty_layer(linear: Any, kernel: type[BaseQuantLinear], config: AwqOptions, name: str) -> BaseQuantLinear:
     """A packed layer on the meta device that takes the place of `linear`. Raises ConfigError for an unfit size."""
+    # a kernel for GPUs is made for one dtype; those for CPUs take any, and say float32 is none of theirs
+    dtype = {} if kernel in CPU_KERNELS else {"dtype": getattr(torch, config.compute_dtype)}
     try:
         with torch.device("meta"):
             layer = kernel(
                 bits=config.bits, group_size=config.group_size, sym=not config.zero_point, desc_act=False,
                 in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias is not None,
-                pack_dtype=torch.int32, register_buffers=True, name=name,
+                pack_dtype=torch.int32, register_buffers=True, name=name, **dtype,
             )  # fmt: skip
     except NotImplementedError as error:
         raise ConfigError(f"{kernel.__name__} does not take {name}: {error}; choose kernel='torch'") from error

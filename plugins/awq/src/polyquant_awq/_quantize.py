@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from polyquant import hf, packed
 from polyquant.apart import run_apart
 from polyquant.calibration import token_windows
-from polyquant.errors import ConfigError, SaveError
+from polyquant.errors import SaveError
 from polyquant.memory.weights import list_weights
 from polyquant.models.checks import check_folder
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest, ModelSource
-from polyquant.types import WeightInfo
 
 from polyquant_awq.options import AwqOptions
 from polyquant_awq.planning import plan_layers
@@ -29,7 +25,8 @@ WORKERS = str(max(2, min(12, (os.cpu_count() or 1) // 2)))  # its default is 1 o
 def quantize(request: LoadRequest, config: AwqOptions, calibration: Sequence[str], out: Path) -> Path:
     source, trusted = request.source, request.trust_remote_code
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    planned = _quantizable(weights, config)
+    packed.require_linears(weights, config)
+    planned = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
     tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     job = {
@@ -37,38 +34,15 @@ def quantize(request: LoadRequest, config: AwqOptions, calibration: Sequence[str
         "options": config, "windows": windows, "out": str(out),
     }  # fmt: skip
     run_apart("polyquant_awq._worker", job, shown=request.progress, environment={"GPTQMODEL_CPU_WORKERS": WORKERS})
-    _complete(out, source, config, tokenizer)
+    packed.complete(out, source, config.skip, tokenizer)
+    (out / "quant_log.csv").unlink(missing_ok=True)
     written = packed.packed_modules(check_folder(out, str(out)), ("qweight",))
     if left := [name for name in planned if name not in written]:
         raise SaveError(f"gptqmodel left {len(left)} of {len(planned)} layers dense: {', '.join(left[:3])}")
     return out
 
 
-def _quantizable(weights: Sequence[WeightInfo], config: AwqOptions) -> list[str]:
-    """Names of the layers to quantize. Raises ConfigError where one cannot be."""
-    for weight in weights:
-        other = weight.role == "experts" or (weight.role == "linear" and "Linear" not in weight.module)
-        if other and weight.name.rpartition(".")[0] not in config.skip:
-            raise ConfigError(
-                f"{weight.name} is no Linear module but {weight.module} with shape {weight.shape}; this backend "
-                "quantizes Linear modules only"
-            )
-    return [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
-
-
 def _dtype(source: ModelSource) -> str:
     """The checkpoint's own dtype, less float32, which gptqmodel packs no AWQ layer from."""
     stored = source.config.get("dtype") or source.config.get("torch_dtype")
     return stored if stored in ("bfloat16", "float16") else "bfloat16"
-
-
-def _complete(out: Path, source: ModelSource, config: AwqOptions, tokenizer: Any) -> None:
-    """Names of the dense modules into the configs, tokenizer and generation config as the model had them."""
-    for name in ("config.json", "quantize_config.json"):
-        content = json.loads((out / name).read_text())
-        content.get("quantization_config", content)["skip_modules"] = list(config.skip)
-        (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    tokenizer.save_pretrained(out)
-    if (source.path / "generation_config.json").exists():
-        shutil.copy(source.path / "generation_config.json", out)
-    (out / "quant_log.csv").unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from polyquant_gptq._library import (
 from polyquant_gptq.options import GptqOptions
 from polyquant_gptq.planning import why_not_aten
 
+CPU_KERNELS = (TorchAtenLinear, TorchLinear)
 SPENT = ("qzeros", "scales", "g_idx", "wf_unsqueeze_zero", "wf_unsqueeze_neg_one")
 """What the int4 matmul no longer needs once its own form of the weights is made."""
 
@@ -46,6 +47,7 @@ def select_kernel(config: GptqOptions, layout: str, device: str) -> type[BaseQua
             chosen: type[BaseQuantLinear] = hf_select_quant_linear_v2(
                 bits=config.bits, group_size=config.group_size, desc_act=config.desc_act, sym=config.sym,
                 format=layout, quant_method="gptq", device_map={"": device}, backend=name, pack=False,
+                dtype=config.compute_dtype,
             )  # fmt: skip
     except (NotImplementedError, ImportError, ValueError) as error:
         raise ConfigError(f"kernel {config.kernel!r} cannot be used on {device} here: {error}") from error
@@ -54,12 +56,14 @@ def select_kernel(config: GptqOptions, layout: str, device: str) -> type[BaseQua
 
 def empty_layer(linear: Any, kernel: type[BaseQuantLinear], config: GptqOptions, name: str) -> BaseQuantLinear:
     """A packed layer on the meta device that takes the place of `linear`. Raises ConfigError for an unfit size."""
+    # a kernel for GPUs is made for one dtype; those for CPUs take any, and say float32 is none of theirs
+    dtype = {} if kernel in CPU_KERNELS else {"dtype": getattr(torch, config.compute_dtype)}
     try:
         with torch.device("meta"):
             layer = kernel(
                 bits=config.bits, group_size=config.group_size, sym=config.sym, desc_act=config.desc_act,
                 in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias is not None,
-                pack_dtype=torch.int32, register_buffers=True, name=name,
+                pack_dtype=torch.int32, register_buffers=True, name=name, **dtype,
             )  # fmt: skip
     except NotImplementedError as error:
         raise ConfigError(f"{kernel.__name__} does not take {name}: {error}; choose kernel='torch'") from error

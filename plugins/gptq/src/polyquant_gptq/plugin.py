@@ -18,6 +18,7 @@ from polyquant_gptq.options import GptqOptions
 GPTQMODEL = Library(distribution="gptqmodel", versions=">=7.7,<8")
 LIBRARIES = (
     GPTQMODEL,
+    Library(distribution="torch", versions=">=2.13"),  # gptqmodel's metadata asks for 2.14.1; 2.13 is tested
     Library(distribution="transformers", versions=">=5.20"),  # gptqmodel asks for it
     Library(distribution="accelerate", versions=">=1.6"),
 )
