@@ -69,7 +69,7 @@ class AutoRoundOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown
 
     def stored(self) -> dict[str, Any]:
         """What this package adds to a checkpoint's `quantization_config`, and all that a loaded model's holds."""
-        tuning = {"iters": self.iters}
+        tuning: dict[str, Any] = {"iters": self.iters}
         if self.iters:
             tuning |= {"nsamples": self.samples, "seqlen": self.sample_tokens}
         return {
