@@ -40,6 +40,7 @@ class QuarkBackend:
             libraries=LIBRARIES,
             presets={
                 "int4": {"weights": "int4", "group_size": 64},
+                "int8": {"weights": "int8"},
                 "fp8": {"weights": "fp8"},
                 "mxfp4": {"weights": "mxfp4"},
             },

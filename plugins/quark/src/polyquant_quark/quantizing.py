@@ -31,8 +31,8 @@ def quantize(request: LoadRequest, config: QuarkOptions, calibration: Sequence[s
     plan_layers(weights, config)  # refuses what does not fit
     if experts := next((weight.name for weight in weights if weight.role == "experts"), ""):
         raise ConfigError(
-            f"{experts} are fused experts, which amd-quark takes apart into layers that this model does not have; "
-            "models with experts are not quantized by this backend"
+            f"{experts} are fused experts, and amd-quark leaves those dense, most of this model's weights; "
+            "choose a backend that takes experts"
         )
     problems = library_problems((AMD_QUARK,))
     with quiet_quark(progress=request.progress):
