@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
@@ -14,11 +13,14 @@ from polyquant.errors import ModelError
 from polyquant.memory.describe import Quantized, describe
 from polyquant.types import LayerInfo
 
+from polyquant_compressed_tensors._decode import decode
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
-from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, held_tensors, is_ignored
+from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, is_ignored, uses_int8pack
 
-KERNEL = "compressed-tensors decompress and torch matmul"
-DYNAMIC_KERNEL = "compressed-tensors rounded activations, decompress and torch matmul"
+KERNEL = "decode and torch matmul"
+DYNAMIC_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
+INT8_KERNEL = f"torch._weight_int8pack_mm, above 8 rows {KERNEL}"
+INT8_ROWS = 8  # for more rows one decoding of the weight is faster
 
 
 class PackedLinear(torch.nn.Linear):
@@ -35,6 +37,8 @@ class PackedLinear(torch.nn.Linear):
         torch.nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.out_features, self.in_features = shape
         self.compute_dtype, self.options, self.scheme = dtype, config, config.native()
+        self.int8pack = uses_int8pack(shape, config)
+        self.kernel = INT8_KERNEL if self.int8pack else kernel(config)
         self.register_parameter("weight", None)
         for name, tensor in {**tensors, "bias": bias}.items():
             held = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
@@ -51,23 +55,28 @@ class PackedLinear(torch.nn.Linear):
         if arguments is not None and input.numel():
             scale, zero_point = compute_dynamic_scales_and_zp(input, arguments, self)
             input = fake_quantize(input, scale, zero_point, arguments).to(input.dtype)
+        rows = input.numel() // self.in_features
+        if self.int8pack and 0 < rows <= INT8_ROWS and not (torch.is_grad_enabled() and input.requires_grad):
+            flat = input.reshape(rows, self.in_features).contiguous()
+            output = torch._weight_int8pack_mm(flat, self.weight_packed, self.weight_scale.flatten())
+            output = output if self.bias is None else output + self.bias
+            return output.view(*input.shape[:-1], self.out_features)
         return torch.nn.functional.linear(input, self.dequantize().to(input.dtype), self.bias)
 
     def dequantize(self) -> torch.Tensor:
         """The weight in the compute dtype, (out_features, in_features)."""
-        plain = self.options.weight_bits == 8
-        names = {"weight_packed": "weight"} if plain else {}
-        state = {
-            names.get(name, name): tensor.detach() for name, tensor in self._parameters.items()
-            if name.startswith("weight_") and tensor is not None
-        }  # fmt: skip
-        state["weight_shape"] = (self.out_features, self.in_features)
-        layout = BaseCompressor.get_value_from_registry("naive-quantized" if plain else self.options.packed_format)
-        return layout.decompress(state, self.scheme)["weight"].to(self.compute_dtype)
+        held = {name.removeprefix("weight_"): tensor.detach() for name, tensor in self._tensors() if name != "bias"}
+        return decode(
+            self.options, (self.out_features, self.in_features), self.compute_dtype, held["packed"], held["scale"],
+            held.get("zero_point"), held.get("global_scale"),
+        )  # fmt: skip
+
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, tensor) for name, tensor in self._parameters.items() if tensor is not None]
 
     def checkpoint_tensors(self, *, plain: bool) -> dict[str, torch.Tensor]:
         """Tensors as a checkpoint stores them. plain: 8-bit weights a byte each, not in words."""
-        tensors = {name: tensor.detach() for name, tensor in self._parameters.items() if tensor is not None}
+        tensors = {name: tensor.detach() for name, tensor in self._tensors()}
         if plain:
             tensors["weight"] = tensors.pop("weight_packed")
         elif self.options.weights == "int8":
@@ -103,9 +112,8 @@ def packed_linear(
     if "weight_shape" in held and held.pop("weight_shape").tolist() != list(shape):
         raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {list(shape)}")
     bias = held.pop("bias", None)
-    return PackedLinear(
-        config, shape, dtype, _held(held, config, shape, dtype), None if bias is None else bias.to(dtype)
-    )
+    bias = None if bias is None else bias.to(dtype)
+    return PackedLinear(config, shape, dtype, _held(held, config, shape, dtype), bias)
 
 
 def _held(
@@ -120,19 +128,20 @@ def _held(
         if "weight_zero_point" in held:
             zeros = torch.Size((shape[0], held["weight_scale"].shape[1]))
             held["weight_zero_point"] = unpack_from_int32(held["weight_zero_point"], 8, zeros, packed_dim=0)
-    for name, tensor in held_tensors(shape, config).items():
-        held[name] = (held[name].to(dtype) if tensor.dtype == SCALE else held[name]).contiguous()
-    return held
+    floating = checkpoint_tensors(shape, config, plain=True)["weight_scale"].dtype == SCALE
+    held["weight_scale"] = held["weight_scale"].to(dtype) if floating else held["weight_scale"]
+    return {name: tensor.contiguous() for name, tensor in held.items()}
 
 
 def kernel(config: CompressedTensorsOptions) -> str:
-    """What multiplies with the packed weights."""
+    """What multiplies where torch has no matmul for the packed weights."""
     return DYNAMIC_KERNEL if config.dynamic_activations else KERNEL
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
     ignore = model.config.quantization_config.get("ignore") or ()
-    skipped = [name for name, _ in model.named_modules() if is_ignored(name, ignore) and name != "lm_head"]
+    head = model.get_output_embeddings()
+    skipped = [name for name, module in model.named_modules() if module is not head and is_ignored(name, ignore)]
     return describe(model, _quantized, skipped=skipped)
 
 
@@ -140,5 +149,6 @@ def _quantized(name: str, module: Any) -> Quantized | None:
     if not isinstance(module, PackedLinear):
         return None
     options = module.options
-    shape = (module.out_features, module.in_features)
-    return Quantized(shape, options.weight_bits, options.scheme, kernel(options))
+    return Quantized(
+        (module.out_features, module.in_features), options.weight_bits, options.scheme, module.kernel
+    )  # fmt: skip

@@ -15,35 +15,40 @@ from polyquant.memory.weights import list_weights
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
 
-from polyquant_compressed_tensors._layers import PackedLinear, kernel, packed_linear
+from polyquant_compressed_tensors._int4pack import Int4PackLinear
+from polyquant_compressed_tensors._layers import PackedLinear, packed_linear
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
-from polyquant_compressed_tensors.planning import quantized_modules
+from polyquant_compressed_tensors.planning import quantized_modules, uses_int4pack
 from polyquant_compressed_tensors.stored import OWN, own_fields, plain_format
 
 
 def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
     source, stored = request.source, request.source.stored_quantization
-    dtype, device = getattr(torch, resolved_dtype(config)), packed.single_device(request)
+    dtype = getattr(torch, resolved_dtype(config))
+    config = config.with_kernel(torch.device(request.device).type, resolved_dtype(config))
     model = packed.empty_causal_lm(request, resolved_dtype(config))
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.read_tensors(source):
-        layers[name.rpartition(".")[0]][name.rpartition(".")[2]] = tensor.to(device)
+    for name, tensor in packed.own_tensors(model, source):
+        layers[name.rpartition(".")[0]][name.rpartition(".")[2]] = tensor
     plain = plain_format(stored)
     for name in quantized_modules(list_weights(model), config):
         try:
             layer = packed_linear(model.get_submodule(name), config, dtype, layers.pop(name, {}), plain=plain)
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
-        model.set_submodule(name, layer)
+        fits = uses_int4pack((layer.out_features, layer.in_features), config)
+        model.set_submodule(name, Int4PackLinear(layer) if fits else layer)
     dense = {
         f"{name}.{key}": tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensors in layers.items()
         for key, tensor in tensors.items()
     }
     packed.fill(model, dense, source)
+    packed.place(model, request)
     model.config.quantization_config = {**stored, OWN: own_fields(msgspec.structs.asdict(config))}
     tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    return LoadedModel(model=model.to(device), tokenizer=tokenizer, config=config, kernel=kernel(config))
+    kernels = dict.fromkeys(module.kernel for module in model.modules() if isinstance(module, PackedLinear))
+    return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=" and ".join(kernels))
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:

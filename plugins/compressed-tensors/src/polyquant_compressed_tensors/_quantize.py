@@ -13,7 +13,7 @@ from llmcompressor import oneshot
 from llmcompressor.core import create_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from polyquant import compat, hf
+from polyquant import compat, hf, packed
 from polyquant.calibration import token_windows
 from polyquant.memory.weights import list_weights
 from polyquant.options import resolved_dtype
@@ -29,7 +29,8 @@ from polyquant_compressed_tensors.stored import OWN, own_fields
 def quantize(request: LoadRequest, config: CompressedTensorsOptions, calibration: Sequence[str], out: Path) -> Path:
     source, trusted = request.source, request.trust_remote_code
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    plan_layers(weights, config)  # refuses what does not fit before a weight is read
+    packed.require_linears(weights, config)
+    plan_layers(weights, config)  # both refuse what does not fit before a weight is read
     tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
     batches = _batches(tokenizer, config, calibration) if config.method == "gptq" else None
     modifier = GPTQModifier if config.method == "gptq" else QuantizationModifier

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
-import random
-import warnings
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from loguru import logger
-from polyquant.environment import quiet_imports
-from tqdm import tqdm
+from polyquant.environment import contained
 
 NAMES = ("llmcompressor", "compressed_tensors")
 DISABLED = "LLM_COMPRESSOR_LOG_DISABLED"  # read at its import: it then leaves loguru's handlers alone
@@ -22,26 +21,18 @@ METRIC, METRIC_NUMBER = "METRIC", 38  # a level that it logs with, and registers
 def quiet_llm_compressor(*, progress: bool) -> Iterator[None]:
     """In the block llm-compressor logs nothing, and draws its bars only where `progress`.
 
-    Random state, environment and warning filters are afterwards what they were before.
+    Random state, environment, loguru's handlers and warning filters are afterwards what they were before.
     """
-    before, asked_quiet = dict(os.environ), os.environ.get(DISABLED, "").lower() == "true"
-    python_state, draw = random.getstate(), tqdm.__init__
-    os.environ.update({DISABLED: "true", "TOKENIZERS_PARALLELISM": "false"})
-    if not progress:
-        tqdm.__init__ = lambda self, *args, **kwargs: draw(self, *args, **{**kwargs, "disable": True})
+    asked_quiet = os.environ.get(DISABLED, "").lower() == "true"
+    bars = sys.stderr if progress else io.StringIO()
     for name in NAMES:
         logger.disable(name)
     _register_level()
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings(), quiet_imports():
-            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        with contained(), torch.random.fork_rng(), redirect_stderr(bars):
+            os.environ.update({DISABLED: "true", "TOKENIZERS_PARALLELISM": "false"})
             yield
     finally:
-        tqdm.__init__ = draw
-        random.setstate(python_state)
-        for name in (DISABLED, "TOKENIZERS_PARALLELISM"):
-            os.environ.pop(name)
-            os.environ.update({name: before[name]} if name in before else {})
         for name in NAMES[1:] if asked_quiet else NAMES:
             logger.enable(name)
 

@@ -27,7 +27,7 @@ def scheme(options: CompressedTensorsOptions) -> QuantizationScheme:
     activations = None
     if options.dynamic_activations:
         activations = QuantizationArgs(
-            num_bits=8, type=kind, symmetric=True, dynamic=True, observer=None, **_granularity(options)
+            num_bits=8, type=kind, symmetric=True, dynamic=True, observer=None, **_activations(options)
         )
     return QuantizationScheme(
         targets=["Linear"], weights=QuantizationArgs(**weights), input_activations=activations,
@@ -35,5 +35,5 @@ def scheme(options: CompressedTensorsOptions) -> QuantizationScheme:
     )  # fmt: skip
 
 
-def _granularity(options: CompressedTensorsOptions) -> dict[str, Any]:
+def _activations(options: CompressedTensorsOptions) -> dict[str, Any]:
     return {"strategy": "group", "group_size": 128} if options.strategy == "block" else {"strategy": "token"}

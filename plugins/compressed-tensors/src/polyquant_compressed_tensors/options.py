@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
+from polyquant.errors import ConfigError
 from polyquant.options import BackendOptions
 
 from polyquant_compressed_tensors.stored import read_stored
@@ -22,7 +23,8 @@ STRATEGIES: Mapping[Weights, tuple[Strategy, ...]] = {  # the first is the defau
     "nvfp4": ("tensor_group",),
 }
 FIXED_GROUPS: Mapping[Weights, int] = {"mxfp4": 32, "nvfp4": 16}
-DEFAULT_GROUP, BLOCK = 128, (128, 128)
+DEFAULT_GROUP, BLOCK = 64, (128, 128)
+PACK_GROUPS = (32, 64, 128, 256)  # that torch's int4 matmul has
 SAMPLES, LENGTH = 64, 512
 
 
@@ -35,18 +37,23 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
     ] = "int4"
     strategy: Annotated[
         Strategy | None,
-        Meta(
-            description="which weights share a scale (group for int4, channel, a row of the weight, for int8 and fp8)"
-        ),
+        Meta(description="which weights share a scale (int4: group; int8, fp8: channel, a row of the weight)"),
     ] = None
     group_size: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="strategy group: weights that share a scale, along in_features (128; mxfp4 32, nvfp4 16)"),
+        Meta(description="strategy group: weights that share a scale, along in_features (64; mxfp4 32, nvfp4 16)"),
     ] = None
     symmetric: Annotated[bool, Meta(description="integers: without a zero point")] = True
     dynamic_activations: Annotated[
         bool, Meta(description="int8, fp8: round activations to the same type too, token by token while running")
     ] = False
+    kernel: Annotated[
+        Literal["auto", "pack_mm", "decode"],
+        Meta(
+            description="pack_mm: torch's matmuls for packed int4 and int8 weights, on CPUs in bfloat16, the choice of "
+            "auto there; decode: unpack a layer's weight each time it is used"
+        ),
+    ] = "auto"
     method: Annotated[
         Literal["rtn", "gptq", "unknown"],
         Meta(description="how weights are rounded: to nearest, or by GPTQ; unknown: the checkpoint does not say"),
@@ -54,17 +61,17 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
     samples: Annotated[
         Annotated[int, Meta(ge=1)] | None, Meta(description=f"gptq: windows of calibration text ({SAMPLES})")
     ] = None
-    length: Annotated[Annotated[int, Meta(ge=8)] | None, Meta(description=f"gptq: tokens of a window ({LENGTH})")] = (
-        None
-    )
+    length: Annotated[
+        Annotated[int, Meta(ge=8)] | None, Meta(description=f"gptq: tokens of a window of text ({LENGTH})")
+    ] = None
+
+    load_time: ClassVar[frozenset[str]] = frozenset({"compute_dtype", "kernel"})
 
     def __post_init__(self) -> None:
         allowed = STRATEGIES[self.weights]
         strategy: Strategy = self.strategy or ("group" if self.group_size and "group" in allowed else allowed[0])
         if strategy not in allowed:
-            raise ValueError(
-                f"strategy {strategy!r} does not go with weights={self.weights!r}; use {', '.join(allowed)}"
-            )
+            raise ValueError(f"strategy {strategy!r} does not go with {self.weights}; use {', '.join(allowed)}")
         fixed = FIXED_GROUPS.get(self.weights)
         grouped = strategy in ("group", "tensor_group")
         if self.group_size is not None and (not grouped or fixed not in (None, self.group_size)):
@@ -104,6 +111,21 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
         if self.weights == "fp8":
             return "float-quantized" if self.dynamic_activations else "naive-quantized"
         return "int-quantized" if self.dynamic_activations else "pack-quantized"
+
+    def with_kernel(self, device: str, compute_dtype: str) -> Self:
+        """These options with the kernel settled. Raises ConfigError where torch has none that was asked for."""
+        fits = self.symmetric and (
+            (self.weights == "int4" and self.group_size in PACK_GROUPS)
+            or (self.weights == "int8" and self.strategy == "channel" and not self.dynamic_activations)
+        )
+        there = fits and device == "cpu" and compute_dtype == "bfloat16"
+        if self.kernel == "pack_mm" and not there:
+            raise ConfigError(
+                "kernel='pack_mm' is for the CPU in bfloat16, symmetric int4 in groups of 32, 64, 128 or 256 and int8 "
+                f"with a scale a row; here it is {self.scheme} in {compute_dtype} on {device}: use kernel='decode'"
+            )
+        chosen = self.kernel if self.kernel != "auto" else "pack_mm" if there else "decode"
+        return msgspec.structs.replace(self, kernel=chosen)
 
     def native(self) -> Any:
         """compressed-tensors' own QuantizationScheme."""

@@ -73,9 +73,8 @@ def require_fit(weight: WeightInfo, config: CompressedTensorsOptions) -> None:
     if size is None or columns % size == 0:
         return
     fitting = [each for each in (32, 64, 128, 256) if columns % each == 0]
-    fixes = (
-        [f"group_size={max(fitting)}"] if fitting and config.strategy == "group" and config.weights[0] == "i" else []
-    )
+    free = config.strategy == "group" and config.weights in ("int4", "int8")
+    fixes = [f"group_size={max(fitting)}"] if fitting and free else []
     fixes += ["strategy='channel'"] if config.weights in ("int4", "int8", "fp8") else []
     fixes += [f"skip=({weight.name.rpartition('.')[0].rpartition('.')[2]!r},)"]
     raise ConfigError(
@@ -84,13 +83,26 @@ def require_fit(weight: WeightInfo, config: CompressedTensorsOptions) -> None:
 
 
 def held_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions) -> dict[str, Tensor]:
-    """What a layer holds in memory: 8-bit weights a byte each, 4-bit ones packed as in the checkpoint.
+    """What a layer holds in memory: 8-bit weights a byte each, 4-bit ones as the checkpoint or torch's matmul has them.
 
     shape: (out_features, in_features).
     """
+    if uses_int4pack(shape, config):
+        packed, scales = Tensor((shape[0], shape[1] // 2), "uint8"), scale_shape(shape, config)
+        return {"weight_packed": packed, "weight_scale": Tensor((scales[1], scales[0], 2), SCALE)}
     tensors = checkpoint_tensors(shape, config, plain=config.weight_bits == 8)
     codes = tensors.pop("weight", None) or tensors["weight_packed"]
     return {**{name: tensor for name, tensor in tensors.items() if name != "weight_shape"}, "weight_packed": codes}
+
+
+def uses_int4pack(shape: tuple[int, ...], config: CompressedTensorsOptions) -> bool:
+    """Whether torch's int4 matmul takes a layer: it wants its rows in sixteens."""
+    return config.kernel == "pack_mm" and config.weights == "int4" and shape[0] % 16 == 0
+
+
+def uses_int8pack(shape: tuple[int, ...], config: CompressedTensorsOptions) -> bool:
+    """Whether torch's int8 matmul takes a layer: torch 2.13 reads past the end of a row without whole sixteens."""
+    return config.kernel == "pack_mm" and config.weights == "int8" and shape[1] % 64 == 0
 
 
 def checkpoint_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions, *, plain: bool) -> dict[str, Tensor]:

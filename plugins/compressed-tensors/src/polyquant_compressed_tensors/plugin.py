@@ -40,10 +40,10 @@ class CompressedTensorsBackend:
             docs="https://github.com/vllm-project/compressed-tensors",
             libraries=LIBRARIES,
             presets={
-                "int4": {"weights": "int4", "group_size": 128},
+                "int4": {"weights": "int4", "group_size": 64},
                 "int8": {"weights": "int8"},
                 "fp8": {"weights": "fp8"},
-                "int4-gptq": {"weights": "int4", "group_size": 128, "method": "gptq"},
+                "int4-gptq": {"weights": "int4", "group_size": 64, "method": "gptq"},
             },
             compute_dtypes={"cpu": "bfloat16"},
         )

@@ -32,9 +32,7 @@ def quantize(request: LoadRequest, config: CompressedTensorsOptions, calibration
             problems = import_problems((LLM_COMPRESSOR,))
         if problems:
             lines = [f"  - {problem.what}\n    fix: {problem.fix}" for problem in problems]
-            raise EnvironmentProblem(
-                "compressed-tensors checkpoints are made with llm-compressor:\n" + "\n".join(lines)
-            )
+            raise EnvironmentProblem("llm-compressor, which makes these checkpoints, cannot run:\n" + "\n".join(lines))
         from polyquant_compressed_tensors import _quantize
 
         return _quantize.quantize(request, config, calibration, out)

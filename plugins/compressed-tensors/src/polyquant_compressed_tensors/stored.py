@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OWN = "polyquant"  # key for what compressed-tensors has no field for: method, calibration, compute dtype
 PLAIN = ("int-quantized", "float-quantized", "naive-quantized")  # weights a byte each
+UNREAD = {"kv_cache_scheme": "quantizes the key-value cache", "transform_config": "rotates activations"}
 FORMATS: Mapping[tuple[str, int], Mapping[str, tuple[str, ...]]] = {  # (type, bits) -> option -> its formats
     ("int", 4): {"int4": ("pack-quantized",)},
     ("int", 8): {"int8": ("pack-quantized", *PLAIN)},
@@ -16,27 +18,45 @@ FORMATS: Mapping[tuple[str, int], Mapping[str, tuple[str, ...]]] = {  # (type, b
 
 
 def read_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as plain values. Raises ValueError, saying which part, for what cannot be run as it was meant."""
-    groups = stored.get("config_groups") or {}
-    if stored.get("kv_cache_scheme"):
-        raise ValueError("it quantizes the key-value cache (kv_cache_scheme), which is not run")
-    if stored.get("transform_config"):
-        raise ValueError("it rotates activations (transform_config), which is not run")
-    if (stored.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise ValueError(f"its weights are sparse ({stored['sparsity_config']['format']}), which is not read")
+    """The options as plain values.
+
+    Raises ValueError or TypeError, saying which part, for what cannot be run as it was meant.
+    """
+    groups = _mapping(stored, "config_groups")
+    for name, what in UNREAD.items():
+        if stored.get(name):
+            raise ValueError(f"it {what} ({name}), which is not run")
+    sparse = _mapping(stored, "sparsity_config").get("format", "dense")
+    if sparse != "dense":
+        raise ValueError(f"its weights are sparse ({sparse}), which is not read")
     if len(groups) != 1:
         raise ValueError(f"it has {len(groups)} config_groups ({', '.join(groups)}); one for all layers is read")
-    group = next(iter(groups.values()))
-    if not isinstance(group, Mapping) or not group.get("weights"):
-        raise ValueError("its config group gives no arguments of the weights")
+    group = _mapping(groups, *groups)
     if list(group.get("targets") or ()) != ["Linear"]:
         raise ValueError(f"it targets {group.get('targets')}; ['Linear'] is read, with layers left out by ignore")
     if group.get("output_activations"):
-        raise ValueError("it quantizes output activations, which is not run")
-    values = _weights(group, group.get("format") or stored.get("format"))
-    values["dynamic_activations"] = _activations(group.get("input_activations"), values["weights"], values["strategy"])
-    own = own_fields(stored.get(OWN) or {"method": "unknown"})
-    return {**values, **own, "skip": tuple(stored.get("ignore") or ()), "skip_defaults": False}
+        raise ValueError("it quantizes output activations (output_activations), which is not run")
+    values = _weights(_mapping(group, "weights"), group.get("format") or stored.get("format"))
+    activations = _mapping(group, "input_activations")
+    values["dynamic_activations"] = _activations(activations, values["weights"], values["strategy"])
+    own = own_fields(_mapping(stored, OWN) or {"method": "unknown"})
+    return {**values, **own, "skip": _ignored(stored.get("ignore") or ()), "skip_defaults": False}
+
+
+def _mapping(holder: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = holder.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"its {name} is {value!r}, no mapping")
+    return value
+
+
+def _ignored(patterns: Sequence[str]) -> tuple[str, ...]:
+    for pattern in patterns:
+        try:
+            re.compile(str(pattern).removeprefix("re:") if str(pattern).startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} in its ignore is no regular expression: {error}") from error
+    return tuple(patterns)
 
 
 def own_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,8 +70,7 @@ def plain_format(stored: Mapping[str, Any]) -> bool:
     return (group.get("format") or stored.get("format")) in PLAIN
 
 
-def _weights(group: Mapping[str, Any], packed_format: str | None) -> dict[str, Any]:
-    arguments = group["weights"]
+def _weights(arguments: Mapping[str, Any], packed_format: str | None) -> dict[str, Any]:
     kind = (str(arguments.get("type", "int")), int(arguments.get("num_bits", 8)))
     fitting = FORMATS.get(kind, {})
     name = next((name for name, formats in fitting.items() if packed_format in formats), None)
@@ -76,7 +95,7 @@ def _weights(group: Mapping[str, Any], packed_format: str | None) -> dict[str, A
     }  # fmt: skip
 
 
-def _activations(arguments: Mapping[str, Any] | None, weights: str, strategy: str) -> bool:
+def _activations(arguments: Mapping[str, Any], weights: str, strategy: str) -> bool:
     """Whether activations are rounded while running. Raises ValueError for a way that is not run."""
     if not arguments:
         return False
@@ -88,7 +107,7 @@ def _activations(arguments: Mapping[str, Any] | None, weights: str, strategy: st
     wanted = ("group", 128, True) if strategy == "block" else ("token", None, True)
     if found != weights or how != wanted:
         raise ValueError(
-            f"it quantizes activations to {found} ({how[0]}, group {how[1]}, symmetric {how[2]}) for {weights} weights; "
+            f"it rounds activations to {found} ({how[0]}, group {how[1]}, symmetric {how[2]}) for {weights}; "
             f"{weights} ({wanted[0]}, group {wanted[1]}, symmetric) is run, for int8 and fp8"
         )
     return True

@@ -1,0 +1,59 @@
+"""int4 layers in the layout of torch's own int4 matmul on CPUs: one pass over the packed weights, nothing unpacked."""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+from polyquant_compressed_tensors._decode import code_values
+from polyquant_compressed_tensors._layers import PackedLinear
+
+KERNEL = "torch._weight_int4pack_mm_for_cpu"
+ZERO = 8  # the code that stands for 0
+CHUNK = 1024  # rows of the unit matrix that codes are read back with
+
+
+class Int4PackLinear(PackedLinear):
+    """weight_packed: uint8 (out_features, in_features / 2), torch's order; weight_scale: (groups, out_features, 2).
+
+    Of each pair the first is the scale, the second what is added: 0.
+    """
+
+    def __init__(self, layer: PackedLinear) -> None:
+        shape = (layer.out_features, layer.in_features)
+        codes = code_values("int4", layer.weight_packed.detach(), torch.float32)[:, : shape[1]].int() + ZERO
+        scale = layer.weight_scale.detach()
+        tensors = {
+            "weight_packed": torch._convert_weight_to_int4pack_for_cpu(codes, 1),
+            "weight_scale": torch.stack((scale, torch.zeros_like(scale)), -1).transpose(0, 1).contiguous(),
+        }
+        super().__init__(layer.options, shape, layer.compute_dtype, tensors, layer.bias)
+        self.kernel = KERNEL
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.numel() or (torch.is_grad_enabled() and input.requires_grad):
+            return super().forward(input)  # the matmul has no derivative
+        output = self._multiply(input.reshape(-1, self.in_features).contiguous(), self.weight_scale)
+        output = output if self.bias is None else output + self.bias
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def dequantize(self) -> torch.Tensor:
+        scale = self.weight_scale.detach()[:, :, 0].T
+        return (self._codes().to(scale.dtype).unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+
+    def checkpoint_tensors(self, *, plain: bool) -> dict[str, torch.Tensor]:
+        tensors = {name: tensor.detach() for name, tensor in self._tensors()}
+        tensors["weight_packed"] = pack_to_int32(self._codes(), 4)
+        tensors["weight_scale"] = tensors["weight_scale"][:, :, 0].T.contiguous()
+        return {**tensors, "weight_shape": torch.tensor([self.out_features, self.in_features])}
+
+    def _codes(self) -> torch.Tensor:
+        """The weights before scaling, int8: torch's order is its own affair, so they are multiplied out, exactly."""
+        ones = torch.zeros_like(self.weight_scale)
+        ones[:, :, 0] = 1
+        unit = torch.eye(self.in_features, dtype=self.compute_dtype)
+        with torch.no_grad():
+            return torch.cat([self._multiply(rows, ones).to(torch.int8) for rows in unit.split(CHUNK)]).T.contiguous()
+
+    def _multiply(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return torch._weight_int4pack_mm_for_cpu(rows, self.weight_packed, self.options.group_size, scale)

@@ -1,0 +1,349 @@
+"""compressed-tensors on small random models: schemes, checkpoints of other tools, damage, calibration, training, quiet."""
+
+import json
+
+import polyquant
+import pytest
+import torch
+from polyquant.errors import CheckpointConflict, ConfigError, EnvironmentProblem, ModelError, UnsupportedOperation
+from polyquant.memory.storage import stored_bytes
+from polyquant.testing.models import tiny_model
+from polyquant.testing.processes import run_python
+from polyquant.testing.state import differences, snapshot
+from polyquant.testing.texts import CALIBRATION
+from polyquant_compressed_tensors._layers import PackedLinear
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+TOKENS = [3, 4, 5, 6, 7, 8, 9]
+UP = "model.layers.1.mlp.up_proj"
+SCHEMES = {
+    "int4-asymmetric": ({"symmetric": False, "group_size": 32}, "decode and torch matmul"),
+    "int4-channel": ({"strategy": "channel"}, "decode and torch matmul"),
+    "int8-asymmetric": ({"weights": "int8", "symmetric": False}, "decode and torch matmul"),
+    "int8-dynamic": ({"weights": "int8", "dynamic_activations": True}, "activations rounded by compressed-tensors"),
+    "fp8-dynamic": ({"weights": "fp8", "dynamic_activations": True}, "activations rounded by compressed-tensors"),
+    "fp8-block": ({"weights": "fp8", "strategy": "block", "dynamic_activations": True}, "activations rounded"),
+    "fp8-tensor": ({"weights": "fp8", "strategy": "tensor"}, "decode and torch matmul"),
+    "mxfp4": ({"weights": "mxfp4"}, "decode and torch matmul"),
+    "nvfp4": ({"weights": "nvfp4"}, "decode and torch matmul"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    """The checkpoint of a tiny model with options; made once."""
+
+    def make(model="llama", calibration=None, **options):
+        out = folder / "-".join([model, *(f"{name}={value}" for name, value in options.items())])
+        if not out.exists():
+            dense = tiny_model(model, folder / "dense")
+            polyquant.quantize(dense, "compressed-tensors", out, calibration=calibration, device="cpu", **options)
+        return out
+
+    return make
+
+
+@pytest.fixture
+def changed(checkpoint, tmp_path):
+    """A copy of a checkpoint with another quantization_config or other tensors."""
+
+    def make(*, config=None, tensors=None, **options):
+        source, out = checkpoint(**options), tmp_path / "changed"
+        out.mkdir()
+        for path in source.iterdir():
+            (out / path.name).write_bytes(path.read_bytes())
+        content = json.loads((out / "config.json").read_text())
+        if config is not None:
+            config(content["quantization_config"])
+        (out / "config.json").write_text(json.dumps(content))
+        if tensors is not None:
+            stored = load_file(out / "model.safetensors")
+            tensors(stored)
+            save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+        return out
+
+    return make
+
+
+def load(path, **options):
+    return polyquant.load(path, device="cpu", **options)
+
+
+def assert_verified(loaded):
+    report = polyquant.verify(loaded, max_new_tokens=2)
+    assert not [check for check in report.failures if check.name != "sample"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": "int3"}, "weights must be 'int4', 'int8', 'fp8', 'mxfp4' or 'nvfp4', got 'int3'"),
+        ({"scheme": "W4A16"}, "unknown option 'scheme'"),
+        ({"weights": "mxfp4", "group_size": 64}, "group_size 64 does not apply: mxfp4 has groups of 32"),
+        ({"strategy": "channel", "group_size": 64}, "with strategy 'channel' has no groups"),
+        ({"strategy": "block"}, "strategy 'block' does not go with int4; use group, channel"),
+        ({"weights": "fp8", "symmetric": False}, "fp8 has no zero point"),
+        ({"dynamic_activations": True}, "dynamic_activations applies to symmetric int8 and fp8"),
+        ({"samples": 4}, "samples applies to method='gptq' only; 'rtn' uses no calibration text"),
+        ({"weights": "fp8", "method": "gptq"}, "method 'gptq' applies to int4 and int8 only"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ConfigError, match=words):
+        polyquant.load("nowhere", "compressed-tensors", **options)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_stays_packed_and_is_saved_exactly(checkpoint, tmp_path, name):
+    options, kernel = SCHEMES[name]
+    loaded = load(checkpoint(**options))
+    assert_verified(loaded)
+    assert loaded.kernel.startswith(kernel)
+    assert {field: getattr(loaded.config, field) for field in options} == options
+    loaded.save(tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert again.config == loaded.config
+    assert torch.equal(loaded.logits(TOKENS), again.logits(TOKENS))
+
+
+SAME = {"int4": ({}, ""), "int8": ({"weights": "int8"}, ""), "fp8": ({"weights": "fp8"}, "")} | SCHEMES
+
+
+@pytest.mark.parametrize("name", [name for name in SAME if "asymmetric" not in name])  # those transformers cannot load
+def test_transformers_decompresses_in_the_first_forward_pass_and_gives_the_same_logits(checkpoint, name):
+    path = checkpoint(**SAME[name][0])
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    before = stored_bytes(theirs)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([TOKENS]), use_cache=False).logits[0].float()
+    assert stored_bytes(theirs) > 1.5 * before
+    ours = load(path, backend="compressed-tensors", kernel="decode")
+    packed = stored_bytes(ours.model)
+    assert torch.equal(ours.logits(TOKENS), expected)
+    assert stored_bytes(ours.model) == packed
+
+
+def test_odd_sizes(checkpoint, folder):
+    assert_verified(load(checkpoint("odd", strategy="channel")))
+    with pytest.raises(
+        ConfigError,
+        match=r"64 do not divide in_features 90 of model\.layers\.0\.self_attn\.q_proj\.weight; use strategy",
+    ):
+        checkpoint("odd")
+
+
+def test_fused_experts_are_refused_by_name(checkpoint):
+    with pytest.raises(ConfigError, match=r"mlp\.experts\.\w+ "):
+        checkpoint("mixtral")
+
+
+def test_skip(checkpoint):
+    def dense(**options):
+        loaded = load(checkpoint(**options))
+        assert_verified(loaded)
+        return {
+            layer.name: layer.reason
+            for layer in loaded.layers
+            if layer.role in ("linear", "head") and not layer.quantized
+        }
+
+    head = {"lm_head.weight": "the output head stays dense by default"}
+    down = {f"model.layers.{index}.mlp.down_proj.weight": "skipped on request" for index in range(2)}
+    assert dense() == head
+    assert dense(skip=("down_proj",)) == head | down
+    assert dense(weights="int8", skip_defaults=False) == {}
+
+
+def test_stored_options_are_held_against_requested_ones(checkpoint):
+    path = checkpoint()
+    with pytest.raises(CheckpointConflict, match="group_size: requested 32, stored 64"):
+        load(path, backend="compressed-tensors", group_size=32)
+    with pytest.raises(CheckpointConflict, match="method: requested 'gptq', stored 'rtn'"):
+        load(path, backend="compressed-tensors", method="gptq")
+    assert load(path, backend="compressed-tensors", kernel="decode").kernel == "decode and torch matmul"
+    with pytest.raises(ConfigError, match="here it is int4 in float32 on cpu"):
+        load(path, backend="compressed-tensors", kernel="pack_mm", compute_dtype="float32")
+
+
+def group(config):
+    return config["config_groups"]["group_0"]
+
+
+def test_other_dialects(changed, checkpoint):
+    """As other tools and older versions write it: no status, no strategy, patterns to ignore, no word of the method."""
+
+    def rewrite(config):
+        for name in ("polyquant", "quantization_status", "sparsity_config", "transform_config"):
+            del config[name]
+        config["ignore"] = ["re:.*lm_head"]
+        config["format"] = group(config).pop("format")
+        group(config)["weights"] = {"num_bits": 4, "type": "int", "group_size": 64, "symmetric": True}
+
+    other, usual = load(changed(config=rewrite)), load(checkpoint())
+    assert torch.equal(other.logits(TOKENS), usual.logits(TOKENS))
+    assert other.config.method == "unknown"
+    assert_verified(other)
+
+
+def with_activations(**arguments):
+    standard = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    return lambda config: group(config).update(input_activations={**standard, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), r"quantizes the key-value cache \(kv_cache_scheme\)"),
+        (lambda c: c.update(transform_config={"config_groups": {}}), "rotates activations"),
+        (lambda c: c.update(sparsity_config={"format": "sparse-24-bitmask"}), "its weights are sparse"),
+        (lambda c: c["config_groups"].update(group_1=group(c)), "has 2 config_groups"),
+        (lambda c: c.update(config_groups=[]), "has 0 config_groups"),
+        (lambda c: c.update(config_groups=["W4A16"]), "no mapping"),
+        (lambda c: group(c).update(targets=["re:.*q_proj"]), "it targets"),
+        (lambda c: group(c).update(format="marlin-24"), "int of 4 bits in format 'marlin-24'; read are"),
+        (lambda c: group(c)["weights"].update(num_bits=3), "int of 3 bits in format 'pack-quantized'"),
+        (lambda c: group(c)["weights"].update(actorder="group"), "orders weights by activation"),
+        (lambda c: group(c)["weights"].update(dynamic=True), "weights are quantized dynamically"),
+        (lambda c: group(c).update(output_activations={"num_bits": 8}), "output activations"),
+        (with_activations(dynamic=False, strategy="tensor"), r"activations to int8 with stored scales \(static or local\)"),
+        (with_activations(), "rounds activations to int8 .* for int4"),
+        (lambda c: c.update(ignore=["re:("]), "is no regular expression"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused(changed, change, words):
+    with pytest.raises(ModelError, match=words):
+        load(changed(config=change))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda t: t.pop(f"{UP}.weight_scale"), f"{UP} cannot be read: weight_scale is missing"),
+        (lambda t: t.pop(f"{UP}.weight_packed"), f"{UP} cannot be read: weight_packed is missing"),
+        (lambda t: t.update({f"{UP}.weight_packed": t[f"{UP}.weight_packed"][:, :-1].contiguous()}),
+         r"weight_packed of a layer \(512, 256\) should be \(512, 32\) int32, and is \(512, 31\) int32"),
+        (lambda t: t.update({f"{UP}.weight_scale": t[f"{UP}.weight_scale"][:, :2].contiguous()}),
+         r"weight_scale of a layer \(512, 256\) should be \(512, 4\) scale"),
+        (lambda t: t.update({f"{UP}.weight_packed": t[f"{UP}.weight_packed"].long()}), "and is .* int64"),
+        (lambda t: t.update({f"{UP}.weight_shape": torch.tensor([512, 255])}), r"weight_shape says \[512, 255\]"),
+        (lambda t: t.update({f"{UP}.weight_g_idx": torch.zeros(256)}), f"{UP} cannot be read: weight_g_idx has no place"),
+        (lambda t: t.pop("lm_head.weight"), r"missing or have no place in the model: lm_head\.weight"),
+        (lambda t: t.update({"lm_head.weight_packed": torch.zeros(1)}), r"no place in the model: lm_head\.weight_packed"),
+    ],
+)  # fmt: skip
+def test_damaged_checkpoints_name_the_tensor(changed, damage, words):
+    with pytest.raises(ModelError, match=words):
+        load(changed(tensors=damage))
+
+
+def test_calibration_text_goes_to_gptq_only(checkpoint):
+    with pytest.raises(ConfigError, match="'rtn' rounds to nearest and uses no calibration text"):
+        checkpoint(calibration=CALIBRATION, group_size=256)
+    with pytest.raises(ConfigError, match="the calibration text has .* tokens, at least 256"):
+        checkpoint(calibration=["too short"], method="gptq")
+    with pytest.raises(ConfigError, match="quantize with 'rtn' or 'gptq'"):
+        checkpoint(method="unknown")
+
+
+def test_gptq_follows_its_text(checkpoint, folder):
+    """On the text it was calibrated with it stays closer to the dense model than rounding to nearest."""
+    from polyquant.quality.divergence import kl_divergence
+
+    gptq = load(checkpoint(method="gptq", calibration=CALIBRATION, samples=4, length=128))
+    assert (gptq.config.samples, gptq.config.length) == (4, 128)
+    tokens = gptq.tokenizer(" ".join(CALIBRATION)).input_ids[:400]
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model("llama", folder / "dense"))
+    with torch.inference_mode():
+        reference = dense(torch.tensor([tokens])).logits[0]
+
+    def divergence(loaded):
+        return kl_divergence(reference, loaded.logits(tokens)).mean()
+
+    assert divergence(gptq) < 0.8 * divergence(load(checkpoint()))
+
+
+def test_without_llm_compressor_checkpoints_load_and_are_not_made(checkpoint, monkeypatch):
+    from polyquant import environment
+
+    path, installed = checkpoint(), environment.installed_version
+    monkeypatch.setattr(
+        environment, "installed_version", lambda name: None if name == "llmcompressor" else installed(name)
+    )
+    assert_verified(load(path))
+    with pytest.raises(
+        EnvironmentProblem, match=r"llmcompressor is not installed\n    fix: pip install 'llmcompressor>="
+    ):
+        checkpoint(weights="int8", group_size=64)
+
+
+def test_quantizing_is_quiet_and_leaves_the_process_as_it_was(folder, tmp_path, capfd):
+    dense = tiny_model("llama", folder / "dense")
+    options = {"method": "gptq", "samples": 2, "length": 64, "device": "cpu"}
+    polyquant.quantize(dense, "compressed-tensors", tmp_path / "first", **options)
+    capfd.readouterr()
+    before = snapshot()
+    polyquant.quantize(dense, "compressed-tensors", tmp_path / "out", **options)
+    assert differences(before, snapshot()) == []
+    assert capfd.readouterr() == ("", "")
+    polyquant.quantize(dense, "compressed-tensors", tmp_path / "shown", progress=True, **options)
+    assert "Calibrating" in capfd.readouterr().err
+
+
+FRESH = """
+import io, json, sys
+from loguru import logger
+said = io.StringIO()
+logger.remove()
+logger.add(said, format="{message}")
+import polyquant, torch, transformers, accelerate
+from polyquant.testing.state import differences, snapshot
+before = snapshot()
+polyquant.quantize(sys.argv[1], "compressed-tensors", sys.argv[2], device="cpu")
+after = snapshot()
+logger.info("still here")
+print(json.dumps([differences(before, after), said.getvalue()]))
+"""
+
+
+def test_a_first_import_of_llm_compressor_changes_nothing(folder, tmp_path):
+    """It adds warning filters and throws out loguru's handlers when it is imported."""
+    changes, said = run_python(FRESH, str(tiny_model("llama", folder / "dense")), str(tmp_path / "out"))
+    assert changes == []
+    assert said == "still here\n"
+
+
+def test_training_with_rounded_activations_is_refused(checkpoint):
+    loaded = load(checkpoint(weights="int8", dynamic_activations=True))
+    with pytest.raises(UnsupportedOperation, match="no gradient passes through dynamic_activations"):
+        loaded.backend.prepare_for_training(loaded)
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"weights": "fp8"}, {"weights": "nvfp4"}])
+def test_adapters_get_the_gradients_of_the_dequantized_model(checkpoint, folder, options):
+    from peft import LoraConfig, get_peft_model
+
+    loaded = load(checkpoint("qwen2", compute_dtype="float32", **options), compute_dtype="float32")
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2", folder / "dense"))
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, PackedLinear):
+            dense.get_submodule(name).weight.data = module.dequantize()
+
+    def gradients(model):
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        model.train()
+        ids = torch.tensor([TOKENS])
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+    expected = gradients(dense)
+    found = gradients(loaded.backend.prepare_for_training(loaded))
+    assert found.keys() == {name for name in expected if "lora" in name}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
