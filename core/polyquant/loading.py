@@ -71,7 +71,7 @@ def prepare(
 
         hf.read_config(source, trust_remote_code=how.trust_remote_code)
     config = msgspec.structs.replace(config, compute_dtype=compute_dtype(config, backend, device))
-    if stored is None and backend.capabilities.torch_module and (config.skip or not config.skip_defaults):
+    if stored is None and not backend.capabilities.only_gguf and (config.skip or not config.skip_defaults):
         config = _with_skips(source, config, how)
     return (
         LoadRequest(
