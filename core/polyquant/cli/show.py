@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polyquant.api import Diagnosis
+from polyquant.api import Diagnosis, registry
 from polyquant.query import Selection
 from polyquant.types import BackendInfo, Capabilities, Record
 
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from polyquant.report import Verification
 
 console = Console(highlight=False, soft_wrap=False)
-SCHEMES_SHOWN = 8  # in a table; --json has them all
+SCHEMES_SHOWN = 4  # in a table; --json has them all
+NARROW = 100  # columns of a terminal that has no room for what each backend reads
 ABILITIES = {
-    "on_the_fly": "on the fly",
-    "needs_calibration": "calibrates",
     "saves": "saves",
     "trains": "trains",
     "compiles": "compiles",
@@ -70,12 +69,14 @@ def backends_json(selection: Selection) -> None:
 
 def backends(selection: Selection, filtered: bool) -> None:
     if selection:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline")
         table.add_column("backend", style="bold", no_wrap=True)
-        for heading in ("bits", "schemes", "devices", "reads", "can"):
+        for heading in ("bits", "schemes", "devices", "quantizes", "can", "reads"):
             table.add_column(heading, overflow="fold")
         for info in selection:
             table.add_row(*card_cells(info))
+        if console.width < NARROW:
+            table.columns.pop()
         console.print(table)
     elif filtered:
         console.print("[bold]No installed backend satisfies all of that.[/] Nearest first:")
@@ -88,17 +89,39 @@ def backends(selection: Selection, filtered: bool) -> None:
 
 
 def card_cells(info: BackendInfo) -> list[str]:
-    """Name, bits, schemes, devices, methods read and abilities of a backend, as tables show them."""
+    """Name, bits, schemes, devices, how it quantizes, abilities, methods read, as tables show them."""
     can: Capabilities = info.capabilities
+    more = len(can.schemes) - SCHEMES_SHOWN
     return [
         info.name,
-        " ".join(f"{bits:g}" for bits in can.bits),
-        " ".join(can.schemes[:SCHEMES_SHOWN])
-        + (f" and {more} more" if (more := len(can.schemes) - SCHEMES_SHOWN) > 0 else ""),
+        ranges(can.bits),
+        " ".join(can.schemes[:SCHEMES_SHOWN]) + (f" +{more}" if more > 0 else ""),
         " ".join(device.type for device in can.devices),
+        _quantizes(info),
+        " ".join(words for flag, words in ABILITIES.items() if getattr(can, flag)),
         " ".join(can.loads_prequantized),
-        ", ".join(words for flag, words in ABILITIES.items() if getattr(can, flag)),
     ]
+
+
+def ranges(bits: Sequence[float]) -> str:
+    """Bit widths with runs of whole numbers joined: '1 1.6 2-6 8'."""
+    runs: list[list[float]] = []
+    for width in sorted(bits):
+        if runs and width == runs[-1][-1] + 1:
+            runs[-1].append(width)
+        else:
+            runs.append([width])
+    return " ".join(
+        f"{run[0]:g}-{run[-1]:g}" if len(run) > 2 else " ".join(f"{each:g}" for each in run) for run in runs
+    )
+
+
+def _quantizes(info: BackendInfo) -> str:
+    if info.capabilities.on_the_fly:
+        return "loading"
+    if not registry().implements(info.name, "quantize"):
+        return "no"
+    return "calibrates" if info.capabilities.needs_calibration else "offline"
 
 
 def doctor(diagnoses: Sequence[Diagnosis]) -> None:

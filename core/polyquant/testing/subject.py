@@ -113,8 +113,8 @@ class Subject:
         if self.make_checkpoint is not None:
             self.make_checkpoint(Path(self.dense(model)), preset, out)
         elif self.handle.can("quantize"):
-            source, device = self.dense(model), self.runs_on
-            polyquant.quantize(source, self.backend, out, calibration=CALIBRATION, device=device, **options)
+            text = CALIBRATION if self.capabilities.needs_calibration else None
+            polyquant.quantize(self.dense(model), self.backend, out, calibration=text, device=self.runs_on, **options)
         else:
             raise CheckFailed(
                 f"{self.backend} neither quantizes on the fly nor has a quantize hook: override make_checkpoint "
