@@ -10,6 +10,7 @@ WORKER = """
 import json, os, sys
 job = json.load(sys.stdin)
 print("working")
+open("left.log", "w").close()
 if job["fails"]:
     print("the last words")
     sys.stdout.flush()
@@ -22,6 +23,9 @@ with open(job["out"], "w") as file:
 def test_a_job_runs_and_a_crash_is_an_error(tmp_path, monkeypatch, capfd):
     (tmp_path / "polyquant_worker.py").write_text(WORKER)
     monkeypatch.syspath_prepend(tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     job = {"fails": False, "out": str(tmp_path / "out")}
     run_apart("polyquant_worker", job, environment={"POLYQUANT_TEST": "1"})
     assert json.loads((tmp_path / "out").read_text()) == [job, "1"]
@@ -30,3 +34,4 @@ def test_a_job_runs_and_a_crash_is_an_error(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out == ""
     run_apart("polyquant_worker", job, shown=True, environment={"POLYQUANT_TEST": "1"})
     assert capfd.readouterr().out == "working\n"
+    assert list(here.iterdir()) == []

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 
@@ -19,18 +21,22 @@ def run_apart(
 ) -> None:
     """`python -m module` in a fresh process with this one's import path; it reads `job` as JSON on its standard input.
 
+    It works in an empty folder that is then deleted, where libraries may leave what they like: paths in `job` must be
+    absolute.
     shown: let it print; otherwise what it prints is kept for the error. environment: variables set for it.
     Raises BackendFailed, with the last lines it printed, where it does not end with code 0.
     """
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    result = subprocess.run(
-        [sys.executable, "-m", module],
-        input=msgspec.json.encode(job),
-        stdout=None if shown else subprocess.PIPE,
-        stderr=None if shown else subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
-        check=False,
-    )
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        result = subprocess.run(
+            [sys.executable, "-m", module],
+            input=msgspec.json.encode(job),
+            stdout=None if shown else subprocess.PIPE,
+            stderr=None if shown else subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            cwd=folder,
+            check=False,
+        )
     if result.returncode:
         said = (result.stdout or b"").decode(errors="replace").replace("\r", "\n").splitlines()
         last = "\n  ".join(line.rstrip() for line in said[-SHOWN_LINES:]) or "see what it printed above"

@@ -17,7 +17,9 @@ ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "mixtral": gguf.MODEL_ARCH.LLAM
 EXPERT = re.compile(r"(.*block_sparse_moe\.experts\.)(\d+)(\.w\d\.weight)")
 
 
-def write_gguf(dense: Path, path: Path, kind: str = "F32", more: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+def write_gguf(
+    dense: Path, path: Path, kind: str = "F32", more: Callable[[gguf.GGUFWriter], None] | None = None
+) -> Path:
     """The dense checkpoint folder as a GGUF. kind: type of its matrices, F32, F16 or one the gguf package quantizes."""
     config = json.loads((dense / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]

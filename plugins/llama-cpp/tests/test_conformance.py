@@ -28,4 +28,6 @@ class TestLlamaCpp(BackendConformance):
             source = type(self).write(dense, out.parent / f"{dense.name}.gguf")
         else:
             source, more = str(dense), {"requantize": True, "fallback": True}
-        return polyquant.quantize(source, "llama-cpp", out, **polyquant.backend("llama-cpp").info.presets[preset], **more)
+        return polyquant.quantize(
+            source, "llama-cpp", out, **polyquant.backend("llama-cpp").info.presets[preset], **more
+        )

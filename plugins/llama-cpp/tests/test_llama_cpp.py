@@ -21,7 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXACT = {"kv_cache_type": "F32", "flash_attention": "off"}
 TOKENS = list(range(5, 45))
-TEXTS = (EVALUATION, "", " two  spaces\n\n\ttab", "naïve café 你好 🙂", "1234567890 3.14", "def f(x):\n    return x", "<s>a</s>")
+TEXTS = (
+    EVALUATION,
+    "",
+    " two  spaces\n\n\ttab",
+    "naïve café 你好 🙂",
+    "1234567890 3.14",
+    "def f(x):\n    return x",
+    "<s>a</s>",
+)
 
 
 def load(path, **options):
@@ -34,7 +42,9 @@ def exact(tiny):
 
     def make(name="llama"):
         path = tiny(name, "F32")
-        return load(path, allow_dequantize=True, **EXACT), AutoModelForCausalLM.from_pretrained(path.parent / name).eval()
+        return load(path, allow_dequantize=True, **EXACT), AutoModelForCausalLM.from_pretrained(
+            path.parent / name
+        ).eval()
 
     return make
 
@@ -193,13 +203,22 @@ def test_the_tokenizer_is_that_of_transformers(tiny, packed, text):
 def test_the_real_models_tokenizer_and_template_are_those_of_transformers():
     from polyquant.models.resolve import resolve
 
-    ours, theirs = load("builtin:smollm2", n_ctx=64).tokenizer, AutoTokenizer.from_pretrained(resolve("builtin:smollm2").path)
+    ours, theirs = (
+        load("builtin:smollm2", n_ctx=64).tokenizer,
+        AutoTokenizer.from_pretrained(resolve("builtin:smollm2").path),
+    )
     for text in (*TEXTS, "<|im_start|>user\nHi<|im_end|>"):
         compare_tokenizers(ours, theirs, text)
     assert (ours.bos_token_id, ours.eos_token_id, len(ours)) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
-    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "?"}]
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "?"},
+    ]
     for prompt in (True, False):
-        texts = [each.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) for each in (ours, theirs)]
+        texts = [
+            each.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) for each in (ours, theirs)
+        ]
         assert texts[0] == texts[1]
 
 
@@ -302,7 +321,9 @@ def test_layers_are_those_of_the_file(tiny):
 def test_repacked_weights_are_counted(tiny):
     """Only loaded: where the CPU has AMX, llama.cpp's kernels for it crash."""
     loaded = load(tiny("llama-tied", "Q4_0"), repack="on")
-    beside = [layer for layer in loaded.layers if "copy for the output head" in str(layer.parts) or layer.role == "buffer"]
+    beside = [
+        layer for layer in loaded.layers if "copy for the output head" in str(layer.parts) or layer.role == "buffer"
+    ]
     sizes = sum(float(size) for name, size in _buffers(loaded) if name not in ("CPU", "CPU_Mapped")) * 2**20
     if not sizes:
         pytest.skip("llama.cpp repacks nothing on this CPU")
@@ -420,7 +441,9 @@ def test_quantizing_refuses(tiny, tmp_path, options, words):
 def test_quantizing_takes_a_gguf_only(tiny, tmp_path):
     with pytest.raises(ModelError, match="polyquant quantize .*llama --backend gguf --type Q8_0 --out DIR"):
         polyquant.quantize(tiny().parent / "llama", "llama-cpp", tmp_path / "out", type="Q4_0")
-    assert load(polyquant.quantize(tiny("llama", "Q4_0"), "llama-cpp", tmp_path / "again", type="Q3_K_S", requantize=True))
+    assert load(
+        polyquant.quantize(tiny("llama", "Q4_0"), "llama-cpp", tmp_path / "again", type="Q3_K_S", requantize=True)
+    )
 
 
 def test_rows_that_are_not_whole_blocks_are_refused_by_name(tiny, write, tmp_path):

@@ -31,11 +31,11 @@ def quantize(request: LoadRequest, config: AutoRoundOptions, calibration: Sequen
     quantized = [name for name, plan in plans if plan.quantized]
     tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
     job = {
-        "model": str(source.path), "device": request.device, "trusted": trusted, "options": config,
+        "model": str(source.path.absolute()), "device": request.device, "trusted": trusted, "options": config,
         "windows": _windows(tokenizer, calibration, config) if config.iters else [],
         "dense": [name for name, plan in plans if plan.role == "linear" and not plan.quantized],
         "head": any(plan.role == "head" and plan.quantized for _, plan in plans),
-        "out": str(out / "export"),
+        "out": str((out / "export").absolute()),
     }  # fmt: skip
     run_apart("polyquant_auto_round._worker", job, shown=request.progress)
     _complete(out, config)

@@ -30,8 +30,8 @@ def quantize(request: LoadRequest, config: AwqOptions, calibration: Sequence[str
     tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     job = {
-        "model": str(source.path), "device": request.device, "dtype": _dtype(source), "trusted": trusted,
-        "options": config, "windows": windows, "out": str(out),
+        "model": str(source.path.absolute()), "device": request.device, "dtype": _dtype(source),
+        "trusted": trusted, "options": config, "windows": windows, "out": str(out.absolute()),
     }  # fmt: skip
     run_apart("polyquant_awq._worker", job, shown=request.progress, environment={"GPTQMODEL_CPU_WORKERS": WORKERS})
     packed.complete(out, source, config.skip, tokenizer)
