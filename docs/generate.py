@@ -1,28 +1,38 @@
-"""Writes what the docs derive from the code: the backend table. `--check` only says whether it is up to date."""
+"""Writes what the docs derive from the code and from measurements. `--check` only says whether all is up to date."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import polyquant
-from polyquant.cli.show import card_cells
+from polyquant.cli.show import card_cells, size
+from polyquant.comparison.records import DENSE, Result
+from polyquant.types import BackendInfo
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- backends:", "<!-- end of backends -->"
-HEADINGS = ("backend", "bits", "schemes", "devices", "reads checkpoints of", "can", "tested with")
+HEADINGS = ("backend", "bits", "schemes", "devices", "quantizes", "can", "reads checkpoints of", "tested with")
+MEASURED = ROOT / "docs" / "reference" / "measured.json"
+PAGE = ROOT / "docs" / "reference" / "backends.md"
 
 
-def backend_table(folder: Path = ROOT / "plugins") -> str:
-    """A Markdown table of the backends of this repository."""
-    ours = {path.parent.name for path in folder.glob("*/pyproject.toml")}
-    rows = [HEADINGS, ("---",) * len(HEADINGS)]
-    for info in polyquant.backends():
-        if info.name in ours:
-            libraries = ", ".join(f"{library.distribution} {library.versions}".strip() for library in info.libraries)
-            name, *cells = card_cells(info)
-            rows.append((f"[{name}](plugins/{name}/README.md)", *cells, libraries))
-    return "\n".join(f"| {' | '.join(cell or '-' for cell in row)} |" for row in rows)
+def main() -> None:
+    readme = ROOT / "README.md"
+    wanted = {readme: with_table(readme.read_text(encoding="utf-8")), PAGE: backends_page()}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv:
+        sys.exit(f"out of date: {', '.join(str(path.relative_to(ROOT)) for path in stale)}" if stale else 0)
+    for path in stale:
+        path.write_text(wanted[path], encoding="utf-8")
+
+
+def ours() -> list[BackendInfo]:
+    """The backends of this repository."""
+    names = {path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml")}
+    return [info for info in polyquant.backends() if info.name in names]
 
 
 def with_table(readme: str) -> str:
@@ -30,16 +40,99 @@ def with_table(readme: str) -> str:
     head, rest = readme.split(START, 1)
     marker, _, rest = rest.partition("\n")
     _, tail = rest.split(END, 1)
-    return f"{head}{START}{marker}\n{backend_table()}\n{END}{tail}"
+    rows = []
+    for info in ours():
+        libraries = ", ".join(f"{library.distribution} {library.versions}".strip() for library in info.libraries)
+        name, *cells = card_cells(info)
+        rows.append((f"[{name}](plugins/{name}/README.md)", *cells, libraries))
+    return f"{head}{START}{marker}\n{markdown(HEADINGS, rows)}\n{END}{tail}"
 
 
-def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    renewed = with_table(text)
-    if "--check" in sys.argv:
-        sys.exit(text != renewed)
-    path.write_text(renewed, encoding="utf-8")
+def backends_page() -> str:
+    """The page of what was verified and measured, with the machine beside the figures."""
+    results = msgspec.json.decode(MEASURED.read_bytes(), type=dict[str, Result])
+    return "\n\n".join([
+        "# Backends: verified and measured",
+        "Written by `python docs/generate.py` from the backends' cards and from `measured.json`, which "
+        "`python docs/examples/measure.py` writes.",
+        "## Verified",
+        "Verified: the conformance suite's promises hold there (`nox -s tests`), and every figure below comes from a "
+        "model that was loaded and checked there. Other devices that a backend declares have not been run.",
+        markdown(("backend", "verified on", "with", "declared, not run"), list(verified_rows(results))),
+        "## Measured",
+        conditions(results),
+        markdown(
+            ("preset", "stored", "of bf16", "bits a weight", "KL (nats)", "top-1", "load s", "pp512", "tg128", "dtype",
+             "kernel"),
+            [measured_row(name, results[name]) for name in in_order(results)],
+        ),
+        "stored: bytes of the whole model, embeddings included (dense in most backends). bits a weight: of the "
+        "quantized tensors, scales included. KL: mean KL(dense float32 || preset) with its standard error. pp512, "
+        "tg128: prompt and generated tokens a second as llama-bench defines them, mean with standard deviation; "
+        "models below 11 tokens/s generated fewer than 128.",
+    ]) + "\n"  # fmt: skip
+
+
+def verified_rows(results: dict[str, Result]) -> Iterator[tuple[str, ...]]:
+    for info in ours():
+        found = [result for name, result in results.items() if name.startswith(f"{info.name}:") and result.machine]
+        on = sorted({result.device.partition(":")[0] for result in found if result.device})
+        versions = found[0].machine.versions if found and found[0].machine else {}
+        named = [f"{library.distribution} {versions[library.distribution]}" for library in info.libraries
+                 if library.distribution in versions]  # fmt: skip
+        rest = [device.type for device in info.capabilities.devices if device.type not in on]
+        link = f"[{info.name}](../../plugins/{info.name}/README.md)"
+        yield link, " ".join(on), ", ".join(named) or "no library of its own", " ".join(rest)
+
+
+def conditions(results: dict[str, Result]) -> str:
+    """The model, the text and the machines, in a sentence."""
+    machines = sorted({
+        f"{m.processor}, {m.cores} cores, torch {m.versions['torch']}, transformers {m.versions['transformers']}"
+        for result in results.values() if (m := result.machine)
+    })  # fmt: skip
+    quality = next(result.quality for result in results.values() if result.quality)
+    threads = sorted({result.threads for result in results.values() if result.threads})
+    return (
+        "SmolLM2-135M-Instruct (`builtin:smollm2`: its weights were 4-bit once already, so 4 bit looks better here "
+        f"than it is, Q4_1 above all); {quality.preset}, {quality.tokens_scored} positions of the packaged text, "
+        f"reference: dense float32. {'; '.join(machines)}; {' or '.join(map(str, threads))} threads."
+    )
+
+
+def in_order(results: dict[str, Result]) -> list[str]:
+    """The dense model first, then the backends by name, presets as their cards have them."""
+    order = [name for name in results if name.startswith(f"{DENSE}:")]
+    for info in ours():
+        order += [name for preset in info.presets if (name := f"{info.name}:{preset}") in results]
+    return order
+
+
+def measured_row(name: str, result: Result) -> tuple[str, ...]:
+    if result.status != "done":
+        return (f"`{name}`", f"failed: {result.reason}", *[""] * 9)
+    memory, quality, speed = result.memory, result.quality, result.speed
+    rates = [f"{rate.mean:.1f} ± {rate.standard_deviation:.1f}"
+             for rate in (speed.prompt_tokens_per_second, speed.generated_tokens_per_second)]  # fmt: skip
+    failed = [check.name for check in result.checks if not check.passed]
+    return (
+        f"`{name}`" + (f" (fails: {', '.join(failed)})" if failed else ""),
+        size(memory.weights_stored_bytes) if memory else "",
+        f"{memory.ratio_to_bfloat16:.2f}x" if memory else "",
+        f"{result.bits_per_weight:.2f}" if result.bits_per_weight else "",
+        f"{quality.kl_mean:.4f} ± {quality.kl_standard_error:.4f}",
+        f"{quality.top1:.3f}",
+        f"{result.load_seconds:.1f}",
+        *rates,
+        result.compute_dtype,
+        result.kernel,
+    )
+
+
+def markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [headings, ("---",) * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cell or '-' for cell in row)} |" for row in lines)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def timed(monkeypatch):
 
         def feed(tokens):
             fed[-1].append(len(tokens))
-            clock[0] += 100.0 if fed in ([[8]], [[8]] * 4 + [[1]]) else len(tokens) * 0.01  # the warm-ups are slow
+            warming_up = fed in ([[8]], [[8]] * 4 + [[1]], [[8]] * 4 + [[1, 1]])
+            clock[0] += 100.0 if warming_up else len(tokens) * 0.01
 
         return feed
 
@@ -138,7 +139,7 @@ def timed(monkeypatch):
 def test_speed_counts_tokens_and_leaves_the_warm_up_out(timed):
     session, fed = timed
     speed = measure_speed(session, 50, prompt_tokens=8, generated_tokens=4, repetitions=3)
-    assert fed == [[8]] * 4 + [[1]] + [[1, 1, 1, 1]] * 3
+    assert fed == [[8]] * 4 + [[1, 1]] + [[1, 1, 1, 1]] * 3
     assert speed.prompt_tokens_per_second.mean == pytest.approx(100)
     assert speed.generated_tokens_per_second.repetitions == pytest.approx((100, 100, 100))
     assert speed.first_token_seconds == pytest.approx(0.08)
@@ -148,6 +149,9 @@ def test_a_slow_model_is_repeated_less_often(timed):
     speed = measure_speed(timed[0], 50, prompt_tokens=8, generated_tokens=4, limit_seconds=0.1)
     assert len(speed.prompt_tokens_per_second.repetitions) == 2
     assert len(speed.generated_tokens_per_second.repetitions) == 3
+    assert speed.generated_tokens == 4
+    slower = measure_speed(timed[0], 50, prompt_tokens=8, generated_tokens=128, limit_seconds=0.3)
+    assert slower.generated_tokens in (29, 30)
 
 
 def test_texts_are_there_and_calibration_is_cut_from_its_own():

@@ -13,6 +13,7 @@ from polyquant.types import Record
 Feed = Callable[[Sequence[int]], None]
 """Runs tokens through a model after those it was fed before, up to the logits of the last one."""
 PROMPT_TOKENS, GENERATED_TOKENS, REPETITIONS = 512, 128, 5
+LEAST_GENERATED = 16
 
 
 class Rate(Record, frozen=True):
@@ -46,6 +47,7 @@ def measure_speed(
 
     session: a new, empty context of the model; what it returns has finished its work when it returns.
     limit_seconds: after so long, prompts and generations each, nothing more is repeated; one repetition is always made.
+        A model that would need longer than that for one generates fewer tokens, at least LEAST_GENERATED.
     """
     rng = random.Random(0)  # noqa: S311  tokens to time, no secret
 
@@ -55,12 +57,13 @@ def measure_speed(
     def prompt() -> float:
         return _seconds(session(), [tokens(prompt_tokens)])
 
-    def generation(count: int = generated_tokens) -> float:
-        return _seconds(session(), [[token] for token in tokens(count)])
+    def generation() -> float:
+        return _seconds(session(), [[token] for token in tokens(generated_tokens)])
 
     prompt()
     prompts = _repeat(prompt, repetitions, limit_seconds)
-    generation(1)
+    a_token = _seconds(session(), [[token] for token in tokens(2)]) / 2
+    generated_tokens = _affordable(generated_tokens, a_token, limit_seconds)
     generations = _repeat(generation, repetitions, limit_seconds)
     return Speed(
         prompt_tokens=prompt_tokens,
@@ -76,6 +79,12 @@ def _repeat(run: Callable[[], float], repetitions: int, limit_seconds: float) ->
     while len(seconds) < repetitions and sum(seconds) < limit_seconds:
         seconds.append(run())
     return seconds
+
+
+def _affordable(tokens: int, seconds_each: float, limit_seconds: float) -> int:
+    if tokens * seconds_each <= limit_seconds:
+        return tokens
+    return min(tokens, max(LEAST_GENERATED, int(limit_seconds / seconds_each)))
 
 
 def _seconds(feed: Feed, batches: Sequence[Sequence[int]]) -> float:

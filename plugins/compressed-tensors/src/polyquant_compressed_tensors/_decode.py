@@ -1,6 +1,6 @@
 """Packed codes to weights, through a table of what each byte stands for.
 
-compressed-tensors' own decompression shifts bit by bit: the same values in 5 (fp8) to 13 (int4) times the time on a CPU.
+compressed-tensors' own decompression shifts bit by bit: the same values in 5 (fp8) to 13 (int4) times the CPU time.
 """
 
 from __future__ import annotations
