@@ -175,6 +175,22 @@ def test_kernels(checkpoint):
         load(checkpoint, kernel="marlin")
 
 
+def test_a_layer_of_a_size_that_the_int4_matmul_does_not_take_is_unpacked(folder, tmp_path, packing):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama", folder), model)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 40}  # k_proj: 40 x 64
+    config = LlamaConfig.from_pretrained(model, intermediate_size=96, **sizes)
+    LlamaForCausalLM(config).save_pretrained(model)
+    loaded = load(packing.write(model, tmp_path / "out", group_size=32))
+    assert loaded.kernel == "gptqmodel AwqTorchLinear, gptqmodel TorchAtenAwqLinear"
+    assert_verified(loaded)
+    kernels = {layer.name: layer.kernel for layer in loaded.layers if layer.quantized}
+    assert kernels["model.layers.0.self_attn.k_proj.weight"] == "gptqmodel AwqTorchLinear"
+    assert kernels["model.layers.0.self_attn.q_proj.weight"] == "gptqmodel TorchAtenAwqLinear"
+
+
 def test_calibration_that_is_not_enough(folder, tmp_path):
     with pytest.raises(ConfigError, match="the calibration text has . tokens, at least 256 are needed"):
         quantize(tiny_model("llama", folder), tmp_path / "out", ("Hi!",))

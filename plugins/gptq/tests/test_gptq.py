@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import polyquant
 import pytest
@@ -31,8 +32,6 @@ def checkpoint(folder, packing):
 @pytest.fixture
 def copy(checkpoint, tmp_path):
     """Its files, to be changed."""
-    import shutil
-
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
@@ -206,6 +205,22 @@ def test_kernels(checkpoint):
         load(checkpoint, kernel="torch_aten", compute_dtype="float32")
     with pytest.raises(ConfigError, match="kernel 'marlin' cannot be used on cpu here"):
         load(checkpoint, kernel="marlin")
+
+
+def test_a_layer_of_a_size_that_the_int4_matmul_does_not_take_is_unpacked(folder, tmp_path, packing):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama", folder), model)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 40}  # k_proj: 40 x 64
+    config = LlamaConfig.from_pretrained(model, intermediate_size=96, **sizes)
+    LlamaForCausalLM(config).save_pretrained(model)
+    loaded = load(packing.write(model, tmp_path / "out", group_size=32))
+    assert loaded.kernel == "gptqmodel TorchAtenLinear, gptqmodel TorchLinear"
+    assert_verified(loaded)
+    kernels = {layer.name: layer.kernel for layer in loaded.layers if layer.quantized}
+    assert kernels["model.layers.0.self_attn.k_proj.weight"] == "gptqmodel TorchLinear"
+    assert kernels["model.layers.0.self_attn.q_proj.weight"] == "gptqmodel TorchAtenLinear"
 
 
 def test_calibration_that_is_not_enough(folder, tmp_path):

@@ -21,7 +21,7 @@ from polyquant_awq._library import (
     hf_select_quant_linear_v2,
 )
 from polyquant_awq.options import VERSION, AwqOptions
-from polyquant_awq.planning import SCHEME, why_not
+from polyquant_awq.planning import ATEN_ROWS, SCHEME, why_not
 
 CPU_KERNELS = (TorchAtenAwqLinear, AwqTorchLinear)
 SPENT = ("qzeros", "scales")
@@ -53,6 +53,8 @@ def select_kernel(config: AwqOptions, device: str) -> type[BaseQuantLinear]:
 
 def empty_layer(linear: Any, kernel: type[BaseQuantLinear], config: AwqOptions, name: str) -> BaseQuantLinear:
     """A packed layer on the meta device that takes the place of `linear`. Raises ConfigError for an unfit size."""
+    if kernel is TorchAtenAwqLinear and linear.out_features % ATEN_ROWS:
+        kernel = AwqTorchLinear
     # a kernel for GPUs is made for one dtype; those for CPUs take any, and say float32 is none of theirs
     dtype = {} if kernel in CPU_KERNELS else {"dtype": getattr(torch, config.compute_dtype)}
     try:

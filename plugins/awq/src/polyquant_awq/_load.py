@@ -42,7 +42,7 @@ def load(request: LoadRequest, config: AwqOptions) -> LoadedModel:
                 settle(model.get_submodule(name), dtype)
     model.config.quantization_config = config.stored()
     tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    named = f"gptqmodel {kernel.__name__}"
+    named = ", ".join(sorted({f"gptqmodel {type(model.get_submodule(name)).__name__}" for name in quantized}))
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=named, notes=notes)
 
 

@@ -13,6 +13,7 @@ from polyquant_awq.options import AwqOptions
 
 SCHEME = "awq4"
 ATEN_GROUPS = (32, 64, 128, 256)  # what aten::_weight_int4pack_mm_for_cpu takes
+ATEN_ROWS = 16  # and what it wants out_features to be a multiple of
 TORCH_GROUPS = (-1, 16, 32, 64, 128)
 WORD = 8  # weights of one int32 word
 
@@ -25,7 +26,8 @@ def plan_layers(weights: Sequence[WeightInfo], config: AwqOptions) -> list[Layer
 def quantized_bytes(weight: WeightInfo, config: AwqOptions) -> int:
     """Packed weight with scales and zero points, as the kernel keeps it."""
     require_packable(weight, config)
-    if (config.kernel if config.kernel != "auto" else cpu_kernel(config)) == "torch_aten":
+    kernel = config.kernel if config.kernel != "auto" else cpu_kernel(config)
+    if kernel == "torch_aten" and not weight.shape[0] % ATEN_ROWS:
         return layouts.int4pack_bytes(weight.shape, config.group_size)
     return layouts.awq_bytes(weight.shape, config.bits, config.group_size)
 

@@ -23,7 +23,7 @@ from polyquant_gptq._library import (
     hf_select_quant_linear_v2,
 )
 from polyquant_gptq.options import GptqOptions
-from polyquant_gptq.planning import why_not_aten
+from polyquant_gptq.planning import ATEN_ROWS, why_not_aten
 
 CPU_KERNELS = (TorchAtenLinear, TorchLinear)
 SPENT = ("qzeros", "scales", "g_idx", "wf_unsqueeze_zero", "wf_unsqueeze_neg_one")
@@ -56,6 +56,8 @@ def select_kernel(config: GptqOptions, layout: str, device: str) -> type[BaseQua
 
 def empty_layer(linear: Any, kernel: type[BaseQuantLinear], config: GptqOptions, name: str) -> BaseQuantLinear:
     """A packed layer on the meta device that takes the place of `linear`. Raises ConfigError for an unfit size."""
+    if kernel is TorchAtenLinear and linear.out_features % ATEN_ROWS:
+        kernel = TorchLinear
     # a kernel for GPUs is made for one dtype; those for CPUs take any, and say float32 is none of theirs
     dtype = {} if kernel in CPU_KERNELS else {"dtype": getattr(torch, config.compute_dtype)}
     try:

@@ -12,6 +12,7 @@ from polyquant.types import LayerPlan, WeightInfo
 from polyquant_gptq.options import GptqOptions
 
 ATEN_GROUPS = (32, 64, 128, 256)  # what aten::_weight_int4pack_mm_for_cpu takes
+ATEN_ROWS = 16  # and what it wants out_features to be a multiple of
 SHIFTS_3 = 36  # int32 words of each of the two tables that unpack 3-bit weights
 
 
@@ -24,6 +25,8 @@ def quantized_bytes(weight: WeightInfo, config: GptqOptions) -> int:
     """Packed weight with scales and zero points, as the kernel keeps it."""
     require_packable(weight, config)
     kernel = config.kernel if config.kernel != "auto" else cpu_kernel(config, weight.dtype)
+    if kernel == "torch_aten" and weight.shape[0] % ATEN_ROWS:
+        kernel = "torch"
     if kernel == "torch_aten":
         order = 4 * weight.shape[1] if config.desc_act else 0
         return layouts.int4pack_bytes(weight.shape, config.group_size) + order
