@@ -5,7 +5,8 @@ import os
 import random
 import warnings
 
-from polyquant.environment import contained
+from polyquant.environment import contained, library_problems
+from polyquant.types import Library
 
 
 def test_what_a_library_changes_is_put_back(capfd):
@@ -24,3 +25,9 @@ def test_what_a_library_changes_is_put_back(capfd):
     )  # fmt: skip
     assert capfd.readouterr() == ("", "")
     del os.environ["POLYQUANT_TEST_KEPT"]
+
+
+def test_a_fix_says_what_to_know_before_installing():
+    library = Library(distribution="no-such-library", versions=">=1", caution="not beside torch 1")
+    (problem,) = library_problems((library,))
+    assert problem.fix == "pip install 'no-such-library>=1' (not beside torch 1)"

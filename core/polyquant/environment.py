@@ -23,7 +23,7 @@ def library_problems(libraries: Iterable[Library]) -> list[Problem]:
     problems = []
     for library in libraries:
         version = installed_version(library.distribution)
-        fix = f"pip install '{library.requirement}'"
+        fix = f"pip install '{library.requirement}'" + (f" ({library.caution})" if library.caution else "")
         if version is None:
             problems.append(Problem(what=f"{library.distribution} is not installed", fix=fix, kind="missing"))
         elif not SpecifierSet(library.versions, prereleases=True).contains(version):

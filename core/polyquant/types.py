@@ -46,6 +46,7 @@ class Library(Record, frozen=True):
     distribution: str  # as pip names it
     versions: str = ""  # PEP 440 specifier; empty: any
     module: str = ""  # import name where it differs from the distribution's
+    caution: str = ""  # what one should know before installing it, such as what it does not live with
 
     @property
     def requirement(self) -> str:

@@ -15,7 +15,10 @@ from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo,
 
 from polyquant_awq.options import AwqOptions
 
-GPTQMODEL = Library(distribution="gptqmodel", versions=">=7.7,<8")
+GPTQMODEL = Library(
+    distribution="gptqmodel", versions=">=7.7,<8",
+    caution="it asks for torch 2.14.1 or newer, and with --no-deps runs on 2.13",
+)  # fmt: skip
 LIBRARIES = (
     GPTQMODEL,
     Library(distribution="torch", versions=">=2.13"),  # gptqmodel's metadata asks for 2.14.1; 2.13 is tested

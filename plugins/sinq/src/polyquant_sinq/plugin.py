@@ -15,7 +15,10 @@ from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo,
 
 from polyquant_sinq.options import SinqOptions
 
-SINQ = Library(distribution="sinq", versions=">=0.2,<0.3", module="sinq.quantizer")
+SINQ = Library(
+    distribution="sinq", versions=">=0.2,<0.3", module="sinq.quantizer",
+    caution="in an environment of its own, or with SINQ_AUTO_PATCH=0: it imports transformers at every Python start",
+)  # fmt: skip
 LIBRARIES = (SINQ, Library(distribution="accelerate", versions=">=1.6"))
 CAPABILITIES = Capabilities(
     bits=(2, 3, 4, 5, 6, 8),
