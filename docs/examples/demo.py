@@ -73,7 +73,7 @@ def main() -> None:
 def fine_tune(folder: Path) -> bool:
     """A short QLoRA run on the NF4 base; whether the loss fell."""
     console.rule("6. Fine-tune: LoRA on the frozen NF4 base")
-    options = {**CONFIGURATIONS["NF4"], "steps": STEPS, "learning_rate": 1e-3, "warmup": 0.1}
+    options = {**CONFIGURATIONS["NF4"], "steps": STEPS, "learning_rate": 2e-3, "warmup": 0.1}
     console.print(
         f"polyquant.finetune({MODEL!r}, 'captain.jsonl', 'adapter', backend='bitsandbytes', {shown(options)})"
     )

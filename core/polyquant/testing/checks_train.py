@@ -23,6 +23,7 @@ def adapters_train_on_the_frozen_base(subject: Subject, preset: str) -> None:
     except ImportError:
         raise NotApplicable("peft is not installed (pip install peft)") from None
     loaded = subject.load(preset)
+    loaded.logits(subject.tokens(loaded, 8))  # some kernels repack weights in it, and then pass no gradient
     model = subject.handle.prepare_for_training(loaded)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

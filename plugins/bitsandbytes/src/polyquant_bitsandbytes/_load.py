@@ -79,22 +79,37 @@ def _cast_dense(model: Any, dtype: torch.dtype) -> None:
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Weights that the CPU kernel has repacked have lost bits of their scales: those are read from the source again."""
-    repacked = any(
-        getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit(loaded.model)
-    )
-    if not repacked:
+    if not _repacked(loaded.model):
         return hf.save_pretrained(loaded, out)
+    return hf.save_pretrained(loaded, out, _read_again(loaded))
+
+
+def prepare_for_training(loaded: LoadedModel) -> Any:
+    """Freeze, and let no forward pass repack weights: no gradient passes through those that are."""
+    from peft import prepare_model_for_kbit_training
+
+    if _repacked(loaded.model):
+        exact = dict(_read_again(loaded).named_modules())
+        for name, module in loaded.model.named_modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.weight, module.quant_state = exact[name].weight, exact[name].weight.quant_state
+    for module in _linear_4bit(loaded.model):
+        module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(loaded.model, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _repacked(model: Any) -> bool:
+    """Whether a forward pass has repacked weights for the CPU, which rounds their scales."""
+    return any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit(model))
+
+
+def _read_again(loaded: LoadedModel) -> Any:
+    """The model as it was loaded. Raises SaveError where it is not known from where."""
     if loaded.request is None:
         raise SaveError(
             "the first forward pass repacked the weights, and where they came from is unknown: load through polyquant"
         )
-    return hf.save_pretrained(loaded, out, _load_model(loaded.request, cast(BitsAndBytesOptions, loaded.config)))
-
-
-def prepare_for_training(loaded: LoadedModel) -> Any:
-    from peft import prepare_model_for_kbit_training
-
-    return prepare_model_for_kbit_training(loaded.model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    return _load_model(loaded.request, cast(BitsAndBytesOptions, loaded.config))
 
 
 def kernel(device: str) -> str:
