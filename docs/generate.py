@@ -70,6 +70,7 @@ def backends_page() -> str:
         "quantized tensors, scales included. KL: mean KL(dense float32 || preset) with its standard error. pp512, "
         "tg128: prompt and generated tokens a second as llama-bench defines them, mean with standard deviation; "
         "models below 11 tokens/s generated fewer than 128.",
+        "[Why some figures are out of line](../explanation/figures.md).",
     ]) + "\n"  # fmt: skip
 
 

@@ -266,7 +266,7 @@ def test_a_checkpoint_that_is_made(folder, tmp_path, capfd):
 def test_the_output_head_on_request_and_progress(folder, tmp_path, capfd, monkeypatch):
     monkeypatch.delitem(os.environ, "PYTEST_CURRENT_TEST")  # the library draws nothing under pytest
     out = quantize(tiny_model("llama", folder), tmp_path / "out", skip_defaults=False, progress=True)
-    assert "Quantizing" in capfd.readouterr().out
+    assert "gptq" in capfd.readouterr().out  # a bar on a terminal, lines of a log in CI
     loaded = load(out)
     assert_verified(loaded)
     assert {layer.name for layer in loaded.layers if layer.quantized} >= {"lm_head.weight"}
