@@ -89,7 +89,7 @@ def verified_rows(results: dict[str, Result]) -> Iterator[tuple[str, ...]]:
 def conditions(results: dict[str, Result]) -> str:
     """The model, the text and the machines, in a sentence."""
     machines = sorted({
-        f"{m.processor}, {m.cores} cores, torch {m.versions['torch']}, transformers {m.versions['transformers']}"
+        f"{m.processor}, {m.cores} of its cores, torch {m.versions['torch']}, transformers {m.versions['transformers']}"
         for result in results.values() if (m := result.machine)
     })  # fmt: skip
     quality = next(result.quality for result in results.values() if result.quality)

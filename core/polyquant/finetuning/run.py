@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -58,11 +60,12 @@ def finetune(
     with processes.main_process_first():
         folder = state.begin(out, _job(card), restart=restart and processes.is_main_process)
         checkpoint, notes = state.last_whole_checkpoint(folder)
-    model = train.with_adapters(backend.prepare_for_training(loaded), targets, options)
+    with quiet_libraries():
+        model = train.with_adapters(backend.prepare_for_training(loaded), targets, options)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     started = perf_counter()
-    with measure_peak() as peak:
+    with measure_peak() as peak, quiet_libraries():
         reporter = train.train(
             model, learned, held_out, pad, options, folder, checkpoint,
             report=report if processes.is_main_process else None,
@@ -79,6 +82,15 @@ def finetune(
         trained_parameters=trained, adapter_bytes=(out / WEIGHTS).stat().st_size, seconds=seconds,
         peak_bytes=peak.peak_bytes, resumed_from=state.step_of(checkpoint), notes=(*read.notes, *notes),
     )  # fmt: skip
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within the block, what transformers and torch announce for their next versions is not shown to users."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
