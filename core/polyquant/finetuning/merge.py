@@ -62,12 +62,10 @@ def effective_weight(layer: Any, shape: Sequence[int]) -> Any:
     """(out_features, in_features), float32: what `layer` answers to the identity, less what it answers to zero."""
     reference = next((tensor for tensor in layer.parameters() if tensor.is_floating_point()), torch.zeros(1))
     zero = torch.zeros(1, shape[1], dtype=reference.dtype, device=reference.device)
-    rows = []
+    identity = torch.eye(shape[1], dtype=zero.dtype, device=zero.device)
     with torch.inference_mode():
         bias = layer(zero)
-        for start in range(0, shape[1], CHUNK):
-            part = torch.eye(shape[1], dtype=zero.dtype, device=zero.device)[start : start + CHUNK]
-            rows.append((layer(part) - bias).float().cpu())
+        rows = [(layer(part) - bias).float().cpu() for part in identity.split(CHUNK)]
     return torch.cat(rows).T.clone()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
+import msgspec
 import psutil
 import torch
 from transformers import TrainerCallback
@@ -34,8 +35,6 @@ class Reporter(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
         loss = (metrics or {}).get("eval_loss")
         if loss is not None and self.steps:
-            import msgspec
-
             self.steps[-1] = msgspec.structs.replace(self.steps[-1], evaluation_loss=float(loss))
             self._tell(self.steps[-1])
 
