@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 import polyquant
+from polyquant.candidates import DENSE
 from polyquant.cli.show import card_cells, size
-from polyquant.comparison.records import DENSE, Result
+from polyquant.comparison.records import Result
 from polyquant.types import BackendInfo
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,9 @@ import sys
 
 import msgspec
 import pytest
+from polyquant.candidates import DENSE
 from polyquant.comparison.cell import run
-from polyquant.comparison.records import DENSE, Job, Result
+from polyquant.comparison.records import Job, Result
 from polyquant.comparison.reference import reference
 from polyquant.models.resolve import resolve
 from polyquant.testing.models import tiny_model

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import msgspec
 import polyquant
-from polyquant.comparison.records import DENSE, Job, Result
+from polyquant.candidates import DENSE
+from polyquant.comparison.records import Job, Result
 from polyquant.comparison.reference import reference
 from polyquant.models.resolve import resolve
 from polyquant.texts import evaluation_text

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 import polyquant
-from polyquant.comparison.records import DENSE, Job, Result
+from polyquant.candidates import DENSE
+from polyquant.comparison.records import Job, Result
 from polyquant.errors import PolyquantError
 from polyquant.loaded import LoadedModel
 from polyquant.machine import this_machine

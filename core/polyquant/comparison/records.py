@@ -11,9 +11,6 @@ from polyquant.report import Check, Memory
 from polyquant.speed import Speed
 from polyquant.types import Record
 
-DENSE = "dense"
-"""Stands in a job for no backend: the model as it is, in the compute dtype of the options."""
-
 
 class Job(Record, frozen=True):
     """One candidate on one model."""

@@ -1,0 +1,95 @@
+"""Candidates: a backend with options, or a checkpoint, as people write them: `bitsandbytes:nf4,double_quant=true`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from polyquant.errors import ConfigError, did_you_mean
+from polyquant.options import BackendOptions, convert
+from polyquant.types import BackendInfo, Record
+
+DENSE = "dense"
+"""Stands for no backend: the model as it is, in the compute dtype of the options."""
+SYNTAX = "backend, backend:preset, backend:preset,option=value,... or backend@checkpoint"
+
+
+class DenseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The one option of the dense model is its compute dtype."""
+
+
+class Candidate(Record, frozen=True):
+    """One way to have a model quantized."""
+
+    name: str  # as it was asked for; tables and reports show it
+    backend: str  # empty: the checkpoint `model` names its own
+    options: Mapping[str, Any] = {}
+    model: str = ""  # a checkpoint of its own instead of the model that all candidates share
+
+
+def parse(text: str, card: Callable[[str], BackendInfo]) -> Candidate:
+    """The candidate that `text` stands for.
+
+    text: `backend`, `backend:preset`, `backend:option=value,...` or both; `dense` or `dense:bfloat16`; a checkpoint
+        that is quantized already as its path, or as `backend@path` with the backend that is to read it. A word
+        without = goes on with the value before it: `gptq:skip=layers.0,lm_head`.
+    card: finds the card of a backend. Raises ConfigError, or what `card` raises for an unknown backend.
+    """
+    head, colon, rest = text.partition(":")
+    backend, at, model = head.partition("@")
+    if not at and ("/" in head or head.endswith(".gguf")):
+        backend, model = "", head
+    if not (backend or model) or (at and not model) or (colon and not rest):
+        raise ConfigError(f"{text!r} is no candidate; one is written as {SYNTAX}")
+    words = [word.strip() for word in rest.split(",") if word.strip()]
+    preset = words.pop(0) if words and "=" not in words[0] else ""
+    given = _pairs(text, words)
+    if backend == DENSE:
+        return _dense(text, preset, given)
+    if not backend:
+        if colon:
+            raise ConfigError(f"{text!r}: name the backend that is to read the checkpoint, as in gptq@{model}:{rest}")
+        return Candidate(name=text, backend="", model=model)
+    info = card(backend)
+    if preset and preset not in info.presets:
+        known = ", ".join(info.presets) or "none"
+        raise ConfigError(
+            f"{backend} has no preset {preset!r}; there are {known}.{did_you_mean(preset, info.presets)} "
+            "Options are written as name=value"
+        )
+    typed = convert(info.options, given, strict=False)
+    options = {**info.presets.get(preset, {}), **{name: getattr(typed, name) for name in given}}
+    return Candidate(name=text, backend=backend, options=options, model=model)
+
+
+def presets_of(info: BackendInfo) -> list[Candidate]:
+    """A candidate for each preset of a backend; one without options where it has none."""
+    named = [
+        Candidate(name=f"{info.name}:{preset}", backend=info.name, options=dict(options))
+        for preset, options in info.presets.items()
+    ]
+    return named or [Candidate(name=info.name, backend=info.name)]
+
+
+def _pairs(text: str, words: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    last = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals:
+            if name in pairs:
+                raise ConfigError(f"{text!r} gives {name} twice")
+            last = name.strip()
+            pairs[last] = value.strip()
+        elif last:
+            pairs[last] += f",{word}"
+        else:
+            raise ConfigError(f"{text!r}: {word!r} is neither a preset nor name=value; a candidate is {SYNTAX}")
+    return pairs
+
+
+def _dense(text: str, preset: str, given: Mapping[str, object]) -> Candidate:
+    dtype = {"compute_dtype": preset} if preset else {}
+    options = convert(DenseOptions, {**dtype, **given})
+    chosen = "float32" if options.compute_dtype == "auto" else options.compute_dtype
+    return Candidate(name=text, backend=DENSE, options={"compute_dtype": chosen})
