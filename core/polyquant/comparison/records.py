@@ -1,15 +1,21 @@
-"""The JSON between processes: what a cell is asked for, and what it answers."""
+"""The JSON between processes and on disk: what a cell is asked for, what it answers, and a whole comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+from polyquant.candidates import Candidate
 from polyquant.machine import Machine
 from polyquant.quality.records import Quality
 from polyquant.report import Check, Memory
 from polyquant.speed import Speed
 from polyquant.types import Record
+
+Part = Literal["quality", "speed", "tasks"]
+"""What a cell measures after it has loaded and verified the model."""
+Goal = Literal["quality", "speed", "memory"]
 
 
 class Job(Record, frozen=True):
@@ -19,10 +25,36 @@ class Job(Record, frozen=True):
     backend: str
     options: Mapping[str, Any] = {}
     device: str = "auto"
-    reference: str = ""  # folder of the reference's stored log-probabilities; empty: quality is not measured
+    parts: tuple[Part, ...] = ("speed",)
+    reference: str = ""  # folder of the reference's stored log-probabilities, for quality
     reference_key: str = ""
-    speed: bool = True
+    dense: str = ""  # the dense model, for the error of each layer's weights; empty: not measured
+    tasks: tuple[str, ...] = ()  # of lm-eval
+    task_folder: str = ""  # where tasks of one's own lie
+    task_limit: int | None = None  # examples of each task
     speed_limit_seconds: float = 300  # see measure_speed: slow models are repeated less often
+
+
+class Layer(Record, frozen=True):
+    """One weight-bearing tensor of a candidate."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: float  # nominal
+    scheme: str
+    stored_bytes: int
+    quantized: bool
+    relative_error: float | None = None  # Frobenius norm of the weights' error over that of the weights
+
+
+class Score(Record, frozen=True):
+    """One metric of a task."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    examples: int
 
 
 class Result(Record, frozen=True):
@@ -31,15 +63,88 @@ class Result(Record, frozen=True):
     job: Job
     status: Literal["done", "failed"]
     reason: str = ""
+    parts: tuple[Part, ...] = ()  # those that are measured
     machine: Machine | None = None
     kernel: str = ""
     compute_dtype: str = ""
     device: str = ""
     threads: int = 0
+    quantize_seconds: float | None = None  # making the checkpoint, for backends that do it offline
     load_seconds: float | None = None
     memory: Memory | None = None
     bits_per_weight: float | None = None  # of the quantized tensors, constants included
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
+    layers: tuple[Layer, ...] = ()
     quality: Quality | None = None
     speed: Speed | None = None
+    scores: tuple[Score, ...] = ()
+    seconds: float = 0.0  # of the processes that measured it, imports included
+    own_seconds: float = 0.0  # of these: loading and measuring
+
+    @property
+    def failed_checks(self) -> list[Check]:
+        """The checks of the verification that did not pass."""
+        return [check for check in self.checks if not check.passed]
+
+
+class Row(Record, frozen=True):
+    """A candidate with its result."""
+
+    candidate: Candidate
+    key: str  # hash of all that determines the result; the cell's file name
+    command: str  # reproduces this row
+    result: Result | None = None  # None: not measured yet
+
+
+class Setting(Record, frozen=True):
+    """What all candidates of a comparison are measured on."""
+
+    model: str
+    model_hash: str  # content of its files
+    dense_bytes: int  # the same weights in bfloat16
+    device: str
+    parts: tuple[Part, ...]
+    preset: str  # convention of the quality measurement
+    text: str  # name of the text
+    windows: int | None  # at most so many; None: the whole text
+    reference: str  # candidate that the others are compared with
+    tasks: tuple[str, ...] = ()
+
+
+class Comparison(Record, frozen=True):
+    """A whole comparison: what `polyquant.compare` returns, and what its folder holds as comparison.json."""
+
+    version: str  # of polyquant
+    created: str  # ISO 8601, UTC
+    folder: str  # where it lies
+    command: str  # measures what is missing, or all of it again elsewhere
+    setting: Setting
+    machine: Machine
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> list[Row]:
+        """The rows whose measurement succeeded."""
+        return [row for row in self.rows if row.result is not None and row.result.status == "done"]
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, one row a candidate, the columns of the CSV file."""
+        import pandas
+
+        from polyquant.comparison.table import COLUMNS, cells
+
+        return pandas.DataFrame([cells(row) for row in self.rows], columns=list(COLUMNS))
+
+    def best(self, goal: Goal = "quality", *, memory: int | str | None = None) -> Row:
+        """The best candidate that was measured; see `polyquant.comparison.choice.best`."""
+        from polyquant.comparison.choice import best
+
+        return best(self, goal, memory=memory)
+
+    def report(self, path: str | Path) -> Path:
+        """Write the report as one HTML file that works offline, with CSV, JSON and Markdown beside it."""
+        from polyquant.comparison.report import write_report
+
+        return write_report(self, Path(path))
