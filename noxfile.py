@@ -12,6 +12,7 @@ import nox
 
 ROOT = Path(__file__).parent
 PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
+TEMPLATE = ROOT / "core" / "polyquant" / "authoring" / "template"  # a plugin, as `polyquant new-backend` writes it
 DEVELOPMENT = {
     name: tomllib.loads((path / "pyproject.toml").read_text())
     .get("tool", {})
@@ -117,10 +118,10 @@ def types(session: nox.Session) -> None:
     """mypy, strict on the core and on each plugin's plugin.py and options.py."""
     session.install("-c", "constraints.txt", *GROUPS["types"])
     session.run("mypy")
-    for path in PLUGINS.values():
+    for path in (*PLUGINS.values(), TEMPLATE):
         package = next((path / "src").iterdir())
-        paths = [str(package / name) for name in ("plugin.py", "options.py")]
-        session.run("mypy", "--follow-imports=silent", *paths, env={"MYPYPATH": f"core:{path / 'src'}"})
+        modules = [f"--module={package.name}.{name}" for name in ("plugin", "options")]
+        session.run("mypy", "--follow-imports=silent", *modules, env={"MYPYPATH": f"core:{path / 'src'}"})
 
 
 @nox.session

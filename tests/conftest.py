@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polyquant
 import pytest
+from polyquant.authoring.new import new_backend
 
 GOOD_PLUGIN = """
 from typing import Literal
@@ -77,10 +78,18 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def rowwise_package(tmp_path_factory) -> Path:
+    """The package that `polyquant new-backend rowwise` writes."""
+    out = tmp_path_factory.mktemp("authoring") / "polyquant-rowwise"
+    new_backend("rowwise", out)
+    return out
+
+
 @pytest.fixture(scope="module")
-def rowwise(tmp_path_factory):
+def rowwise(rowwise_package, tmp_path_factory):
     """The third-party backend `rowwise`, installed as far as importlib can tell; gives the import path that does it."""
-    source = Path(__file__).parent / "thirdparty" / "polyquant-rowwise" / "src"
+    source = rowwise_package / "src"
     site = tmp_path_factory.mktemp("site")
     info = site / "polyquant_rowwise-1.0.dist-info"
     info.mkdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 import polyquant
 import pytest
 import torch
+from polyquant.authoring.new import TEMPLATE
 from polyquant.quality.divergence import kl_divergence, top1_agreement
 from polyquant.testing.catalog import ALL
 from polyquant.testing.check import Floor
@@ -17,9 +18,7 @@ from polyquant.testing.models import ARCHITECTURES, tiny_model
 from polyquant.testing.running import run_checks
 from polyquant.testing.subject import Subject
 
-THIRDPARTY = Path(__file__).parent / "thirdparty"
-ROWWISE = THIRDPARTY / "polyquant-rowwise"
-sys.path[:0] = [str(THIRDPARTY), str(ROWWISE / "src")]
+sys.path[:0] = [str(Path(__file__).parent / "thirdparty"), str(TEMPLATE / "src")]
 
 import rowwise_mutants  # noqa: E402
 
@@ -143,8 +142,8 @@ def run_pytest(site, tmp_path_factory):
     return run
 
 
-def test_the_five_line_file_of_the_reference_backend_passes(run_pytest):
-    outcomes, output = run_pytest(ROWWISE / "tests", "-m", "not real")
+def test_the_five_line_file_of_the_reference_backend_passes(run_pytest, rowwise_package):
+    outcomes, output = run_pytest(rowwise_package / "tests", "-m", "not real")
     assert Counter(outcomes.values()).keys() == {"PASSED"}, output
     tested = {name.partition("[")[0] for name in outcomes}
     assert tested == {f"test_{each.name}" for each in ALL if not each.real}
@@ -152,8 +151,8 @@ def test_the_five_line_file_of_the_reference_backend_passes(run_pytest):
 
 
 @pytest.mark.real
-def test_the_reference_backend_keeps_its_floors(run_pytest):
-    outcomes, output = run_pytest(ROWWISE / "tests", "-m", "real")
+def test_the_reference_backend_keeps_its_floors(run_pytest, rowwise_package):
+    outcomes, output = run_pytest(rowwise_package / "tests", "-m", "real")
     assert len(outcomes) == 2
     assert Counter(outcomes.values()).keys() == {"PASSED"}, output
 

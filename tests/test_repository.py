@@ -12,8 +12,9 @@ import pytest
 from polyquant import errors, hookspecs
 
 ROOT = Path(__file__).parent.parent
-CORE = sorted((ROOT / "core").rglob("*.py"))
-PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
+TEMPLATE = ROOT / "core" / "polyquant" / "authoring" / "template"  # a plugin, as `polyquant new-backend` writes it
+CORE = sorted(path for path in (ROOT / "core").rglob("*.py") if TEMPLATE not in path.parents)
+PLUGINS = [*sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")), TEMPLATE]
 LIGHT = ("__init__.py", "plugin.py", "options.py")
 HEAVY = re.compile(r"^(?:from|import) (?:torch|transformers|accelerate|peft|bitsandbytes)\b", re.MULTILINE)
 

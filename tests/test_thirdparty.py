@@ -8,9 +8,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from polyquant.authoring.new import TEMPLATE, new_backend
 from polyquant.testing.models import tiny_model
 
-SOURCE = Path(__file__).parent / "thirdparty" / "polyquant-rowwise"
 QUERY = """
 import json, sys, polyquant
 listed = [info.name for info in polyquant.backends()]
@@ -77,7 +77,7 @@ def files_before(bare):
 @pytest.fixture(scope="module")
 def installed(bare, files_before, tmp_path_factory):
     source = tmp_path_factory.mktemp("source") / "polyquant-rowwise"
-    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
+    new_backend("rowwise", source)
     bare.pip("install", "--no-deps", "--no-build-isolation", "--no-index", source)
     shutil.rmtree(source)
     return bare
@@ -117,7 +117,7 @@ def test_uninstalling_leaves_no_trace(installed, files_before):
 
 def test_it_uses_public_names_only():
     """Nothing of the core that starts with an underscore, nothing of another plugin."""
-    for path in (SOURCE / "src").rglob("*.py"):
+    for path in (TEMPLATE / "src").rglob("*.py"):
         for line in path.read_text().splitlines():
             words = line.split()
             if words[:1] in (["from"], ["import"]) and words[1].startswith("polyquant"):

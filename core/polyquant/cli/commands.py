@@ -10,6 +10,7 @@ import typer
 
 import polyquant
 from polyquant import api
+from polyquant.cli import authoring
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.options import Loading, complete_backend, loads_models
 from polyquant.cli.training import finetune, merge
@@ -41,6 +42,7 @@ def build(backend: str | None) -> typer.Typer:
     app.callback()(_root)
     app.command()(backends)
     app.command()(doctor)
+    authoring.register(app)
     for command in (load, verify, run, chat, quantize, finetune, merge):
         app.command()(loads_models(command, backend))
     return app

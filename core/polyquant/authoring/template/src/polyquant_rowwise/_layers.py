@@ -11,10 +11,12 @@ from torch.nn import functional
 
 from polyquant_rowwise.planning import SCHEME
 
+# Replace: what multiplies with the quantized weights; users see it.
 KERNEL = "torch matmul on int8 cast to the compute dtype"
 LARGEST = 127  # symmetric: -128 is not used
 
 
+# Replace: your quantized module, or your library's. It may store its weight in any way.
 class RowwiseLinear(torch.nn.Linear):
     """`nn.Linear` with int8 weights (out_features, in_features) and one scale for each row (out_features, 1).
 
@@ -30,7 +32,7 @@ class RowwiseLinear(torch.nn.Linear):
 
     @classmethod
     def quantize(cls, linear: torch.nn.Linear, scale_dtype: torch.dtype) -> RowwiseLinear:
-        """Round to the nearest of 255 steps: the row's largest absolute weight is 127 steps; a row of zeros stays so."""
+        """Round to the nearest of 255 steps: a row's largest absolute weight is 127 of them; zeros stay zero."""
         dense = linear.weight.detach().float()
         largest = dense.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * LARGEST)
         scale = (largest / LARGEST).to(scale_dtype)
@@ -51,10 +53,12 @@ class RowwiseLinear(torch.nn.Linear):
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
+    """Every tensor once: polyquant counts the bytes, and `_quantized` says which modules are quantized."""
     return describe(model, _quantized, skipped=model.config.quantization_config["modules_to_not_convert"] or ())
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:
+    # Replace: how your modules are told apart, their shape before packing, bits and scheme.
     if not isinstance(module, RowwiseLinear):
         return None
     return Quantized((module.out_features, module.in_features), 8, SCHEME, KERNEL)

@@ -15,6 +15,7 @@ QUANT_METHOD = "rowwise"  # how config.json names the format
 class RowwiseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """8 bit, symmetric, rounded to nearest; one scale for each output row."""
 
+    # Replace: your options. Each has a type, a default and a description, which is the command line's help.
     bits: Annotated[Literal[8], Meta(description="bits of a quantized weight")] = 8
     scale_dtype: Annotated[
         Literal["float32", "bfloat16"], Meta(description="dtype of the scales: 4 or 2 bytes for each output row")
@@ -25,7 +26,7 @@ class RowwiseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
         return self.bits
 
     def native(self) -> dict[str, Any]:
-        """The `quantization_config` of a saved model's config.json."""
+        """The `quantization_config` of a saved model's config.json. Replace: the library's own, where it has one."""
         return {
             "quant_method": QUANT_METHOD,
             "bits": self.bits,
@@ -36,6 +37,7 @@ class RowwiseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        """The options back from what `native` wrote."""
         skip = stored["modules_to_not_convert"]
         values = {
             "bits": stored["bits"],

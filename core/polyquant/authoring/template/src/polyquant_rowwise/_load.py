@@ -15,6 +15,7 @@ from polyquant_rowwise.options import RowwiseOptions
 
 
 def load(request: LoadRequest, config: RowwiseOptions) -> LoadedModel:
+    """The model, quantized on the way or read as it was saved, with its tokenizer."""
     model = _read(request, config) if request.source.stored_quantization else _quantize(request, config)
     model.config.quantization_config = config.native()
     tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
@@ -27,6 +28,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
+    """The model with its base frozen; gradients reach the adapters that PEFT puts into it."""
     model = loaded.model.requires_grad_(requires_grad=False)
     model.enable_input_require_grads()
     return model
@@ -38,7 +40,7 @@ def _quantize(request: LoadRequest, config: RowwiseOptions) -> Any:
     by_default = config.skip_defaults and not config.skip
     dense = compat.default_dense_modules(model) if by_default else set(config.skip)
     names = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and name not in dense]
-    for name in names:
+    for name in names:  # Replace: how one layer becomes yours
         module = RowwiseLinear.quantize(model.get_submodule(name), getattr(torch, config.scale_dtype))
         model.set_submodule(name, module.eval())
     return model

@@ -11,6 +11,7 @@ from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_rowwise.options import RowwiseOptions
 
+# Replace: the name of your scheme, as the card declares it.
 SCHEME = "int8-row"
 
 
@@ -18,6 +19,7 @@ def plan_layers(weights: Sequence[WeightInfo], config: RowwiseOptions) -> list[L
     """One plan for each of `weights`, in their order: a byte a weight and a scale a row."""
 
     def stored_bytes(weight: WeightInfo) -> int:
+        # Replace: the bytes that one weight takes when it is stored, constants included.
         return prod(weight.shape) + weight.shape[0] * DTYPE_BYTES[config.scale_dtype]
 
     return plan_linears(weights, config, SCHEME, stored_bytes, takes=is_quantized)

@@ -15,6 +15,7 @@ from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo,
 from polyquant_rowwise.options import QUANT_METHOD, RowwiseOptions
 from polyquant_rowwise.planning import SCHEME
 
+# Replace: what your backend can do. Each entry is a promise that `polyquant check-backend rowwise` puts to the test.
 CAPABILITIES = Capabilities(
     bits=(8,),
     schemes=(SCHEME,),
@@ -33,6 +34,8 @@ class RowwiseBackend:
     def backend_info(self) -> BackendInfo:
         return BackendInfo(
             name="rowwise",
+            # Replace: summary, docs, presets (the first is the default), the dtype that is best on each device, and
+            # libraries=(Library(distribution="acme", versions=">=2.1,<3"),) for what you stand on.
             summary="8 bit with one scale for each output row, in plain torch",
             capabilities=CAPABILITIES,
             options=RowwiseOptions,
@@ -43,6 +46,7 @@ class RowwiseBackend:
 
     @hookimpl
     def validate_environment(self, device: str) -> list[Problem]:
+        # Replace: where you have libraries, library_problems and import_problems of polyquant.environment come first.
         return device_problems(device, CAPABILITIES)
 
     @hookimpl
