@@ -15,6 +15,7 @@ from rich.table import Table
 
 from polyquant.api import Diagnosis, registry
 from polyquant.query import Selection
+from polyquant.sizes import size
 from polyquant.types import BackendInfo, Capabilities, Record
 
 if TYPE_CHECKING:
@@ -34,18 +35,6 @@ ABILITIES = {
     "compiles": "compiles",
     "offloads": "offloads",
 }
-
-
-def size(count: int | None) -> str:
-    """Bytes for people: 12.3 MiB."""
-    if count is None:
-        return "not measured"
-    value, units = float(count), ("B", "KiB", "MiB", "GiB", "TiB")
-    for unit in units[:-1]:
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} {units[-1]}"
 
 
 def print_json(value: object) -> None:
