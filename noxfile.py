@@ -67,7 +67,7 @@ def cache(session: nox.Session) -> Path:
 @nox.session
 def demo(session: nox.Session) -> None:
     """The six steps on a real model."""
-    install(session, *PLUGINS.values(), group="train")
+    install(session, *PLUGINS.values(), group="demo")
     session.run("python", "docs/examples/demo.py", *session.posargs)
 
 

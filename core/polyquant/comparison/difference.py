@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from polyquant.comparison.records import Comparison, Row
@@ -194,7 +194,7 @@ def _conditions(before: Comparison, after: Comparison) -> Iterator[Condition]:
             said = "content of the model" if name == "model_hash" else name
             yield Condition(name=said, before=values[0], after=values[1], quality=of_quality)
     machines = [_machines(comparison) for comparison in (before, after)]
-    described = {
+    described: dict[str, Callable[[Machine], str]] = {
         "machine": machine_words,
         "system": lambda machine: machine.system,
         "python": lambda machine: machine.python,

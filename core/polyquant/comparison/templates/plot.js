@@ -1,0 +1,147 @@
+"use strict";
+// Distance from the reference against size or speed. Text that comes from the data goes through `plain`.
+const data = JSON.parse(document.getElementById("data").textContent);
+const ZERO = 1e-6; // nats: as close as the reference is to itself
+const GROUPS = {
+  low: {name: "up to 3.5 bits", symbol: "triangle-up", color: "#d4720b"},
+  middle: {name: "3.5 to 6 bits", symbol: "circle", color: "#3183d6"},
+  high: {name: "over 6 bits", symbol: "square", color: "#1a9a72"},
+  dense: {name: "dense", symbol: "diamond", color: "#868e98"},
+};
+const AXES = {
+  weights_stored_bytes: {title: "stored weights, MiB (smaller is better)", scale: 1 / 2 ** 20},
+  generated_tokens_per_second: {title: "generated tokens/s (more is better)", scale: 1, error: "generated_tokens_per_second_standard_deviation"},
+  prompt_tokens_per_second: {title: "prompt tokens/s (more is better)", scale: 1, error: "prompt_tokens_per_second_standard_deviation"},
+};
+const CONFIG = {responsive: true, displayModeBar: false, doubleClick: "reset"};
+const plain = (text) => String(text).replace(/[&<>"]/g, (sign) => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})[sign]);
+const figure = (value, digits = 3) => value === null || value === undefined ? "not measured" : Number(value.toPrecision(digits)).toLocaleString("en", {maximumSignificantDigits: digits});
+const nats = (value) => value < ZERO ? "< 1e-6" : value < 1e-3 ? value.toExponential(1) : figure(value);
+const mebibytes = (bytes) => bytes === null ? "not measured" : bytes < 1024 * 2 ** 20 ? `${(bytes / 2 ** 20).toFixed(1)} MiB` : `${(bytes / 2 ** 30).toFixed(2)} GiB`;
+const narrow = () => document.getElementById("plot").clientWidth < 600;
+const touch = matchMedia("(pointer: coarse)").matches;
+let shown = new Set(data.points.keys());
+
+const figures = (point) => [
+  `KL ${nats(point.kl_mean)} nats${point.kl_mean < ZERO ? "" : ` ± ${nats(point.kl_standard_error)}`}`,
+  `top-1 ${(100 * point.top1).toFixed(1)} %`,
+  mebibytes(point.weights_stored_bytes) + (point.ratio_to_bfloat16 ? `, ${figure(point.ratio_to_bfloat16, 2)}x bfloat16` : ""),
+  `generated ${figure(point.generated_tokens_per_second)} tokens/s`,
+];
+const hover = (point) => [`<b>${plain(point.candidate)}</b>`, ...figures(point), `prompt ${figure(point.prompt_tokens_per_second)} tokens/s`,
+  ...(point.status === "done" ? [] : [plain(point.status)])].join("<br>");
+
+function ticks(low, high) {
+  const steps = high / low > 30 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 7];
+  const found = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
+    for (const step of steps) {
+      const tick = step * 10 ** power;
+      if (tick >= low && tick <= high) found.push(tick);
+    }
+  return found;
+}
+
+function draw() {
+  const axis = document.querySelector("#axis input:checked").value, of = AXES[axis];
+  const drawn = data.points.map((point, index) => ({...point, index})).filter((point) => point[axis] !== null && point.kl_mean !== null);
+  const missing = data.points.filter((point) => point[axis] === null || point.kl_mean === null);
+  const target = document.getElementById("plot");
+  document.getElementById("unplotted").textContent = missing.length ? `Not in this plot: ${missing.map((point) =>
+    `${point.candidate} (${point.status === "done" ? "not measured for it" : point.status})`).join(", ")}.` : "";
+  if (!drawn.length) {
+    Plotly.purge(target);
+    target.textContent = "Nothing was measured for this plot.";
+    list([]);
+    return;
+  }
+  const positive = drawn.map((point) => point.kl_mean).filter((kl) => kl >= ZERO);
+  const lowest = positive.length ? Math.min(...positive) : 1, floor = lowest / 4;
+  const y = (point) => Math.max(point.kl_mean, floor), x = (point) => point[axis] * of.scale;
+  const xs = drawn.map(x), low = Math.min(...xs), high = Math.max(...xs), log = high / low > 4;
+  const line = data.frontiers[axis].map((index) => data.points[index]);
+  const traces = [{x: line.map(x), y: line.map(y), mode: "lines", hoverinfo: "skip", name: "frontier",
+    line: {shape: axis === "weights_stored_bytes" ? "hv" : "vh", width: 1.2, dash: "dot", color: "#868e98"}}];
+  const onLine = new Set(data.frontiers[axis]);
+  for (const [name, group] of Object.entries(GROUPS)) {
+    const points = drawn.filter((point) => point.group === name);
+    if (!points.length) continue;
+    const bad = (point) => point.status !== "done";
+    traces.push({
+      x: points.map(x), y: points.map(y), mode: "markers", name: group.name, customdata: points.map((point) => point.index),
+      text: points.map(hover), hovertemplate: "%{text}<extra></extra>",
+      marker: {size: points.map((point) => onLine.has(point.index) ? 11 : 8), color: group.color, line: {width: 1.5, color: group.color},
+        symbol: points.map((point) => group.symbol + (bad(point) ? "-open" : "")),
+        opacity: points.map((point) => !shown.has(point.index) ? 0.1 : onLine.has(point.index) || point.reference ? 1 : 0.6)},
+      error_y: {type: "data", array: points.map((point) => point.kl_mean < ZERO ? 0 : point.kl_standard_error),
+        arrayminus: points.map((point) => point.kl_mean < ZERO ? 0 : Math.min(point.kl_standard_error, y(point) - floor / 2)), color: group.color, thickness: 1, width: 0},
+      ...(of.error ? {error_x: {type: "data", array: points.map((point) => point[of.error] * of.scale),
+        arrayminus: points.map((point) => Math.min(point[of.error] * of.scale, x(point) * 0.9)), color: group.color, thickness: 1, width: 0}} : {}),
+    });
+  }
+  const wide = !narrow();
+  const decades = [];
+  for (let power = Math.ceil(Math.log10(lowest)); power <= Math.ceil(Math.log10(Math.max(...positive, 1))); power++) decades.push(10 ** power);
+  const zero = drawn.some((point) => point.kl_mean < ZERO) ? [floor] : [];
+  const xticks = ticks(low / 1.1, high * 1.1);
+  const layout = {
+    height: wide ? 480 : 400, margin: {l: wide ? 64 : 48, r: 12, t: 8, b: 52}, hovermode: "closest", dragmode: touch ? false : "zoom",
+    paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: {size: wide ? 13 : 11}, showlegend: true,
+    legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0, itemclick: false, itemdoubleclick: false},
+    xaxis: {title: {text: of.title, standoff: 8}, type: log ? "log" : "linear", zeroline: false, fixedrange: touch,
+      ...(log ? {tickvals: xticks, ticktext: xticks.map((tick) => figure(tick))} : {})},
+    yaxis: {title: {text: "KL to the reference, nats (lower is better)", standoff: 4}, type: "log", zeroline: false, fixedrange: touch,
+      tickvals: [...zero, ...decades], ticktext: [...zero.map(() => "0"), ...decades.map((tick) => tick < 1e-3 ? tick.toExponential(0) : String(Number(tick.toPrecision(1))))]},
+  };
+  target.querySelectorAll(":scope > :not(.plot-container)").forEach((child) => child.nodeType === 3 && child.remove());
+  Plotly.react(target, traces, layout, CONFIG).then(() => label(target, line, x, y, wide, log));
+  list(data.frontiers[axis]);
+}
+
+// Names at the frontier, each where it hides neither a point nor another name; left out where there is no room.
+function label(target, line, x, y, wide, log) {
+  const {xaxis, yaxis} = target._fullLayout, taken = [], size = wide ? 12 : 10;
+  const across = (value) => xaxis.d2p(value), down = (value) => yaxis.d2p(value);
+  for (const point of data.points) {
+    const axis = document.querySelector("#axis input:checked").value;
+    if (point[axis] !== null && point.kl_mean !== null) {
+      const [left, top] = [across(x(point)), down(y(point))];
+      taken.push([left - 5, top - 5, left + 5, top + 5]);
+    }
+  }
+  const free = (box) => box[0] >= 0 && box[2] <= xaxis._length && box[1] >= 0 && box[3] <= yaxis._length &&
+    taken.every((other) => box[2] < other[0] || box[0] > other[2] || box[3] < other[1] || box[1] > other[3]);
+  const annotations = [];
+  for (const point of line) {
+    const width = point.candidate.length * size * 0.56, height = size * 1.3;
+    const [left, top] = [across(x(point)), down(y(point))];
+    const places = [[9, -height / 2, "left", "middle"], [6, 7, "left", "top"], [6, -7 - height, "left", "bottom"],
+      [-9 - width, -height / 2, "right", "middle"], [-6 - width, 7, "right", "top"], [-6 - width, -7 - height, "right", "bottom"]];
+    const found = places.map((place) => [[left + place[0], top + place[1], left + place[0] + width, top + place[1] + height], place]).find(([box]) => free(box));
+    if (!found) continue;
+    const [box, [, , xanchor, yanchor]] = found;
+    taken.push(box);
+    annotations.push({x: log ? Math.log10(x(point)) : x(point), y: Math.log10(y(point)), text: plain(point.candidate), showarrow: false, font: {size},
+      xanchor, yanchor, xshift: xanchor === "left" ? (yanchor === "middle" ? 9 : 6) : yanchor === "middle" ? -9 : -6, yshift: yanchor === "middle" ? 0 : yanchor === "top" ? -5 : 5, borderpad: 0});
+  }
+  Plotly.relayout(target, {annotations});
+}
+
+function list(indices) {
+  document.getElementById("frontier").replaceChildren(...indices.map((index) => {
+    const item = document.createElement("li"), link = document.createElement("a"), rest = document.createElement("span");
+    link.href = `#row-${index}`;
+    link.textContent = data.points[index].candidate;
+    rest.textContent = ` ${figures(data.points[index]).join(", ")}`;
+    item.append(link, rest);
+    return item;
+  }));
+}
+
+document.getElementById("axis").addEventListener("change", draw);
+draw();
+document.getElementById("plot").on?.("plotly_click", (event) => event.points[0]?.customdata !== undefined && show(event.points[0].customdata));
+let last = innerWidth;
+addEventListener("resize", () => { if (innerWidth !== last) { last = innerWidth; draw(); } });
+addEventListener("beforeprint", () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, {width: 980, autosize: false})));
+addEventListener("afterprint", () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, {width: null, autosize: true})));
