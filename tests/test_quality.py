@@ -8,7 +8,7 @@ import torch
 from polyquant.calibration import LEAST_TOKENS, token_windows
 from polyquant.errors import ConfigError, ModelError
 from polyquant.quality import stored
-from polyquant.quality.metrics import Comparison
+from polyquant.quality.metrics import Tally
 from polyquant.quality.windows import PRESETS, cut, preset_named
 from polyquant.speed import measure_speed
 from polyquant.texts import calibration_text, evaluation_text
@@ -21,9 +21,9 @@ def log_probabilities(*rows):
 def test_figures_of_two_known_distributions():
     reference = log_probabilities([0.5, 0.25, 0.25], [0.2, 0.7, 0.1])
     candidate = log_probabilities([0.25, 0.5, 0.25], [0.2, 0.7, 0.1])
-    comparison = Comparison()
-    comparison.add(reference, candidate + 3.0, torch.tensor([0, 2]))  # logits: any constant may be added
-    quality = comparison.result("test", storage_error=0.0)
+    tally = Tally()
+    tally.add(reference, candidate + 3.0, torch.tensor([0, 2]))  # logits: any constant may be added
+    quality = tally.result("test", storage_error=0.0)
     kl = 0.5 * math.log(2) - 0.25 * math.log(2)
     assert quality.kl_mean == pytest.approx(kl / 2, abs=1e-6)
     assert quality.kl_max == pytest.approx(kl, abs=1e-6)
@@ -38,23 +38,23 @@ def test_figures_of_two_known_distributions():
 
 
 def test_quantiles_over_many_positions():
-    comparison, reference = Comparison(), log_probabilities([0.5, 0.5]).repeat(1000, 1)
+    tally, reference = Tally(), log_probabilities([0.5, 0.5]).repeat(1000, 1)
     shift = torch.linspace(0, 1, 1000)
     candidate = torch.stack([shift, torch.zeros(1000)], dim=1)
-    comparison.add(reference, candidate, torch.zeros(1000, dtype=torch.long))
+    tally.add(reference, candidate, torch.zeros(1000, dtype=torch.long))
     kl = -math.log(2) + torch.log(1 + shift.exp()) - shift / 2
-    quality = comparison.result("test", storage_error=0.0)
+    quality = tally.result("test", storage_error=0.0)
     for name, share in (("median", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("p99_9", 0.999)):
         assert getattr(quality, f"kl_{name}") == pytest.approx(float(torch.quantile(kl, share)), abs=1e-5), name
 
 
 def test_other_shapes_and_nan_are_refused():
     with pytest.raises(ValueError, match="not the same model or tokenizer"):
-        Comparison().add(torch.zeros(2, 5), torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))
+        Tally().add(torch.zeros(2, 5), torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="NaN"):
-        Comparison().add(torch.zeros(1, 5), torch.full((1, 5), math.nan), torch.zeros(1, dtype=torch.long))
+        Tally().add(torch.zeros(1, 5), torch.full((1, 5), math.nan), torch.zeros(1, dtype=torch.long))
     with pytest.raises(ValueError, match="nothing was compared"):
-        Comparison().result("test", storage_error=0.0)
+        Tally().result("test", storage_error=0.0)
 
 
 def test_windows_score_what_the_conventions_say():
@@ -95,11 +95,11 @@ def reference(tmp_path):
 
 def test_the_reference_against_itself_is_zero(reference):
     folder, index, logits = reference
-    comparison = Comparison()
+    tally = Tally()
     for window, kept in stored.read(folder, index):
         exact = stored.scored(logits[window.tokens], window)
-        comparison.add(kept, exact, torch.tensor(window.tokens[window.first_scored :]))
-    quality = comparison.result(index.preset, storage_error=index.storage_error)
+        tally.add(kept, exact, torch.tensor(window.tokens[window.first_scored :]))
+    quality = tally.result(index.preset, storage_error=index.storage_error)
     assert abs(quality.kl_mean) <= 1e-6
     assert quality.kl_mean == pytest.approx(index.storage_error, abs=1e-7)
     assert quality.top1 == 1.0

@@ -7,6 +7,7 @@ from polyquant.api import Diagnosis, backend, backends, doctor, finetune, load, 
 from polyquant.backend import Backend
 from polyquant.loaded import LoadedModel
 from polyquant.markers import hookimpl
+from polyquant.verbs import compare, read_comparison
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "LoadedModel",
     "backend",
     "backends",
+    "compare",
     "doctor",
     "finetune",
     "hookimpl",
@@ -23,5 +25,6 @@ __all__ = [
     "merge",
     "observing",
     "quantize",
+    "read_comparison",
     "verify",
 ]

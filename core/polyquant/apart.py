@@ -6,14 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import msgspec
 
 from polyquant.errors import BackendFailed
-
-SHOWN_LINES = 12  # of what a failed process said last
+from polyquant.processes import SHOWN_LINES, import_path
 
 
 def run_apart(
@@ -26,14 +24,13 @@ def run_apart(
     shown: let it print; otherwise what it prints is kept for the error. environment: variables set for it.
     Raises BackendFailed, with the last lines it printed, where it does not end with code 0.
     """
-    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry)
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         result = subprocess.run(
             [sys.executable, "-m", module],
             input=msgspec.json.encode(job),
             stdout=None if shown else subprocess.PIPE,
             stderr=None if shown else subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            env={**os.environ, "PYTHONPATH": import_path(), **(environment or {})},
             cwd=folder,
             check=False,
         )

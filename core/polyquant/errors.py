@@ -24,6 +24,7 @@ class BrokenBackend(PolyquantError):
     """A plugin is installed but cannot be used: it fails to import, lacks a hook, or answers with the wrong type."""
 
     exit_code = 1
+    hook = ""  # the hook that gave a wrong answer
 
 
 class BackendConflict(BrokenBackend):
@@ -34,6 +35,7 @@ class BackendFailed(PolyquantError):
     """The backend's library raised; its own error is the cause of this one."""
 
     exit_code = 1
+    hook = ""  # the hook in which it did
 
 
 class UnsupportedOperation(PolyquantError):
@@ -92,6 +94,12 @@ class OutOfMemory(PolyquantError):
 
 class MergeRefused(PolyquantError):
     """A merged model is further from base and adapter than the gate allows; nothing was written."""
+
+    exit_code = 1
+
+
+class ComparisonBusy(PolyquantError):
+    """Another comparison is running in the same folder."""
 
     exit_code = 1
 

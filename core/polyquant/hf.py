@@ -11,7 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from polyquant import compat
-from polyquant.errors import ModelError
+from polyquant.environment import available_devices
+from polyquant.errors import ModelError, OutOfMemory
 from polyquant.loaded import LoadedModel
 from polyquant.options import Dtype
 from polyquant.request import LoadRequest, ModelSource
@@ -74,8 +75,22 @@ def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any 
     return model.eval()
 
 
-def load_dense(source: ModelSource, dtype: Dtype = "float32") -> Any:
-    """The dense model on the CPU, in eval mode: what quantized ones are compared with."""
+def load_dense(source: ModelSource, dtype: Dtype = "float32", device: str = "cpu") -> Any:
+    """The dense model, in eval mode: what quantized ones are compared with.
+
+    device: 'auto' for the fastest. Raises OutOfMemory where that does not hold it.
+    """
+    where = available_devices()[0] if device == "auto" else device
+    try:
+        return _load_dense(source, dtype).to(where)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the dense model does not fit {where} in {dtype}: take the CPU (--device cpu), or compare with another "
+            "reference (--reference dense:bfloat16, or a backend that fits, such as bitsandbytes:int8)"
+        ) from error
+
+
+def _load_dense(source: ModelSource, dtype: Dtype) -> Any:
     with compat.progress_bars(enabled=False):
         arguments = compat.dtype_argument(getattr(torch, dtype))
         return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments).eval()

@@ -24,6 +24,7 @@ class Machine(Record, frozen=True):
     system: str
     python: str
     versions: dict[str, str]  # distribution -> version
+    accelerators: tuple[str, ...] = ()  # models of the GPUs
 
 
 def this_machine(libraries: Iterable[str] = ()) -> Machine:
@@ -37,7 +38,15 @@ def this_machine(libraries: Iterable[str] = ()) -> Machine:
         system=platform.platform(terse=True),
         python=platform.python_version(),
         versions=versions,
+        accelerators=_accelerators(),
     )
+
+
+def _accelerators() -> tuple[str, ...]:
+    """Names of NVIDIA GPUs, from the driver's files: this must not import torch."""
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    lines = (line.partition(":") for card in cards for line in card.read_text().splitlines())
+    return tuple(value.strip() for name, _, value in lines if name.strip() == "Model")
 
 
 def _processor() -> str:

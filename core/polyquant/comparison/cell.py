@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,62 +13,74 @@ import msgspec
 import polyquant
 from polyquant.candidates import DENSE
 from polyquant.comparison.records import Job, Result
-from polyquant.errors import PolyquantError
+from polyquant.files import write_atomically
 from polyquant.loaded import LoadedModel
 from polyquant.machine import this_machine
 from polyquant.options import BackendOptions
-from polyquant.quality.records import Quality
+from polyquant.processes import end_with_parent, say
 from polyquant.speed import measure_speed
+
+Say = Callable[[str], None]
 
 
 def main() -> None:
     """Read the job, measure, write the result in one step."""
+    end_with_parent()
     job_path, result_path = map(Path, sys.argv[1:])
-    result = run(msgspec.json.decode(job_path.read_bytes(), type=Job))
-    partial = result_path.with_suffix(".partial")
-    partial.write_text(result.to_json())
-    partial.replace(result_path)
+    result = run(msgspec.json.decode(job_path.read_bytes(), type=Job), say)
+    write_atomically(result_path, result.to_json())
 
 
-def run(job: Job) -> Result:
+def run(job: Job, tell: Say = lambda step: None) -> Result:
     """Load, verify, and measure what the job asks for. Whatever fails becomes the result's reason."""
     measured: dict[str, Any] = {}
+    started = perf_counter()
     try:
+        _libraries(job, measured)
+        started = perf_counter()
+        tell("loading")
         loaded = _load(job, measured)
         if job.backend != DENSE:
+            tell("verifying")
             measured |= verified(loaded)  # first: some kernels repack weights in their first forward pass
-        if job.reference:
-            measured["quality"] = measure_quality(loaded, Path(job.reference), job.reference_key)
-        if job.speed:
-            import torch
-
-            measured["threads"] = torch.get_num_threads()
-            measured["speed"] = measure_speed(
-                loaded.session, _vocabulary(loaded), limit_seconds=job.speed_limit_seconds
-            )
+        for part in job.parts:
+            _measure(part, loaded, job, measured, tell)
+            measured["parts"] = (*measured.get("parts", ()), part)
     except Exception as error:  # of the backend's library: a row of the comparison, with its reason
+        measured["own_seconds"] = perf_counter() - started
         return Result(job=job, status="failed", reason=f"{type(error).__name__}: {error}", **measured)
-    return Result(job=job, status="done", **measured)
+    return Result(job=job, status="done", own_seconds=perf_counter() - started, **measured)
+
+
+def _libraries(job: Job, measured: dict[str, Any]) -> None:
+    """Import what every cell needs, so that it counts as imports; note what it is measured on."""
+    import torch
+    import transformers  # noqa: F401
+
+    libraries = () if job.backend in (DENSE, "") else polyquant.backend(job.backend).info.libraries
+    measured["machine"] = this_machine(library.distribution for library in libraries)
+    measured["threads"] = torch.get_num_threads()
 
 
 def _load(job: Job, measured: dict[str, Any]) -> LoadedModel:
     if job.backend == DENSE:
-        measured["machine"] = this_machine()
         return _dense(job, measured)
-    info = polyquant.backend(job.backend).info
-    measured["machine"] = this_machine(library.distribution for library in info.libraries)
-    return polyquant.load(job.model, job.backend, device=job.device, **job.options)
+    return polyquant.load(job.model, job.backend or None, device=job.device, **job.options)
 
 
 def _dense(job: Job, measured: dict[str, Any]) -> LoadedModel:
     """The dense model, for the rows that the others are read against."""
     from polyquant import hf
+    from polyquant.memory.storage import stored_bytes
     from polyquant.models.resolve import resolve
 
     source, dtype = resolve(job.model), job.options.get("compute_dtype", "float32")
     started = perf_counter()
-    model = hf.load_dense(source, dtype)
-    measured |= {"load_seconds": perf_counter() - started, "compute_dtype": dtype, "kernel": "torch", "device": "cpu"}
+    model = hf.load_dense(source, dtype, job.device)
+    measured |= {
+        "load_seconds": perf_counter() - started, "compute_dtype": dtype, "kernel": "torch",
+        "device": model.device.type, "stored_bytes": stored_bytes(model),
+    }  # fmt: skip
     return LoadedModel(
         model=model, tokenizer=hf.load_tokenizer(source), config=BackendOptions(compute_dtype=dtype), kernel="torch"
     )
@@ -82,31 +95,33 @@ def verified(loaded: LoadedModel) -> dict[str, Any]:
         "device": report.device,
         "load_seconds": report.load_seconds,
         "memory": report.memory,
+        "stored_bytes": report.memory.weights_stored_bytes,
         "bits_per_weight": report.memory.quantized_bits_per_weight,
         "checks": tuple(report.checks),
         "notes": tuple(report.notes),
     }
 
 
-def measure_quality(loaded: LoadedModel, folder: Path, key: str) -> Quality:
-    """The model against stored log-probabilities, window by window. Raises PolyquantError where they are not there."""
-    import torch
+def _measure(part: str, loaded: LoadedModel, job: Job, measured: dict[str, Any], tell: Say) -> None:
+    """One part of the job, into `measured`."""
+    if part == "quality":
+        from polyquant.comparison.quality import measure_quality
+        from polyquant.comparison.weights import layers_of
 
-    from polyquant.quality import stored
-    from polyquant.quality.metrics import Comparison
+        measured["quality"] = measure_quality(
+            loaded, Path(job.reference), job.reference_key, lambda done, of: tell(f"quality {done}/{of}")
+        )
+        if job.backend != DENSE:
+            tell("layers")
+            measured["layers"] = layers_of(loaded, job.dense)
+    elif part == "speed":
+        tell("speed")
+        vocabulary = len(loaded.tokenizer)
+        measured["speed"] = measure_speed(loaded.session, vocabulary, limit_seconds=job.speed_limit_seconds)
+    else:
+        from polyquant.comparison.tasks import measure_tasks
 
-    index = stored.stored_in(folder, key)
-    if index is None:
-        raise PolyquantError(f"{folder} holds no reference with the key {key}; measure the reference again")
-    comparison = Comparison()
-    for window, reference in stored.read(folder, index):
-        candidate = stored.scored(loaded.logits(window.tokens), window)
-        comparison.add(reference, candidate.cpu(), torch.tensor(window.tokens[window.first_scored :]))
-    return comparison.result(index.preset, storage_error=index.storage_error)
-
-
-def _vocabulary(loaded: LoadedModel) -> int:
-    return int(loaded.logits([0]).shape[-1])
+        measured["scores"] = measure_tasks(loaded, job, lambda done, of: tell(f"tasks {done}/{of}"))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ class Result(Record, frozen=True):
     threads: int = 0
     quantize_seconds: float | None = None  # making the checkpoint, for backends that do it offline
     load_seconds: float | None = None
-    memory: Memory | None = None
+    stored_bytes: int | None = None  # of the weights, every storage once
+    memory: Memory | None = None  # more of it, for what a backend has loaded
     bits_per_weight: float | None = None  # of the quantized tensors, constants included
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
@@ -102,7 +103,6 @@ class Setting(Record, frozen=True):
 
     model: str
     model_hash: str  # content of its files
-    dense_bytes: int  # the same weights in bfloat16
     device: str
     parts: tuple[Part, ...]
     preset: str  # convention of the quality measurement
@@ -131,11 +131,11 @@ class Comparison(Record, frozen=True):
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, one row a candidate, the columns of the CSV file."""
-        import pandas
+        import pandas as pd
 
         from polyquant.comparison.table import COLUMNS, cells
 
-        return pandas.DataFrame([cells(row) for row in self.rows], columns=list(COLUMNS))
+        return pd.DataFrame([cells(row) for row in self.rows], columns=list(COLUMNS))
 
     def best(self, goal: Goal = "quality", *, memory: int | str | None = None) -> Row:
         """The best candidate that was measured; see `polyquant.comparison.choice.best`."""

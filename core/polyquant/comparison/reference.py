@@ -1,16 +1,45 @@
-"""The reference of a comparison: the dense model's log-probabilities on a text, computed once and kept in the cache."""
+"""The reference of a comparison: its log-probabilities on a text, computed once and kept in the cache.
+
+In a process of its own: python -m polyquant.comparison.reference JOB.json.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from polyquant.generation import logits_of
+import msgspec
+
+from polyquant.candidates import DENSE, Candidate
+from polyquant.machine import this_machine
 from polyquant.models.builtin import cache_folder
 from polyquant.models.hashing import content_hash
-from polyquant.quality.windows import PRESETS, Window, cut
+from polyquant.models.resolve import resolve
+from polyquant.processes import end_with_parent, say
+from polyquant.quality.windows import cut, preset_named
 from polyquant.request import ModelSource
+from polyquant.types import Record
+
+if TYPE_CHECKING:
+    from polyquant.loaded import LoadedModel
+
+REFERENCE = Candidate(name="dense", backend=DENSE, options={"compute_dtype": "float32"})
+
+
+class ReferenceJob(Record, frozen=True):
+    """What to compute, and where it goes."""
+
+    model: str
+    text: str
+    preset: str
+    limit: int | None
+    candidate: Candidate
+    device: str
+    folder: str
+    key: str
 
 
 def reference(
@@ -25,19 +54,78 @@ def reference(
 
     limit: number of windows at most. Raises ConfigError where the text is shorter than a window.
     """
-    from polyquant import hf
+    job = reference_job(source, text, preset, limit, REFERENCE, "cpu")
+    if not is_stored(job):
+        compute(job, advance)
+    return Path(job.folder), job.key
+
+
+def reference_job(
+    source: ModelSource, text: str, preset: str, limit: int | None, candidate: Candidate, device: str
+) -> ReferenceJob:
+    """The job of a reference; imports neither torch nor a backend's library."""
+    tokenizer = [path.read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")
+                 if (path := source.path / name).is_file()]  # fmt: skip
+    asked = (preset_named(preset), limit, text, candidate.backend, sorted(candidate.options.items()), candidate.model)
+    content = (content_hash(source), [hashlib.sha256(part).hexdigest() for part in tokenizer])
+    key = hashlib.sha256(repr((content, asked, sorted(this_machine().versions.items()))).encode()).hexdigest()[:32]
+    folder = cache_folder() / "references" / key
+    return ReferenceJob(
+        model=source.name, text=text, preset=preset, limit=limit, candidate=candidate, device=device,
+        folder=str(folder), key=key,
+    )  # fmt: skip
+
+
+def is_stored(job: ReferenceJob) -> bool:
+    """Whether it has been computed already. Reads its index as JSON, without torch."""
+    index = Path(job.folder) / "reference.json"
+    try:
+        return bool(msgspec.json.decode(index.read_bytes())["key"] == job.key)
+    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        return False
+
+
+def compute(job: ReferenceJob, advance: Callable[[int], None] | None = None) -> None:
+    """Run the reference over the text, and store what it predicts. Raises ConfigError where the text is too short."""
     from polyquant.quality import stored
 
-    tokenizer = hf.load_tokenizer(source)
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
-    windows = cut(tokens, PRESETS[preset], bos=tokenizer.bos_token_id, limit=limit)
-    key = _key(source, preset, windows)
-    folder = cache_folder() / "references" / key
-    if stored.stored_in(folder, key) is None:
-        model = hf.load_dense(source)
-        stored.store(folder, key, preset, windows, lambda tokens: logits_of(model, tokens), advance)
-    return folder, key
+    loaded = _loaded(job)
+    tokenizer = loaded.tokenizer
+    tokens = tokenizer(job.text, add_special_tokens=False).input_ids
+    windows = cut(tokens, preset_named(job.preset), bos=tokenizer.bos_token_id, limit=job.limit)
+    stored.store(
+        Path(job.folder), job.key, job.preset, windows, loaded.logits, advance, spell=tokenizer.convert_ids_to_tokens
+    )
 
 
-def _key(source: ModelSource, preset: str, windows: Sequence[Window]) -> str:
-    return hashlib.sha256(repr((content_hash(source), preset, windows)).encode()).hexdigest()[:32]
+def _loaded(job: ReferenceJob) -> LoadedModel:
+    import polyquant
+    from polyquant import hf
+    from polyquant.loaded import LoadedModel
+    from polyquant.options import BackendOptions
+
+    candidate = job.candidate
+    if candidate.backend != DENSE:
+        backend = candidate.backend or None
+        return polyquant.load(candidate.model or job.model, backend, device=job.device, **candidate.options)
+    source, dtype = resolve(job.model), candidate.options["compute_dtype"]
+    model = hf.load_dense(source, dtype, job.device)
+    config = BackendOptions(compute_dtype=dtype)
+    return LoadedModel(model=model, tokenizer=hf.load_tokenizer(source), config=config, kernel="torch")
+
+
+def main() -> None:
+    """Compute the job's reference, and say how far it is."""
+    end_with_parent()
+    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ReferenceJob)
+    compute(job, lambda done: say(f"reference, window {done}"))
+
+
+if __name__ == "__main__":
+    from polyquant.errors import PolyquantError
+
+    try:
+        main()
+    except PolyquantError as problem:
+        print(problem)
+        sys.exit(problem.exit_code)

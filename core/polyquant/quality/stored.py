@@ -7,7 +7,7 @@ the mean of KL(stored || exact) is 5e-10. Imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Stored(Record, frozen=True):
     windows: list[Window]
     vocabulary: int
     storage_error: float  # mean KL(stored || exact), nats
+    spelled: Mapping[int, str] = {}  # each token of the windows as the reference's tokenizer spells it
 
 
 def store(
@@ -41,10 +42,13 @@ def store(
     windows: Sequence[Window],
     logits: Callable[[Sequence[int]], Any],
     advance: Callable[[int], None] | None = None,
+    *,
+    spell: Callable[[list[int]], list[str]] | None = None,
 ) -> Stored:
     """Run every window through `logits` and write the folder, all or nothing.
 
-    logits: tokens -> (positions, vocabulary); advance: called with the number of windows that are done.
+    logits: tokens -> (positions, vocabulary); advance: called with the number of windows that are done; spell: a
+    tokenizer's convert_ids_to_tokens, to tell later whether a candidate means the same by the tokens.
     """
     errors: list[torch.Tensor] = []
     vocabulary = 0
@@ -60,21 +64,44 @@ def store(
             errors.append((kept.exp() * (kept - exact)).sum(dim=-1))
             if advance:
                 advance(number + 1)
+        used = sorted({token for window in windows for token in window.tokens}) if spell else []
         index = Stored(
             key=key, preset=preset, windows=list(windows), vocabulary=vocabulary,
             storage_error=float(torch.cat(errors).double().mean()),
+            spelled=dict(zip(used, spell(used), strict=True)) if spell else {},
         )  # fmt: skip
         (partial / INDEX).write_text(index.to_json())
     return index
 
 
-def stored_in(folder: Path, key: str) -> Stored | None:
-    """What `folder` holds; None where it is absent, unreadable or of another key."""
+def index_of(folder: Path) -> Stored | None:
+    """What `folder` holds; None where there is nothing that can be read."""
     try:
-        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=Stored)
+        return msgspec.json.decode((folder / INDEX).read_bytes(), type=Stored)
     except (OSError, msgspec.DecodeError):
         return None
-    return index if index.key == key else None
+
+
+def stored_in(folder: Path, key: str) -> Stored | None:
+    """What `folder` holds; None where it is absent, unreadable or of another key."""
+    index = index_of(folder)
+    return index if index and index.key == key else None
+
+
+def require_same_tokens(index: Stored, spell: Callable[[list[int]], list[str | None]]) -> None:
+    """Raises ModelError where a candidate's tokenizer spells the tokens of the windows otherwise.
+
+    spell: its convert_ids_to_tokens. Two models that number their tokens differently cannot be compared.
+    """
+    ids = list(index.spelled)
+    pairs = zip(ids, index.spelled.values(), spell(ids), strict=True)
+    different = [(token, reference, candidate) for token, reference, candidate in pairs if reference != candidate]
+    if different:
+        token, reference, candidate = different[0]
+        raise ModelError(
+            f"the tokenizers differ in {len(different)} of the text's {len(ids)} tokens: {token} is {reference!r} in "
+            f"the reference and {candidate!r} here; is this a checkpoint of another model?"
+        )
 
 
 def read(folder: Path, index: Stored) -> Iterator[tuple[Window, Any]]:

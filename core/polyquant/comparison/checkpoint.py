@@ -1,0 +1,41 @@
+"""Makes a candidate's checkpoint in a process of its own: python -m polyquant.comparison.checkpoint JOB.json."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import polyquant
+from polyquant.errors import PolyquantError
+from polyquant.processes import end_with_parent, say
+from polyquant.types import Record
+
+
+class Making(Record, frozen=True):
+    """A checkpoint to make with a backend that quantizes offline."""
+
+    model: str
+    backend: str
+    options: Mapping[str, Any]
+    device: str
+    out: str
+
+
+def main() -> None:
+    """Quantize; the checkpoint is there as a whole or not at all."""
+    end_with_parent()
+    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Making)
+    say("quantizing")
+    polyquant.quantize(job.model, job.backend, job.out, device=job.device, overwrite=True, **job.options)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except PolyquantError as problem:
+        print(problem)
+        sys.exit(problem.exit_code)

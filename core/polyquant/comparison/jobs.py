@@ -1,0 +1,90 @@
+"""What has to be done for a candidate: the job of its cell, and the checkpoint that must be made first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from polyquant import api, checkpoints
+from polyquant.candidates import DENSE, Candidate
+from polyquant.comparison.checkpoint import Making
+from polyquant.comparison.options import CompareOptions
+from polyquant.comparison.records import Job, Result
+from polyquant.comparison.reference import ReferenceJob
+from polyquant.comparison.store import cell_key
+from polyquant.errors import PolyquantError
+from polyquant.machine import Machine, this_machine
+from polyquant.models.builtin import cache_folder
+from polyquant.models.hashing import content_hash
+from polyquant.models.resolve import resolve
+from polyquant.request import ModelSource
+from polyquant.types import BackendInfo
+
+
+class Plan(NamedTuple):
+    """What a row takes."""
+
+    candidate: Candidate
+    key: str
+    job: Job
+    making: Making | None
+    refused: Result | None  # its result where nothing can be measured
+
+
+class Planner:
+    """Plans the candidates of one comparison. Imports neither torch nor any backend's library."""
+
+    def __init__(
+        self, source: ModelSource, options: CompareOptions, reference: ReferenceJob | None, model_hash: str
+    ) -> None:
+        self._source, self._options, self._reference, self._hash = source, options, reference, model_hash
+
+    def plan(self, candidate: Candidate) -> Plan:
+        """The job of a candidate; a refusal, not an error, where it cannot be done."""
+        job, making, content = self._job(candidate), None, {"model": self._hash}
+        machine = this_machine()
+        try:
+            if candidate.model:
+                own = resolve(candidate.model)
+                content["own"] = content_hash(own)
+                if not candidate.backend:
+                    reader = checkpoints.reader_of(checkpoints.method_of(own), api.backends())
+                    job = msgspec.structs.replace(job, backend=reader)
+            if job.backend != DENSE:
+                info = api.backend(job.backend).info
+                machine = this_machine(library.distribution for library in info.libraries)
+                if not candidate.model and not info.capabilities.on_the_fly:
+                    making = self._making(candidate, info, machine)
+                    own_options = {name: value for name, value in job.options.items() if name in info.options.load_time}
+                    job = msgspec.structs.replace(job, model=making.out, options=own_options)
+        except PolyquantError as error:
+            refused = Result(job=job, status="failed", reason=f"{type(error).__name__}: {error}", machine=machine)
+            return Plan(candidate, cell_key(candidate, job, content, machine), job, None, refused)
+        return Plan(candidate, cell_key(candidate, job, content, machine), job, making, None)
+
+    def _job(self, candidate: Candidate) -> Job:
+        options, reference = self._options, self._reference
+        return Job(
+            model=candidate.model or self._source.name, backend=candidate.backend, options=candidate.options,
+            device=options.device, parts=options.parts, reference=reference.folder if reference else "",
+            reference_key=reference.key if reference else "",
+            dense=self._source.name if not self._source.stored_quantization and not self._source.gguf_file else "",
+            tasks=options.tasks, task_folder=options.task_folder, task_limit=options.task_limit,
+            speed_limit_seconds=options.speed_limit_seconds,
+        )  # fmt: skip
+
+    def _making(self, candidate: Candidate, info: BackendInfo, machine: Machine) -> Making:
+        """The checkpoint that the candidate needs. Raises PolyquantError where its backend cannot make one."""
+        api.registry().require(info.name, "quantize")
+        options: Mapping[str, Any] = {
+            name: value for name, value in candidate.options.items() if name not in info.options.load_time
+        }
+        asked = msgspec.json.encode([self._hash, info.name, options, machine.versions], order="deterministic")
+        name = f"{info.name}-{hashlib.sha256(asked).hexdigest()[:16]}"
+        return Making(
+            model=self._source.name, backend=info.name, options=options, device=self._options.device,
+            out=str(cache_folder() / "quantized" / name),
+        )  # fmt: skip

@@ -1,0 +1,34 @@
+"""A loaded model against the stored reference, window by window. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from polyquant.errors import PolyquantError
+from polyquant.loaded import LoadedModel
+from polyquant.quality import stored
+from polyquant.quality.metrics import Tally
+from polyquant.quality.records import Quality
+
+Advance = Callable[[int, int], None]
+
+
+def measure_quality(loaded: LoadedModel, folder: Path, key: str, advance: Advance = lambda done, of: None) -> Quality:
+    """The model against stored log-probabilities; neither's are ever all in memory.
+
+    advance: called with how many windows are done, of how many. Raises PolyquantError where the reference is not
+    there, ModelError where the model's tokenizer is another one.
+    """
+    index = stored.stored_in(folder, key)
+    if index is None:
+        raise PolyquantError(f"{folder} holds no reference with the key {key}; measure the reference again")
+    stored.require_same_tokens(index, loaded.tokenizer.convert_ids_to_tokens)
+    tally = Tally()
+    for number, (window, reference) in enumerate(stored.read(folder, index)):
+        candidate = stored.scored(loaded.logits(window.tokens), window)
+        tally.add(reference, candidate.cpu(), torch.tensor(window.tokens[window.first_scored :]))
+        advance(number + 1, len(index.windows))
+    return tally.result(index.preset, storage_error=index.storage_error)

@@ -1,0 +1,239 @@
+"""A comparison from candidates to rows: what is there already is kept, the rest is measured cell by cell."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+from filelock import FileLock, Timeout
+
+import polyquant
+from polyquant import api
+from polyquant.candidates import Candidate, parse
+from polyquant.comparison import engines
+from polyquant.comparison.jobs import Plan, Planner
+from polyquant.comparison.measure import Task
+from polyquant.comparison.options import CompareOptions
+from polyquant.comparison.records import Comparison, Part, Result, Row, Setting
+from polyquant.comparison.reference import ReferenceJob, is_stored, reference_job
+from polyquant.comparison.store import cell_path, merged, read_cell, write_cell
+from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, SaveError
+from polyquant.files import write_atomically
+from polyquant.machine import this_machine
+from polyquant.models import builtin
+from polyquant.models.hashing import content_hash
+from polyquant.models.resolve import resolve
+from polyquant.processes import explain, run_logged
+from polyquant.quality.windows import preset_named
+from polyquant.request import ModelSource
+from polyquant.texts.named import named_text
+
+FILE = "comparison.json"
+
+
+class Watcher:
+    """Sees a comparison while it runs; this one looks away."""
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """All rows, those that need no measuring with their results."""
+
+    def step(self, key: str, step: str) -> None:
+        """What a cell is doing; key: empty for the reference. Called from several threads."""
+
+    def finished(self, row: Row) -> None:
+        """A row has its result."""
+
+
+def compare(
+    model: str | Path, candidates: Sequence[str | Candidate], out: Path | None, options: CompareOptions,
+    watcher: Watcher | None = None,
+) -> Comparison:  # fmt: skip
+    """See `polyquant.compare`."""
+    chosen = [parse(each, api.registry().info) if isinstance(each, str) else each for each in candidates]
+    _require_candidates(chosen)
+    preset_named(options.preset)
+    text_name, text = named_text(options.text) if "quality" in options.parts else ("", "")
+    source = resolve(model)
+    out = out or default_folder(source)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(str(out / ".lock"), timeout=0):
+            return _compare(source, chosen, out, options, text_name, text, watcher or Watcher())
+    except Timeout:
+        raise ComparisonBusy(
+            f"another comparison is running in {out}; wait for it, or choose another folder with out= (--out)"
+        ) from None
+
+
+def default_folder(source: ModelSource) -> Path:
+    """Where comparisons of a model are kept unless told otherwise: in the cache, by name and content."""
+    name = "".join(letter if letter.isalnum() else "-" for letter in source.name.rpartition("/")[2])
+    return builtin.cache_folder() / "comparisons" / f"{name}-{content_hash(source)[:8]}"
+
+
+def _compare(
+    source: ModelSource, candidates: Sequence[Candidate], out: Path, options: CompareOptions, text_name: str,
+    text: str, watcher: Watcher,
+) -> Comparison:  # fmt: skip
+    notes = [builtin.CAUTION[source.name]] if source.name in builtin.CAUTION else []
+    reference = _reference(source, text, options, notes) if "quality" in options.parts else None
+    planner = Planner(source, options, reference, content_hash(source))
+    plans = [planner.plan(candidate) for candidate in candidates]
+    setting = Setting(
+        model=source.name, model_hash=content_hash(source), device=options.device, parts=options.parts,
+        preset=options.preset, text=text_name, windows=options.windows, reference=options.reference,
+        tasks=options.tasks,
+    )  # fmt: skip
+    rows, tasks = {}, []
+    for plan in plans:
+        found = read_cell(cell_path(out, plan.key))
+        notes += [found.note] if found.note else []
+        result = plan.refused or found.result
+        rows[plan.key] = _row(plan, result, setting, options)
+        missing = () if plan.refused else _missing(result, options)
+        if missing:
+            tasks += _tasks(plan, missing, options)
+            rows[plan.key] = msgspec.structs.replace(rows[plan.key], result=None)
+
+    def comparison() -> Comparison:
+        made = Comparison(
+            version=polyquant.__version__, created=datetime.now(UTC).isoformat(timespec="seconds"), folder=str(out),
+            command=_command(source.name, [row.candidate.name for row in rows.values()], options), setting=setting,
+            machine=this_machine(), rows=tuple(rows.values()), notes=tuple(notes),
+        )  # fmt: skip
+        write_atomically(out / FILE, made.to_json())
+        return made
+
+    watcher.begin(list(rows.values()))
+    if tasks and reference is not None and not is_stored(reference):
+        _compute(reference, out, options, watcher)
+    for task, new in _engine(options)(tasks, out / "work", watcher.step):
+        path = cell_path(out, task.key)
+        before = read_cell(path).result
+        result = merged(before if before and before.status == "done" else None, new)
+        write_cell(path, result)
+        plan = next(plan for plan in plans if plan.key == task.key)
+        rows[task.key] = _row(plan, result, setting, options)
+        comparison()
+        watcher.finished(rows[task.key])
+    return comparison()
+
+
+def _require_candidates(candidates: Sequence[Candidate]) -> None:
+    if not candidates:
+        raise ConfigError("no candidate is named: give some (-c bitsandbytes:nf4), or take all that run here (--all)")
+    twice = {each.name for each in candidates if sum(other.name == each.name for other in candidates) > 1}
+    if twice:
+        raise ConfigError(f"named twice: {', '.join(sorted(twice))}")
+
+
+def _reference(source: ModelSource, text: str, options: CompareOptions, notes: list[str]) -> ReferenceJob:
+    folder = Path(options.reference).expanduser()
+    if (folder / "reference.json").is_file():
+        stored = msgspec.json.decode((folder / "reference.json").read_bytes())
+        if stored.get("preset") != options.preset:
+            raise ConfigError(
+                f"{folder} holds a reference of the preset {stored.get('preset')}, and {options.preset} is asked for; "
+                f"give --preset {stored.get('preset')}"
+            )
+        notes.append(f"the reference is what {folder} holds; its text and model are not known here")
+        return msgspec.structs.replace(
+            reference_job(source, text, options.preset, options.windows, Candidate(name="", backend=""), ""),
+            folder=str(folder.absolute()), key=str(stored.get("key")),
+        )  # fmt: skip
+    candidate = parse(options.reference, api.registry().info)
+    if candidate.options.get("compute_dtype") != "float32" or candidate.backend != "dense":
+        notes.append(f"the reference is {candidate.name}, not the dense model in float32")
+    return reference_job(source, text, options.preset, options.windows, candidate, options.device)
+
+
+def _compute(reference: ReferenceJob, out: Path, options: CompareOptions, watcher: Watcher) -> None:
+    """The reference, in a process of its own. Raises BackendFailed with its last words."""
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    job, log = work / f"reference-{reference.key}.json", work / f"reference-{reference.key}.log"
+    write_atomically(job, reference.to_json())
+    watcher.step("", "reference")
+    ended = run_logged(
+        "polyquant.comparison.reference",
+        [str(job)],
+        log,
+        limit_seconds=options.timeout_seconds,
+        tell=lambda step: watcher.step("", step),
+    )
+    job.unlink(missing_ok=True)
+    if ended.code != 0:
+        raise BackendFailed(
+            f"the reference {options.reference} could not be computed: "
+            f"{explain(ended.code, options.timeout_seconds)}; it said last:\n{ended.said}\n"
+            "Where it does not fit, compare with another one: --reference dense:bfloat16, or a backend"
+        )
+    log.unlink(missing_ok=True)
+
+
+def _missing(result: Result | None, options: CompareOptions) -> tuple[Part, ...]:
+    """The parts that are still to be measured."""
+    if result is None:
+        return options.parts
+    if result.status == "failed":
+        return options.parts if options.retry else ()
+    same_tasks = (result.job.tasks, result.job.task_limit, result.job.task_folder) == (
+        options.tasks, options.task_limit, options.task_folder,
+    )  # fmt: skip
+    return tuple(part for part in options.parts if part not in result.parts or (part == "tasks" and not same_tasks))
+
+
+def _tasks(plan: Plan, missing: Sequence[Part], options: CompareOptions) -> list[Task]:
+    """One task for all missing parts; where several cells run at a time, speed has one of its own."""
+    apart = options.jobs > 1 and options.engine == "local" and "speed" in missing and len(missing) > 1
+    groups = [tuple(part for part in missing if part != "speed"), ("speed",)] if apart else [tuple(missing)]
+    return [
+        Task(
+            key=plan.key, job=msgspec.structs.replace(plan.job, parts=group), making=plan.making,
+            limit_seconds=options.timeout_seconds,
+        )
+        for group in groups
+    ]  # fmt: skip
+
+
+def _row(plan: Plan, result: Result | None, setting: Setting, options: CompareOptions) -> Row:
+    command = _command(setting.model, [plan.candidate.name], options)
+    return Row(candidate=plan.candidate, key=plan.key, command=command, result=result)
+
+
+def _command(model: str, candidates: Sequence[str], options: CompareOptions) -> str:
+    """The command line that measures these candidates in this way."""
+    words = ["polyquant", "compare", model]
+    for candidate in candidates:
+        words += ["-c", candidate]
+    default = CompareOptions()
+    for name in CompareOptions.__struct_fields__:
+        value = getattr(options, name)
+        if value == getattr(default, name) or name in ("jobs", "retry", "engine", "address"):
+            continue
+        text = ",".join(value) if isinstance(value, tuple) else "all" if value is None else str(value)
+        words += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(words)
+
+
+def _engine(options: CompareOptions) -> engines.Engine:
+    if options.engine == "local":
+        return engines.local(options.jobs)
+    from polyquant.comparison.cluster import cluster
+
+    return cluster(options.address)
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """The comparison in a folder or a comparison.json. Raises ConfigError where there is none that can be read."""
+    file = Path(path)
+    file = file / FILE if file.is_dir() else file
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Comparison)
+    except OSError as error:
+        raise ConfigError(f"{path} holds no comparison ({error}); make one with polyquant compare") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise SaveError(f"{file} is damaged ({error}); run its polyquant compare again: no cell is lost") from error

@@ -1,0 +1,30 @@
+"""The weights a layer computes with, whatever it stores: what it answers to unit vectors. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+CHUNK = 256  # unit vectors that go through a layer at a time
+
+
+def effective_weight(layer: Any, in_features: int, columns: Sequence[int] | None = None, dtype: Any = None) -> Any:
+    """Columns of the weight of a linear layer, (out_features, columns), float32 on the CPU.
+
+    columns: which of the in_features; None: all of them. dtype: of the layer's inputs; None: that of its first
+    floating-point parameter. What the layer answers to zero, its bias, is taken away. No backend is asked.
+    """
+    reference = next((tensor for tensor in layer.parameters() if tensor.is_floating_point()), torch.zeros(1))
+    device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), reference.device)
+    zero = torch.zeros(1, in_features, dtype=dtype or reference.dtype, device=device)
+    chosen = torch.arange(in_features) if columns is None else torch.tensor(list(columns))
+    with torch.inference_mode():
+        bias = layer(zero)
+        rows = []
+        for part in chosen.to(device).split(CHUNK):
+            units = zero.repeat(len(part), 1)
+            units[torch.arange(len(part), device=device), part] = 1
+            rows.append((layer(units) - bias).float().cpu())
+    return torch.cat(rows).T.clone()

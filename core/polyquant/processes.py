@@ -1,0 +1,131 @@
+"""Child processes with this one's interpreter and import path, which end when it ends and leave a log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
+from typing import NamedTuple
+
+SHOWN_LINES = 12  # of what a failed process said last
+STEP = "[step] "  # begins the lines in which a child says what it is doing
+POLL_SECONDS = 0.2
+
+
+class Stopped(Exception):
+    """The work was stopped before it was finished."""
+
+
+class Ended(NamedTuple):
+    """How a child process ended."""
+
+    code: int | None  # None: its time was up
+    said: str  # its last lines
+    seconds: float
+
+
+def import_path() -> str:
+    """This process's import path, as PYTHONPATH for another one."""
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry)
+
+
+def run_logged(
+    module: str, arguments: Iterable[str], log: Path, *, limit_seconds: float, tell: Callable[[str], None],
+    stop: Event | None = None, environment: Mapping[str, str] | None = None,
+) -> Ended:  # fmt: skip
+    """`python -m module arguments`, what it prints in `log`; it should call `end_with_parent` first.
+
+    tell: called with each step that the child says (see `say`) while it runs. environment: variables set for it.
+    After `limit_seconds`, where `stop` is set, and where this process is interrupted, the child is killed with all
+    that it has started. Raises Stopped for `stop`.
+    """
+    started, told = monotonic(), ""
+    with log.open("wb") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,  # stays open for as long as this process lives
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": import_path(), "PYTHONUNBUFFERED": "1", **(environment or {})},
+            start_new_session=True,
+        )
+        try:
+            while True:
+                try:
+                    child.wait(POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    step = _last_step(log)
+                    if step and step != told:
+                        told = step
+                        tell(step)
+                    if stop is not None and stop.is_set():
+                        raise Stopped from None
+                    if monotonic() - started > limit_seconds:
+                        break
+        finally:
+            in_time = child.poll() is not None
+            _kill_group(child)
+            if child.stdin is not None:
+                child.stdin.close()
+    return Ended(child.returncode if in_time else None, last_lines(log), monotonic() - started)
+
+
+def end_with_parent() -> None:
+    """In a child of `run_logged`: ends this process, and what it has started, as soon as its parent is gone."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # the descriptor: a buffered reader's lock would be held when the interpreter ends
+            pass
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def say(step: str) -> None:
+    """In a child of `run_logged`: what it is doing now."""
+    print(f"{STEP}{step}", flush=True)
+
+
+def explain(code: int | None, limit_seconds: float) -> str:
+    """What an exit code means, in words."""
+    if code is None:
+        return f"it took longer than {limit_seconds:.0f} s and was stopped"
+    if code >= 0:
+        return f"it ended with code {code}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else "unknown"
+    guess = ", most likely for lack of memory" if name == "SIGKILL" else ""
+    return f"it was killed by signal {-code} ({name}){guess}"
+
+
+def last_lines(log: Path) -> str:
+    """What a log ends with, without the steps."""
+    lines = log.read_bytes()[-20000:].decode(errors="replace").replace("\r", "\n").splitlines()
+    said = [line.rstrip() for line in lines if line.strip() and not line.startswith(STEP)]
+    return "\n".join(said[-SHOWN_LINES:])
+
+
+def _last_step(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 20000))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.removeprefix(STEP) for line in reversed(lines) if line.startswith(STEP)), "")
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """The child and what it has started, where they still run."""
+    try:
+        if hasattr(os, "killpg"):
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
+    except (ProcessLookupError, PermissionError):
+        pass  # all of them have ended
+    child.wait()
