@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from polyquant.backend import Backend
-from polyquant.errors import BrokenBackend, ConfigError, SaveError, UnsupportedOperation
+from polyquant.errors import BackendFailed, BrokenBackend, ConfigError, SaveError, UnsupportedOperation
 from polyquant.query import Miss, Selection, select
 from polyquant.registry import Registry
 from polyquant.types import Problem, Record
@@ -78,7 +78,7 @@ def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
             diagnoses.append(
                 Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=handle.problems(chosen))
             )
-        except BrokenBackend as error:
+        except (BrokenBackend, BackendFailed) as error:
             fix = f"update or uninstall {registry().origin(each)}, or set POLYQUANT_DISABLE={each}"
             broken = Problem(what=str(error), fix=fix, kind="import", detail=str(error.__cause__ or ""))
             diagnoses.append(Diagnosis(backend=each, origin=registry().origin(each), device=device, problems=[broken]))

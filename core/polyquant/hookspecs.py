@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from polyquant.options import BackendOptions
     from polyquant.request import LoadRequest
 
+VERSION = 1
+"""Of the specification. It grows when a hook loses an argument, is renamed or removed; what is added changes nothing
+for a plugin that does not ask for it (docs/authors says how)."""
+REMOVED: Mapping[str, Mapping[str, str]] = {}
+"""hook -> argument that earlier versions gave -> what to use instead."""
 REQUIRED = ("backend_info", "validate_environment", "build_config", "load", "describe_layers")
 OPTIONAL = ("plan_layers", "quantize", "prepare_for_training", "save")
 

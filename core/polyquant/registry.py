@@ -15,7 +15,7 @@ from typing import Any
 
 import pluggy
 
-from polyquant import hookspecs
+from polyquant import hooks, hookspecs
 from polyquant.errors import (
     BackendConflict,
     BackendFailed,
@@ -28,7 +28,7 @@ from polyquant.errors import (
 from polyquant.loaded import LoadedModel
 from polyquant.markers import ENTRY_POINT_GROUP, PROJECT
 from polyquant.options import BackendOptions
-from polyquant.types import BackendInfo
+from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
 
 RESULTS: Mapping[str, type] = {
     "backend_info": BackendInfo,
@@ -41,14 +41,20 @@ RESULTS: Mapping[str, type] = {
     "prepare_for_training": object,
     "save": Path,
 }
+ITEMS: Mapping[str, type] = {
+    "validate_environment": Problem,
+    "describe_layers": LayerInfo,
+    "plan_layers": LayerPlan,
+}
 
 
 class Registry:
     """The installed backends of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, specification: type = hookspecs.QuantBackend) -> None:
         self._manager = pluggy.PluginManager(PROJECT)
-        self._manager.add_hookspecs(hookspecs.QuantBackend)
+        self._manager.add_hookspecs(specification)
+        self._specification = specification
         self._plugins: dict[str, object] = {}
         self._infos: dict[str, BackendInfo] = {}
         self._broken: dict[str, BrokenBackend] = {}
@@ -103,15 +109,28 @@ class Registry:
         except (PolyquantError, MemoryError):
             raise
         except Exception as error:
-            raise BackendFailed(f"{name} failed in {hook}: {type(error).__name__}: {error}") from error
+            at = self._raised_at(name, error) or self._place(name, hook)
+            failure = BackendFailed(
+                f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); mend it there, or tell the makers "
+                f"of {self.origin(name)}: {self._infos[name].docs}"
+            )
+            failure.hook = hook
+            raise failure from error
         if isinstance(result, list) and hook == "backend_info":
             result = result[0] if result else None
-        if not isinstance(result, RESULTS[hook]) or result is None:
-            raise BrokenBackend(
-                f"{self.origin(name)}: {hook} must answer with {RESULTS[hook].__name__}, "
-                f"it answered with {type(result).__name__}; update or remove the plugin"
+        if wrong := _wrong(hook, result):
+            broken = BrokenBackend(
+                f"{self.origin(name)}: {hook} {wrong} ({self._place(name, hook)}): {hooks.CURES[hook]}"
             )
+            broken.hook = hook
+            raise broken
         return result
+
+    def _place(self, name: str, hook: str) -> str:
+        return hooks.place(getattr(self._plugins[name], hook))
+
+    def _raised_at(self, name: str, error: BaseException) -> str:
+        return hooks.raised_at(error, self._found[name][0].module)
 
     def require(self, name: str, hook: str) -> None:
         """Raises UnsupportedOperation, with the backends that can, where `name` lacks an optional hook."""
@@ -146,38 +165,83 @@ class Registry:
         origin = self.origin(name)
         if len(self._found[name]) > 1:
             raise BackendConflict(f"backend {name!r} is claimed by {origin}; uninstall one of them")
+        point = self._found[name][0]
         try:
-            plugin = self._found[name][0].load()
+            plugin = point.load()
         except Exception as error:
-            raise BrokenBackend(f"{origin}: import failed with {type(error).__name__}: {error}") from error
+            at = self._raised_at(name, error) or point.module
+            raise BrokenBackend(
+                f"{origin}: import failed with {type(error).__name__}: {error} ({at}): {_cure_of_import(point, error)}"
+                f"{self._requirement(name)}"
+            ) from error
+        marked = hooks.implementations(plugin, self._manager.parse_hookimpl_opts)
+        if wrong := list(hooks.misfits(plugin, marked, self._specification, hookspecs.REMOVED)):
+            shown = "\n  - ".join(("", *wrong)) if len(wrong) > 1 else f" {wrong[0]}"
+            raise BrokenBackend(f"{origin}: hooks do not fit the specification:{shown}{self._requirement(name)}")
         self._plugins[name] = plugin
         try:
             self._manager.register(plugin, name)
             self._manager.check_pending()
         except Exception as error:
-            known = hookspecs.REQUIRED + hookspecs.OPTIONAL
-            unknown = str(error).partition("unknown hook '")[2].partition("'")[0]
-            hint = did_you_mean(unknown, known) if unknown else ""
-            raise BrokenBackend(f"{origin}: hooks do not fit the specification: {error}.{hint}") from error
-        missing = [hook for hook in hookspecs.REQUIRED if not self._has(plugin, hook)]
-        if missing:
-            raise BrokenBackend(f"{origin}: lacks the required hook(s) {', '.join(missing)}")
+            raise BrokenBackend(f"{origin}: hooks do not fit the specification: {error}") from error
         self._infos[name] = self._checked_info(name, plugin, origin)
 
-    def _has(self, plugin: object, hook: str) -> bool:
-        return any(impl.plugin is plugin for impl in getattr(self._manager.hook, hook).get_hookimpls())
+    def _requirement(self, name: str) -> str:
+        """What to do where the plugin's own metadata asks for another polyquant than this one; empty where it fits."""
+        from packaging.requirements import Requirement
+
+        import polyquant
+
+        distribution = self._found[name][0].dist
+        for requirement in map(Requirement, distribution.requires or () if distribution else ()):
+            if requirement.name == "polyquant" and not requirement.specifier.contains(polyquant.__version__, True):
+                return (
+                    f". It requires {requirement}, and polyquant {polyquant.__version__} is installed: "
+                    f"pip install '{requirement}'"
+                )
+        return ""
 
     def _checked_info(self, name: str, plugin: Any, origin: str) -> BackendInfo:
+        at = hooks.place(plugin.backend_info)
         try:
             info = plugin.backend_info()
         except Exception as error:
-            raise BrokenBackend(f"{origin}: backend_info failed with {type(error).__name__}: {error}") from error
-        if not isinstance(info, BackendInfo):
+            at = self._raised_at(name, error) or at
             raise BrokenBackend(
-                f"{origin}: backend_info must answer with BackendInfo, it answered with {type(info).__name__}"
-            )
+                f"{origin}: backend_info failed with {type(error).__name__}: {error} ({at}): "
+                f"{hooks.CURES['backend_info']}{self._requirement(name)}"
+            ) from error
+        if wrong := _wrong("backend_info", info):
+            raise BrokenBackend(f"{origin}: backend_info {wrong} ({at}): {hooks.CURES['backend_info']}")
         if info.name != name:
             raise BrokenBackend(
-                f"{origin}: entry point {name!r} answers with the card of {info.name!r}; give both one name"
+                f"{origin}: entry point {name!r} answers with the card of {info.name!r} ({at}); give both one name"
             )
-        return info
+        return info  # type: ignore[no-any-return]  # checked above
+
+
+def _wrong(hook: str, result: object) -> str:
+    """What is wrong with a hook's answer, in words; empty where it has the right type."""
+    wanted, item = RESULTS[hook], ITEMS.get(hook)
+    if result is None:
+        return f"must answer with {wanted.__name__}, it answered with NoneType (does it return?)"
+    if not isinstance(result, wanted):
+        return f"must answer with {wanted.__name__}, it answered with {type(result).__name__}"
+    strange = [each for each in result if not isinstance(each, item)] if item and isinstance(result, list) else []
+    if strange and item:
+        return f"must answer with a list of {item.__name__}, {type(strange[0]).__name__} is in it"
+    return ""
+
+
+def _cure_of_import(point: EntryPoint, error: Exception) -> str:
+    own = point.module.partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if error.name.partition(".")[0] == own:
+            return f"the entry point names {point.value}; write that module, or mend the entry point in pyproject.toml"
+        return (
+            f"install {error.name}; a library that only the hooks need is imported inside them, so that listing works "
+            "without it"
+        )
+    if isinstance(error, AttributeError) and point.attr and str(error).endswith(f"has no attribute {point.attr!r}"):
+        return f"the entry point names {point.value}; write {point.attr} = YourBackend() at the end of that module"
+    return "mend it there"

@@ -60,6 +60,11 @@ class Check:
         return self.function.__name__
 
     @property
+    def group(self) -> str:
+        """What it is about: card, options, load, outputs, layers, bytes, files, train, state."""
+        return self.function.__module__.rpartition("checks_")[2]
+
+    @property
     def summary(self) -> str:
         """The promise, in one line."""
         return (self.function.__doc__ or "").partition("\n")[0]

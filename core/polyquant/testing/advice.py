@@ -1,0 +1,83 @@
+"""What to do where a check fails: the file, the hook, and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from polyquant import hooks
+from polyquant.errors import BackendFailed, PolyquantError
+from polyquant.testing.subject import Subject
+
+OPTIONS = "options"  # stands where no hook but the options record is to be mended
+
+CURES: Mapping[str, tuple[str, str]] = {
+    "imports_nothing_heavy": ("backend_info", "import torch and your library inside the hooks, from _load.py"),
+    "card_is_complete": ("backend_info", "complete the BackendInfo that it returns"),
+    "capabilities_have_their_hooks": ("backend_info", "declare what is implemented, and implement what is declared"),
+    "hooks_fit_the_specification": ("backend_info", "write arguments as polyquant.hookspecs does, without defaults"),
+    "no_device_is_a_problem": ("validate_environment", "return polyquant.environment.device_problems(device, ...)"),
+    "environment_check_is_quiet": (
+        "validate_environment", "print and change nothing; wrap what a library does in polyquant.environment.contained",
+    ),
+    "unknown_options_are_refused": ("build_config", "return polyquant.options.convert(YourOptions, options)"),
+    "wrong_values_are_refused": (
+        "build_config", "give each option a strict type, Literal for a choice, and let polyquant.options.convert check",
+    ),
+    "options_are_frozen": (OPTIONS, "class YourOptions(BackendOptions, frozen=True, kw_only=True, "
+                                    "forbid_unknown_fields=True)"),
+    "options_survive_conversion": ("build_config", "change no option that was given"),
+    "loads": ("load", "quantize or read the model; refuse sizes that you cannot take with polyquant.errors.ModelError"),
+    "is_in_eval_mode": ("load", "call .eval() on every module that you put into the model"),
+    "config_is_the_effective_one": (
+        "load", "pass on the `config` you were given, and keep its native() in model.config.quantization_config",
+    ),
+    "runs_on_every_declared_device": ("load", "place each tensor as request.device_map says, or declare fewer devices"),
+    "logits_are_whole": ("load", "see what the quantized module's forward returns: shape, dtype, NaN"),
+    "greedy_decoding_is_deterministic": ("load", "keep randomness and state out of the quantized module's forward"),
+    "stays_close_to_the_dense_model": ("load", "see how weights are rounded; the floor stands in the test class"),
+    "describes_every_tensor_once": ("describe_layers", "let polyquant.memory.describe.describe list the tensors"),
+    "bits_and_schemes_are_declared": (
+        "describe_layers", "give quantized layers the bits and scheme of the card's capabilities, and a kernel",
+    ),
+    "dense_tensors_have_reasons": ("describe_layers", "set `reason` where `quantized` is False"),
+    "covers_the_model": ("load", "quantize every nn.Linear of the blocks"),
+    "skipped_modules_stay_dense": ("load", "leave the modules named in config.skip as they are; pass them as `skipped` "
+                                           "to polyquant.memory.describe.describe"),
+    "a_skip_pattern_without_a_match_is_refused": ("build_config", "leave config.skip as it was given"),
+    "described_bytes_are_stored_bytes": (
+        "describe_layers", "count weights, scales, zero points and codes: polyquant.memory.describe.describe does",
+    ),
+    "plan_is_within_one_percent": ("plan_layers", "count a layer's bytes as your module stores it, constants included"),
+    "memory_comes_back": ("load", "keep no reference to the model or its tensors: no globals, no caches"),
+    "saves_and_loads_back": ("save", "write every tensor of the quantized modules exactly, and read all of it in load"),
+    "writes_no_pickle": ("save", "write safetensors: polyquant.packed.save does"),
+    "contradicting_options_are_refused": (
+        OPTIONS, "from_stored must give back every option; load_time names only those a checkpoint leaves free",
+    ),
+    "adapters_train_on_the_frozen_base": (
+        "prepare_for_training", "freeze the base, call enable_input_require_grads, and let gradients through forward",
+    ),
+    "load_leaves_global_state_alone": (
+        "load", "put back what your library changes: polyquant.environment.contained, torch.random.fork_rng",
+    ),
+}  # fmt: skip
+"""check -> (hook to look at, what to do)."""
+
+
+def advise(subject: Subject, check: str, error: BaseException) -> str:
+    """Where to look and what to do after `error` in a check: 'polyquant_acme/plugin.py:57, load: call .eval() ...'.
+
+    An error from inside the plugin names its own line. Empty where the plugin cannot be used at all: the error says it.
+    """
+    try:
+        plugin, options = subject.handle.plugin, subject.info.options
+    except PolyquantError:
+        return ""
+    hook, cure = CURES[check]
+    if raised := getattr(error, "hook", ""):
+        must = hooks.CURES[raised]
+        hook, cure = raised, f"mend it there; it must {must}" if isinstance(error, BackendFailed) else must
+    at = hooks.raised_at(error.__cause__ or error, type(plugin).__module__)
+    if not at:
+        at = hooks.place(options if hook == OPTIONS else getattr(plugin, hook, type(plugin)))
+    return f"{at}, {hook}: {cure}"
