@@ -81,8 +81,14 @@ class Difference(Record, frozen=True):
 
     @property
     def worse(self) -> bool:
-        """Whether anything is worse than it was."""
-        return any(change.worse for change in self.changed) or any(turn.worse for turn in self.turns)
+        """Whether anything is worse than it was; speeds count where they are of the same machine."""
+        figures = [change for change in self.changed if self.same_machine or change.figure not in SPEEDS]
+        return any(change.worse for change in figures) or any(turn.worse for turn in self.turns)
+
+    @property
+    def same_machine(self) -> bool:
+        """Whether both were measured on the same kind of machine."""
+        return not any(condition.name == "machine" for condition in self.conditions)
 
 
 def difference(before: Comparison, after: Comparison) -> Difference:

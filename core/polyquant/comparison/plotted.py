@@ -9,14 +9,21 @@ from typing import Any
 from polyquant.candidates import DENSE
 from polyquant.comparison.choice import frontier
 from polyquant.comparison.records import Comparison, Layer
-from polyquant.comparison.table import rows
+from polyquant.comparison.table import rows, short
 
 AXES = {"weights_stored_bytes": 1, "generated_tokens_per_second": -1, "prompt_tokens_per_second": -1}
 """What KL is plotted against; -1: the more the better."""
 POINT = (
-    "candidate", "status", "kl_mean", "kl_standard_error", "top1", "ratio_to_bfloat16", "bits_per_weight",
-    "generated_tokens_per_second_standard_deviation", "prompt_tokens_per_second_standard_deviation", *AXES,
-)  # fmt: skip
+    "candidate",
+    "status",
+    "kl_mean",
+    "kl_standard_error",
+    *AXES,
+    "generated_tokens_per_second_standard_deviation",
+    "prompt_tokens_per_second_standard_deviation",
+)
+WORDS = ("name", "kl", "top1", "perplexity", "stored", "of_bfloat16", "prompt", "generated")
+"""What `short` gives."""
 LOW_BITS, MIDDLE_BITS = 3.5, 6.0
 DIGITS = 4  # of the errors of layers
 
@@ -27,7 +34,11 @@ def plotted(comparison: Comparison) -> dict[str, Any]:
     return {
         "points": [
             {name: cell[name] for name in POINT}
-            | {"group": group(cell), "reference": cell["candidate"] == comparison.setting.reference}
+            | {
+                "group": group(cell),
+                "reference": cell["candidate"] == comparison.setting.reference,
+                "words": dict(zip(WORDS, short(cell), strict=True)),
+            }
             for cell in table
         ],
         "frontiers": frontiers(comparison),

@@ -55,7 +55,7 @@ def html(comparison: Comparison) -> str:
         axes=list(AXIS_NAMES.items()),
         headings=sheet.headings(comparison),
         rows=rows,
-        reference=next((row["name"] for row in rows if row["reference"] and row["status"] == "done"), ""),
+        open=any(row["status"] == "check failed" for row in rows),
         done=sum(row["status"] in ("done", "check failed") for row in rows),
         failed=[row for row in rows if row["status"] in ("failed", "check failed")],
         layered=[row for row in rows if row["layers"]],
@@ -93,7 +93,8 @@ def _render(template: str, *, scripts: list[str], **values: Any) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     safe = [{"text": Markup(text), "hash": _hash(text)} for text in map(_own_script, scripts)]  # noqa: S704  own files
-    return environment.get_template(template).render(scripts=safe, style=Markup(_file("report.css")), **values)  # noqa: S704
+    page: str = environment.get_template(template).render(scripts=safe, style=Markup(_file("report.css")), **values)  # noqa: S704
+    return page
 
 
 def _plotly() -> str:

@@ -97,8 +97,7 @@ DETAILS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 def headings(comparison: Comparison) -> list[dict[str, Any]]:
     """Of the page's table."""
     name = {"text": "candidate", "title": "Backend and options", "note": False, "sorted": False}
-    last = {"text": "status", "title": "done, or what went wrong", "note": False, "sorted": False}
-    return [name, *(column._asdict() for column in (*TABLE, *_tasks(comparison))), last]
+    return [name, *(column._asdict() for column in (*TABLE, *_tasks(comparison)))]
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 from polyquant.comparison.records import Comparison
 from polyquant.machine import Machine
@@ -49,7 +50,7 @@ def first_line(reason: str) -> str:
 
 def last_lines(reason: str) -> str:
     """What the process said last."""
-    return reason.strip().partition("\n")[2]
+    return textwrap.dedent(reason.strip().partition("\n")[2])
 
 
 def machine_words(machine: Machine) -> str:

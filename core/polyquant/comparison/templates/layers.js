@@ -1,7 +1,7 @@
 // The layers of one candidate: a heat map of blocks by kinds of modules, and every tensor in a table.
 const chooser = document.getElementById("layered");
 const MEASURES = {
-  errors: {title: "error", text: (value) => value === null ? "not measured" : `${figure(100 * value)} %`, format: ".1%"},
+  errors: {title: "error", text: (value) => value === null ? "not measured" : `${figure(100 * value)} %`, format: ".2~p"},
   bits: {title: "bits", text: (value) => figure(value), format: ".3~g"},
   bytes: {title: "bytes", text: mebibytes, format: ".3~s"},
 };
@@ -49,9 +49,9 @@ function heat() {
     hovertemplate: "%{text}<extra></extra>", colorscale: "Cividis", xgap: 1, ygap: 1, hoverongaps: false,
     colorbar: {title: {text: of.title, side: "top"}, thickness: 10, len: 1, outlinewidth: 0, tickformat: of.format, xpad: 6},
   }], {
-    height: 90 + Math.max(kinds.length, 3) * 30, margin: {l: wide ? 150 : 112, r: 8, t: 8, b: 44}, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
-    font: {size: wide ? 12 : 10}, dragmode: false, hovermode: "closest",
-    xaxis: {title: {text: "block", standoff: 6}, fixedrange: true, showgrid: false, zeroline: false}, yaxis: {autorange: "reversed", fixedrange: true, showgrid: false, type: "category"},
+    height: 60 + Math.max(kinds.length, 4) * 30, margin: {l: wide ? 150 : 112, r: 8, t: 8, b: 44}, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
+    font: {family: font, size: wide ? 12 : 10}, dragmode: false, hovermode: "closest",
+    xaxis: {title: {text: "block", standoff: 6}, fixedrange: true, showgrid: false, zeroline: false, ticks: ""}, yaxis: {autorange: "reversed", ticks: "", fixedrange: true, showgrid: false, type: "category"},
   }, CONFIG);
   summary(all);
   rows(all);

@@ -16,20 +16,16 @@ const AXES = {
 const CONFIG = {responsive: true, displayModeBar: false, doubleClick: "reset"};
 const plain = (text) => String(text).replace(/[&<>"]/g, (sign) => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})[sign]);
 const figure = (value, digits = 3) => value === null || value === undefined ? "not measured" : Number(value.toPrecision(digits)).toLocaleString("en", {maximumSignificantDigits: digits});
-const nats = (value) => value < ZERO ? "< 1e-6" : value < 1e-3 ? value.toExponential(1) : figure(value);
 const mebibytes = (bytes) => bytes === null ? "not measured" : bytes < 1024 * 2 ** 20 ? `${(bytes / 2 ** 20).toFixed(1)} MiB` : `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 const narrow = () => document.getElementById("plot").clientWidth < 600;
 const touch = matchMedia("(pointer: coarse)").matches;
+const font = getComputedStyle(document.body).fontFamily;
 let shown = new Set(data.points.keys());
 
-const figures = (point) => [
-  `KL ${nats(point.kl_mean)} nats${point.kl_mean < ZERO ? "" : ` ± ${nats(point.kl_standard_error)}`}`,
-  `top-1 ${(100 * point.top1).toFixed(1)} %`,
-  mebibytes(point.weights_stored_bytes) + (point.ratio_to_bfloat16 ? `, ${figure(point.ratio_to_bfloat16, 2)}x bfloat16` : ""),
-  `generated ${figure(point.generated_tokens_per_second)} tokens/s`,
-];
-const hover = (point) => [`<b>${plain(point.candidate)}</b>`, ...figures(point), `prompt ${figure(point.prompt_tokens_per_second)} tokens/s`,
-  ...(point.status === "done" ? [] : [plain(point.status)])].join("<br>");
+const hover = ({candidate, status, words}) => [`<b>${plain(candidate)}</b>`, ...[
+  words.kl && `KL ${words.kl} nats`, words.top1 && `top-1 ${words.top1}`, words.stored && `stored ${words.stored}, ${words.of_bfloat16} bfloat16`,
+  words.generated && `generated ${words.generated} tokens/s`, words.prompt && `prompt ${words.prompt} tokens/s`, status !== "done" && status,
+].filter(Boolean).map(plain)].join("<br>");
 
 function ticks(low, high) {
   const steps = high / low > 30 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 7];
@@ -68,16 +64,16 @@ function draw() {
     if (!points.length) continue;
     const bad = (point) => point.status !== "done";
     traces.push({
-      x: points.map(x), y: points.map(y), mode: "markers", name: group.name, customdata: points.map((point) => point.index),
+      x: points.map(x), y: points.map(y), mode: "markers", showlegend: false, customdata: points.map((point) => point.index),
       text: points.map(hover), hovertemplate: "%{text}<extra></extra>",
       marker: {size: points.map((point) => onLine.has(point.index) ? 11 : 8), color: group.color, line: {width: 1.5, color: group.color},
         symbol: points.map((point) => group.symbol + (bad(point) ? "-open" : "")),
-        opacity: points.map((point) => !shown.has(point.index) ? 0.1 : onLine.has(point.index) || point.reference ? 1 : 0.6)},
+        opacity: points.map((point) => !shown.has(point.index) ? 0.1 : onLine.has(point.index) || point.reference ? 1 : 0.65)},
       error_y: {type: "data", array: points.map((point) => point.kl_mean < ZERO ? 0 : point.kl_standard_error),
         arrayminus: points.map((point) => point.kl_mean < ZERO ? 0 : Math.min(point.kl_standard_error, y(point) - floor / 2)), color: group.color, thickness: 1, width: 0},
       ...(of.error ? {error_x: {type: "data", array: points.map((point) => point[of.error] * of.scale),
         arrayminus: points.map((point) => Math.min(point[of.error] * of.scale, x(point) * 0.9)), color: group.color, thickness: 1, width: 0}} : {}),
-    });
+    }, {x: [null], y: [null], mode: "markers", name: group.name, marker: {size: 9, color: group.color, symbol: group.symbol}});
   }
   const wide = !narrow();
   const decades = [];
@@ -85,56 +81,62 @@ function draw() {
   const zero = drawn.some((point) => point.kl_mean < ZERO) ? [floor] : [];
   const xticks = ticks(low / 1.1, high * 1.1);
   const layout = {
-    height: wide ? 480 : 400, margin: {l: wide ? 64 : 48, r: 12, t: 8, b: 52}, hovermode: "closest", dragmode: touch ? false : "zoom",
-    paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: {size: wide ? 13 : 11}, showlegend: true,
+    height: wide ? 480 : 400, margin: {l: wide ? 76 : 60, r: 12, t: 8, b: 52}, hovermode: "closest", dragmode: touch ? false : "zoom",
+    paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: {family: font, size: wide ? 13 : 11}, showlegend: true,
     legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0, itemclick: false, itemdoubleclick: false},
     xaxis: {title: {text: of.title, standoff: 8}, type: log ? "log" : "linear", zeroline: false, fixedrange: touch,
       ...(log ? {tickvals: xticks, ticktext: xticks.map((tick) => figure(tick))} : {})},
-    yaxis: {title: {text: "KL to the reference, nats (lower is better)", standoff: 4}, type: "log", zeroline: false, fixedrange: touch,
+    yaxis: {title: {text: "KL to the reference, nats (lower is better)", standoff: 10}, type: "log", zeroline: false, fixedrange: touch,
       tickvals: [...zero, ...decades], ticktext: [...zero.map(() => "0"), ...decades.map((tick) => tick < 1e-3 ? tick.toExponential(0) : String(Number(tick.toPrecision(1))))]},
   };
   target.querySelectorAll(":scope > :not(.plot-container)").forEach((child) => child.nodeType === 3 && child.remove());
-  Plotly.react(target, traces, layout, CONFIG).then(() => label(target, line, x, y, wide, log));
+  const named = [...line, ...drawn.filter((point) => point.reference)];
+  Plotly.react(target, traces, layout, CONFIG).then(() => label(target, named, drawn, line, x, y, wide, log));
   list(data.frontiers[axis]);
 }
 
-// Names at the frontier, each where it hides neither a point nor another name; left out where there is no room.
-function label(target, line, x, y, wide, log) {
-  const {xaxis, yaxis} = target._fullLayout, taken = [], size = wide ? 12 : 10;
-  const across = (value) => xaxis.d2p(value), down = (value) => yaxis.d2p(value);
-  for (const point of data.points) {
-    const axis = document.querySelector("#axis input:checked").value;
-    if (point[axis] !== null && point.kl_mean !== null) {
-      const [left, top] = [across(x(point)), down(y(point))];
-      taken.push([left - 5, top - 5, left + 5, top + 5]);
-    }
-  }
+// Names of some points, each where it hides neither a point, nor the line, nor another name; left out where there is no room.
+function label(target, named, drawn, line, x, y, wide, log) {
+  const {xaxis, yaxis} = target._fullLayout, size = wide ? 12 : 10;
+  const at = (point) => [xaxis.d2p(x(point)), yaxis.d2p(y(point))];
+  const taken = drawn.map(at).map(([left, top]) => [left - 6, top - 6, left + 6, top + 6]);
+  const falls = document.querySelector("#axis input:checked").value === "weights_stored_bytes";
+  line.slice(1).forEach((point, index) => { // the steps of the line
+    const [one, other] = [at(line[index]), at(point)], corner = falls ? [other[0], one[1]] : [one[0], other[1]];
+    for (const end of [one, other])
+      taken.push([Math.min(end[0], corner[0]) - 1, Math.min(end[1], corner[1]) - 1, Math.max(end[0], corner[0]) + 1, Math.max(end[1], corner[1]) + 1]);
+  });
   const free = (box) => box[0] >= 0 && box[2] <= xaxis._length && box[1] >= 0 && box[3] <= yaxis._length &&
     taken.every((other) => box[2] < other[0] || box[0] > other[2] || box[3] < other[1] || box[1] > other[3]);
-  const annotations = [];
-  for (const point of line) {
-    const width = point.candidate.length * size * 0.56, height = size * 1.3;
-    const [left, top] = [across(x(point)), down(y(point))];
-    const places = [[9, -height / 2, "left", "middle"], [6, 7, "left", "top"], [6, -7 - height, "left", "bottom"],
-      [-9 - width, -height / 2, "right", "middle"], [-6 - width, 7, "right", "top"], [-6 - width, -7 - height, "right", "bottom"]];
-    const found = places.map((place) => [[left + place[0], top + place[1], left + place[0] + width, top + place[1] + height], place]).find(([box]) => free(box));
-    if (!found) continue;
-    const [box, [, , xanchor, yanchor]] = found;
+  const annotations = [], text = (point) => plain(point.candidate) + (point.reference ? " (reference)" : "");
+  for (const point of named) {
+    const width = text(point).length * size * 0.6, height = size * 1.3, [left, top] = at(point);
+    const places = [[10, -height / 2], [8, 4 - 1.5 * height], [8, height / 2 - 4], [-10 - width, -height / 2], [-8 - width, height / 2 - 4], [-8 - width, 4 - 1.5 * height],
+      [-width / 2, 9], [-width / 2, -9 - height]];
+    const box = places.map(([right, below]) => [left + right, top + below, left + right + width, top + below + height]).find(free);
+    if (!box) continue;
     taken.push(box);
-    annotations.push({x: log ? Math.log10(x(point)) : x(point), y: Math.log10(y(point)), text: plain(point.candidate), showarrow: false, font: {size},
-      xanchor, yanchor, xshift: xanchor === "left" ? (yanchor === "middle" ? 9 : 6) : yanchor === "middle" ? -9 : -6, yshift: yanchor === "middle" ? 0 : yanchor === "top" ? -5 : 5, borderpad: 0});
+    annotations.push({x: log ? Math.log10(x(point)) : x(point), y: Math.log10(y(point)), text: text(point), showarrow: false, font: {size},
+      xanchor: box[0] >= left ? "left" : box[2] <= left ? "right" : "center", yanchor: "middle", borderpad: 0,
+      xshift: box[0] >= left ? box[0] - left : box[2] <= left ? box[2] - left : 0, yshift: top - (box[1] + box[3]) / 2});
   }
   Plotly.relayout(target, {annotations});
 }
 
 function list(indices) {
-  document.getElementById("frontier").replaceChildren(...indices.map((index) => {
-    const item = document.createElement("li"), link = document.createElement("a"), rest = document.createElement("span");
+  document.querySelector("#frontier tbody").replaceChildren(...indices.map((index) => {
+    const {candidate, words} = data.points[index], row = document.createElement("tr"), name = document.createElement("th"), link = document.createElement("a");
+    name.scope = "row";
+    name.className = "name";
     link.href = `#row-${index}`;
-    link.textContent = data.points[index].candidate;
-    rest.textContent = ` ${figures(data.points[index]).join(", ")}`;
-    item.append(link, rest);
-    return item;
+    link.textContent = candidate;
+    name.append(link);
+    row.append(name, ...[words.kl, words.top1, words.stored, words.of_bfloat16, words.prompt, words.generated].map((text) => {
+      const cell = document.createElement("td");
+      cell.textContent = text;
+      return cell;
+    }));
+    return row;
   }));
 }
 

@@ -1,0 +1,136 @@
+"""The command that shows a comparison, writes its report, and compares two; and the tables of both in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from polyquant.cli.arguments import Json
+from polyquant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from polyquant.comparison.difference import Difference
+    from polyquant.comparison.records import Comparison
+
+NARROW = 112  # columns of a terminal that has no room for every figure
+LEFT_OUT = ("ppl ratio", "of bf16", "prompt tok/s")
+FILE = "comparison.json"
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a comparison, or its comparison.json.", show_default=False)],
+    other: Annotated[
+        Path | None, typer.Argument(help="A later one: show what changed from the first to it.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; for one comparison, report.html in its folder if left out.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show a comparison and write its report again; or show what changed between two, beyond noise.
+
+    With two, the exit code is 1 where something is worse than it was.
+
+    Example: polyquant report before after
+    """
+    from polyquant.cli.show import console, print_json
+    from polyquant.comparison.difference import difference
+    from polyquant.comparison.report import write_difference, write_report
+    from polyquant.comparison.table import as_plain
+
+    comparison = read(run)
+    if other is None:
+        if json:
+            print_json(as_plain(comparison))
+        else:
+            show_comparison(comparison)
+        if out or not json:
+            written = write_report(comparison, out or (run if run.is_dir() else run.parent) / "report.html")
+            console.print(f"report: {written}", markup=False, soft_wrap=True) if not json else None
+        return
+    found = difference(comparison, read(other))
+    if json:
+        print_json({"worse": found.worse, "changed": found.changed, **msgspec.to_builtins(found)})
+    else:
+        show_difference(found)
+    if out:
+        written = write_difference(found, out)
+        console.print(f"report: {written}", markup=False, soft_wrap=True) if not json else None
+    if found.worse:
+        raise typer.Exit(1)
+
+
+def read(path: Path) -> Comparison:
+    """The comparison in a folder or a file. Raises ConfigError where there is none, or it cannot be read."""
+    from polyquant.comparison.records import Comparison
+
+    file = path / FILE if path.is_dir() else path
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Comparison)
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror}); a comparison is made with: polyquant compare MODEL --out FOLDER"
+        ) from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"{file} is no comparison of this version of polyquant: {error}") from error
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """A row a candidate, closest to the reference first; failures with their reasons, and notes, below."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from polyquant.cli.show import console
+    from polyquant.comparison.plotted import frontiers
+    from polyquant.comparison.table import by_quality, rows, short
+    from polyquant.comparison.words import conditions, first_line
+
+    best = {comparison.rows[index].candidate.name for index in frontiers(comparison)["weights_stored_bytes"]}
+    headings = ("KL, nats", "top-1", "ppl ratio", "stored", "of bf16", "prompt tok/s", "gen. tok/s")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline")
+    table.add_column("candidate", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    cells = by_quality(rows(comparison))
+    for cell in cells:
+        if cell["status"] in ("done", "check failed"):
+            name, *figures = short(cell)
+            style = "bold" if name in best else "red" if cell["status"] == "check failed" else ""
+            table.add_row(f"[{style}]{escape(name)}[/]" if style else escape(name), *figures)
+    if console.width < NARROW:
+        table.columns = [column for column in table.columns if column.header not in LEFT_OUT]
+    if table.row_count:
+        console.print(table)
+        console.print("[bold]bold[/]: no other is both smaller and closer to the reference")
+    for cell in cells:
+        if cell["status"] != "done":
+            reason = first_line(cell["reason"])
+            console.print(f"[red]{cell['status']}[/] {escape(cell['candidate'])}: {escape(reason)}")
+    console.print(conditions(comparison), style="dim", markup=False)
+    for note in comparison.notes:
+        console.print(f"note: {escape(note)}")
+
+
+def show_difference(found: Difference) -> None:
+    """What changed beyond noise, and where the two were not measured alike."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from polyquant.cli.show import console
+    from polyquant.comparison.differing import sections, summary
+
+    for section in sections(found):
+        if not section["rows"]:
+            continue
+        table = Table(title=section["heading"], title_justify="left", title_style="bold", box=None, pad_edge=False)
+        table.caption, table.caption_justify = escape(section["caption"]) or None, "left"
+        for heading in section["headings"]:
+            table.add_column(heading, overflow="fold", header_style="underline")
+        for row in section["rows"]:
+            table.add_row(*map(escape, row["cells"]), style="red" if row["worse"] else "")
+        console.print(table)
+        console.print()
+    console.print(summary(found), markup=False)
