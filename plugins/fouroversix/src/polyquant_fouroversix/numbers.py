@@ -1,0 +1,85 @@
+"""The formats in torch: packed weights to numbers, and activations to the numbers that the format has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from fouroversix.quantize import from_blocked
+from fouroversix.quantize.pytorch import reference
+from fouroversix.utils import DataType, ScaleRule
+from torch import Tensor
+from torch.nn import functional
+
+from polyquant_fouroversix.formats import BLOCK, SWIZZLED, largest, up
+from polyquant_fouroversix.options import FouroversixOptions
+
+CHUNK_WEIGHTS = {"cpu": 2**18, "other": 2**26}
+"""Weights dequantized at a time: 1 MiB on the CPU."""
+INT_IN_IF4 = 6 / 7
+"""An INT4 block of IF4 reaches as far as an FP4 one."""
+EMPTY = 2.0**-127  # scale of an MXFP4 block of zeros; the library divides by zero there, and its codes mean nothing
+
+
+def _of_bytes(codes: list[float]) -> Tensor:
+    """(256, 2): the numbers of the two codes in a byte, the low four bits first."""
+    numbers = torch.tensor(codes, dtype=torch.float32)
+    return torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], 1)
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+FP4, INT4 = _of_bytes(E2M1 + [-number for number in E2M1]), _of_bytes([*range(8), *range(-8, 0)])
+TABLES = {"nvfp4": FP4, "mxfp4": FP4, "nvint4": INT4, "if4": torch.cat([FP4, INT4 * INT_IN_IF4])}
+"""Format -> the numbers of a byte of codes; for IF4 those of a byte in an FP4 block, then in an INT4 one."""
+
+
+def dequantize(codes: Tensor, scales: Tensor, amax: Tensor, config: FouroversixOptions) -> Iterator[Tensor]:
+    """The numbers, float32 (rows, columns), some rows at a time, padding included.
+
+    codes: uint8 (rows, columns / 2). scales: as they are stored. amax: (1,).
+    """
+    block, (rows, half) = BLOCK[config.dtype], codes.shape
+    per_row = 2 * half // block
+    if config.dtype in SWIZZLED:
+        scales = from_blocked(scales, (rows, per_row))
+    factors, whole = _factors(scales.reshape(rows, per_row), amax, config)
+    table = TABLES[config.dtype].to(codes.device)
+    step = max(1, CHUNK_WEIGHTS["cpu" if codes.device.type == "cpu" else "other"] // (2 * half))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        places = codes[part].int()
+        if whole is not None:
+            places.view(-1, per_row, block // 2).add_(whole[part].unsqueeze(-1), alpha=256)
+        numbers = torch.index_select(table, 0, places.flatten()).view(-1, per_row, block)
+        yield numbers.mul_(factors[part].unsqueeze(-1)).view(-1, 2 * half)
+
+
+def rounded(x: Tensor, config: FouroversixOptions) -> Tensor:
+    """x (tokens, features), each block rounded to the format by the library; one greatest number for all tokens."""
+    block, features = BLOCK[config.dtype], x.shape[1]
+    values, scales, amax = reference.quantize_to_fp4(
+        functional.pad(x, (0, up(features, block) - features)),
+        fp4_format=DataType(config.dtype),
+        scale_rule=ScaleRule(config.scale_rule),
+        pack_values=False,
+        use_blackwell_scale_layout=False,
+    )
+    factors, whole = _factors(scales.view(-1, 1), amax, config)
+    numbers = values.float().view(-1, block)
+    if whole is not None:
+        numbers = torch.where(whole, numbers * INT_IN_IF4, numbers)
+    if config.dtype == "mxfp4":
+        numbers = torch.where(factors > 0, numbers, 0.0)
+    return (numbers * factors).view(len(x), -1)[:, :features].to(x.dtype)
+
+
+def _factors(scales: Tensor, amax: Tensor, config: FouroversixOptions) -> tuple[Tensor, Tensor | None]:
+    """(what a block's codes are multiplied with, float32; for IF4 which blocks are INT4, told by the scale's sign)."""
+    if config.dtype == "mxfp4":
+        factors = scales.float()
+        return torch.where(factors > EMPTY, factors, 0.0), None
+    whole = None
+    if config.dtype == "if4":
+        bits = scales.view(torch.uint8)
+        whole, scales = bits >= 0x80, (bits & 0x7F).view(torch.float8_e4m3fn)
+    return scales.float() * (amax / largest(config.dtype, config.scale_rule)), whole

@@ -1,0 +1,44 @@
+"""Bytes of the layers from shapes alone. Format: fouroversix.model.modules.linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from polyquant.errors import ConfigError
+from polyquant.memory.planned import is_skipped, plan_linears
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_fouroversix.formats import BLOCK, padded
+from polyquant_fouroversix.options import FouroversixOptions
+
+STORED_NAMES = {
+    "weight": "quantized_weight_values", "scales": "quantized_weight_scale_factors", "amax": "quantized_weight_amax",
+}  # fmt: skip
+"""A layer's tensors -> their names in checkpoints, which are the library's own."""
+METADATA = "quantized_weight_metadata"
+"""Beside them in checkpoints: sizes without and with padding, packed or not, scales swizzled or not; (6,), integers."""
+AMAX_BYTES = 4
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: FouroversixOptions) -> list[LayerPlan]:
+    """Raises ConfigError where experts are fused into one tensor."""
+    for weight in weights:
+        if weight.role == "experts" and not is_skipped(weight, config):
+            module = weight.name.rpartition(".")[0]
+            raise ConfigError(
+                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized; "
+                f"keep them dense with skip=({module.rpartition('.')[2]!r},)"
+            )
+    return plan_linears(weights, config, config.dtype, lambda weight: quantized_bytes(weight, config))
+
+
+def quantized_bytes(weight: WeightInfo, config: FouroversixOptions) -> int:
+    """Two codes and a part of a scale in each byte, padding included, and the tensor's own scale."""
+    return sum(prod(shape) for shape in layout(weight.shape, config).values()) + AMAX_BYTES
+
+
+def layout(shape: tuple[int, ...], config: FouroversixOptions) -> Mapping[str, tuple[int, ...]]:
+    """Name -> shape of a layer's codes and scales, a byte each. shape: of the weight, (out_features, in_features)."""
+    rows, columns = padded(shape, config.dtype)
+    return {"weight": (rows, columns // 2), "scales": (rows * columns // BLOCK[config.dtype],)}
