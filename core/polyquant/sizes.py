@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from polyquant.errors import ConfigError
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -20,14 +22,13 @@ def size(count: float | None) -> str:
 
 
 def parse_size(text: int | str) -> int:
-    """Bytes: a number, or text such as 6GiB or 500MB, as accelerate reads it. Raises ConfigError for anything else."""
-    from accelerate.utils import convert_file_size_to_int
-
-    written = text.strip().replace(" ", "") if isinstance(text, str) else text
-    try:
-        count = int(written) if isinstance(written, int) or written.isdigit() else convert_file_size_to_int(written)
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(f"a size is written as 6GiB, 500MB, or a number of bytes, got {text!r}") from error
+    """Bytes: a number, or text such as 6GiB, 1.5TiB or 500MB. Raises ConfigError for anything else."""
+    written = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|[KMGT]i?B|B)", str(text).strip(), re.IGNORECASE)
+    if written is None:
+        raise ConfigError(f"a size is written as 6GiB, 500MB, or a number of bytes, got {text!r}")
+    number, unit = written.groups()
+    base = 1024 if "i" in unit.lower() else 1000
+    count = int(float(number) * base ** ("KMGT".find(unit[:1].upper()) + 1 if unit else 0))
     if count <= 0:
         raise ConfigError(f"a size must be more than zero bytes, got {text!r}")
     return count
