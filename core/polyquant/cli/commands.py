@@ -12,8 +12,11 @@ import polyquant
 from polyquant import api
 from polyquant.cli import authoring
 from polyquant.cli.arguments import Json, Model
-from polyquant.cli.options import Loading, complete_backend, loads_models
+from polyquant.cli.comparing import compare
+from polyquant.cli.options import Loading, complete_backend, loads_models, spread
+from polyquant.cli.reporting import report
 from polyquant.cli.training import finetune, merge
+from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,9 +45,11 @@ def build(backend: str | None) -> typer.Typer:
     app.callback()(_root)
     app.command()(backends)
     app.command()(doctor)
+    app.command()(report)
     authoring.register(app)
     for command in (load, verify, run, chat, quantize, finetune, merge):
         app.command()(loads_models(command, backend))
+    app.command()(spread(compare, "options", CompareOptions, "How to compare"))
     return app
 
 

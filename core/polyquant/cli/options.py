@@ -54,9 +54,8 @@ def _shared() -> list[inspect.Parameter]:
 
 def _own(option: Option, panel: str) -> inspect.Parameter:
     flag = f"--{option.name.replace('_', '-')}"
-    default = (
-        f" (default: {option.default})" if option.default not in (None, "", ()) and option.kind != "true/false" else ""
-    )
+    default = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
+    default = f" (default: {default})" if default not in (None, "") and option.kind != "true/false" else ""
     if option.kind == "true/false":
         info = typer.Option(
             f"{flag}/--no-{flag[2:]}", help=option.description, rich_help_panel=panel, show_default=False
@@ -75,38 +74,51 @@ def _own(option: Option, panel: str) -> inspect.Parameter:
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def spread(command: Callable[..., Any], parameter: str, options_type: type[msgspec.Struct], panel: str) -> Any:
+    """`command` with its `parameter`, a dictionary, spread into the options of `options_type`; it gets those given."""
+    signature = inspect.signature(command, eval_str=True).parameters
+    own = [_own(option, panel) for option in describe_options(options_type)]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        given = {each.name: values.pop(each.name) for each in own}
+        typed = _typed(options_type, {name: value for name, value in given.items() if value is not None})
+        return command(**values, **{parameter: typed})
+
+    return _signed(run, [each for name, each in signature.items() if name != parameter] + own)
+
+
 def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
     """`command` with its `loading` parameter spread into options: how to load, and those of `backend`.
 
     A parameter `training` is spread too, into those of a fine-tuning run.
     """
+    if "training" in inspect.signature(command).parameters:
+        command = spread(command, "training", TrainingOptions, "Training")
     options_type, signature = _options_type(backend), inspect.signature(command, eval_str=True).parameters
-    trains = "training" in signature
-    plain = [parameter for name, parameter in signature.items() if name not in ("loading", "training")]
+    plain = [parameter for name, parameter in signature.items() if name != "loading"]
     shared = [parameter for parameter in _shared() if parameter.name not in signature]
     own = [_own(option, f"Options of {backend}") for option in describe_options(options_type)] if options_type else []
-    training = [_own(option, "Training") for option in describe_options(TrainingOptions)] if trains else []
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
         given = {parameter.name: values.pop(parameter.name) for parameter in own}
-        run_options = {parameter.name: values.pop(parameter.name) for parameter in training}
         how = {parameter.name: values.pop(parameter.name) for parameter in shared}
         chosen, revision = how.pop("backend"), how.pop("revision")
         how["max_memory"] = _max_memory(how["max_memory"])
         typed = _typed(options_type, {name: value for name, value in given.items() if value is not None})
-        loading = Loading(chosen, revision, {**how, **typed})
-        if not trains:
-            return command(**values, loading=loading)
-        typed = _typed(TrainingOptions, {name: value for name, value in run_options.items() if value is not None})
-        return command(**values, loading=loading, training=typed)
+        return command(**values, loading=Loading(chosen, revision, {**how, **typed}))
 
-    parameters = (
-        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in plain] + training + shared + own
-    )
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del run.__wrapped__
+    return _signed(run, plain + shared + own)
+
+
+def _signed(run: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
+    """`run` with a signature of these parameters, for typer to read."""
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
+    if hasattr(run, "__wrapped__"):
+        del run.__wrapped__
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from polyquant.comparison.difference import (
@@ -76,7 +77,7 @@ def sections(found: Difference) -> list[dict[str, Any]]:
 
 
 def _section(
-    heading: str, headings: tuple[str, ...], rows: list[tuple[tuple[str, ...], bool]], caption: str = ""
+    heading: str, headings: tuple[str, ...], rows: Sequence[tuple[tuple[str, ...], bool]], caption: str = ""
 ) -> dict[str, Any]:
     return {
         "heading": heading,

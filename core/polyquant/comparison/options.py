@@ -26,13 +26,13 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     text: Annotated[
         str, Meta(description="text file or name of a dataset; empty: the novel that comes with polyquant")
     ] = ""
-    windows: Annotated[int | None, Meta(description="windows of text at most; none: all of it")] = 16
+    windows: Annotated[int, Meta(description="windows of text at most; 0: all of it", ge=0)] = 16
     reference: Annotated[
         str, Meta(description="candidate that the others are compared with, or a folder of stored log-probabilities")
     ] = "dense"
     tasks: Annotated[tuple[str, ...], Meta(description="tasks of lm-eval")] = ()
     task_folder: Annotated[str, Meta(description="folder with lm-eval tasks of your own")] = ""
-    task_limit: Annotated[int | None, Meta(description="examples of each task at most")] = None
+    task_limit: Annotated[int, Meta(description="examples of each task at most; 0: all", ge=0)] = 0
     jobs: Annotated[int, Meta(description="quality cells at a time; speed is always measured alone", ge=1)] = 1
     timeout_seconds: Annotated[float, Meta(description="seconds a cell may take", gt=0)] = 3600
     speed_limit_seconds: Annotated[
@@ -43,8 +43,6 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     address: Annotated[str, Meta(description="of the ray cluster; empty: one on this machine")] = ""
 
     def __post_init__(self) -> None:
-        if self.windows is not None and self.windows < 1:
-            raise ValueError("windows must be at least 1")
         if self.tasks and "tasks" not in self.parts:
             msgspec.structs.force_setattr(self, "parts", (*self.parts, "tasks"))
         if "tasks" in self.parts and not self.tasks:

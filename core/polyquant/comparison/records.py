@@ -31,7 +31,7 @@ class Job(Record, frozen=True):
     dense: str = ""  # the dense model, for the error of each layer's weights; empty: not measured
     tasks: tuple[str, ...] = ()  # of lm-eval
     task_folder: str = ""  # where tasks of one's own lie
-    task_limit: int | None = None  # examples of each task
+    task_limit: int = 0  # examples of each task at most; 0: all
     speed_limit_seconds: float = 300  # see measure_speed: slow models are repeated less often
 
 
@@ -107,7 +107,7 @@ class Setting(Record, frozen=True):
     parts: tuple[Part, ...]
     preset: str  # convention of the quality measurement
     text: str  # name of the text
-    windows: int | None  # at most so many; None: the whole text
+    windows: int  # at most so many; 0: the whole text
     reference: str  # candidate that the others are compared with
     tasks: tuple[str, ...] = ()
 

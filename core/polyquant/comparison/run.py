@@ -141,13 +141,13 @@ def _reference(source: ModelSource, text: str, options: CompareOptions, notes: l
             )
         notes.append(f"the reference is what {folder} holds; its text and model are not known here")
         return msgspec.structs.replace(
-            reference_job(source, text, options.preset, options.windows, Candidate(name="", backend=""), ""),
+            reference_job(source, text, options.preset, options.windows or None, Candidate(name="", backend=""), ""),
             folder=str(folder.absolute()), key=str(stored.get("key")),
         )  # fmt: skip
     candidate = parse(options.reference, api.registry().info)
     if candidate.options.get("compute_dtype") != "float32" or candidate.backend != "dense":
         notes.append(f"the reference is {candidate.name}, not the dense model in float32")
-    return reference_job(source, text, options.preset, options.windows, candidate, options.device)
+    return reference_job(source, text, options.preset, options.windows or None, candidate, options.device)
 
 
 def _compute(reference: ReferenceJob, out: Path, options: CompareOptions, watcher: Watcher) -> None:
@@ -214,7 +214,7 @@ def _command(model: str, candidates: Sequence[str], options: CompareOptions) -> 
         value = getattr(options, name)
         if value == getattr(default, name) or name in ("jobs", "retry", "engine", "address"):
             continue
-        text = ",".join(value) if isinstance(value, tuple) else "all" if value is None else str(value)
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
         words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
 

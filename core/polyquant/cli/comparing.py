@@ -1,0 +1,122 @@
+"""`polyquant compare`, with a row for each cell while it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from polyquant import api
+from polyquant.candidates import Candidate, presets_of
+from polyquant.cli.arguments import Json
+from polyquant.comparison.options import CompareOptions
+from polyquant.errors import ConfigError
+from polyquant.options import convert, describe_options
+
+NOT_OPTIONS = ("model", "candidates", "out")  # in a file: everything else is an option
+
+
+def complete_candidate(incomplete: str) -> list[str]:
+    """Every preset of every installed backend."""
+    names = [candidate.name for info in api.backends() for candidate in presets_of(info)]
+    return [name for name in ["dense:float32", "dense:bfloat16", *names] if name.startswith(incomplete)]
+
+
+def compare(
+    options: dict[str, Any],
+    model: Annotated[str, typer.Argument(help="Hub name, local folder, .gguf file, or builtin:smollm2.")] = "",
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option("--candidate", "-c", help="backend:preset,option=value or backend@checkpoint; repeat it.",
+                     autocompletion=complete_candidate),
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every preset of every backend that runs here.")] = False,
+    file: Annotated[Path | None, typer.Option("--file", help="TOML file with model, candidates, options.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder that keeps finished cells and the report.")] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Compare quality, speed and memory of many candidates on a model, in one report.
+
+    Finished cells are kept: the same command goes on after an interruption, and measures only what is new.
+
+    Example: polyquant compare builtin:smollm2 -c bitsandbytes:nf4 -c "torchao:int8,compute_dtype=float32" -c gguf:Q4_0
+    """
+    from polyquant import verbs
+    from polyquant.cli.reporting import show_comparison
+    from polyquant.cli.watching import watching
+
+    written = _read(file) if file else {}
+    model = model or str(written.get("model", ""))
+    if not model:
+        raise ConfigError("no model is named: give one, as in polyquant compare MODEL -c bitsandbytes:nf4")
+    chosen = [*map(_candidate, written.get("candidates", ())), *(candidate or ())]
+    settings = {**{name: value for name, value in written.items() if name not in NOT_OPTIONS}, **options}
+    if all_:
+        chosen += ["dense:float32", *runnable(str(settings.get("device", "auto")))]
+    folder = out or (Path(written["out"]) if "out" in written else None)
+    with watching(live=not json and sys.stderr.isatty()) as watcher:
+        comparison = verbs.compare(model, chosen, out=folder, watcher=watcher, **settings)
+    report = comparison.report(Path(comparison.folder) / "report.html")
+    if json:
+        print(comparison.to_json())
+    else:
+        show_comparison(comparison)
+        print(f"report: {report}")
+    if len(comparison.done) < len(comparison.rows):
+        raise typer.Exit(1)
+
+
+def runnable(device: str) -> list[str]:
+    """The presets of every backend that the doctor lets run; asked in a process of its own, which imports them all."""
+    command = [sys.executable, "-m", "polyquant", "doctor", "--device", device, "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        healthy = [each["backend"] for each in msgspec.json.decode(answer.stdout) if not each["problems"]]
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"the doctor failed, so --all is not known: {answer.stderr.strip()[-500:]}") from error
+    cards = [api.backend(name).info for name in healthy]
+    makes = [info for info in cards if info.capabilities.on_the_fly or api.registry().implements(info.name, "quantize")]
+    return [candidate.name for info in makes for candidate in presets_of(info)]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no TOML: {error}") from error
+    known = [*NOT_OPTIONS, *(option.name for option in describe_options(CompareOptions))]
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        raise ConfigError(f"{file} has {', '.join(unknown)}; there are {', '.join(known)}")
+    own = {name: value for name, value in content.items() if name not in NOT_OPTIONS}
+    for name, value in msgspec.structs.asdict(convert(CompareOptions, own, strict=False)).items():
+        if name in own:
+            content[name] = value
+    return content
+
+
+def _candidate(entry: str | dict[str, Any]) -> str | Candidate:
+    """A candidate of a file: text, or a table with backend, preset, model, name and options."""
+    if isinstance(entry, str):
+        return entry
+    entry = dict(entry)
+    backend, preset = str(entry.pop("backend", "")), str(entry.pop("preset", ""))
+    model, name = str(entry.pop("model", "")), str(entry.pop("name", ""))
+    if not backend:
+        raise ConfigError(f"a candidate in the file names no backend: {entry}")
+    info = api.registry().info(backend)
+    if preset and preset not in info.presets:
+        raise ConfigError(f"{backend} has no preset {preset!r}; there are {', '.join(info.presets) or 'none'}")
+    options = msgspec.structs.asdict(convert(info.options, entry))
+    given = {**info.presets.get(preset, {}), **{key: options[key] for key in entry}}
+    label = name or f"{backend}:" + ",".join(
+        [preset] * bool(preset) + [f"{key}={value}" for key, value in entry.items()]
+    )
+    return Candidate(name=label, backend=backend, options=given, model=model)

@@ -1,0 +1,276 @@
+"""A comparison from candidates to rows: in processes, resumed, with failures as rows."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polyquant
+import psutil
+import pytest
+from filelock import FileLock
+from polyquant.comparison.run import FILE, Watcher
+from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, ModelError
+from polyquant.testing.models import tiny_model
+
+pytestmark = pytest.mark.usefixtures("rowwise")
+QUICK = {"device": "cpu", "windows": 2, "speed_limit_seconds": 0.05}
+
+
+class Seen(Watcher):
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.steps, self.measured = [], []
+
+    def step(self, key, step):
+        self.steps.append(step)
+
+    def finished(self, row):
+        self.measured.append(row.candidate.name)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_model("llama", tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """A comparison of three candidates, one of which cannot be loaded, and its folder."""
+    out, seen = tmp_path_factory.mktemp("comparison"), Seen()
+    candidates = ["dense:float32", "rowwise:int8", f"rowwise@{out / 'absent'}"]
+    comparison = polyquant.compare(model, candidates, out=out, watcher=seen, **QUICK)
+    return comparison, out, seen
+
+
+def test_every_candidate_is_a_row(finished, model):
+    comparison, out, seen = finished
+    dense, rowwise, absent = (row.result for row in comparison.rows)
+    assert [row.result.status for row in comparison.rows] == ["done", "done", "failed"]
+    assert abs(dense.quality.kl_mean) <= 1e-6
+    assert (dense.quality.top1, round(dense.quality.perplexity_ratio, 3)) == (1.0, 1.0)
+    assert 0 < rowwise.quality.kl_mean < 0.1
+    assert rowwise.memory.weights_stored_bytes == rowwise.stored_bytes < dense.stored_bytes
+    assert rowwise.speed.generated_tokens_per_second.mean > 0
+    assert "ModelError" in absent.reason
+    assert {"loading", "verifying", "quality 1/2", "speed"} <= set(seen.steps) | {"quality 1/2"}
+    assert comparison.setting.model == model
+    assert polyquant.read_comparison(out) == comparison
+    assert not list((out / "work").iterdir()), "nothing of finished processes is left"
+
+
+def test_layers_tell_how_far_their_weights_are(finished):
+    layers = {layer.name: layer for layer in finished[0].rows[1].result.layers}
+    packed = [layer for layer in layers.values() if layer.quantized]
+    assert packed
+    assert all(0 < layer.relative_error < 0.02 for layer in packed), "8 bits a weight"
+    assert layers["model.embed_tokens.weight"].relative_error is None
+
+
+def test_finished_cells_are_not_measured_again(finished, model):
+    comparison, out, _ = finished
+    seen = Seen()
+    again = polyquant.compare(model, [row.candidate for row in comparison.rows], out=out, watcher=seen, **QUICK)
+    assert (seen.measured, seen.steps) == ([], [])
+    assert again.rows[:2] == comparison.rows[:2]
+    more = polyquant.compare(model, ["rowwise:int8", "dense:bfloat16"], out=out, watcher=seen, **QUICK)
+    assert seen.measured == ["dense:bfloat16"]
+    assert more.rows[0] == comparison.rows[1]
+
+
+def test_a_cell_file_that_was_changed_is_measured_again(finished, model):
+    comparison, out, _ = finished
+    row = comparison.rows[1]
+    path = out / "cells" / f"{row.key}.json"
+    for content, said in (
+        (path.read_text().replace('"kl_mean":', '"kl_mean":0'), "damaged"),
+        (path.read_text().replace('"threads":', '"threads": '), "was changed since it was written"),
+        (path.read_text()[:100], "damaged"),
+    ):
+        path.write_text(content)
+        seen = Seen()
+        again = polyquant.compare(model, ["rowwise:int8"], out=out, watcher=seen, **{**QUICK, "parts": ("quality",)})
+        assert seen.measured == ["rowwise:int8"]
+        assert any(said in note for note in again.notes)
+    assert again.rows[0].result.quality.kl_mean == pytest.approx(row.result.quality.kl_mean, rel=1e-3)
+
+
+def test_parts_are_added_to_what_is_measured(model, tmp_path):
+    seen = Seen()
+    first = polyquant.compare(model, ["rowwise:int8"], out=tmp_path, **{**QUICK, "parts": ("quality",)})
+    assert first.rows[0].result.speed is None
+    both = polyquant.compare(model, ["rowwise:int8"], out=tmp_path, watcher=seen, **QUICK)
+    assert both.rows[0].result.speed
+    assert both.rows[0].result.quality == first.rows[0].result.quality
+    assert not [step for step in seen.steps if step.startswith("quality")]
+
+
+def test_cells_of_quality_run_side_by_side_and_give_the_same(finished, model, tmp_path):
+    asked = [row.candidate for row in finished[0].rows[:2]]
+    parallel = polyquant.compare(model, asked, out=tmp_path, jobs=2, **QUICK)
+    for one, other in zip(parallel.rows, finished[0].rows, strict=False):
+        assert one.result.quality.kl_mean == pytest.approx(other.result.quality.kl_mean, rel=1e-3, abs=1e-9)
+        assert one.result.parts == ("quality", "speed")
+
+
+def test_what_is_wrong_is_said_before_anything_runs(model, tmp_path):
+    for candidates, options, error, said in (
+        ([], {}, ConfigError, "no candidate is named"),
+        (["rowwise", "rowwise"], {}, ConfigError, "named twice: rowwise"),
+        (["rowwise:int9"], {}, ConfigError, "has no preset 'int9'"),
+        (["rowwise"], {"preset": "llama-512"}, ConfigError, "no preset 'llama-512'"),
+        (["rowwise"], {"windows": -1}, ConfigError, "windows must be"),
+        (["rowwise"], {"parts": ("tasks",)}, ConfigError, "no task is named"),
+        (["rowwise"], {"text": "absent.txt"}, ConfigError, "no such file: absent.txt"),
+        (["rowwise"], {"nonsense": 1}, ConfigError, "unknown option 'nonsense'"),
+    ):
+        with pytest.raises(error, match=said):
+            polyquant.compare(model, candidates, out=tmp_path / "out", **{**QUICK, **options})
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match="no such file or folder"):
+        polyquant.compare("./absent", ["rowwise"], out=tmp_path / "out")
+
+
+def test_a_text_shorter_than_a_window_is_refused(model, tmp_path):
+    (tmp_path / "short.txt").write_text("Only a few words.")
+    with pytest.raises(BackendFailed, match="one window of llamacpp-512 takes 512"):
+        polyquant.compare(model, ["rowwise"], out=tmp_path, **{**QUICK, "text": str(tmp_path / "short.txt")})
+
+
+def test_one_run_at_a_time_in_a_folder(model, tmp_path):
+    with FileLock(str(tmp_path / ".lock")), pytest.raises(ComparisonBusy, match="another comparison is running"):
+        polyquant.compare(model, ["rowwise"], out=tmp_path, **QUICK)
+
+
+def test_another_models_tokens_are_refused(finished, model, tmp_path):
+    """The same weights under a tokenizer that numbers two tokens the other way round."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in Path(model).iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [token for token in vocabulary if token.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    row = polyquant.compare(model, [f"rowwise@{other}"], out=finished[1], **QUICK).rows[0]
+    assert "the tokenizers differ in" in row.result.reason
+
+
+def test_a_cell_that_takes_too_long_is_stopped(model, tmp_path):
+    row = polyquant.compare(
+        model, ["rowwise:int8"], out=tmp_path, **{**QUICK, "timeout_seconds": 2, "parts": ("speed",)}
+    ).rows[0]
+    assert row.result.reason.startswith("it took longer than 2 s and was stopped")
+    again = Seen()
+    polyquant.compare(model, ["rowwise:int8"], out=tmp_path, watcher=again, **{**QUICK, "parts": ("speed",)})
+    assert again.measured == [], "a failure is a row until it is asked for again"
+    polyquant.compare(
+        model, ["rowwise:int8"], out=tmp_path, watcher=again, **{**QUICK, "parts": ("speed",), "retry": True}
+    )
+    assert again.measured == ["rowwise:int8"]
+
+
+RUN = """
+import sys, polyquant
+from polyquant.comparison.run import Watcher
+class Told(Watcher):
+    def finished(self, row): print("measured", row.candidate.name, flush=True)
+    def step(self, key, step): print("step", step, flush=True)
+polyquant.compare(sys.argv[1], sys.argv[3:], out=sys.argv[2], watcher=Told(), device="cpu", windows=2,
+    speed_limit_seconds=0.05)
+"""
+
+
+def start(model, out, candidates):
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    command = [sys.executable, "-c", RUN, model, str(out), *candidates]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def cells_running():
+    return [process for process in psutil.process_iter(["cmdline"])
+            if "polyquant.comparison.cell" in (process.info["cmdline"] or ())]  # fmt: skip
+
+
+def kill_and_go_on(model, out, candidates, moments, victim):
+    """Kill `victim(run)` at each moment, run again; what was measured in all runs together."""
+    measured = []
+    for moment in [*moments, None]:
+        run = start(model, out, candidates)
+        if moment is not None:
+            try:
+                run.wait(moment)
+            except subprocess.TimeoutExpired:
+                victim(run)
+        said, _ = run.communicate(timeout=120)
+        measured += [line.removeprefix("measured ") for line in said.splitlines() if line.startswith("measured ")]
+    return measured
+
+
+def test_a_killed_run_goes_on_and_measures_nothing_twice(finished, model, tmp_path):
+    candidates = ["dense:float32", "rowwise:int8"]
+    moments = [random.Random(7).uniform(1, 25)]  # noqa: S311
+    measured = kill_and_go_on(model, tmp_path, candidates, moments, lambda run: run.kill())
+    assert sorted(measured) == sorted(set(measured))
+    files = {path.stem for path in (tmp_path / "cells").glob("*.json")}
+    comparison = polyquant.read_comparison(tmp_path)
+    assert {row.key for row in comparison.rows} == files
+    for one, other in zip(comparison.rows, finished[0].rows, strict=False):
+        assert one.result.quality.kl_mean == pytest.approx(other.result.quality.kl_mean, rel=1e-3, abs=1e-9)
+
+
+def test_a_cell_dies_with_its_run(model, tmp_path):
+    run = start(model, tmp_path, ["rowwise:int8"])
+    for line in run.stdout:
+        if line.startswith("step loading"):
+            break
+    assert cells_running()
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    deadline = time.monotonic() + 10
+    while cells_running() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not cells_running()
+
+
+def test_a_killed_cell_is_a_row_with_its_reason(model, tmp_path):
+    run = start(model, tmp_path, ["rowwise:int8"])
+    for line in run.stdout:
+        if line.startswith("step loading"):
+            cells_running()[0].kill()
+            break
+    run.communicate(timeout=120)
+    row = polyquant.read_comparison(tmp_path).rows[0]
+    assert row.result.reason.startswith("it was killed by signal 9 (SIGKILL), most likely for lack of memory")
+    assert (tmp_path / FILE).exists()
+
+
+def test_the_command_compares_and_prints(model, tmp_path, run_python, rowwise):
+    environment = {**os.environ, "PYTHONPATH": rowwise, "COLUMNS": "120"}
+    (tmp_path / "candidates.toml").write_text(
+        f'model = "{model}"\ndevice = "cpu"\nwindows = 1\nparts = ["quality"]\n'
+        'candidates = ["rowwise:int8", {backend = "rowwise", bits = 8, compute_dtype = "bfloat16", name = "in bfloat16"}]\n'
+    )
+    result = run_python(
+        "compare", "--file", str(tmp_path / "candidates.toml"), "--out", str(tmp_path / "out"), env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert "rowwise:int8" in result.stdout
+    assert "in bfloat16" in result.stdout
+    assert (tmp_path / "out" / "report.html").stat().st_size > 100_000
+    wrong = run_python("compare", model, "-c", "rowwise:int9", env=environment)
+    assert (wrong.returncode, "has no preset 'int9'" in wrong.stderr) == (2, True)
