@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from polyquant.comparison.difference import Difference
     from polyquant.comparison.records import Comparison
 
-NARROW = 112  # columns of a terminal that has no room for every figure
-LEFT_OUT = ("ppl ratio", "of bf16", "prompt tok/s")
+WIDE = 112  # columns of a terminal that has room for every figure
+HEADINGS = ("KL, nats", "top-1", "ppl ratio", "stored", "of bf16", "prompt tok/s", "gen. tok/s")
+ONLY_WIDE = ("ppl ratio", "of bf16", "prompt tok/s")
 FILE = "comparison.json"
 
 
@@ -36,30 +37,25 @@ def report(
 
     Example: polyquant report before after
     """
-    from polyquant.cli.show import console, print_json
+    from polyquant.cli.show import print_json
     from polyquant.comparison.difference import difference
     from polyquant.comparison.report import write_difference, write_report
     from polyquant.comparison.table import as_plain
 
     comparison = read(run)
     if other is None:
-        if json:
-            print_json(as_plain(comparison))
-        else:
-            show_comparison(comparison)
+        written = None
         if out or not json:
             written = write_report(comparison, out or (run if run.is_dir() else run.parent) / "report.html")
-            console.print(f"report: {written}", markup=False, soft_wrap=True) if not json else None
+        print_json(as_plain(comparison)) if json else show_comparison(comparison, written)
         return
     found = difference(comparison, read(other))
+    written = write_difference(found, out) if out else None
     if json:
-        print_json({"worse": found.worse, "changed": found.changed, **msgspec.to_builtins(found)})
+        print_json({"worsened": found.worsened, "changed": found.changed, **msgspec.to_builtins(found)})
     else:
-        show_difference(found)
-    if out:
-        written = write_difference(found, out)
-        console.print(f"report: {written}", markup=False, soft_wrap=True) if not json else None
-    if found.worse:
+        show_difference(found, written)
+    if found.worsened:
         raise typer.Exit(1)
 
 
@@ -78,8 +74,8 @@ def read(path: Path) -> Comparison:
         raise ConfigError(f"{file} is no comparison of this version of polyquant: {error}") from error
 
 
-def show_comparison(comparison: Comparison) -> None:
-    """A row a candidate, closest to the reference first; failures with their reasons, and notes, below."""
+def show_comparison(comparison: Comparison, written: Path | None = None) -> None:
+    """A row a candidate, closest to the reference first; below, failures with their reasons, notes, and the report."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -89,19 +85,19 @@ def show_comparison(comparison: Comparison) -> None:
     from polyquant.comparison.words import conditions, first_line
 
     best = {comparison.rows[index].candidate.name for index in frontiers(comparison)["weights_stored_bytes"]}
-    headings = ("KL, nats", "top-1", "ppl ratio", "stored", "of bf16", "prompt tok/s", "gen. tok/s")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline")
+    shown = [name for name in HEADINGS if console.width >= WIDE or name not in ONLY_WIDE]
+    padding = (0, 2 if console.width >= WIDE else 1, 0, 0)
+    table = Table(box=None, pad_edge=False, padding=padding, header_style="bold underline")
     table.add_column("candidate", overflow="fold")
-    for heading in headings:
+    for heading in shown:
         table.add_column(heading, justify="right", no_wrap=True)
     cells = by_quality(rows(comparison))
     for cell in cells:
         if cell["status"] in ("done", "check failed"):
             name, *figures = short(cell)
             style = "bold" if name in best else "red" if cell["status"] == "check failed" else ""
-            table.add_row(f"[{style}]{escape(name)}[/]" if style else escape(name), *figures)
-    if console.width < NARROW:
-        table.columns = [column for column in table.columns if column.header not in LEFT_OUT]
+            words = dict(zip(HEADINGS, figures, strict=True))
+            table.add_row(f"[{style}]{escape(name)}[/]" if style else escape(name), *(words[each] for each in shown))
     if table.row_count:
         console.print(table)
         console.print("[bold]bold[/]: no other is both smaller and closer to the reference")
@@ -112,9 +108,10 @@ def show_comparison(comparison: Comparison) -> None:
     console.print(conditions(comparison), style="dim", markup=False)
     for note in comparison.notes:
         console.print(f"note: {escape(note)}")
+    _say(written)
 
 
-def show_difference(found: Difference) -> None:
+def show_difference(found: Difference, written: Path | None = None) -> None:
     """What changed beyond noise, and where the two were not measured alike."""
     from rich.markup import escape
     from rich.table import Table
@@ -128,9 +125,17 @@ def show_difference(found: Difference) -> None:
         table = Table(title=section["heading"], title_justify="left", title_style="bold", box=None, pad_edge=False)
         table.caption, table.caption_justify = escape(section["caption"]) or None, "left"
         for heading in section["headings"]:
-            table.add_column(heading, overflow="fold", header_style="underline")
+            table.add_column(heading, overflow="fold", header_style="underline", no_wrap=heading == "figure")
         for row in section["rows"]:
             table.add_row(*map(escape, row["cells"]), style="red" if row["worse"] else "")
         console.print(table)
         console.print()
     console.print(summary(found), markup=False)
+    _say(written)
+
+
+def _say(written: Path | None) -> None:
+    from polyquant.cli.show import console
+
+    if written:
+        console.print(f"report: {written}", markup=False, soft_wrap=True)

@@ -80,10 +80,10 @@ class Difference(Record, frozen=True):
         return [change for change in self.changes if change.beyond_noise]
 
     @property
-    def worse(self) -> bool:
-        """Whether anything is worse than it was; speeds count where they are of the same machine."""
+    def worsened(self) -> list[Change | Turn]:
+        """What is worse than it was; speeds count where they are of the same machine."""
         figures = [change for change in self.changed if self.same_machine or change.figure not in SPEEDS]
-        return any(change.worse for change in figures) or any(turn.worse for turn in self.turns)
+        return [each for each in (*figures, *self.turns) if each.worse]
 
     @property
     def same_machine(self) -> bool:

@@ -25,7 +25,7 @@ def summary(found: Difference) -> str:
     matched = _count(len({change.candidate for change in found.changes}), "candidate")
     if not (changed or found.turns or found.only_before or found.only_after):
         return f"nothing changed beyond noise in {_count(len(found.changes), 'figure')} of {matched}."
-    worse = sum(change.worse for change in changed) + sum(turn.worse for turn in found.turns)
+    worse = len(found.worsened)
     parts = [
         f"{len(changed)} of {_count(len(found.changes), 'figure')} of {matched} changed beyond noise",
         *([f"{_count(len(found.turns), 'other change')}"] if found.turns else []),
@@ -95,7 +95,7 @@ def change_words(change: Change) -> tuple[str, ...]:
     """Candidate, figure, before, after, change, noise."""
     exact = change.figure == "weights_stored_bytes"
     words = "{:,.0f}".format if exact else size if change.figure.endswith("_bytes") else "{:.4g}".format
-    relative = f"{change.relative:+.1%}" if change.before else ""
+    relative = f"{100 * change.relative:+.3g} %" if change.before else ""
     return (
         change.candidate, change.figure, words(change.before), words(change.after), relative,
         f"± {words(change.noise)}" if change.noise else "exact",
