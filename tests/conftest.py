@@ -11,7 +11,10 @@ from pathlib import Path
 
 import polyquant
 import pytest
+from hypothesis import settings
 from polyquant.authoring.new import new_backend
+
+settings.register_profile("fuzz", max_examples=3000)
 
 GOOD_PLUGIN = """
 from typing import Literal

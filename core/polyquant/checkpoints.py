@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from polyquant.errors import CheckpointConflict, ModelError, UnknownBackend
+from polyquant.errors import CheckpointConflict, ModelError, PolyquantError, UnknownBackend
 from polyquant.options import BackendOptions
 from polyquant.query import Selection
 from polyquant.request import ModelSource
@@ -79,8 +79,11 @@ def stored_options(source: ModelSource, info: BackendInfo, method: str) -> Backe
     try:
         gguf = {"quant_method": method, "gguf_file": str(source.path / source.gguf_file)}
         return info.options.from_stored(gguf if source.gguf_file else source.stored_quantization)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{source.name}: {info.name} cannot read its quantization_config: {error}") from error
+    except PolyquantError:
+        raise
+    except Exception as error:  # the plugin's reading of what somebody else wrote
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ModelError(f"{source.name}: {info.name} cannot read its quantization_config: {why}") from error
 
 
 def reconcile(

@@ -47,10 +47,14 @@ def skeleton(source: ModelSource, dtype: Dtype, *, trust_remote_code: bool = Fal
     config = read_config(source, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, **compat.dtype_argument(getattr(torch, dtype))
-        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **compat.dtype_argument(getattr(torch, dtype))
+            )
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{source.name}: transformers makes no model of its config: {why}") from error
 
 
 def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:

@@ -13,6 +13,10 @@ DeviceMap = Mapping[str, int | str]
 Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "adapter", "other"]
 
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for text that is no JSON, or not the JSON that was expected."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all records."""
 
@@ -151,3 +155,4 @@ class HookRecord(Record, frozen=True):
     peak_bytes: int | None  # resident set (CPU) or allocator (CUDA) peak during the call; None: could not be measured
     device: str
     failed: bool = False
+    held_bytes: int | None = None  # what was held when the call began, of the same kind as peak_bytes

@@ -9,10 +9,13 @@ import msgspec
 
 from polyquant.errors import ModelError
 from polyquant.request import ModelSource
+from polyquant.types import UNREADABLE
 
 INDEX = "model.safetensors.index.json"
 GGUF_MAGIC = b"GGUF"
 CONFIG_LIMIT_BYTES = 64 * 2**20
+COUNTED = ("layers", "experts", "n_layer")  # ends of the names of numbers of modules
+MOST_MODULES = 10_000
 SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files beside config.json in which older tools wrote the quantization config, and the method each stands for."""
 
@@ -46,11 +49,32 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
 
 
 def _with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str]) -> dict[str, Any]:
-    """`config` with the quantization config that a file beside it holds, where it has none of its own."""
+    """`config` with the quantization config that a file beside it holds, where it has none of its own.
+
+    Raises ModelError where either is not what such a file holds.
+    """
+    require_plausible(config, name)
     beside = next((file for file in SIDECARS if file in files), None)
     if beside is None or config.get("quantization_config"):
         return config
     return config | {"quantization_config": {"quant_method": SIDECARS[beside], **_read_object(path / beside, name)}}
+
+
+def require_plausible(config: dict[str, Any], name: str) -> None:
+    """Raises ModelError where a config's known parts have the wrong type, or name a number of layers no model has.
+
+    A skeleton is built module by module, so a number alone could keep it busy for ever.
+    """
+    for key in ("quantization_config", "text_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ModelError(f"{name}: {key} in its config must be an object, it is {config[key]!r:.60}")
+    if not isinstance(config.get("model_type", ""), str):
+        raise ModelError(f"{name}: model_type in its config must be text, it is {config['model_type']!r:.60}")
+    for key, value in config.items():
+        if key.endswith(COUNTED) and isinstance(value, int) and value > MOST_MODULES:
+            raise ModelError(f"{name}: its config says {key} = {value}; at most {MOST_MODULES} are believed")
+        if isinstance(value, dict):
+            require_plausible(value, name)
 
 
 def _weight_files(path: Path, name: str, files: list[str], allow_pickle: bool) -> list[str]:
@@ -62,6 +86,9 @@ def _weight_files(path: Path, name: str, files: list[str], allow_pickle: bool) -
         outside = [shard for shard in wanted if Path(shard).name != shard]
         if outside:
             raise ModelError(f"{name}: {INDEX} names files outside the folder: {_shown(outside)}")
+        other = [shard for shard in wanted if not shard.endswith(".safetensors")]
+        if other:
+            raise ModelError(f"{name}: {INDEX} names files that are no safetensors: {_shown(other)}; fetch it again")
         missing = [shard for shard in wanted if shard not in files]
         if missing:
             raise ModelError(
@@ -101,7 +128,7 @@ def _read_object(path: Path, name: str) -> dict[str, Any]:
         raise ModelError(f"{name}: {path.name} is larger than {CONFIG_LIMIT_BYTES} bytes; it is no config")
     try:
         content = msgspec.json.decode(path.read_bytes())
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ModelError(f"{name}: {path.name} is not readable JSON ({error}); fetch or write it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{name}: {path.name} must hold a JSON object, it holds {type(content).__name__}")
