@@ -83,7 +83,7 @@ class Difference(Record, frozen=True):
     def worsened(self) -> list[Change | Turn]:
         """What is worse than it was; speeds count where they are of the same machine."""
         figures = [change for change in self.changed if self.same_machine or change.figure not in SPEEDS]
-        return [each for each in (*figures, *self.turns) if each.worse]
+        return [*(change for change in figures if change.worse), *(turn for turn in self.turns if turn.worse)]
 
     @property
     def same_machine(self) -> bool:

@@ -1,5 +1,5 @@
 "use strict";
-// Distance from the reference against size or speed. Text that comes from the data goes through `plain`.
+// Distance from the reference against size or speed. What plotly draws of the data goes through `plain`: it reads tags.
 const data = JSON.parse(document.getElementById("data").textContent);
 const ZERO = 1e-6; // nats: as close as the reference is to itself
 const GROUPS = {
@@ -14,7 +14,7 @@ const AXES = {
   prompt_tokens_per_second: {title: "prompt tokens/s (more is better)", scale: 1, error: "prompt_tokens_per_second_standard_deviation"},
 };
 const CONFIG = {responsive: true, displayModeBar: false, doubleClick: "reset"};
-const plain = (text) => String(text).replace(/[&<>"]/g, (sign) => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})[sign]);
+const plain = (text) => String(text).replace(/[&<>]/g, (sign) => ({"&": "&amp;", "<": "&lt;", ">": "&gt;"})[sign]);
 const figure = (value, digits = 3) => value === null || value === undefined ? "not measured" : Number(value.toPrecision(digits)).toLocaleString("en", {maximumSignificantDigits: digits});
 const mebibytes = (bytes) => bytes === null ? "not measured" : bytes < 1024 * 2 ** 20 ? `${(bytes / 2 ** 20).toFixed(1)} MiB` : `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 const narrow = () => document.getElementById("plot").clientWidth < 600;
@@ -108,7 +108,7 @@ function label(target, named, drawn, line, x, y, wide, log) {
   });
   const free = (box) => box[0] >= 0 && box[2] <= xaxis._length && box[1] >= 0 && box[3] <= yaxis._length &&
     taken.every((other) => box[2] < other[0] || box[0] > other[2] || box[3] < other[1] || box[1] > other[3]);
-  const annotations = [], text = (point) => plain(point.candidate) + (point.reference ? " (reference)" : "");
+  const annotations = [], text = (point) => point.candidate + (point.reference ? " (reference)" : "");
   for (const point of named) {
     const width = text(point).length * size * 0.6, height = size * 1.3, [left, top] = at(point);
     const places = [[10, -height / 2], [8, 4 - 1.5 * height], [8, height / 2 - 4], [-10 - width, -height / 2], [-8 - width, height / 2 - 4], [-8 - width, 4 - 1.5 * height],
@@ -116,7 +116,7 @@ function label(target, named, drawn, line, x, y, wide, log) {
     const box = places.map(([right, below]) => [left + right, top + below, left + right + width, top + below + height]).find(free);
     if (!box) continue;
     taken.push(box);
-    annotations.push({x: log ? Math.log10(x(point)) : x(point), y: Math.log10(y(point)), text: text(point), showarrow: false, font: {size},
+    annotations.push({x: log ? Math.log10(x(point)) : x(point), y: Math.log10(y(point)), text: plain(text(point)), showarrow: false, font: {size},
       xanchor: box[0] >= left ? "left" : box[2] <= left ? "right" : "center", yanchor: "middle", borderpad: 0,
       xshift: box[0] >= left ? box[0] - left : box[2] <= left ? box[2] - left : 0, yshift: top - (box[1] + box[3]) / 2});
   }

@@ -1,0 +1,266 @@
+"""The report in a real browser, without a network: what it shows, what it does, and that it asks for nothing."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from polyquant.comparison.records import Comparison, Layer
+from polyquant.comparison.report import write_report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+DATA = Path(__file__).parent / "data" / "comparison.json"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = os.environ.get("POLYQUANT_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the path, nor is POLYQUANT_BROWSER set")
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return msgspec.json.decode(DATA.read_bytes(), type=Comparison)
+
+
+@pytest.fixture(scope="module")
+def report(comparison, tmp_path_factory):
+    return write_report(comparison, tmp_path_factory.mktemp("report") / "report.html")
+
+
+@pytest.fixture
+def opened(browser, report):
+    """Opens a page that must stay silent: no message on the console, no error, no request but for the file itself."""
+    contexts, heard = [], []
+
+    def open_page(path=report, **options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: heard.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: heard.append(f"error: {error}"))
+        page.on(
+            "request",
+            lambda asked: asked.url == path.as_uri() or asked.url.startswith("data:") or heard.append(asked.url),
+        )
+        page.goto(path.as_uri())
+        page.wait_for_selector("#plot .main-svg, #plot:not(:empty)")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert heard == []
+
+
+def names(page):
+    """Of the candidates shown, in their order."""
+    return page.locator("#table tbody:visible th.name").evaluate_all("all => all.map((each) => each.dataset.value)")
+
+
+def number_of_points(page):
+    return page.locator("#plot .scatterlayer .points path").count()
+
+
+def test_hovering_shows_the_name_and_the_figures(opened):
+    page = opened()
+    index = page.evaluate("data.points.findIndex((point) => point.candidate === 'gptq:int8')")
+    box = page.evaluate(
+        """(index) => {
+            const {xaxis, yaxis} = document.getElementById("plot")._fullLayout, point = data.points[index];
+            const area = document.querySelector("#plot .nsewdrag").getBoundingClientRect();
+            return [area.x + xaxis.d2p(point.weights_stored_bytes / 2 ** 20), area.y + yaxis.d2p(point.kl_mean)];
+        }""",
+        index,
+    )
+    page.mouse.move(*box)
+    hover = page.locator("#plot .hoverlayer .hovertext")
+    hover.wait_for()
+    assert "gptq:int8" in hover.text_content()
+    assert "0.00193 ± 0.00008" in hover.text_content()
+    page.mouse.click(*box)  # opens its row
+    assert page.locator(f"#row-{index} .more").is_visible()
+
+
+def test_the_plot_has_every_measured_candidate_and_its_frontier(opened, comparison):
+    page = opened()
+    assert number_of_points(page) == 10
+    assert "hqq:int9 (failed)" in page.locator("#unplotted").text_content()
+    by_size = page.locator("#frontier tbody th").all_text_contents()
+    assert by_size == ["llama-cpp:Q4_0", "llama-cpp:Q8_0", "gptq:int8", "gguf:Q4_1"]
+    page.get_by_label("generation speed").check()
+    by_speed = page.locator("#frontier tbody th").all_text_contents()
+    assert by_speed[-1] == "llama-cpp:Q4_0" and by_speed != by_size
+    assert "generated tokens/s" in page.locator("#plot .xtitle").text_content()
+
+
+def test_headings_sort_both_ways_also_from_the_keyboard(opened, comparison):
+    page = opened()
+    assert names(page)[0] in ("dense:float32", "gguf:Q4_1")  # lowest KL
+    assert names(page)[-2:] == ["hqq:int9", "awq:int4"]
+    heading = page.locator("#table thead th", has_text="stored")
+    heading.locator("button").click()
+    stored = {
+        row.candidate.name: row.result.stored_bytes or row.result.memory.weights_stored_bytes for row in comparison.done
+    }
+
+    def order():
+        return [stored[name] for name in names(page) if name in stored]
+
+    assert order() == sorted(stored.values())
+    assert heading.get_attribute("aria-sort") == "ascending"
+    heading.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert order() == sorted(stored.values(), reverse=True)
+    assert names(page)[-1] == "awq:int4"  # what is not measured stays last
+    page.locator("#table thead th", has_text="candidate").locator("button").click()
+    assert names(page) == sorted(names(page), key=str.lower)
+
+
+def test_typing_filters_table_and_plot(opened):
+    page = opened()
+    page.get_by_label("Filter").type("hqq")
+    assert set(names(page)) == {"hqq:int4", "hqq:int8", "hqq:int9"}
+    assert page.locator("#shown").text_content() == "3 of 12 candidates"
+    faded = page.evaluate(
+        "[...document.querySelectorAll('#plot .scatterlayer .points path')].filter((each) => Number(each.style.opacity) < 0.2).length"
+    )
+    assert faded == 8
+    page.get_by_label("Filter").fill("SIGKILL")
+    assert names(page) == ["hqq:int9"]
+    page.get_by_label("Filter").fill("")
+    page.get_by_label("Backend").select_option("llama-cpp")
+    assert set(names(page)) == {"llama-cpp:Q4_0", "llama-cpp:Q8_0"}
+    page.get_by_label("Backend").select_option("")
+    page.get_by_label("only the frontiers").check()
+    assert "bitsandbytes:nf4" not in names(page) and "gptq:int8" in names(page)
+    page.get_by_label("only the frontiers").uncheck()
+    assert len(names(page)) == 12
+
+
+def test_rows_open_and_commands_copy(opened):
+    page = opened(permissions=["clipboard-read", "clipboard-write"])
+    button = page.get_by_role("button", name="hqq:int4")
+    assert button.get_attribute("aria-expanded") == "false"
+    button.focus()
+    page.keyboard.press("Enter")
+    row = page.locator("tbody", has=page.locator("th[data-value='hqq:int4']"))
+    assert button.get_attribute("aria-expanded") == "true"
+    command = row.locator("code")
+    assert command.text_content() == "polyquant compare builtin:smollm2 -c hqq:int4 --windows 4"
+    row.get_by_role("button", name="copy").click()
+    page.wait_for_function("document.querySelector('tbody .more.shown .copy').textContent === 'copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == command.text_content()
+    assert page.locator(".failures pre").text_content().splitlines()[0] == "loading"
+
+
+def test_layers_of_each_candidate(opened, comparison):
+    page = opened()
+    chosen = page.locator("#layered")
+    assert chosen.locator("option").all_text_contents() == ["hqq:int8", "bitsandbytes:nf4"]
+    kinds = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
+    assert sorted(page.locator("#heat .ytick text").all_text_contents()) == sorted(kinds)
+    first = page.locator("#layer-summary").text_content()
+    chosen.select_option(label="bitsandbytes:nf4")
+    assert page.locator("#layer-summary").text_content() != first
+    layers = next(row.result.layers for row in comparison.rows if row.candidate.name == "bitsandbytes:nf4")
+    page.get_by_text("All tensors").click()
+    assert page.locator("#tensors tbody tr").count() == len(layers)
+    assert page.locator("#tensors tbody th").all_text_contents() == [layer.name for layer in layers]
+    z = page.evaluate("document.getElementById('heat').data[0].z.flat().filter((each) => each !== null)")
+    assert z == pytest.approx([layer.relative_error for layer in _by_kind(layers)], rel=1e-3)
+    page.get_by_label("bits a weight").check()
+    assert page.evaluate("document.getElementById('heat').data[0].z[0][0]") == pytest.approx(4.5, abs=0.01)
+
+
+def _by_kind(layers):
+    """In the order of the heat map: kinds as they come, each with its blocks."""
+    inside = [(re.search(r"layers\.(\d+)\.(.+)\.weight", layer.name), layer) for layer in layers]
+    kinds = list(dict.fromkeys(found[2] for found, _ in inside if found))
+    return sorted(
+        (layer for found, layer in inside if found),
+        key=lambda layer: kinds.index(re.search(r"layers\.\d+\.(.+)\.weight", layer.name)[1]),
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_plot_are_readable_in_both_schemes(opened, scheme):
+    page = opened(color_scheme=scheme)
+    for selector, attribute in (
+        ("h1", "color"),
+        ("#plot .xtick text", "fill"),
+        ("#plot .xtitle", "fill"),
+        (".caption", "color"),
+        ("#heat .ytick text", "fill"),
+        (".reason p", "color"),
+    ):
+        style = f"getComputedStyle(document.querySelector({selector!r}))[{attribute!r}]"
+        assert contrast(page.evaluate(style), page.evaluate("getComputedStyle(document.body).backgroundColor")) >= 4.5
+
+
+def contrast(one, other):
+    """Of two colours as CSS computes them, by WCAG 2."""
+
+    def luminance(color):
+        parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(opened):
+    page = opened(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.querySelector('#plot .main-svg').getBoundingClientRect().right") <= 390
+    page.get_by_role("button", name="hqq:int4").tap()
+    assert page.evaluate("document.querySelector('.more.shown .command').getBoundingClientRect().right") <= 390
+
+
+def test_printing_is_light_and_has_every_command(opened, comparison):
+    page = opened(color_scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(29, 33, 38)"
+    assert page.locator("#table .command code:visible").count() == len(comparison.rows)
+    assert not page.get_by_label("Filter").is_visible()
+    assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+
+
+def test_whatever_data_says_is_shown_as_text(opened, comparison, tmp_path):
+    first, *rest = comparison.rows
+    layer = Layer(
+        name=f"layers.0.{HOSTILE}",
+        shape=(2, 2),
+        bits=4,
+        scheme=HOSTILE,
+        stored_bytes=2,
+        quantized=True,
+        relative_error=0.1,
+    )
+    row = replace(
+        rest[0], command=HOSTILE, candidate=replace(rest[0].candidate, name=HOSTILE),
+        result=replace(rest[0].result, notes=(HOSTILE,), layers=(layer,), reason=HOSTILE),
+    )  # fmt: skip
+    failed = replace(rest[-2], result=replace(rest[-2].result, reason=f"{HOSTILE}\n{HOSTILE}"))
+    page = opened(
+        write_report(replace(comparison, rows=(first, row, failed), notes=(HOSTILE,)), tmp_path / "hostile.html")
+    )
+    page.get_by_label("generation speed").check()
+    page.get_by_text("All tensors").click()
+    assert page.title() == "builtin:smollm2: comparison"
+    assert page.locator("img").count() == 0
+    assert names(page)[1] == HOSTILE
+    assert page.locator("#frontier tbody th").first.text_content() == HOSTILE
+    assert page.locator("#tensors tbody th").first.text_content() == f"layers.0.{HOSTILE}"
+    assert HOSTILE in page.locator("#plot .annotation-text").all_text_contents()
