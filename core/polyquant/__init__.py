@@ -7,6 +7,7 @@ from polyquant.api import Diagnosis, backend, backends, doctor, finetune, load, 
 from polyquant.backend import Backend
 from polyquant.loaded import LoadedModel
 from polyquant.markers import hookimpl
+from polyquant.planning.calls import plan, recommend
 from polyquant.verbs import compare, read_comparison
 
 __version__ = "0.1.0"
@@ -24,7 +25,9 @@ __all__ = [
     "load",
     "merge",
     "observing",
+    "plan",
     "quantize",
     "read_comparison",
+    "recommend",
     "verify",
 ]

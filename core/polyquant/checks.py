@@ -8,10 +8,12 @@ from typing import Any
 from polyquant.errors import PolyquantError
 from polyquant.loaded import LoadedModel
 from polyquant.report import DENSE_ROLES, Check, total
-from polyquant.types import LayerInfo, LayerPlan
+from polyquant.sizes import size
+from polyquant.types import HookRecord, LayerInfo, LayerPlan
 
 COVERAGE_FLOOR = 0.95  # share of the quantizable weights, by their number, that must be quantized
 PLAN_TOLERANCE = 0.01  # stored bytes against planned bytes
+PEAK_TOLERANCE = 0.25  # a load's peak against its plan, beyond which a note says so
 
 
 def is_tied(layer: LayerInfo) -> bool:
@@ -59,6 +61,19 @@ def against_plan(layers: Sequence[LayerInfo], plans: Sequence[LayerPlan]) -> Che
         expected=f"{total(plans)} bytes, at most {PLAN_TOLERANCE:.0%} off, every tensor as planned",
         found=f"{total(layers)} bytes, {difference:.2%} off{named}{wrong}",
     )
+
+
+def load_peak_note(record: HookRecord | None, planned: int | None) -> list[str]:
+    """What a load took, where it is far from its plan. No check: a process's resident set depends on its allocator."""
+    if record is None or record.peak_bytes is None or not planned:
+        return []
+    apart = record.peak_bytes / planned - 1
+    if abs(apart) <= PEAK_TOLERANCE:
+        return []
+    return [
+        f"the load's peak was {size(record.peak_bytes)}, {abs(apart):.0%} {'more' if apart > 0 else 'less'} than "
+        f"planned ({size(planned)}): freed memory that was kept, libraries imported meanwhile, or pages not read"
+    ]
 
 
 def described(walked: int | None, stored: int) -> Check:

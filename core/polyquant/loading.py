@@ -150,17 +150,11 @@ def _with_stored(
 def _with_skips(source: ModelSource, config: BackendOptions, how: LoadOptions) -> BackendOptions:
     """`skip` as full module names, defaults included; `skip_defaults` is then spent."""
     from polyquant import hf
-    from polyquant.memory.weights import list_weights, matching_modules
+    from polyquant.memory.weights import list_weights, resolved_skips
     from polyquant.options import resolved_dtype
 
-    weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=how.trust_remote_code))
-    asked = matching_modules(weights, config.skip)
-    modules = {weight.name.rpartition(".")[0]: weight for weight in weights if weight.role != "vector"}
-    tied = {weight.tied_to for weight in weights}
-    always = [name for name, weight in modules.items() if weight.tied_to or weight.name in tied]
-    defaults = [name for name, weight in modules.items() if config.skip_defaults and weight.default_skip]
-    skip = tuple(dict.fromkeys([*asked, *defaults, *always]))
-    return msgspec.structs.replace(config, skip=skip, skip_defaults=False)
+    skeleton = hf.skeleton(source, resolved_dtype(config), trust_remote_code=how.trust_remote_code)
+    return resolved_skips(list_weights(skeleton), config)
 
 
 def _device_map(

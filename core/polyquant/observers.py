@@ -34,6 +34,7 @@ class Recorder:
                     hook=hook,
                     seconds=perf_counter() - started,
                     peak_bytes=peak.peak_bytes,
+                    held_bytes=peak.held_bytes,
                     device=peak.device,
                     failed=failed,
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from polyquant.environment import quiet_imports
 from polyquant.errors import ConfigError, PlacementError
 from polyquant.request import Offload
 from polyquant.types import DeviceMap, LayerPlan
@@ -21,8 +22,6 @@ def place(
     max_memory: device -> bytes or '6GiB', as accelerate takes it; None: what is free now. With `device` cpu only
     the cpu is filled. Raises PlacementError where something would spill and `offload` is 'error'.
     """
-    import torch
-    from accelerate import infer_auto_device_map
     from accelerate.utils import convert_file_size_to_int, get_max_memory
 
     if max_memory is not None:
@@ -35,6 +34,19 @@ def place(
         for key, limit in limits.items()
         if key == "cpu" or (kind != "cpu" and (not index or key in (int(index), device)))
     }
+    device_map = arrange(skeleton, plans, usable)
+    check_spill(device_map, device, offload, sum(plan.stored_bytes for plan in plans), usable)
+    return device_map
+
+
+def arrange(skeleton: Any, plans: Sequence[LayerPlan], rooms: MaxMemory) -> DeviceMap:
+    """The device map that accelerate packs from planned bytes; it replaces the skeleton's tensors by ones of that size.
+
+    rooms: device -> bytes, filled in that order; what fits none of them goes to disk. The devices need not be there.
+    """
+    import torch
+    from accelerate import infer_auto_device_map
+
     sizes = {plan.name: plan.stored_bytes for plan in plans}
     for name, module in skeleton.named_modules():
         for short in list(module._parameters):
@@ -43,8 +55,10 @@ def place(
                 planned = torch.empty(size, dtype=torch.uint8, device="meta")
                 module._parameters[short] = torch.nn.Parameter(planned, requires_grad=False)
     skeleton.tie_weights()
-    device_map = infer_auto_device_map(skeleton, max_memory=usable, no_split_module_classes=skeleton._no_split_modules)
-    check_spill(device_map, device, offload, sum(sizes.values()), usable)
+    with quiet_imports():  # accelerate warns of devices that are not there
+        device_map: DeviceMap = infer_auto_device_map(
+            skeleton, max_memory=dict(rooms), no_split_module_classes=skeleton._no_split_modules
+        )
     return device_map
 
 

@@ -35,6 +35,7 @@ class Memory(Record, frozen=True):
     load_peak_bytes: int | None
     run_peak_bytes: int | None
     kv_cache_bytes_per_token: int | None
+    load_peak_planned_bytes: int | None = None  # what was held before, and what the load was to add
 
     @property
     def ratio_to_bfloat16(self) -> float:

@@ -39,6 +39,7 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
         checks.placed(loaded, before),
         checks.eval_mode(loaded),
     ]
+    peak_plan = _load_peak_planned(loaded, plans)
     load_record = next((record for record in loaded.records if record.hook == "load"), None)
     request = loaded.request
     return Verification(
@@ -66,11 +67,12 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
             load_peak_bytes=load_record.peak_bytes if load_record else None,
             run_peak_bytes=run_peak.peak_bytes,
             kv_cache_bytes_per_token=outputs.kv_cache_bytes_per_token,
+            load_peak_planned_bytes=peak_plan,
         ),
         layers=before,
         load_seconds=load_record.seconds if load_record else 0.0,
         sample=outputs.sample,
-        notes=list(loaded.notes),
+        notes=[*loaded.notes, *checks.load_peak_note(load_record, peak_plan)],
     )
 
 
@@ -80,6 +82,24 @@ def _plans(loaded: LoadedModel) -> list[LayerPlan]:
     return loading.plan(
         loaded.request.source, loaded.backend, loaded.config, trust_remote_code=loaded.request.trust_remote_code
     )
+
+
+def _load_peak_planned(loaded: LoadedModel, plans: Sequence[LayerPlan]) -> int | None:
+    """What was held before the load, and what the load was to add; None where either is not known."""
+    record = next((record for record in loaded.records if record.hook == "load"), None)
+    if record is None or record.held_bytes is None or loaded.request is None or not plans:
+        return None
+    from polyquant.memory.predicted import Checkpoint, predict, weights_of
+    from polyquant.models.outline import outline_of
+    from polyquant.options import resolved_dtype
+
+    source, dtype = loaded.request.source, resolved_dtype(loaded.config)
+    known = outline_of(source)
+    embedding = next((known.tensors[plan.name].dtype for plan in plans if plan.role == "embedding"
+                      and plan.name in known.tensors), known.dtype)  # fmt: skip
+    checkpoint = Checkpoint(known.checkpoint_bytes, embedding, bool(source.gguf_file or source.stored_quantization))
+    weights = weights_of(plans, checkpoint, dtype, loaded.backend.capabilities)
+    return record.held_bytes + predict(record.device, 0, weights, 0, 0).load
 
 
 def _walked(loaded: LoadedModel) -> int | None:

@@ -14,6 +14,7 @@ from polyquant.cli import authoring
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
 from polyquant.cli.options import Loading, complete_backend, loads_models, spread
+from polyquant.cli.planning import plan, recommend
 from polyquant.cli.reporting import report
 from polyquant.cli.training import finetune, merge
 from polyquant.comparison.options import CompareOptions
@@ -47,7 +48,8 @@ def build(backend: str | None) -> typer.Typer:
     app.command()(doctor)
     app.command()(report)
     authoring.register(app)
-    for command in (load, verify, run, chat, quantize, finetune, merge):
+    app.command()(recommend)
+    for command in (plan, load, verify, run, chat, quantize, finetune, merge):
         app.command()(loads_models(command, backend))
     app.command()(spread(compare, "options", CompareOptions, "How to compare"))
     return app

@@ -14,6 +14,7 @@ class Peak:
     """Filled in when the measured block ends."""
 
     peak_bytes: int | None = None  # None: this system gives no peak that can be reset
+    held_bytes: int | None = None  # what was held when the block began
     device: str = "cpu"
 
 
@@ -30,7 +31,10 @@ def measure_peak() -> Iterator[Peak]:
     if torch is not None and on_gpu:
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
+        peak.held_bytes = sum(torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count()))
     resettable = _reset_resident_peak()
+    if resettable and not on_gpu:
+        peak.held_bytes = _resident_peak()  # just reset to what is resident
     try:
         yield peak
     finally:

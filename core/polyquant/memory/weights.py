@@ -5,9 +5,12 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any
 
+import msgspec
+
 from polyquant import compat
 from polyquant.errors import ConfigError, did_you_mean
 from polyquant.memory.roles import role_of
+from polyquant.options import BackendOptions
 from polyquant.types import WeightInfo
 
 
@@ -34,6 +37,20 @@ def list_weights(skeleton: Any) -> list[WeightInfo]:
                     )
                 )
     return weights
+
+
+def resolved_skips(weights: list[WeightInfo], config: BackendOptions) -> BackendOptions:
+    """`config` with `skip` as full module names, defaults and tied modules included; `skip_defaults` is then spent.
+
+    Raises ConfigError for a pattern that matches nothing.
+    """
+    asked = matching_modules(weights, config.skip)
+    modules = {weight.name.rpartition(".")[0]: weight for weight in weights if weight.role != "vector"}
+    tied = {weight.tied_to for weight in weights}
+    always = [name for name, weight in modules.items() if weight.tied_to or weight.name in tied]
+    defaults = [name for name, weight in modules.items() if config.skip_defaults and weight.default_skip]
+    skip = tuple(dict.fromkeys([*asked, *defaults, *always]))
+    return msgspec.structs.replace(config, skip=skip, skip_defaults=False)
 
 
 def matching_modules(weights: list[WeightInfo], patterns: tuple[str, ...]) -> list[str]:

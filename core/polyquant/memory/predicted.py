@@ -1,0 +1,87 @@
+"""Peaks of loading and running, predicted from what backends do while they load; docs/explanation/memory.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import psutil
+
+from polyquant.memory.planned import DTYPE_BYTES
+from polyquant.options import Dtype
+from polyquant.types import Capabilities, LayerPlan
+
+SAME_LAYOUT = 0.01  # a quantized checkpoint whose size is this near the plan's is mapped as it is, not repacked
+TOKENIZER_BYTES = 13_000_000  # what a load adds beside weights: tokenizer and modules, measured on SmolLM2
+
+
+class Weights(NamedTuple):
+    """Bytes of a model's weights, as far as peaks depend on them."""
+
+    planned: int  # all of them, after loading
+    file: int  # of the checkpoint that a load reads
+    copied: int  # what is made anew in memory; the rest stays mapped from the file
+    largest_dense: int  # the largest tensor that is quantized, in the compute dtype
+
+
+class Peaks(NamedTuple):
+    """Bytes."""
+
+    load: int
+    reclaimable: int  # part of `load`: mapped pages that nothing needs any more
+    run: int
+
+
+class Checkpoint(NamedTuple):
+    """The files that a load reads."""
+
+    nbytes: int
+    dtype: str  # of its dense tensors, torch's name
+    quantized: bool
+
+
+def weights_of(
+    plans: Sequence[LayerPlan], checkpoint: Checkpoint, compute_dtype: Dtype, capabilities: Capabilities
+) -> Weights:
+    """What the peaks of a load are made of.
+
+    Made anew are the tensors that are quantized or repacked, and the dense ones whose dtype changes; the others stay in
+    the pages of the mapped file. A dense checkpoint of a backend that does not quantize while loading stands for the
+    quantized one that it makes first.
+    """
+    planned = sum(plan.stored_bytes for plan in plans)
+    quantized = sum(plan.stored_bytes for plan in plans if plan.quantized)
+    dense, file = planned - quantized, checkpoint.nbytes
+    if not checkpoint.quantized and not capabilities.on_the_fly:
+        file = quantized + dense * DTYPE_BYTES.get(checkpoint.dtype, 2) // DTYPE_BYTES[compute_dtype]
+    as_it_is = (checkpoint.quantized or not capabilities.on_the_fly) and abs(file - planned) <= SAME_LAYOUT * planned
+    largest = max((prod(plan.shape) for plan in plans if plan.quantized), default=0)
+    return Weights(
+        planned=planned,
+        file=file,
+        copied=0 if as_it_is else quantized + (dense if checkpoint.dtype != compute_dtype else 0),
+        largest_dense=largest * DTYPE_BYTES[compute_dtype] if capabilities.torch_module else 0,
+    )
+
+
+def predict(device: str, process: int, weights: Weights, kv_cache: int, activations: int) -> Peaks:
+    """Peaks of one load and one run.
+
+    CPU, as the process's resident set: the checkpoint is mapped, and its pages become resident as they are read;
+    beside them lie the tensors that are made anew. Afterwards those pages are the system's to take back, except where
+    a dense tensor still lies in them. Elsewhere, as the allocator's peak: the weights, with one dense layer at a time.
+    Running adds the cache, the activations, and a dense copy of one layer.
+    """
+    if device.partition(":")[0] != "cpu":
+        load = weights.planned + weights.largest_dense
+        return Peaks(load, 0, weights.planned + kv_cache + activations + weights.largest_dense)
+    held = process + TOKENIZER_BYTES
+    load = held + weights.file + weights.copied
+    reclaimable = max(0, weights.file - (weights.planned - weights.copied))
+    return Peaks(load, reclaimable, held + weights.planned + kv_cache + activations + weights.largest_dense)
+
+
+def resident_bytes() -> int:
+    """What this process holds now."""
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,161 @@
+"""What can be known of a model without reading its weights: its config, and the headers of its weight files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from polyquant.errors import ModelError, did_you_mean
+from polyquant.models import builtin, checks
+from polyquant.models.gguf_header import read_header
+from polyquant.models.gguf_types import FLOAT_DTYPES
+from polyquant.models.headers import StoredTensor, read_hub_repository, read_safetensors
+from polyquant.request import ModelSource
+
+HUB_FILES = ["config.json", "*.py", "quantize_config.json", "quant_config.json"]
+
+
+class Outline(NamedTuple):
+    """A model as far as headers and config tell."""
+
+    source: ModelSource
+    tensors: Mapping[str, StoredTensor]  # of the checkpoint, under its own names; empty where only a config is there
+    checkpoint_bytes: int  # of the weight files; 0 where there are none
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most bytes of the checkpoint have, else the config's; bfloat16 where neither says."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor.nbytes
+        if sizes:
+            return sizes.most_common(1)[0][0]
+        config = self.source.config
+        return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+def outline(model: str | Path, *, revision: str | None = None, as_gguf: bool = False) -> Outline:
+    """What is known of `model` without its weights.
+
+    model: a local folder, a `.gguf` file, a `config.json` (or a folder that holds nothing else), a hub name, or a
+        builtin model. as_gguf: a builtin model is the packaged GGUF itself.
+    Raises ModelError for headers that lie and for configs whose architecture transformers does not know.
+    """
+    found = _find(model, revision, as_gguf)
+    if found.source.config:
+        _check_config(found.source)
+    return found
+
+
+def _find(model: str | Path, revision: str | None, as_gguf: bool) -> Outline:
+    name = str(model)
+    if name.startswith(builtin.PREFIX):
+        if not as_gguf and builtin.is_cached(name):
+            return _of_folder(builtin.dense_folder(name), name)
+        return _of_gguf(checks.check_gguf(builtin.packaged_gguf(name), name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _of_folder(path, name)
+    if path.is_file() and path.suffix == ".json":
+        config = checks._read_object(path, name)
+        checks.require_plausible(config, name)
+        return Outline(ModelSource(name=name, path=path, config=config), {}, 0)
+    if path.is_file():
+        return _of_gguf(checks.check_gguf(path, name))
+    if isinstance(model, Path) or path.is_absolute() or name.endswith((".gguf", ".json")) or name.count("/") != 1:
+        raise ModelError(f"{name}: no such file or folder here, and no hub name (owner/name)")
+    return _of_hub(name, revision)
+
+
+def _of_folder(path: Path, name: str) -> Outline:
+    files = [child.name for child in path.iterdir() if child.is_file()]
+    weights = [file for file in files if file.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth"))]
+    if "config.json" in files and not weights and checks.INDEX not in files:
+        config = checks._with_sidecar(checks._read_object(path / "config.json", name), path, name, files)
+        return Outline(ModelSource(name=name, path=path, config=config), {}, 0)
+    return outline_of(checks.check_folder(path, name))
+
+
+def outline_of(source: ModelSource) -> Outline:
+    """What the headers of checked files say; of pickles nothing but their size."""
+    if source.gguf_file:
+        return _of_gguf(source)
+    tensors: dict[str, StoredTensor] = {}
+    for file in source.weight_files:
+        if file.endswith(".safetensors"):
+            tensors |= read_safetensors(source.path / file)
+    return Outline(source, tensors, source.checkpoint_bytes)
+
+
+def _of_gguf(source: ModelSource) -> Outline:
+    header = read_header(source.path / source.gguf_file)
+    tensors = {
+        entry.name: StoredTensor(FLOAT_DTYPES.get(entry.type.name, entry.type.name), entry.shape, entry.nbytes)
+        for entry in header.tensors.values()
+    }
+    return Outline(source, tensors, source.checkpoint_bytes)
+
+
+def _of_hub(name: str, revision: str | None) -> Outline:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    from polyquant import compat
+
+    try:
+        with compat.progress_bars(enabled=False):
+            info = huggingface_hub.model_info(name, revision=revision, files_metadata=True)
+            folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+            tensors = read_hub_repository(name, revision, info)
+    except errors.HFValidationError as error:
+        raise ModelError(f"{name!r} is neither a file, a folder nor a hub name (owner/name): {error}") from error
+    except errors.GatedRepoError as error:
+        raise ModelError(f"{name} is gated: accept its terms on the hub, then run: hf auth login") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(f"{name}: no such folder here and no such repository on the hub ({error})") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        return _of_cached_repository(name, revision, error)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("httpx", "requests"):
+            raise
+        return _of_cached_repository(name, revision, error)
+    config = checks._read_object(Path(folder) / "config.json", name) if (Path(folder) / "config.json").exists() else {}
+    if not config:
+        raise ModelError(f"{name} has no config.json; is it a model of transformers?")
+    config = checks._with_sidecar(config, Path(folder), name, [child.name for child in Path(folder).iterdir()])
+    source = ModelSource(name=name, path=Path(folder), config=config)
+    return Outline(source, tensors, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _of_cached_repository(name: str, revision: str | None, reason: Exception) -> Outline:
+    """What the hub's cache on this machine holds of a repository, where the hub cannot be reached."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+    except (errors.LocalEntryNotFoundError, OSError):
+        raise ModelError(
+            f"{name}: no such folder here, not in the hub's cache, and the hub cannot be reached "
+            f"({type(reason).__name__}); give a local folder, a .gguf file or a config.json, try builtin:smollm2, "
+            "or unset HF_HUB_OFFLINE and check the network"
+        ) from reason
+    return _of_folder(Path(folder), name)
+
+
+def _check_config(source: ModelSource) -> None:
+    """Raises ModelError for an architecture that transformers does not know."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = source.config.get("model_type")
+    if not kind:
+        raise ModelError(f"{source.name}: its config names no model_type; is it the config.json of a model?")
+    if kind not in CONFIG_MAPPING and "auto_map" not in source.config:
+        import transformers
+
+        raise ModelError(
+            f"{source.name}: its architecture {kind!r} is not one that transformers {transformers.__version__} knows; "
+            f"update transformers, or take another model.{did_you_mean(str(kind), CONFIG_MAPPING.keys())}"
+        )

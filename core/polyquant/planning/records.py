@@ -1,0 +1,143 @@
+"""The records of planning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from polyquant.candidates import Candidate
+from polyquant.types import DeviceMap, LayerPlan, Record
+
+Status = Literal["fits", "too big", "does not run", "not planned", "left out"]
+
+
+class PlannedTensor(LayerPlan, frozen=True):
+    """What a tensor is going to be, and what it is now."""
+
+    dtype: str = ""  # in the checkpoint, or as its config has it
+    constant_bytes: int = 0  # part of stored_bytes: scales, zero points, absmax, code books, and padding
+
+
+class Placed(Record, frozen=True):
+    """One device of a plan."""
+
+    device: str
+    room_bytes: int
+    weights_bytes: int  # planned, of the modules that go there
+    modules: tuple[str, ...]
+
+
+class Plan(Record, frozen=True):
+    """What a model takes with a backend, before anything of its weights is read; docs/explanation/memory.md."""
+
+    model: str
+    backend: str
+    options: Mapping[str, Any]  # the effective ones
+    device: str
+    compute_dtype: str
+    context: int  # tokens
+    batch: int
+    tensors: tuple[PlannedTensor, ...]
+    weights_planned_bytes: int
+    weights_dense_bytes: int  # the same weights in bfloat16
+    quantized_bytes: int  # part of weights_planned_bytes, constants included
+    constant_bytes: int  # part of quantized_bytes
+    bits_per_weight: float  # of the quantized tensors, constants included
+    kv_cache_bytes: int | None  # None: the model's forward pass cannot be followed without weights
+    activation_bytes: int | None  # of a prefill of the whole context
+    checkpoint_bytes: int  # the weight files as they are now; 0 where only a config is there
+    process_bytes: int  # Python, torch and libraries; 0 on a GPU
+    load_peak_bytes: int
+    run_peak_bytes: int
+    reclaimable_bytes: int  # part of load_peak_bytes: mapped pages of weight files, which the system takes back
+    memory_bytes: int  # the budget
+    device_map: DeviceMap
+    placed: tuple[Placed, ...] = ()
+    spilled: tuple[str, ...] = ()  # modules that do not fit the device asked for
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Whole model: planned bytes over the same in bfloat16."""
+        return self.weights_planned_bytes / self.weights_dense_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free: the larger of loading, without what the system takes back, and running."""
+        return max(self.load_peak_bytes - self.reclaimable_bytes, self.run_peak_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget suffices."""
+        return self.needed_bytes <= self.memory_bytes
+
+
+class Row(Record, frozen=True):
+    """One candidate of a table."""
+
+    candidate: Candidate
+    status: Status
+    reason: str = ""  # why it is not `fits`, or what comes before it; one sentence
+    fix: str = ""  # the command that changes it
+    plan: Plan | None = None
+
+
+class Absent(Record, frozen=True):
+    """A backend that is not installed."""
+
+    backend: str
+    command: str
+
+
+class Plans(Record, frozen=True):
+    """Every installed backend's presets on one model: what fits comes first, the least lossy before it."""
+
+    model: str
+    device: str
+    memory_bytes: int
+    rows: tuple[Row, ...]
+    absent: tuple[Absent, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fitting(self) -> list[Row]:
+        """The candidates that fit and run here."""
+        return [row for row in self.rows if row.status == "fits"]
+
+    @property
+    def nearest(self) -> Row | None:
+        """Of what runs here, the candidate that needs least."""
+        planned = [row for row in self.rows if row.plan is not None and row.status in ("fits", "too big")]
+        return min(planned, key=lambda row: row.plan.needed_bytes if row.plan else 0, default=None)
+
+
+class Choice(Record, frozen=True):
+    """A candidate in the order of a recommendation."""
+
+    candidate: Candidate
+    reason: str  # what put it where it is: the figure and where it is from
+    measured: bool
+    needed_bytes: int
+    command: str  # loads it
+
+
+class Recommendation(Record, frozen=True):
+    """The candidates that fit, best first, and why the others are out."""
+
+    model: str
+    goal: str
+    memory_bytes: int
+    reason: str  # one sentence: why the first is first
+    choices: tuple[Choice, ...]
+    excluded: Mapping[str, str]  # candidate or backend -> why
+    advice: tuple[str, ...] = ()  # where nothing fits: what would have to give
+
+    @property
+    def best(self) -> Choice | None:
+        """The first; None where nothing fits."""
+        return self.choices[0] if self.choices else None
+
+
+def total(tensors: Sequence[LayerPlan]) -> int:
+    """Sum of stored bytes."""
+    return sum(tensor.stored_bytes for tensor in tensors)

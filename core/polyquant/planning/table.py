@@ -1,0 +1,120 @@
+"""Every installed backend's presets on one model: what fits, what does not, and what is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from polyquant import api, checkpoints
+from polyquant.backend import Backend
+from polyquant.candidates import Candidate, presets_of
+from polyquant.checkpoints import READERS
+from polyquant.errors import BrokenBackend, PolyquantError
+from polyquant.planning.devices import Budget, free_bytes
+from polyquant.planning.model import PlannedModel
+from polyquant.planning.one import Asked, as_flags, plan_one, quantize_command
+from polyquant.planning.process import problems_of
+from polyquant.planning.records import Absent, Plans, Row
+from polyquant.planning.scale import published
+from polyquant.sizes import size
+
+ORDER = ("fits", "too big", "not planned", "does not run", "left out")
+
+
+def plan_all(model: PlannedModel, asked: Asked, budget: Budget) -> Plans:
+    """A row for each candidate, what fits first; a backend that is broken or refuses the model has its reason there."""
+    device = _device(asked, budget)
+    if budget.memory is None and not budget.devices:
+        budget = Budget(free_bytes(device))
+    rows = [row for name in api.registry().names() for row in _rows_of(name, model, asked, budget)]
+    return Plans(
+        model=model.name,
+        device=device,
+        memory_bytes=budget.total_bytes(device),
+        rows=tuple(sorted(rows, key=_place)),
+        absent=tuple(
+            Absent(backend=package.removeprefix("polyquant-"), command=f"pip install {package}")
+            for package in sorted({*READERS.values(), "polyquant-llama-cpp"})
+            if package.removeprefix("polyquant-") not in api.registry().names()
+        ),
+    )
+
+
+def _device(asked: Asked, budget: Budget) -> str:
+    from polyquant.environment import available_devices
+
+    if budget.devices:
+        return budget.kind
+    return asked.device if asked.device != "auto" else available_devices()[0].partition(":")[0]
+
+
+def _rows_of(name: str, model: PlannedModel, asked: Asked, budget: Budget) -> Iterator[Row]:
+    """The rows of one backend."""
+    try:
+        backend = api.backend(name)
+    except BrokenBackend as error:
+        yield Row(
+            candidate=Candidate(name=name, backend=name), status="does not run", reason=str(error),
+            fix=f"update or uninstall {api.registry().origin(name)}, or set POLYQUANT_DISABLE={name}",
+        )  # fmt: skip
+        return
+    for candidate in candidates_of(backend, model):
+        yield _row(candidate, backend, model, asked, budget)
+
+
+def candidates_of(backend: Backend, model: PlannedModel) -> list[Candidate]:
+    """Its presets; for a checkpoint that it reads as it is, that checkpoint."""
+    method = checkpoints.method_of(model.outline.source)
+    if method in backend.capabilities.loads_prequantized:
+        return [Candidate(name=backend.name, backend=backend.name)]
+    return presets_of(backend.info)
+
+
+def _row(candidate: Candidate, backend: Backend, model: PlannedModel, asked: Asked, budget: Budget) -> Row:
+    device = _device(asked, budget)
+    try:
+        problems = problems_of(backend, device)
+    except PolyquantError as error:  # a plugin that raises where it should answer is out, like one that says why
+        return Row(candidate=candidate, status="does not run", reason=str(error))
+    try:
+        plan = plan_one(model, backend, candidate.options, _on(asked, device), budget)
+    except PolyquantError as error:
+        if problems:
+            return Row(candidate=candidate, status="does not run", reason=problems[0].what, fix=problems[0].fix)
+        return Row(candidate=candidate, status="not planned", reason=str(error).partition("\n")[0])
+    if problems:
+        return Row(candidate=candidate, status="does not run", reason=problems[0].what, fix=problems[0].fix, plan=plan)
+    if not plan.fits or plan.spilled:
+        over = plan.needed_bytes - plan.memory_bytes
+        reason = f"needs {size(plan.needed_bytes)}, {size(over)} more than there is" if over > 0 else plan.notes[-1]
+        return Row(candidate=candidate, status="too big", reason=reason, plan=plan)
+    return Row(candidate=candidate, status="fits", fix=_makes(candidate, backend, model), plan=plan)
+
+
+def _on(asked: Asked, device: str) -> Asked:
+    return Asked(context=asked.context, batch=asked.batch, device=device)
+
+
+def _makes(candidate: Candidate, backend: Backend, model: PlannedModel) -> str:
+    """The command that comes before a load; empty where nothing has to."""
+    if backend.capabilities.on_the_fly or checkpoints.method_of(model.outline.source):
+        return ""
+    return quantize_command(model.name, backend.name, candidate.options)
+
+
+def load_command(candidate: Candidate, model: str) -> str:
+    """The command that loads and verifies a candidate."""
+    return f"polyquant verify {model} --backend {candidate.backend}{as_flags(candidate.options)}"
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """What fits first; of that, the least lossy by the published scale, then the smaller."""
+    plan = row.plan
+    if plan is None:
+        return (ORDER.index(row.status), 0, 0, row.candidate.name)
+    return (ORDER.index(row.status), *published(plan).order, plan.needed_bytes, row.candidate.name)
+
+
+def named(rows: Sequence[Row]) -> dict[str, Row]:
+    """Rows by the name of their candidate."""
+    return {row.candidate.name: row for row in rows}
