@@ -12,6 +12,7 @@ import msgspec
 
 from polyquant.errors import ConfigError
 from polyquant.finetuning.options import TrainingOptions
+from polyquant.types import UNREADABLE
 
 IGNORED = -100  # label of a token whose loss does not count; torch's cross_entropy knows it
 SHAPES = "'text', 'prompt' with 'completion', or 'messages' (a list of role and content)"
@@ -36,8 +37,9 @@ def read_examples(data: str | Path, tokenizer: Any, options: TrainingOptions, li
     """Every example of `data`, tokenized.
 
     data: a .jsonl file, any other text file (one example a paragraph), or the name of a dataset for `datasets`.
-    limit: longest example in tokens. Raises ConfigError, with the line number and the reason, for a record that is
-    none, for examples longer than `limit` unless truncate is set, and where nothing is left to learn.
+    limit: longest example in tokens; packing cuts there too, and goes on in the next window. Raises ConfigError, with
+    the line number and the reason, for a record that is none, for examples longer than `limit` unless truncate or
+    packing is set, and where nothing is left to learn.
     """
     records = list(_records(data))
     if not records:
@@ -51,7 +53,7 @@ def read_examples(data: str | Path, tokenizer: Any, options: TrainingOptions, li
             raise ConfigError(f"{data}, {where}: {error}") from error
     notes: list[str] = []
     long = [(where, len(example.input_ids)) for (where, _), example in zip(records, examples, strict=True)
-            if len(example.input_ids) > limit]  # fmt: skip
+            if len(example.input_ids) > limit and not options.packing]  # fmt: skip
     if long:
         where, length = max(long, key=lambda entry: entry[1])
         what = f"{len(long)} of {len(examples)} examples have more than {limit} tokens (the longest {length}, {where})"
@@ -96,7 +98,7 @@ def _records(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             record = msgspec.json.decode(line)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise ConfigError(f"{data}, line {number} is no JSON: {error}") from error
         if not isinstance(record, dict):
             raise ConfigError(f"{data}, line {number} holds {type(record).__name__}, an object with {SHAPES} is wanted")
@@ -154,7 +156,10 @@ def _conversation(messages: Any, tokenizer: Any, *, completion_only: bool) -> Ex
         raise ValueError("no message is the assistant's, so there is nothing to learn")
 
     def ids(part: list[Any], *, open_answer: bool = False) -> list[int]:
-        text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=open_answer)
+        try:
+            text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=open_answer)
+        except Exception as error:  # a program of the model's
+            raise ValueError(f"the model's chat template refuses it: {error}") from error
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     whole = ids(messages)

@@ -26,11 +26,12 @@ class Reporter(TrainerCallback):
         self._report = report
         self._tokens_per_step = tokens_per_step
         self._began = self._began_at = 0.0
-        self._evaluation: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self._began, self._began_at = perf_counter(), state.global_step
-        self.steps = [self._step(state, log, 0.0) for log in state.log_history if "loss" in log]
+        evaluated = {log["step"]: float(log["eval_loss"]) for log in state.log_history if "eval_loss" in log}
+        steps = (self._step(state, log, 0.0) for log in state.log_history if "loss" in log)
+        self.steps = [msgspec.structs.replace(step, evaluation_loss=evaluated.get(step.step)) for step in steps]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
         loss = (metrics or {}).get("eval_loss")

@@ -13,13 +13,14 @@ from typing import Any
 
 import msgspec
 
-from polyquant.errors import SaveError, UnsupportedOperation
+from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
 from polyquant.files import atomic_folder
 from polyquant.finetuning import state
 from polyquant.finetuning.adapter import CARD, WEIGHTS
 from polyquant.finetuning.curve import write_curve, write_steps
 from polyquant.finetuning.data import Example, read_examples
 from polyquant.finetuning.options import Card, Step, TrainingOptions, Tuned
+from polyquant.finetuning.supported import require_dora, require_optimizer
 from polyquant.finetuning.targets import target_modules
 from polyquant.loaded import LoadedModel
 from polyquant.machine import this_machine
@@ -43,9 +44,15 @@ def finetune(
     from accelerate import PartialState
 
     from polyquant.finetuning import train
+    from polyquant.memory.mapped import own_mapped_tensors
 
     if loaded.request is None:
         raise SaveError("where the model came from is unknown: load it through polyquant.load")
+    if loaded.adapter:
+        raise ConfigError(
+            f"the model carries the adapter {loaded.adapter} already: load the base anew to train another"
+        )
+    require_optimizer(options, loaded.request.device)
     targets = target_modules(loaded.layers, options.targets)
     limit = options.max_length or int(getattr(loaded.model.config, "max_position_embeddings", 0)) or 2048
     read = read_examples(data, loaded.tokenizer, options, limit)
@@ -56,16 +63,20 @@ def finetune(
         backend_options=msgspec.to_builtins(loaded.config), training=options, data_hash=read.digest,
         examples=len(learned), versions=this_machine(("peft",)).versions,
     )  # fmt: skip
+    own_mapped_tensors(loaded.model, loaded.request.source.checkpoint_bytes)
+    base = backend.prepare_for_training(loaded)
+    if options.dora:
+        require_dora(base, targets, backend.name)
     processes = PartialState(cpu=loaded.request.device == "cpu")
     with processes.main_process_first():
         folder = state.begin(out, _job(card), restart=restart and processes.is_main_process)
         checkpoint, notes = state.last_whole_checkpoint(folder)
     with quiet_libraries():
-        model = train.with_adapters(backend.prepare_for_training(loaded), targets, options)
+        model = train.with_adapters(base, targets, options)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     started = perf_counter()
-    with measure_peak() as peak, quiet_libraries():
+    with measure_peak() as peak, quiet_libraries(), _off_again(model):
         reporter = train.train(
             model, learned, held_out, pad, options, folder, checkpoint,
             report=report if processes.is_main_process else None,
@@ -75,13 +86,26 @@ def finetune(
         write(model.eval(), out, card, reporter.steps, folder, overwrite=overwrite)
     processes.wait_for_everyone()
     loaded.model, loaded.adapter = model, str(out)
-    evaluated = [step.evaluation_loss for step in reporter.steps if step.evaluation_loss is not None]
+    last = reporter.steps[-1]
+    kept, evaluation_loss = _kept(reporter.steps, best=options.patience > 0)
+    if kept < last.step:
+        notes.append(f"the adapter is that of step {kept} of {last.step}, where the held-out loss was lowest")
     return Tuned(
-        adapter=str(out), steps=reporter.steps[-1].step, first_loss=reporter.steps[0].loss,
-        last_loss=reporter.steps[-1].loss, evaluation_loss=evaluated[-1] if evaluated else None,
+        adapter=str(out), steps=last.step, first_loss=reporter.steps[0].loss,
+        last_loss=last.loss, evaluation_loss=evaluation_loss,
         trained_parameters=trained, adapter_bytes=(out / WEIGHTS).stat().st_size, seconds=seconds,
         peak_bytes=peak.peak_bytes, resumed_from=state.step_of(checkpoint), notes=(*read.notes, *notes),
     )  # fmt: skip
+
+
+@contextmanager
+def _off_again(model: Any) -> Iterator[None]:
+    """Where the block does not end well, `model` is the bare base again, and the same call can be made once more."""
+    try:
+        yield
+    except BaseException:
+        model.unload().eval()
+        raise
 
 
 @contextmanager
@@ -114,6 +138,16 @@ def write(model: Any, out: Path, card: Card, steps: Sequence[Step], folder: Path
         if (folder / "runs").is_dir():
             shutil.copytree(folder / "runs", partial / "runs")
     shutil.rmtree(folder)
+
+
+def _kept(steps: Sequence[Step], *, best: bool) -> tuple[int, float | None]:
+    """(step, held-out loss) of the adapter that is written: the last, or with early stopping the best evaluated."""
+    evaluated = {step.step: step.evaluation_loss for step in steps if step.evaluation_loss is not None}
+    if not evaluated:
+        return steps[-1].step, None
+    if best:
+        return min(evaluated.items(), key=lambda entry: entry[1])
+    return steps[-1].step, list(evaluated.values())[-1]
 
 
 def _job(card: Card) -> dict[str, Any]:

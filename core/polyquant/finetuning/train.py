@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from polyquant.errors import OutOfMemory, PolyquantError, SaveError
 from polyquant.finetuning.data import IGNORED, Example
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.finetuning.reporting import Report, Reporter
+from polyquant.memory.returned import returning_freed_memory
 
 
 def with_adapters(model: Any, targets: Sequence[str], options: TrainingOptions) -> Any:
@@ -56,7 +57,8 @@ def train(
     )
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
-    with _explained(options, folder):
+    on_cpu = model.device.type == "cpu"  # dequantized layers come and go there, and glibc would keep their memory
+    with _explained(options, folder), returning_freed_memory() if on_cpu else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return reporter
 
@@ -153,7 +155,7 @@ def _explained(options: TrainingOptions, folder: Path) -> Iterator[None]:
 def _out_of_memory(options: TrainingOptions, error: BaseException) -> OutOfMemory:
     lower = [f"batch_size (now {options.batch_size}; raise accumulation as much to keep the step the same)"]
     lower += ["max_length (--max-length)", f"rank (now {options.rank})"]
-    lower += ["" if "8bit" in options.optimizer else "optimizer='paged_adamw_8bit' on a GPU"]
+    lower += ["" if "8bit" in options.optimizer else "optimizer='adamw_8bit' ('paged_adamw_8bit' on a GPU)"]
     return OutOfMemory(f"training ran out of memory ({error}); lower {', '.join(part for part in lower if part)}")
 
 
