@@ -21,7 +21,7 @@ from polyquant.models.resolve import resolve
 from polyquant.processes import end_with_parent, say
 from polyquant.quality.windows import cut, preset_named
 from polyquant.request import ModelSource
-from polyquant.types import Record
+from polyquant.types import UNREADABLE, Record
 
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
@@ -81,7 +81,7 @@ def is_stored(job: ReferenceJob) -> bool:
     index = Path(job.folder) / "reference.json"
     try:
         return bool(msgspec.json.decode(index.read_bytes())["key"] == job.key)
-    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError, *UNREADABLE):
         return False
 
 

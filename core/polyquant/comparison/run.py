@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -30,6 +31,7 @@ from polyquant.processes import explain, run_logged
 from polyquant.quality.windows import preset_named
 from polyquant.request import ModelSource
 from polyquant.texts.named import named_text
+from polyquant.types import UNREADABLE
 
 FILE = "comparison.json"
 
@@ -133,7 +135,12 @@ def _require_candidates(candidates: Sequence[Candidate]) -> None:
 def _reference(source: ModelSource, text: str, options: CompareOptions, notes: list[str]) -> ReferenceJob:
     folder = Path(options.reference).expanduser()
     if (folder / "reference.json").is_file():
-        stored = msgspec.json.decode((folder / "reference.json").read_bytes())
+        try:
+            stored = msgspec.json.decode((folder / "reference.json").read_bytes(), type=dict[str, Any])
+        except UNREADABLE as error:
+            raise ConfigError(
+                f"{folder / 'reference.json'} is damaged ({error}); measure the reference again"
+            ) from error
         if stored.get("preset") != options.preset:
             raise ConfigError(
                 f"{folder} holds a reference of the preset {stored.get('preset')}, and {options.preset} is asked for; "
@@ -235,5 +242,5 @@ def read_comparison(path: str | Path) -> Comparison:
         return msgspec.json.decode(file.read_bytes(), type=Comparison)
     except OSError as error:
         raise ConfigError(f"{path} holds no comparison ({error}); make one with polyquant compare") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise SaveError(f"{file} is damaged ({error}); run its polyquant compare again: no cell is lost") from error

@@ -14,7 +14,7 @@ from polyquant.candidates import Candidate
 from polyquant.comparison.records import Job, Result
 from polyquant.files import write_atomically
 from polyquant.machine import Machine
-from polyquant.types import Record
+from polyquant.types import UNREADABLE, Record
 
 
 class _File(Record, frozen=True):
@@ -57,7 +57,7 @@ def read_cell(path: Path) -> Found:
         if hashlib.sha256(file.result).hexdigest() != file.checksum:
             return Found(None, f"{path.name} was changed since it was written, and is measured again")
         return Found(msgspec.json.decode(file.result, type=Result))
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         return Found(None, f"{path.name} is damaged ({error}), and is measured again")
 
 

@@ -11,6 +11,7 @@ from polyquant.errors import AdapterError
 from polyquant.finetuning.options import Card
 from polyquant.loaded import LoadedModel
 from polyquant.models.hashing import content_hash
+from polyquant.types import UNREADABLE
 
 CARD, CONFIG, WEIGHTS = "polyquant.json", "adapter_config.json", "adapter_model.safetensors"
 
@@ -22,7 +23,7 @@ def read_card(folder: Path) -> Card | None:
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=Card)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise AdapterError(f"{path} is unreadable ({error}); delete it to load the adapter without a card") from error
 
 
@@ -81,18 +82,27 @@ def _differences(card: Card, loaded: LoadedModel) -> list[str]:
 
 def _require_fit(model: Any, folder: Path) -> None:
     """Raises AdapterError, by name, where an adapter matrix has no module here or another size."""
-    from safetensors import safe_open
-
     sizes = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
-    with safe_open(folder / WEIGHTS, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118  not a mapping
-            path, _, which = name.removeprefix("base_model.model.").partition(".lora_")
-            if which not in ("A.weight", "B.weight"):
-                continue
-            if path not in sizes:
-                raise AdapterError(f"{folder}: it adapts {path}, which this model does not have")
-            shape = file.get_slice(name).get_shape()
-            wanted = sizes[path].in_features if which[0] == "A" else sizes[path].out_features
-            if (found := shape[1] if which[0] == "A" else shape[0]) != wanted:
-                side = "inputs" if which[0] == "A" else "outputs"
-                raise AdapterError(f"{folder}: it adapts {path} with {found} {side}, and the module has {wanted}")
+    for name, shape in _shapes(folder).items():
+        path, _, which = name.removeprefix("base_model.model.").partition(".lora_")
+        if which not in ("A.weight", "B.weight"):
+            continue
+        if path not in sizes:
+            raise AdapterError(f"{folder}: it adapts {path}, which this model does not have")
+        if len(shape) != 2:
+            raise AdapterError(f"{folder}: {name} must be a matrix, its shape is {tuple(shape)}")
+        wanted = sizes[path].in_features if which[0] == "A" else sizes[path].out_features
+        if (found := shape[1] if which[0] == "A" else shape[0]) != wanted:
+            side = "inputs" if which[0] == "A" else "outputs"
+            raise AdapterError(f"{folder}: it adapts {path} with {found} {side}, and the module has {wanted}")
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape. Raises AdapterError where the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="numpy") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a mapping
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder}: {WEIGHTS} is damaged ({error}); fetch it again") from error

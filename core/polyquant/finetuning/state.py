@@ -11,6 +11,7 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from polyquant.errors import SaveError, TrainingConflict
+from polyquant.types import UNREADABLE
 
 JOB = "job.json"
 PARTS = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -36,8 +37,8 @@ def begin(out: Path, job: Mapping[str, Any], *, restart: bool) -> Path:
         if not path.exists():
             path.write_bytes(text)
             return folder
-        unfinished = msgspec.json.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
+        unfinished = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, *UNREADABLE) as error:
         raise SaveError(f"cannot keep a run in {folder}: {error}") from error
     now = msgspec.json.decode(text)
     changed = [
@@ -56,7 +57,8 @@ def begin(out: Path, job: Mapping[str, Any], *, restart: bool) -> Path:
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that was written to its end, and what was thrown away because it was not."""
     notes: list[str] = []
-    for path in sorted((path for path in folder.glob("checkpoint-*") if path.is_dir()), key=step_of, reverse=True):
+    numbered = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
+    for path in sorted(numbered, key=step_of, reverse=True):
         broken = _damage(path)
         if not broken:
             return path, notes
@@ -79,6 +81,6 @@ def _damage(checkpoint: Path) -> str:
         msgspec.json.decode((checkpoint / "trainer_state.json").read_bytes())
         with safe_open(checkpoint / "adapter_model.safetensors", framework="numpy") as file:
             file.keys()
-    except (msgspec.DecodeError, SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, *UNREADABLE) as error:
         return str(error)
     return ""

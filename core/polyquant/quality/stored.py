@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from polyquant.errors import ModelError
 from polyquant.files import atomic_folder
 from polyquant.quality.windows import Window
-from polyquant.types import Record
+from polyquant.types import UNREADABLE, Record
 
 STEPS = 2**16 - 1
 INDEX = "reference.json"
@@ -77,9 +77,11 @@ def store(
 def index_of(folder: Path) -> Stored | None:
     """What `folder` holds; None where there is nothing that can be read."""
     try:
-        return msgspec.json.decode((folder / INDEX).read_bytes(), type=Stored)
-    except (OSError, msgspec.DecodeError):
+        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=Stored)
+    except (OSError, *UNREADABLE):
         return None
+    true = all(1 <= window.first_scored <= len(window.tokens) for window in index.windows)
+    return index if true else None
 
 
 def stored_in(folder: Path, key: str) -> Stored | None:
@@ -109,9 +111,15 @@ def read(folder: Path, index: Stored) -> Iterator[tuple[Window, Any]]:
     for number, window in enumerate(index.windows):
         try:
             tensors = load_file(folder / _name(number))
-            yield window, _restore(tensors["codes"], tensors["low"], tensors["step"])
+            codes, low, step = tensors["codes"], tensors["low"], tensors["step"]
+            shapes = (tuple(codes.shape), tuple(low.shape), tuple(step.shape))
+            wanted = ((window.scored, index.vocabulary), (window.scored, 1), (window.scored, 1))
+            if shapes != wanted:  # multiplied as they are, they could take more memory than there is
+                raise ValueError(f"its tensors have the shapes {shapes}, {wanted} were expected")
+            rows = _restore(codes, low, step)
         except Exception as error:
             raise ModelError(f"{folder / _name(number)} is damaged ({error}); delete {folder}") from error
+        yield window, rows
 
 
 def scored(logits: Any, window: Window) -> Any:
