@@ -102,6 +102,14 @@ def slow(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *apart(), "-m", "slow", *session.posargs)
 
 
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """The fuzz tests with thousands of cases each: minutes. `nox -s tests` runs a hundred of each."""
+    install(session, *PLUGINS.values(), group="test")
+    files = sorted(str(path) for path in (ROOT / "tests").glob("test_fuzz_*.py"))
+    session.run("python", "-m", "pytest", *files, "--hypothesis-profile=fuzz", *session.posargs)
+
+
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
     """The tests that need an accelerator, in the environment that runs nox (which has its own torch build)."""
