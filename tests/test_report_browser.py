@@ -159,7 +159,7 @@ def test_rows_open_and_commands_copy(opened):
     command = row.locator("code")
     assert command.text_content() == "polyquant compare builtin:smollm2 -c hqq:int4 --windows 4"
     row.get_by_role("button", name="copy").click()
-    page.wait_for_function("document.querySelector('tbody .more.shown .copy').textContent === 'copied'")
+    sync_api.expect(row.locator(".copy")).to_have_text("copied")
     assert page.evaluate("navigator.clipboard.readText()") == command.text_content()
     assert page.locator(".failures pre").text_content().splitlines()[0] == "loading"
 
@@ -235,6 +235,16 @@ def test_printing_is_light_and_has_every_command(opened, comparison):
     assert page.locator("#table .command code:visible").count() == len(comparison.rows)
     assert not page.get_by_label("Filter").is_visible()
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+
+
+def test_pages_of_odd_comparisons_stay_silent(opened, comparison, tmp_path):
+    without = tuple(row.result and replace(row.result, quality=None, layers=()) for row in comparison.rows)
+    speed_only = tuple(replace(row, result=result) for row, result in zip(comparison.rows, without))
+    for rows, plotted in (((), False), (comparison.rows[-1:], False), (speed_only, False), (comparison.rows[:1], True)):
+        page = opened(write_report(replace(comparison, rows=rows), tmp_path / "odd.html"))
+        assert len(names(page)) == len(rows)
+        page.get_by_label("generation speed").check()
+        assert ("No candidate has both figures" not in page.locator("#plot").text_content()) == plotted
 
 
 def test_whatever_data_says_is_shown_as_text(opened, comparison, tmp_path):

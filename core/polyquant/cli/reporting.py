@@ -65,7 +65,8 @@ def read(path: Path) -> Comparison:
 
     file = path / FILE if path.is_dir() else path
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Comparison)
+        found = msgspec.json.decode(file.read_bytes(), type=Comparison)
+        return msgspec.structs.replace(found, folder=str(file.parent))  # where it lies now
     except OSError as error:
         raise ConfigError(
             f"{file} cannot be read ({error.strerror}); a comparison is made with: polyquant compare MODEL --out FOLDER"

@@ -47,11 +47,11 @@ function heat() {
   Plotly.react(target, [{
     type: "heatmap", x: numbers, y: kinds.map(plain), z, text: kinds.map((kind) => numbers.map((block) => text(kind, block))),
     hovertemplate: "%{text}<extra></extra>", colorscale: "Cividis", xgap: 1, ygap: 1, hoverongaps: false,
-    colorbar: {title: {text: of.title, side: "top"}, thickness: 10, len: 1, outlinewidth: 0, tickformat: of.format, xpad: 6},
+    colorbar: {title: {text: of.title, side: "top"}, thickness: 10, len: 1, nticks: 6, outlinewidth: 0, tickformat: of.format, xpad: 6},
   }], {
     height: 60 + Math.max(kinds.length, 4) * 30, margin: {l: wide ? 150 : 112, r: 8, t: 8, b: 44}, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
     font: {family: font, size: wide ? 12 : 10}, dragmode: false, hovermode: "closest",
-    xaxis: {title: {text: "block", standoff: 6}, fixedrange: true, showgrid: false, zeroline: false, ticks: ""}, yaxis: {autorange: "reversed", ticks: "", fixedrange: true, showgrid: false, type: "category"},
+    xaxis: {title: {text: "block", standoff: 6}, fixedrange: true, showgrid: false, zeroline: false, ticks: ""}, yaxis: {autorange: "reversed", ticks: "", ticklabelstandoff: 6, fixedrange: true, showgrid: false, type: "category"},
   }, CONFIG);
   summary(all);
   rows(all);

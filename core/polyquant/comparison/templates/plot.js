@@ -8,8 +8,9 @@ const GROUPS = {
   high: {name: "over 6 bits", symbol: "square", color: "#1a9a72"},
   dense: {name: "dense", symbol: "diamond", color: "#868e98"},
 };
+const BIG = Math.max(...data.points.map((point) => point.weights_stored_bytes ?? 0)) >= 2 ** 32;
 const AXES = {
-  weights_stored_bytes: {title: "stored weights, MiB (smaller is better)", scale: 1 / 2 ** 20},
+  weights_stored_bytes: {title: `stored weights, ${BIG ? "GiB" : "MiB"} (smaller is better)`, scale: 1 / 2 ** (BIG ? 30 : 20)},
   generated_tokens_per_second: {title: "generated tokens/s (more is better)", scale: 1, error: "generated_tokens_per_second_standard_deviation"},
   prompt_tokens_per_second: {title: "prompt tokens/s (more is better)", scale: 1, error: "prompt_tokens_per_second_standard_deviation"},
 };
@@ -47,7 +48,7 @@ function draw() {
     `${point.candidate} (${point.status === "done" ? "not measured for it" : point.status})`).join(", ")}.` : "";
   if (!drawn.length) {
     Plotly.purge(target);
-    target.textContent = "Nothing was measured for this plot.";
+    target.textContent = "No candidate has both figures of this plot.";
     list([]);
     return;
   }
