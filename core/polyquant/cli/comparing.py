@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+import polyquant
 from polyquant import api
 from polyquant.candidates import Candidate, presets_of
 from polyquant.cli.arguments import Json
@@ -46,7 +47,6 @@ def compare(
 
     Example: polyquant compare builtin:smollm2 -c bitsandbytes:nf4 -c "torchao:int8,compute_dtype=float32" -c gguf:Q4_0
     """
-    from polyquant import verbs
     from polyquant.cli.reporting import show_comparison
     from polyquant.cli.watching import watching
 
@@ -60,7 +60,7 @@ def compare(
         chosen += ["dense:float32", *runnable(str(settings.get("device", "auto")))]
     folder = out or (Path(written["out"]) if "out" in written else None)
     with watching(live=not json and sys.stderr.isatty()) as watcher:
-        comparison = verbs.compare(model, chosen, out=folder, watcher=watcher, **settings)
+        comparison = polyquant.compare(model, chosen, out=folder, watcher=watcher, **settings)
     report = comparison.report(Path(comparison.folder) / "report.html")
     if json:
         print(comparison.to_json())

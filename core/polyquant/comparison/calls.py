@@ -1,4 +1,4 @@
-"""The public functions that stand on whole folders of the core; see `polyquant.api` for the others."""
+"""The public functions `compare` and `read_comparison`. Imports nothing heavy."""
 
 from __future__ import annotations
 
