@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +190,12 @@ class Registry:
         """What to do where the plugin's own metadata asks for another polyquant than this one; empty where it fits."""
         from packaging.requirements import Requirement
 
-        import polyquant
-
+        ours = version("polyquant")
         distribution = self._found[name][0].dist
         for requirement in map(Requirement, distribution.requires or () if distribution else ()):
-            if requirement.name == "polyquant" and not requirement.specifier.contains(polyquant.__version__, True):
+            if requirement.name == "polyquant" and not requirement.specifier.contains(ours, True):
                 return (
-                    f". It requires {requirement}, and polyquant {polyquant.__version__} is installed: "
+                    f". It requires {requirement}, and polyquant {ours} is installed: "
                     f"pip install '{requirement}'"
                 )
         return ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-import polyquant
+from polyquant import api
 from polyquant.candidates import DENSE
 from polyquant.comparison.records import Job, Result
 from polyquant.files import write_atomically
@@ -57,7 +57,7 @@ def _libraries(job: Job, measured: dict[str, Any]) -> None:
     import torch
     import transformers  # noqa: F401
 
-    libraries = () if job.backend in (DENSE, "") else polyquant.backend(job.backend).info.libraries
+    libraries = () if job.backend in (DENSE, "") else api.backend(job.backend).info.libraries
     measured["machine"] = this_machine(library.distribution for library in libraries)
     measured["threads"] = torch.get_num_threads()
 
@@ -65,7 +65,7 @@ def _libraries(job: Job, measured: dict[str, Any]) -> None:
 def _load(job: Job, measured: dict[str, Any]) -> LoadedModel:
     if job.backend == DENSE:
         return _dense(job, measured)
-    return polyquant.load(job.model, job.backend or None, device=job.device, **job.options)
+    return api.load(job.model, job.backend or None, device=job.device, **job.options)
 
 
 def _dense(job: Job, measured: dict[str, Any]) -> LoadedModel:
@@ -88,7 +88,7 @@ def _dense(job: Job, measured: dict[str, Any]) -> LoadedModel:
 
 def verified(loaded: LoadedModel) -> dict[str, Any]:
     """What the verification of the model adds to a result."""
-    report = polyquant.verify(loaded)
+    report = api.verify(loaded)
     return {
         "kernel": report.kernel,
         "compute_dtype": report.compute_dtype,

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-import polyquant
+from polyquant import api
 from polyquant.errors import PolyquantError
 from polyquant.processes import end_with_parent, say
 from polyquant.types import Record
@@ -30,7 +30,7 @@ def main() -> None:
     end_with_parent()
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Making)
     say("quantizing")
-    polyquant.quantize(job.model, job.backend, job.out, device=job.device, overwrite=True, **job.options)
+    api.quantize(job.model, job.backend, job.out, device=job.device, overwrite=True, **job.options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from polyquant.models.resolve import resolve
 
 RETRIES = 3  # of a cell whose node or worker died
 WAIT_SECONDS = 1.0
+CONNECT_SECONDS = 10
 MEMORY_FACTOR = 3  # of a model's files: what a cell may hold of them, dense, quantized and on the way
 
 
@@ -46,9 +48,13 @@ def cluster(address: str) -> Engine:
 
 
 def _connect(ray: Any, address: str) -> None:
+    """Raises ConfigError where nobody answers; Ray alone would go on asking for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address or None, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
 
 

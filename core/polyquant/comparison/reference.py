@@ -99,15 +99,14 @@ def compute(job: ReferenceJob, advance: Callable[[int], None] | None = None) -> 
 
 
 def _loaded(job: ReferenceJob) -> LoadedModel:
-    import polyquant
-    from polyquant import hf
+    from polyquant import api, hf
     from polyquant.loaded import LoadedModel
     from polyquant.options import BackendOptions
 
     candidate = job.candidate
     if candidate.backend != DENSE:
         backend = candidate.backend or None
-        return polyquant.load(candidate.model or job.model, backend, device=job.device, **candidate.options)
+        return api.load(candidate.model or job.model, backend, device=job.device, **candidate.options)
     source, dtype = resolve(job.model), candidate.options["compute_dtype"]
     model = hf.load_dense(source, dtype, job.device)
     config = BackendOptions(compute_dtype=dtype)

@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 from filelock import FileLock, Timeout
 
-import polyquant
 from polyquant import api
 from polyquant.candidates import Candidate, parse
 from polyquant.comparison import engines
@@ -21,6 +20,7 @@ from polyquant.comparison.options import CompareOptions
 from polyquant.comparison.records import Comparison, Part, Result, Row, Setting
 from polyquant.comparison.reference import ReferenceJob, is_stored, reference_job
 from polyquant.comparison.store import cell_path, merged, read_cell, write_cell
+from polyquant.environment import installed_version
 from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, SaveError
 from polyquant.files import write_atomically
 from polyquant.machine import this_machine
@@ -102,7 +102,8 @@ def _compare(
 
     def comparison() -> Comparison:
         made = Comparison(
-            version=polyquant.__version__, created=datetime.now(UTC).isoformat(timespec="seconds"), folder=str(out),
+            version=installed_version("polyquant") or "", created=datetime.now(UTC).isoformat(timespec="seconds"),
+            folder=str(out),
             command=_command(source.name, [row.candidate.name for row in rows.values()], options), setting=setting,
             machine=this_machine(), rows=tuple(rows.values()), notes=tuple(notes),
         )  # fmt: skip
