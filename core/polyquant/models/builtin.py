@@ -68,6 +68,7 @@ def dense_from_gguf(source: ModelSource, *, progress: bool = False) -> Path:
     """The GGUF's weights and tokenizer as a float32 checkpoint folder, cached by file name, size and time.
 
     Everything is read through transformers, so the architecture must be one that transformers reads from GGUF.
+    Raises ModelError for a header that lies.
     """
     folder = _dense_path(source.path / source.gguf_file)
     if folder.is_dir():
@@ -76,7 +77,9 @@ def dense_from_gguf(source: ModelSource, *, progress: bool = False) -> Path:
     from transformers import AutoModelForCausalLM
 
     from polyquant import compat, hf
+    from polyquant.models.gguf_header import read_header
 
+    read_header(source.path / source.gguf_file)  # before transformers reads the file: it trusts what it reads
     tokenizer = hf.load_tokenizer(source)
     with compat.progress_bars(progress):
         try:

@@ -61,9 +61,10 @@ def _with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str
 
 
 def require_plausible(config: dict[str, Any], name: str) -> None:
-    """Raises ModelError where a config's known parts have the wrong type, or name a number of layers no model has.
+    """Raises ModelError where a config's known parts have the wrong type, or ask for what no config may ask for.
 
-    A skeleton is built module by module, so a number alone could keep it busy for ever.
+    That is more layers than any model has (a skeleton is built module by module, so a number alone could keep it busy
+    for ever), and compiled code: transformers fetches an attention implementation that is called like a hub repository.
     """
     for key in ("quantization_config", "text_config"):
         if not isinstance(config.get(key) or {}, dict):
@@ -73,6 +74,11 @@ def require_plausible(config: dict[str, Any], name: str) -> None:
     for key, value in config.items():
         if key.endswith(COUNTED) and isinstance(value, int) and value > MOST_MODULES:
             raise ModelError(f"{name}: its config says {key} = {value}; at most {MOST_MODULES} are believed")
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ModelError(
+                f"{name}: its config asks for {value!r:.80}, compiled code from the hub; take {key} out of config.json,"
+                " and name it yourself if you trust it: attention=... (--attention)"
+            )
         if isinstance(value, dict):
             require_plausible(value, name)
 
