@@ -75,7 +75,7 @@ def test_a_cluster_gives_what_this_machine_gives(cluster, model, tmp_path):
     assert sorted(watcher.measured) == sorted(name for name in CANDIDATES if "absent" not in name)
     assert [row.key for row in there.rows] == [row.key for row in here.rows]
     for one, other in zip(here.rows, there.rows, strict=True):
-        assert one.result.status == other.result.status
+        assert one.result.status == other.result.status, other.result.reason
         if one.result.quality:
             assert one.result.quality.kl_mean == pytest.approx(other.result.quality.kl_mean, rel=1e-3, abs=1e-9)
             assert one.result.stored_bytes == other.result.stored_bytes

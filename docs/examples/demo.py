@@ -1,4 +1,4 @@
-"""The six steps on a real model: select, configure, load, verify, run, fine-tune."""
+"""The six steps on a real model (select, configure, load, verify, run, fine-tune), and a comparison of seven candidates."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import polyquant
-from polyquant.cli.show import console, size
+from polyquant.cli.reporting import show_comparison
+from polyquant.cli.show import console
+from polyquant.cli.watching import watching
 from polyquant.models import builtin
 from polyquant.report import Verification
+from polyquant.sizes import size
 from rich import box
 from rich.table import Table
 
@@ -19,6 +22,10 @@ PROMPT = "The three primary colours are"
 TOKENS = 32
 STEPS = 12
 BARS = "▁▂▃▄▅▆▇█"
+CANDIDATES = (
+    "dense:float32", "bitsandbytes:nf4", "bitsandbytes:int8", "torchao:int8", "quanto:int4", "gguf:Q8_0",
+    "llama-cpp:Q4_K_M",
+)  # fmt: skip
 DATA = Path(__file__).parent / "captain.jsonl"  # 48 questions, answered the way a sailor would
 CONFIGURATIONS = {
     "NF4": {"bits": 4, "quant_type": "nf4"},
@@ -65,8 +72,9 @@ def main() -> None:
         "planned: predicted from shapes; stored: every storage counted once; reported: transformers' own count, which "
         "misses bitsandbytes' scales. Embeddings stay dense, so the whole model shrinks less than its layers."
     )
-    tuned = fine_tune(Path(tempfile.mkdtemp(prefix="polyquant-demo-")))
-    if not tuned or not all(report.passed for report, _, _ in columns):
+    folder = Path(tempfile.mkdtemp(prefix="polyquant-demo-"))
+    tuned = fine_tune(folder)
+    if not tuned or not compare(folder / "comparison") or not all(report.passed for report, _, _ in columns):
         sys.exit(1)
 
 
@@ -94,6 +102,17 @@ def fine_tune(folder: Path) -> bool:
     console.print(f"before: {before}\nafter:  [bold]{after}[/]", markup=True)
     console.print(f"curve: {folder / 'adapter' / 'loss.svg'}", soft_wrap=True)
     return steps[-1] < steps[0]
+
+
+def compare(folder: Path) -> bool:
+    """Seven candidates side by side; whether all of them were measured."""
+    console.rule("Compare: quality, speed and memory, each in a process of its own")
+    options = {"device": "cpu", "windows": 2, "speed_limit_seconds": 4.0}
+    console.print(f"polyquant.compare({MODEL!r}, {list(CANDIDATES)}, {shown(options)})")
+    with watching(live=sys.stderr.isatty()) as watcher:
+        comparison = polyquant.compare(MODEL, CANDIDATES, out=folder, watcher=watcher, **options)
+    show_comparison(comparison, comparison.report(folder / "report.html"))
+    return len(comparison.done) == len(comparison.rows)
 
 
 def rows(columns: list[tuple[Verification, float, str]]) -> list[tuple[str, list[str]]]:

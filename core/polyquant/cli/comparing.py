@@ -65,8 +65,7 @@ def compare(
     if json:
         print(comparison.to_json())
     else:
-        show_comparison(comparison)
-        print(f"report: {report}")
+        show_comparison(comparison, report)
     if len(comparison.done) < len(comparison.rows):
         raise typer.Exit(1)
 
