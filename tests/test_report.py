@@ -366,15 +366,16 @@ def test_the_page_of_a_difference(comparison, tmp_path):
     assert page.scripts == [] and page.addresses == [] and "script-src 'none'" in page.policy
 
 
-def test_without_the_extra_the_error_says_what_to_install(run_python):
-    code = (
-        "import sys; sys.modules['plotly'] = None; sys.modules['plotly.offline'] = None\n"
-        "import msgspec; from polyquant.comparison.records import Comparison; from polyquant.comparison.report import html\n"
-        f"html(msgspec.json.decode(open({str(DATA)!r}, 'rb').read(), type=Comparison))"
+def test_without_the_extra_the_rest_is_there_and_the_error_says_what_to_install(run_python, tmp_path):
+    (tmp_path / "comparison.json").write_bytes(DATA.read_bytes())
+    result = run_python(
+        code="import sys; sys.modules['plotly'] = sys.modules['plotly.offline'] = None\n"
+        f"sys.argv = ['polyquant', 'report', {str(tmp_path)!r}]\nimport polyquant.__main__"
     )
-    result = run_python(code=code)
-    assert "EnvironmentProblem" in result.stderr
-    assert "pip install 'polyquant[report]'" in result.stderr
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    assert "needs plotly, which is not installed: pip install 'polyquant[report]'" in result.stderr
+    assert "0.249 ± 0.008" in result.stdout
+    assert {path.name for path in tmp_path.glob("report.*")} == {"report.csv", "report.json", "report.md"}
 
 
 def test_command_shows_and_writes(run_python, tmp_path):
@@ -407,5 +408,5 @@ def test_command_on_what_is_no_comparison(run_python, tmp_path):
         if content is not None:
             (tmp_path / "comparison.json").write_text(content)
         result = run_python("report", str(tmp_path))
-        assert (result.returncode, "Traceback" in result.stderr) == (2, False)
-        assert "comparison" in result.stderr
+        assert (result.returncode, "Traceback" in result.stderr) == (1 if content is not None else 2, False)
+        assert "polyquant compare" in result.stderr

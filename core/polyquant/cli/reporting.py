@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+import polyquant
 from polyquant.cli.arguments import Json
-from polyquant.errors import ConfigError
+from polyquant.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
     from polyquant.comparison.difference import Difference
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 WIDE = 112  # columns of a terminal that has room for every figure
 HEADINGS = ("KL, nats", "top-1", "ppl ratio", "stored", "of bf16", "prompt tok/s", "gen. tok/s")
 ONLY_WIDE = ("ppl ratio", "of bf16", "prompt tok/s")
-FILE = "comparison.json"
 
 
 def report(
@@ -42,14 +42,18 @@ def report(
     from polyquant.comparison.report import write_difference, write_report
     from polyquant.comparison.table import as_plain
 
-    comparison = read(run)
+    comparison = _read(run)
     if other is None:
         written = None
         if out or not json:
-            written = write_report(comparison, out or (run if run.is_dir() else run.parent) / "report.html")
+            try:
+                written = write_report(comparison, out or (run if run.is_dir() else run.parent) / "report.html")
+            except EnvironmentProblem:  # of the page alone
+                show_comparison(comparison)
+                raise
         print_json(as_plain(comparison)) if json else show_comparison(comparison, written)
         return
-    found = difference(comparison, read(other))
+    found = difference(comparison, _read(other))
     written = write_difference(found, out) if out else None
     if json:
         print_json({"worsened": found.worsened, "changed": found.changed, **msgspec.to_builtins(found)})
@@ -59,20 +63,9 @@ def report(
         raise typer.Exit(1)
 
 
-def read(path: Path) -> Comparison:
-    """The comparison in a folder or a file. Raises ConfigError where there is none, or it cannot be read."""
-    from polyquant.comparison.records import Comparison
-
-    file = path / FILE if path.is_dir() else path
-    try:
-        found = msgspec.json.decode(file.read_bytes(), type=Comparison)
-        return msgspec.structs.replace(found, folder=str(file.parent))  # where it lies now
-    except OSError as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error.strerror}); a comparison is made with: polyquant compare MODEL --out FOLDER"
-        ) from error
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is no comparison of this version of polyquant: {error}") from error
+def _read(path: Path) -> Comparison:
+    """The comparison, which says where it lies now: two of them may come from folders of the same name."""
+    return msgspec.structs.replace(polyquant.read_comparison(path), folder=str(path))
 
 
 def show_comparison(comparison: Comparison, written: Path | None = None) -> None:

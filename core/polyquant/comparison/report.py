@@ -27,15 +27,15 @@ def write_report(comparison: Comparison, path: Path) -> Path:
     """Write the report to `path`, and the same rows as CSV, JSON and Markdown beside it under the same name.
 
     path: the HTML file; a folder, or a name without a suffix, gets report.html in it. Returns the HTML file's path.
-    Raises EnvironmentProblem where the extra `report` is not installed, SaveError where the disk does not take it.
+    Raises EnvironmentProblem where the extra `report` is not installed, after the other three are written; SaveError
+    where the disk does not take them.
     """
-    page = html(comparison)
     path = path if path.suffix else path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = msgspec.json.format(msgspec.json.encode(as_plain(comparison)), indent=2).decode()
     for suffix, text in ((".csv", as_csv(comparison)), (".json", plain), (".md", as_markdown(comparison))):
         write_atomically(path.with_suffix(suffix), text)
-    write_atomically(path, page)
+    write_atomically(path, html(comparison))
     return path
 
 
@@ -108,7 +108,8 @@ def _plotly() -> str:
 
 def _missing(library: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"the HTML report needs {library}, which is not installed: pip install 'polyquant[report]'"
+        f"the HTML report needs {library}, which is not installed: pip install 'polyquant[report]'; "
+        "CSV, JSON and Markdown do not need it"
     )
 
 

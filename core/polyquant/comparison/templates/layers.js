@@ -51,7 +51,7 @@ function heat() {
   }], {
     height: 60 + Math.max(kinds.length, 4) * 30, margin: {l: wide ? 150 : 112, r: 8, t: 8, b: 44}, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
     font: {family: font, size: wide ? 12 : 10}, dragmode: false, hovermode: "closest",
-    xaxis: {title: {text: "block", standoff: 6}, fixedrange: true, showgrid: false, zeroline: false, ticks: ""}, yaxis: {autorange: "reversed", ticks: "", ticklabelstandoff: 6, fixedrange: true, showgrid: false, type: "category"},
+    xaxis: {title: {text: "block", standoff: 6}, tick0: 0, dtick: Math.ceil(numbers.length / (wide ? 16 : 6)), fixedrange: true, showgrid: false, zeroline: false, ticks: ""}, yaxis: {autorange: "reversed", ticks: "", ticklabelstandoff: 6, fixedrange: true, showgrid: false, type: "category"},
   }, CONFIG);
   summary(all);
   rows(all);
