@@ -1,4 +1,4 @@
-"""The six steps on a real model (select, configure, load, verify, run, fine-tune), and a comparison of seven candidates."""
+"""The six steps on a real model: select, configure, load, verify, run, fine-tune. Then seven candidates compared."""
 
 from __future__ import annotations
 

@@ -1,0 +1,32 @@
+"""The same candidates on two machines: run it on each with a folder of its own, then once more with both folders.
+
+python docs/examples/two_machines.py measure MODEL FOLDER CANDIDATE [CANDIDATE ...]
+python docs/examples/two_machines.py show FOLDER OTHER_FOLDER REPORT.html
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import polyquant
+from polyquant.comparison.difference import difference
+from polyquant.comparison.report import write_difference
+
+
+def main() -> None:
+    step, *arguments = sys.argv[1:]
+    if step == "measure":
+        model, folder, *candidates = arguments
+        comparison = polyquant.compare(model, candidates, out=folder, windows=4)
+        print(f"{len(comparison.done)} of {len(comparison.rows)} measured on {comparison.machine.processor}")
+        return
+    here, there, page = arguments
+    found = difference(polyquant.read_comparison(here), polyquant.read_comparison(there))
+    for change in found.changed:
+        print(f"{change.candidate}: {change.figure} {change.before:g} -> {change.after:g}")
+    print(f"report: {write_difference(found, Path(page))}")
+
+
+if __name__ == "__main__":
+    main()
