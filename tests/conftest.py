@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from polyquant.authoring.new import new_backend
 
-settings.register_profile("fuzz", max_examples=3000)
+settings.register_profile("fuzz", max_examples=1000)
 
 GOOD_PLUGIN = """
 from typing import Literal

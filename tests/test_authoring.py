@@ -16,6 +16,7 @@ from polyquant.testing import advice
 from polyquant.testing.catalog import ALL
 
 ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs" / "authors" / "index.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["acme", "acme2", "acme-4bit", "class", "json", "rowwise", "x" * 40])
@@ -88,6 +89,7 @@ def test_the_command_says_what_comes_next(run_python, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "wrote polyquant-acme: 11 files" in result.stdout
     assert "pip install -e ./polyquant-acme\n  polyquant check-backend acme" in result.stdout
+    assert result.stdout in GUIDE
     again = run_python("new-backend", "acme", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (1, "")
     assert "polyquant-acme exists" in again.stderr
@@ -138,7 +140,9 @@ def test_a_good_backend_passes(rowwise, run_python):
 
 
 def test_the_report_as_json_has_nothing_else(rowwise, run_python):
-    result = check(run_python, rowwise, "rowwise", "--json", "--check", "options_survive_conversion", "--check", "card_is_complete")
+    result = check(
+        run_python, rowwise, "rowwise", "--json", "--check", "options_survive_conversion", "--check", "card_is_complete"
+    )
     report = json.loads(result.stdout)
     assert (result.returncode, report["passed"], report["origin"]) == (0, True, "polyquant-rowwise 1.0")
     assert {outcome["status"] for outcome in report["outcomes"]} == {"passed"}
@@ -160,6 +164,9 @@ def test_a_broken_promise_is_shown_with_file_hook_and_cure(run_python, tmp_path)
         in result.stdout
     )
     assert "acme breaks promises: of 1 checks 1 failed" in result.stdout
+    shown = [text.strip() for text in result.stdout.splitlines() if "int8-llama" in text or "cure: " in text]
+    assert len(shown) == 2
+    assert all(text in GUIDE for text in shown), shown
 
 
 def test_an_unusable_plugin_is_a_failure_too(run_python, tmp_path):

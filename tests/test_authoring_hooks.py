@@ -299,6 +299,19 @@ def test_an_old_plugin_works_with_a_newer_core(package):
     assert old.implements("acme", "save")
 
 
+class Leaving(QuantBackend):
+    """A specification in the release before `load` loses an argument."""
+
+    @hookspec(firstresult=True, warn_on_impl_args={"request": DeprecationWarning("take it from config.request")})
+    def load(self, request, config):
+        raise NotImplementedError
+
+
+def test_an_argument_that_is_going_to_leave_warns(package):
+    with pytest.warns(DeprecationWarning, match=r"take it from config\.request"):
+        assert Registry(Leaving).info("acme").name == "acme"
+
+
 def test_a_plugin_may_take_fewer_arguments(package):
     def change(node):
         if node.name == "load":
