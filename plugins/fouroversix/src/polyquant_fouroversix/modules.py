@@ -39,7 +39,7 @@ class Product(torch.autograd.Function):
 class FouroversixLinear(nn.Linear):
     """weight: codes, uint8 (rows, columns / 2); scales; amax (1,); padded as in the library. A Linear, for PEFT.
 
-    The library's own layer gives no gradient without a dense copy of the weight, and dequantizes twelve times slower.
+    The library's own layer gives no gradient without a dense copy of the weight, and dequantizes 6 to 15 times slower.
     """
 
     weight: Tensor  # type: ignore[assignment]
