@@ -160,6 +160,14 @@ def test_best_for_a_goal_and_a_budget(comparison):
     assert best(comparison, "speed", kl=0.01).candidate.name == "llama-cpp:Q8_0"
 
 
+def test_the_reference_is_no_candidate_however_it_is_written(comparison):
+    named = replace(comparison, setting=replace(comparison.setting, reference="dense"))
+    assert frontiers(named) == frontiers(comparison)
+    assert named.best().candidate.name == "gguf:Q4_1"
+    other = replace(comparison, setting=replace(comparison.setting, reference="dense:bfloat16"))
+    assert other.rows[frontiers(other)["generated_tokens_per_second"][0]].candidate.name == "dense:float32"
+
+
 def test_best_never_takes_what_failed_or_is_unusable(comparison):
     best_of_all = changed(
         comparison, "gguf:Q4_1", checks=(Check(name="coverage", passed=False, expected="a", found="b"),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyquant.comparison.records import Comparison, Goal, Row
-from polyquant.comparison.table import cells, status, stored_bytes
+from polyquant.comparison.table import cells, is_reference, status, stored_bytes
 from polyquant.errors import ConfigError, PolyquantError, did_you_mean
 from polyquant.sizes import parse_size, size
 
@@ -86,9 +86,7 @@ def frontier(points: Sequence[tuple[float, float] | None]) -> list[int]:
 
 
 def _candidates(comparison: Comparison) -> list[Row]:
-    return [
-        row for row in comparison.done if status(row) == "done" and row.candidate.name != comparison.setting.reference
-    ]
+    return [row for row in comparison.done if status(row) == "done" and not is_reference(row, comparison)]
 
 
 def _fitting(rows: list[Row], comparison: Comparison, memory: int | str | None, context_tokens: int) -> list[Row]:

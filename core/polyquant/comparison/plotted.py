@@ -9,7 +9,7 @@ from typing import Any
 from polyquant.candidates import DENSE
 from polyquant.comparison.choice import frontier
 from polyquant.comparison.records import Comparison, Layer
-from polyquant.comparison.table import rows, short
+from polyquant.comparison.table import is_reference, rows, short, status
 
 AXES = {"weights_stored_bytes": 1, "generated_tokens_per_second": -1, "prompt_tokens_per_second": -1}
 """What KL is plotted against; -1: the more the better."""
@@ -36,10 +36,10 @@ def plotted(comparison: Comparison) -> dict[str, Any]:
             {name: cell[name] for name in POINT}
             | {
                 "group": group(cell),
-                "reference": cell["candidate"] == comparison.setting.reference,
+                "reference": is_reference(row, comparison),
                 "words": dict(zip(WORDS, short(cell), strict=True)),
             }
-            for cell in table
+            for row, cell in zip(comparison.rows, table, strict=True)
         ],
         "frontiers": frontiers(comparison),
         "layers": _layers(comparison),
@@ -52,7 +52,7 @@ def frontiers(comparison: Comparison) -> dict[str, list[int]]:
     The reference is no candidate, and what failed its verification is out.
     """
     table = rows(comparison)
-    usable = [cell["status"] == "done" and cell["candidate"] != comparison.setting.reference for cell in table]
+    usable = [status(row) == "done" and not is_reference(row, comparison) for row in comparison.rows]
     found = {}
     for axis, sign in AXES.items():
         points = [

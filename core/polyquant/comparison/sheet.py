@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from polyquant.comparison.records import Comparison
-from polyquant.comparison.table import COLUMNS, columns, reason, status
+from polyquant.comparison.table import COLUMNS, columns, is_reference, reason, status
 from polyquant.comparison.table import rows as plain_rows
 from polyquant.comparison.words import bfloat16_share, first_line, last_lines, share, times, uncertain
 from polyquant.machine import Machine
@@ -122,7 +122,7 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
                 "reason": first_line(why),
                 "last_lines": last_lines(why),
                 "notes": result.notes if result else (),
-                "reference": row.candidate.name == comparison.setting.reference,
+                "reference": is_reference(row, comparison),
                 "command": row.command,
                 "details": [*([("options", options)] if options else []), *details],
                 "words": " ".join((row.candidate.name, cell["kernel"] or "", status(row), options, why)).lower(),

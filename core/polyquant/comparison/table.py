@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from polyquant.candidates import DENSE
 from polyquant.comparison.records import Comparison, Result, Row
 from polyquant.comparison.words import bfloat16_share, conditions, first_line, share, times, uncertain
 from polyquant.sizes import size
@@ -115,6 +116,13 @@ def reason(row: Row) -> str:
         return "not measured yet"
     checks = (f"{check.name}: {check.found} (expected: {check.expected})" for check in row.result.failed_checks)
     return row.result.reason or "; ".join(checks)
+
+
+def is_reference(row: Row, comparison: Comparison) -> bool:
+    """Whether a row is what the others are compared with; `dense` and `dense:float32` are the same."""
+    names = {DENSE: f"{DENSE}:float32"}
+    name, reference = row.candidate.name, comparison.setting.reference
+    return names.get(name, name) == names.get(reference, reference)
 
 
 def stored_bytes(result: Result) -> int | None:

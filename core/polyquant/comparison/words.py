@@ -65,7 +65,7 @@ def quality_words(comparison: Comparison) -> str:
     if not scored:
         return ""
     tokens = f"{min(scored)} tokens" if len(scored) == 1 else f"{min(scored)} to {max(scored)} tokens"
-    cut = f"{setting.windows} windows, " if setting.windows else ""
+    cut = f"{setting.windows} window{'s'[: setting.windows != 1]}, " if setting.windows else ""
     return f"KL against {setting.reference} on {setting.text} ({setting.preset}, {cut}{tokens} scored)"
 
 
