@@ -14,7 +14,10 @@ from polyquant.comparison.report import write_report
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 DATA = Path(__file__).parent / "data" / "comparison.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
-HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+HOSTILE = (
+    "<b>bold</b><a href='https://example.org'>there</a></script><script>document.title = 'taken'</script>"
+    "<img src=x onerror=\"document.title = 'taken'\">"
+)
 
 
 @pytest.fixture(scope="module")
