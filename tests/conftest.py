@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from polyquant.authoring.new import new_backend
 
-settings.register_profile("fuzz", max_examples=1000)
+settings.register_profile("fuzz", max_examples=2000)
 
 GOOD_PLUGIN = """
 from typing import Literal

@@ -10,6 +10,7 @@ from polyquant import api, checkpoints
 from polyquant.errors import ModelError
 from polyquant.models import gguf_header, headers
 from polyquant.models.gguf_types import TYPES
+from polyquant.models.outline import outline
 from polyquant.models.resolve import resolve
 from polyquant.types import WeightInfo
 
@@ -208,6 +209,8 @@ def describe(folder, size):
         method = checkpoints.method_of(source)
         if method:
             checkpoints.reader_of(method, SELECTION)
+    with guarded(folder, size):
+        outline(folder)
 
 
 SELECTION = api.backends()
@@ -220,6 +223,7 @@ SELECTION = api.backends()
 @example(content=b'{"quantization_config": [[1, 2]]}')
 @example(content=b'{"model_type": "llama", "text_config": {"quantization_config": 4}}')
 @example(content=b'{"a": "\xff"}')
+@example(content=b'{"model_type": "llama", "dtype": []}')
 def test_configs(folder, content):
     (folder / "model.safetensors").write_bytes(
         struct.pack("<Q", 54) + b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}} ' + b"\0"

@@ -5,14 +5,15 @@ import json
 import struct
 
 import msgspec
+import polyquant
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from polyquant import api, candidates
+from polyquant.cli import comparing
 from polyquant.comparison import reference, store
 from polyquant.comparison.records import Comparison, Job, Result, Row, Setting
-from polyquant.comparison.run import read_comparison
 from polyquant.errors import PolyquantError
 from polyquant.finetuning import adapter, data, state
 from polyquant.finetuning.options import Card, TrainingOptions
@@ -235,7 +236,7 @@ COMPARISON = {
 def test_comparisons(tmp_path, content):
     (tmp_path / "comparison.json").write_bytes(content)
     with guarded(tmp_path, len(content)):
-        comparison = read_comparison(tmp_path)
+        comparison = polyquant.read_comparison(tmp_path)
         assert isinstance(comparison, Comparison)
         assert isinstance(comparison.setting, Setting)
         assert all(isinstance(row, Row) for row in comparison.rows)
@@ -243,7 +244,39 @@ def test_comparisons(tmp_path, content):
 
 def test_the_comparison_that_is_made_worse_is_a_good_one(tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps(COMPARISON))
-    assert read_comparison(tmp_path).rows[0].result.job.backend == "dense"
+    assert polyquant.read_comparison(tmp_path).rows[0].result.job.backend == "dense"
+
+
+TOML = """
+model = "m"
+windows = 3
+candidates = ["dense:float32", {backend = "bitsandbytes", preset = "nf4", double_quant = true, name = "mine"}]
+out = "there"
+"""
+WORDS = st.sampled_from(
+    ["model", "windows", "candidates", "out", "=", "[", "]", "[[", "]]", "{", "}", '"', "3", "1e999", "true", "backend",
+     "bitsandbytes", "preset", "bits", "\n", ",", ".", "😀", "2026-01-01"]
+)  # fmt: skip
+
+
+@settings(**SETTINGS)
+@given(
+    content=st.one_of(
+        damaged(st.just(TOML.encode())), st.lists(WORDS, max_size=12).map(lambda each: " ".join(each).encode()), RAW
+    )
+)
+@example(content=TOML.encode())
+@example(content=b"candidates = [1]")
+@example(content=b"candidates = 'dense'")
+@example(content=b"model = [1]\nout = 3")
+@example(content=b"candidates = " + b"[" * 5000)
+@example(content=b"windows = 'many'")
+def test_files_of_candidates(tmp_path, content):
+    (tmp_path / "a.toml").write_bytes(content)
+    with guarded(tmp_path, len(content)):
+        written = comparing._read(tmp_path / "a.toml")
+        found = [comparing._candidate(entry) for entry in written.get("candidates", ())]
+        assert all(isinstance(each, (str, candidates.Candidate)) for each in found)
 
 
 PARTS = st.sampled_from(

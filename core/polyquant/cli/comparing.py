@@ -83,17 +83,29 @@ def runnable(device: str) -> list[str]:
     return [candidate.name for info in makes for candidate in presets_of(info)]
 
 
+class _Written(msgspec.Struct):
+    """What is no option in a file."""
+
+    model: str = ""
+    candidates: list[str | dict[str, Any]] = []
+    out: str = ""
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is no TOML: {error}") from error
     known = [*NOT_OPTIONS, *(option.name for option in describe_options(CompareOptions))]
     unknown = [name for name in content if name not in known]
     if unknown:
         raise ConfigError(f"{file} has {', '.join(unknown)}; there are {', '.join(known)}")
+    try:
+        msgspec.convert({name: content[name] for name in NOT_OPTIONS if name in content}, _Written)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file}: {error}") from error
     own = {name: value for name, value in content.items() if name not in NOT_OPTIONS}
     for name, value in msgspec.structs.asdict(convert(CompareOptions, own, strict=False)).items():
         if name in own:
