@@ -99,7 +99,7 @@ def plugin(session: nox.Session, name: str) -> None:
 def slow(session: nox.Session) -> None:
     """What takes minutes for each backend."""
     install(session, *PLUGINS.values(), group="test")
-    session.run("python", "-m", "pytest", *apart(), "-m", "slow", *session.posargs)
+    session.run("python", "-m", "pytest", *apart(), "-m", "slow", "--timeout=3600", *session.posargs)
 
 
 @nox.session
