@@ -129,7 +129,7 @@ def run_pytest(site, tmp_path_factory):
             "no:cacheprovider",
         ]
         result = subprocess.run(
-            [*command, *(arguments or [folder])], capture_output=True, text=True, check=False, timeout=300,
+            [*command, *arguments, *([folder] if code else [])], capture_output=True, text=True, check=False, timeout=300,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         lines = [
@@ -155,6 +155,20 @@ def test_the_reference_backend_keeps_its_floors(run_pytest, rowwise_package):
     outcomes, output = run_pytest(rowwise_package / "tests", "-m", "real")
     assert len(outcomes) == 2
     assert Counter(outcomes.values()).keys() == {"PASSED"}, output
+
+
+def test_a_failure_says_where_to_mend_it(run_pytest):
+    outcomes, output = run_pytest(
+        "-k", "environment_check_is_quiet", "-p", "polyquant.testing.plugin",
+        code="""
+        class TestPrints(BackendConformance):
+            backend = "rowwise-prints"
+        """,
+    )  # fmt: skip
+    assert outcomes == {"test_environment_check_is_quiet": "FAILED"}, output
+    assert "validate_environment prints: 'checking cpu" in output
+    assert "cure: rowwise_mutants.py:" in output
+    assert "validate_environment: print and change nothing" in output
 
 
 def test_expected_failures_are_strict_both_ways(run_pytest):

@@ -97,6 +97,14 @@ def test_the_command_line_knows_it(installed):
     assert "rowwise" in result.stdout
 
 
+def test_its_promises_are_checked(installed):
+    checks = ("--check", "card_is_complete", "--check", "hooks_fit_the_specification", "--check", "options_are_frozen")
+    command = [installed.python, "-m", "polyquant", "check-backend", "rowwise", *checks]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "rowwise keeps its promises: of 3 checks 3 passed" in result.stdout
+
+
 def test_it_loads_verifies_saves_and_loads_back(installed, tmp_path):
     answer = installed.run(USE, tiny_model("llama", tmp_path), tmp_path / "out")
     assert answer["failures"] == []
