@@ -194,10 +194,7 @@ class Registry:
         distribution = self._found[name][0].dist
         for requirement in map(Requirement, distribution.requires or () if distribution else ()):
             if requirement.name == "polyquant" and not requirement.specifier.contains(ours, True):
-                return (
-                    f". It requires {requirement}, and polyquant {ours} is installed: "
-                    f"pip install '{requirement}'"
-                )
+                return f". It requires {requirement}, and polyquant {ours} is installed: pip install '{requirement}'"
         return ""
 
     def _checked_info(self, name: str, plugin: Any, origin: str) -> BackendInfo:
