@@ -84,7 +84,12 @@ def verified_rows(results: dict[str, Result]) -> Iterator[tuple[str, ...]]:
                  if library.distribution in versions]  # fmt: skip
         rest = [device.type for device in info.capabilities.devices if device.type not in on]
         link = f"[{info.name}](../../plugins/{info.name}/README.md)"
-        yield link, " ".join(on), ", ".join(named) or "no library of its own", " ".join(rest)
+        yield (
+            link,
+            " ".join(on),
+            ", ".join(named) or ("no library of its own" if found else "not measured yet"),
+            " ".join(rest),
+        )
 
 
 def conditions(results: dict[str, Result]) -> str:
