@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -38,8 +39,11 @@ def load(
     source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
 ) -> LoadedModel:
     """Load `source` with `backend`; `given` are the options as the user wrote them, `config` the same, checked."""
+    from polyquant.memory.returned import returning_freed_memory
+
     request, effective, notes = prepare(source, backend, config, given, how)
-    loaded = backend.load(request, effective)
+    with returning_freed_memory() if request.device == "cpu" else nullcontext():
+        loaded = backend.load(request, effective)
     loaded.requested = config
     loaded.notes[:0] = notes
     loaded.initial_layers = loaded.layers

@@ -24,7 +24,7 @@ MARKS = {
 
 
 def _plan_dict(plan: Plan) -> dict[str, Any]:
-    figures = {"ratio": plan.ratio, "needed_bytes": plan.needed_bytes, "fits": plan.fits}
+    figures = {"ratio": plan.ratio, "fits": plan.fits}
     return {**msgspec.to_builtins(plan), **figures}
 
 
@@ -52,7 +52,9 @@ def plan(found: Plan, *, layers: bool) -> None:
         f"context {found.context}" + (f", batch {found.batch}" if found.batch > 1 else "")
     )
     table, bits = _pairs(), f"{found.bits_per_weight:.2f} bits a weight"
-    given_back = f", {size(found.reclaimable_bytes)} of it given back" if found.reclaimable_bytes else ""
+    given_back = (
+        f", {size(found.reclaimable_bytes)} of it pages that can be taken back" if found.reclaimable_bytes else ""
+    )
     rows = (
         ("weights", f"{size(found.weights_planned_bytes)}, {found.ratio:.2f}x bfloat16"),
         ("  quantized", f"{size(found.quantized_bytes)}, {bits}, {size(found.constant_bytes)} of it constants"),

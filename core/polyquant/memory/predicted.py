@@ -15,6 +15,8 @@ from polyquant.types import Capabilities, LayerPlan
 SAME_LAYOUT = 0.01  # a quantized checkpoint whose size is this near the plan's is mapped as it is, not repacked
 TOKENIZER_BYTES = 13_000_000  # what a load adds beside weights: tokenizer and modules, measured on SmolLM2
 
+RUN_BYTES = 110_000_000  # kernels and workspaces that torch takes when it first computes; 70 to 190 MB were measured
+
 
 class Weights(NamedTuple):
     """Bytes of a model's weights, as far as peaks depend on them."""
@@ -29,8 +31,9 @@ class Peaks(NamedTuple):
     """Bytes."""
 
     load: int
-    reclaimable: int  # part of `load`: mapped pages that nothing needs any more
     run: int
+    reclaimable: int  # part of `load`: mapped pages that nothing needs any more, and that the system can take back
+    needed: int  # the larger of the two, without such pages
 
 
 class Checkpoint(NamedTuple):
@@ -69,17 +72,20 @@ def predict(device: str, process: int, weights: Weights, kv_cache: int, activati
     """Peaks of one load and one run.
 
     CPU, as the process's resident set: the checkpoint is mapped, and its pages become resident as they are read;
-    beside them lie the tensors that are made anew. Afterwards those pages are the system's to take back, except where
-    a dense tensor still lies in them. Elsewhere, as the allocator's peak: the weights, with one dense layer at a time.
-    Running adds the cache, the activations, and a dense copy of one layer.
+    beside them lie the tensors that are made anew. Those pages stay while a dense tensor lies in the file; all but its
+    own are the system's to take back. Elsewhere, as the allocator's peak: the weights, with one dense layer at a time.
+    Running adds the cache, the activations, a dense copy of one layer, and what torch takes when it first computes.
     """
     if device.partition(":")[0] != "cpu":
         load = weights.planned + weights.largest_dense
-        return Peaks(load, 0, weights.planned + kv_cache + activations + weights.largest_dense)
+        run = weights.planned + kv_cache + activations + weights.largest_dense
+        return Peaks(load, run, 0, max(load, run))
     held = process + TOKENIZER_BYTES
     load = held + weights.file + weights.copied
     reclaimable = max(0, weights.file - (weights.planned - weights.copied))
-    return Peaks(load, reclaimable, held + weights.planned + kv_cache + activations + weights.largest_dense)
+    run = held + weights.planned + RUN_BYTES + kv_cache + activations + weights.largest_dense
+    staying = reclaimable if weights.copied < weights.planned else 0
+    return Peaks(load, run + staying, reclaimable, max(load - reclaimable, run))
 
 
 def resident_bytes() -> int:

@@ -11,6 +11,7 @@ from polyquant.memory.context import Context
 from polyquant.memory.planned import DTYPE_BYTES
 from polyquant.models.outline import Outline, outline
 from polyquant.options import Dtype
+from polyquant.planning.process import bare_bytes
 from polyquant.types import WeightInfo
 
 
@@ -23,11 +24,14 @@ class PlannedModel:
     def __init__(
         self, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, as_gguf: bool = False
     ) -> None:
+        from polyquant import hf  # noqa: F401 - what every load imports, before the process is weighed
+
+        self.process_bytes = bare_bytes()
         self.outline: Outline = outline(model, revision=revision, as_gguf=as_gguf)
         self.name = self.outline.source.name
         self._trust = trust_remote_code
         self._weights: dict[Dtype, list[WeightInfo]] = {}
-        self._contexts: dict[tuple[Dtype, int, int], Context | None] = {}
+        self._contexts: dict[tuple[int, int], Context | None] = {}
 
     def skeleton(self, dtype: Dtype) -> Any:
         """Its modules on the meta device; a new one at each call."""
@@ -47,18 +51,16 @@ class PlannedModel:
         return self._weights[dtype]
 
     def context(self, dtype: Dtype, tokens: int, batch: int) -> Context | None:
-        """What a context takes; None where the model's forward pass cannot be followed without weights."""
+        """What a context takes; None where the model's forward pass cannot be followed without weights.
+
+        Followed in bfloat16, the one dtype in which experts' matmuls have a shape-only form, and scaled.
+        """
         from polyquant.memory.context import context_memory
 
-        key = (dtype, tokens, batch)
-        if key not in self._contexts:
-            self._contexts[key] = context_memory(self.skeleton(dtype), tokens, batch)
-        return self._contexts[key]
-
-    def dtype_now(self, weight: WeightInfo) -> str:
-        """The dtype of a tensor in the checkpoint; where names differ there, the one that most of it has."""
-        found = self.outline.tensors.get(weight.name)
-        return found.dtype if found else "" if weight.role == "buffer" else self.outline.dtype
+        if (tokens, batch) not in self._contexts:
+            self._contexts[tokens, batch] = context_memory(self.skeleton("bfloat16"), tokens, batch)
+        found, times = self._contexts[tokens, batch], DTYPE_BYTES[dtype] // 2
+        return found and Context(found.kv_cache_bytes * times, found.activation_bytes * times)
 
     def dense_file_bytes(self, weights: list[WeightInfo]) -> int:
         """Size of the dense checkpoint: its files, or what they would be by the config's dtype."""

@@ -21,6 +21,8 @@ from polyquant.planning.process import process_bytes
 from polyquant.planning.records import Plan, PlannedTensor, total
 from polyquant.types import LayerPlan, Record, WeightInfo
 
+DENSE = "every tensor would stay dense, and a load refuses that without allow_dequantize=True"
+
 
 class Asked(Record, frozen=True):
     """What a plan is asked for, beside model, backend and its options."""
@@ -62,11 +64,13 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         notes.append("the key-value cache is not counted: the model's forward pass cannot be followed without weights")
     checkpoint = _checkpoint(model, weights, tensors, stored=stored)
     sizes = weights_of(tensors, checkpoint, dtype, backend.capabilities)
-    process = process_bytes(backend, device)
+    process = process_bytes(model.process_bytes, backend, device)
     kv_cache, activations = context or (0, 0)
     peaks = predict(device, process, sizes, kv_cache, activations)
     placement = arrange(model, plans, dtype, device, budget, asked.offload)
     quantized = [tensor for tensor in tensors if tensor.quantized]
+    if not quantized:
+        notes.append(DENSE)
     count = sum(prod(tensor.shape) for tensor in quantized)
     return Plan(
         model=model.name,
@@ -89,6 +93,7 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         load_peak_bytes=peaks.load,
         run_peak_bytes=peaks.run,
         reclaimable_bytes=peaks.reclaimable,
+        needed_bytes=peaks.needed,
         memory_bytes=budget.total_bytes(device),
         device_map=placement.device_map,
         placed=placement.placed,

@@ -49,7 +49,8 @@ class Plan(Record, frozen=True):
     process_bytes: int  # Python, torch and libraries; 0 on a GPU
     load_peak_bytes: int
     run_peak_bytes: int
-    reclaimable_bytes: int  # part of load_peak_bytes: mapped pages of weight files, which the system takes back
+    reclaimable_bytes: int  # part of load_peak_bytes: mapped pages of weight files, which the system can take back
+    needed_bytes: int  # what must be free: the larger of the two peaks, without such pages
     memory_bytes: int  # the budget
     device_map: DeviceMap
     placed: tuple[Placed, ...] = ()
@@ -60,11 +61,6 @@ class Plan(Record, frozen=True):
     def ratio(self) -> float:
         """Whole model: planned bytes over the same in bfloat16."""
         return self.weights_planned_bytes / self.weights_dense_bytes
-
-    @property
-    def needed_bytes(self) -> int:
-        """What must be free: the larger of loading, without what the system takes back, and running."""
-        return max(self.load_peak_bytes - self.reclaimable_bytes, self.run_peak_bytes)
 
     @property
     def fits(self) -> bool:

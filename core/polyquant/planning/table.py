@@ -12,7 +12,7 @@ from polyquant.checkpoints import READERS
 from polyquant.errors import BrokenBackend, PolyquantError
 from polyquant.planning.devices import Budget, free_bytes
 from polyquant.planning.model import PlannedModel
-from polyquant.planning.one import Asked, as_flags, plan_one, quantize_command
+from polyquant.planning.one import DENSE, Asked, as_flags, plan_one, quantize_command
 from polyquant.planning.process import problems_of
 from polyquant.planning.records import Absent, Plans, Row
 from polyquant.planning.scale import published
@@ -84,6 +84,8 @@ def _row(candidate: Candidate, backend: Backend, model: PlannedModel, asked: Ask
         return Row(candidate=candidate, status="not planned", reason=str(error).partition("\n")[0])
     if problems:
         return Row(candidate=candidate, status="does not run", reason=problems[0].what, fix=problems[0].fix, plan=plan)
+    if DENSE in plan.notes:
+        return Row(candidate=candidate, status="left out", reason=DENSE, plan=plan)
     if not plan.fits or plan.spilled:
         over = plan.needed_bytes - plan.memory_bytes
         reason = f"needs {size(plan.needed_bytes)}, {size(over)} more than there is" if over > 0 else plan.notes[-1]

@@ -26,7 +26,8 @@ class Tensor(NamedTuple):
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[LayerPlan]:
-    """Raises ConfigError where the groups do not fit a layer, or where experts are fused."""
+    """With the kernel still 'auto', for the CPU. Raises ConfigError where groups do not fit, or experts are fused."""
+    config = config if config.kernel != "auto" else config.with_kernel("cpu", config.compute_dtype)
     names = dict.fromkeys(weight.name.rpartition(".")[0] for weight in weights)
     config = msgspec.structs.replace(config, skip=tuple(name for name in names if is_ignored(name, config.skip)))
     fused = next((weight.name for weight in weights if weight.role == "experts"), None)
