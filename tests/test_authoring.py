@@ -191,6 +191,8 @@ def test_the_authors_test_class_is_heard(rowwise, rowwise_package, run_python, t
     own = (rowwise_package / "tests" / "test_conformance.py").read_text()
     own = own.replace('"int8-bf16-scales": Floor(kl=0.005', '"int8-bf16-scales": Floor(kl=1e-9')
     known = '    expected_failures: ClassVar = {"test_card_is_complete": "was broken once"}\n'
+    own = own.replace("Floor(kl=1e-9", "Floor(kl=TINY").replace("\n\n\nclass", "\n\nfrom .own import TINY\n\n\nclass")
+    (tmp_path / "own.py").write_text("TINY = 1e-9\n")
     (tmp_path / "test_own.py").write_text(own + f"    real_model = {str(tmp_path / 'tiny' / 'llama')!r}\n" + known)
     polyquant.testing.tiny_model("llama", tmp_path / "tiny")
     names = ("--check", "stays_close_to_the_dense_model", "--check", "card_is_complete", "--tests")

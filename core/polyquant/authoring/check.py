@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from polyquant.errors import ConfigError
@@ -12,6 +14,9 @@ from polyquant.testing.subject import Subject
 
 if TYPE_CHECKING:
     from polyquant.testing.suite import BackendConformance
+
+
+FOLDER = "polyquant_tests"  # what the folder of a test file is called as a package
 
 
 class Checked(NamedTuple):
@@ -43,10 +48,12 @@ def _suite_in(tests: Path, backend: str) -> type[BackendConformance]:
     except ImportError as error:
         message = f"reading {tests} needs pytest: pip install 'polyquant[testing]', or leave --tests out"
         raise ConfigError(message) from error
-    spec = importlib.util.spec_from_file_location(f"polyquant_tests_{tests.stem}", tests)
+    spec = importlib.util.spec_from_file_location(f"{FOLDER}.{tests.stem}", tests)
     if spec is None or spec.loader is None or not tests.is_file():
         raise ConfigError(f"{tests} is no Python file; give the one with your BackendConformance class")
-    module = importlib.util.module_from_spec(spec)
+    sys.modules[FOLDER] = folder = ModuleType(FOLDER)  # for `from .helpers import ...`
+    folder.__path__ = [str(tests.parent)]
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
