@@ -1,8 +1,10 @@
 """A comparison from candidates to rows: in processes, resumed, with failures as rows."""
 
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from filelock import FileLock
 from polyquant.comparison.run import FILE, Watcher
 from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, ModelError
 from polyquant.testing.models import tiny_model
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("rowwise")
 QUICK = {"device": "cpu", "windows": 2, "speed_limit_seconds": 0.05}
@@ -149,6 +152,53 @@ def test_a_text_shorter_than_a_window_is_refused(model, tmp_path):
         polyquant.compare(model, ["rowwise"], out=tmp_path, **{**QUICK, "text": str(tmp_path / "short.txt")})
 
 
+def test_the_reference_may_be_another_candidate_or_a_folder(finished, model, tmp_path):
+    """The report says so; against itself a backend is at zero."""
+    quick = {**QUICK, "parts": ("quality",)}
+    made = polyquant.compare(model, ["rowwise:int8"], out=tmp_path, reference="rowwise:int8", **quick)
+    assert abs(made.rows[0].result.quality.kl_mean) <= 1e-6
+    assert "the reference is rowwise:int8, not the dense model in float32" in made.notes
+    folder = finished[0].rows[1].result.job.reference
+    again = polyquant.compare(model, ["rowwise:int8"], out=tmp_path, reference=folder, **quick)
+    expected = finished[0].rows[1].result.quality.kl_mean
+    assert again.rows[0].result.quality.kl_mean == pytest.approx(expected, rel=1e-3)
+    assert f"the reference is what {folder} holds; its text and model are not known here" in again.notes
+    with pytest.raises(ConfigError, match="give --preset llamacpp-512"):
+        polyquant.compare(model, ["rowwise"], out=tmp_path, reference=folder, preset="gptq-2048", **quick)
+
+
+def test_logits_that_are_no_numbers_are_a_failure(finished, model, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in Path(model).iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(math.nan)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    row = polyquant.compare(model, [f"rowwise@{broken}"], out=finished[1], **QUICK).rows[0]
+    assert row.result.status == "failed"
+    assert "the candidate's logits are NaN or infinite" in row.result.reason
+
+
+def test_a_full_disk_is_said_and_finished_cells_are_kept(finished, model, tmp_path, run_python):
+    """A real limit on the size of files, in a process of its own; the same call then goes on."""
+    shutil.copytree(finished[1], tmp_path / "out")
+    code = f"""
+import resource, signal, sys, polyquant
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+polyquant.compare({model!r}, ["dense:float32"], out={str(tmp_path / "out")!r}, device="cpu", windows=2,
+    speed_limit_seconds=0.05, parts=("speed",), retry=True)
+"""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    result = run_python(code=code, env={**os.environ, "PYTHONPATH": path})
+    assert "SaveError: cannot write" in result.stderr
+    assert "MiB are free there" in result.stderr
+    seen = Seen()
+    polyquant.compare(model, ["dense:float32"], out=tmp_path / "out", watcher=seen, **QUICK)
+    assert seen.measured == []
+
+
 def test_one_run_at_a_time_in_a_folder(model, tmp_path):
     with FileLock(str(tmp_path / ".lock")), pytest.raises(ComparisonBusy, match="another comparison is running"):
         polyquant.compare(model, ["rowwise"], out=tmp_path, **QUICK)
@@ -229,6 +279,24 @@ def test_a_killed_run_goes_on_and_measures_nothing_twice(finished, model, tmp_pa
     comparison = polyquant.read_comparison(tmp_path)
     assert {row.key for row in comparison.rows} == files
     for one, other in zip(comparison.rows, finished[0].rows, strict=False):
+        assert one.result.quality.kl_mean == pytest.approx(other.result.quality.kl_mean, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["run", "cell"])
+def test_ten_kills_at_random_moments_change_nothing(finished, model, tmp_path, victim):
+    """Killed cells are failures until they are asked for again; a killed run is gone on with."""
+
+    def kill(run):
+        cells = cells_running() if victim == "cell" else []
+        (cells[0] if cells else run).kill()
+
+    moments = [random.Random(seed).uniform(1, 20) for seed in range(10)]  # noqa: S311
+    candidates = ["dense:float32", "rowwise:int8", "dense:bfloat16"]
+    measured = kill_and_go_on(model, tmp_path, candidates, moments, kill)
+    assert len(measured) == len(set(measured)) == 3
+    comparison = polyquant.compare(model, candidates, out=tmp_path, retry=True, **QUICK)
+    for one, other in zip(comparison.rows, finished[0].rows[:2], strict=False):
         assert one.result.quality.kl_mean == pytest.approx(other.result.quality.kl_mean, rel=1e-3, abs=1e-9)
 
 

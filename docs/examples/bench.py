@@ -2,6 +2,7 @@
 
 1. `polyquant backends` as a whole process, against a bare interpreter.
 2. Loading through polyquant, against calling transformers directly with the same config.
+3. Cells of a comparison: memory over loading, cost for each token of text, and what the cells do not need themselves.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import polyquant
 import psutil
+from polyquant.comparison.reference import reference
 from polyquant.models import builtin
+from polyquant.models.resolve import resolve
+from polyquant.texts import evaluation_text
 
 RUNS = 5
 TIMED = """
@@ -40,12 +47,29 @@ model = AutoModelForCausalLM.from_pretrained(
 tokenizer = AutoTokenizer.from_pretrained({model!r})
 """
 
+QUALITY = """
+import json, resource, time
+from pathlib import Path
+import polyquant
+from polyquant.comparison.quality import measure_quality
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+loaded = polyquant.load("builtin:smollm2", backend="bitsandbytes", device="cpu", quant_type="nf4")
+before, started = peak(), time.perf_counter()
+measure_quality(loaded, Path({folder!r}), {key!r})
+seconds, window = time.perf_counter() - started, 512 * len(loaded.tokenizer) * 4
+print(json.dumps(dict(seconds=seconds, load_peak_bytes=before, peak_bytes=peak(), window_bytes=window)))
+"""
+CANDIDATES = ["dense:float32", "bitsandbytes:nf4", "bitsandbytes:int8", "torchao:int8", "quanto:int8", "gguf:Q8_0"]
+
 
 def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} threads, Python {platform.python_version()}")
     print(f"load before: {psutil.getloadavg()[0]:.2f}")
     listing()
     loading()
+    cell_memory()
+    cell_overhead()
 
 
 def listing() -> None:
@@ -74,6 +98,33 @@ def loading() -> None:
         ratio = ours / theirs
         figures = f"polyquant {ours:.4g}, direct {theirs:.4g}, ratio {ratio:.3f}, limit {limit}"
         print(f"NF4 load, {figure}: {figures}: {verdict(ratio <= limit)}")
+
+
+def cell_memory() -> None:
+    """Quality on 2, 8 and 32 windows of 512; the aim is 1.15 of the load's peak and one window of float32 logits."""
+    for windows in (2, 8, 32):
+        folder, key = reference(resolve("builtin:smollm2"), evaluation_text(), limit=windows)
+        cell = measured(QUALITY.format(folder=str(folder), key=key))
+        limit = 1.15 * cell["load_peak_bytes"] + cell["window_bytes"]
+        figures = (
+            f"load peak {cell['load_peak_bytes'] / 2**20:.0f} MiB, with quality {cell['peak_bytes'] / 2**20:.0f} MiB, "
+            f"limit {limit / 2**20:.0f} MiB, {cell['seconds']:.1f} s, {cell['seconds'] / windows:.2f} s a window"
+        )
+        print(f"NF4 cell, {windows * 512} tokens: {figures}: {verdict(cell['peak_bytes'] <= limit)}")
+
+
+def cell_overhead() -> None:
+    """Six candidates; the aim is at most 5 % beside imports and the cells' own loading and measuring."""
+    settings: dict[str, Any] = {"device": "cpu", "windows": 2, "speed_limit_seconds": 4.0}
+    with tempfile.TemporaryDirectory() as folder:
+        polyquant.compare("builtin:smollm2", CANDIDATES[:1], out=Path(folder) / "reference", **settings)
+        started = time.perf_counter()
+        comparison = polyquant.compare("builtin:smollm2", CANDIDATES, out=Path(folder) / "cells", **settings)
+        took = time.perf_counter() - started
+    own = sum(row.result.own_seconds + row.result.import_seconds for row in comparison.rows if row.result)
+    share = 1 - own / took
+    figures = f"{took:.1f} s, cells and imports {own:.1f} s, the rest {share:.1%}, limit 5 %"
+    print(f"{len(comparison.rows)} candidates: {figures}: {verdict(share <= 0.05)}")
 
 
 def wall(command: list[str]) -> float:

@@ -16,7 +16,7 @@ from polyquant import api
 from polyquant.candidates import Candidate, presets_of
 from polyquant.cli.arguments import Json
 from polyquant.comparison.options import CompareOptions
-from polyquant.errors import ConfigError
+from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.options import convert, describe_options
 
 NOT_OPTIONS = ("model", "candidates", "out")  # in a file: everything else is an option
@@ -48,7 +48,9 @@ def compare(
     Example: polyquant compare builtin:smollm2 -c bitsandbytes:nf4 -c "torchao:int8,compute_dtype=float32" -c gguf:Q4_0
     """
     from polyquant.cli.reporting import show_comparison
+    from polyquant.cli.show import print_json
     from polyquant.cli.watching import watching
+    from polyquant.comparison.table import as_plain
 
     written = _read(file) if file else {}
     model = model or str(written.get("model", ""))
@@ -61,11 +63,14 @@ def compare(
     folder = out or (Path(written["out"]) if "out" in written else None)
     with watching(live=not json and sys.stderr.isatty()) as watcher:
         comparison = polyquant.compare(model, chosen, out=folder, watcher=watcher, **settings)
-    report = comparison.report(Path(comparison.folder) / "report.html")
-    if json:
-        print(comparison.to_json())
-    else:
-        show_comparison(comparison, report)
+    report, lacking = None, ""
+    try:
+        report = comparison.report(Path(comparison.folder) / "report.html")
+    except EnvironmentProblem as error:  # only the page needs more than is installed
+        lacking = f"no report.html: {error}"
+    print_json(as_plain(comparison)) if json else show_comparison(comparison, report)
+    if lacking:
+        print(lacking, file=sys.stderr)
     if len(comparison.done) < len(comparison.rows):
         raise typer.Exit(1)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import msgspec
+import psutil
 
 from polyquant import api
 from polyquant.candidates import DENSE
@@ -27,7 +28,10 @@ def main() -> None:
     """Read the job, measure, write the result in one step."""
     end_with_parent()
     job_path, result_path = map(Path, sys.argv[1:])
-    result = run(msgspec.json.decode(job_path.read_bytes(), type=Job), say)
+    job = msgspec.json.decode(job_path.read_bytes(), type=Job)
+    _libraries()
+    imported = time() - psutil.Process().create_time()
+    result = msgspec.structs.replace(run(job, say), import_seconds=imported)
     write_atomically(result_path, result.to_json())
 
 
@@ -36,8 +40,7 @@ def run(job: Job, tell: Say = lambda step: None) -> Result:
     measured: dict[str, Any] = {}
     started = perf_counter()
     try:
-        _libraries(job, measured)
-        started = perf_counter()
+        measured |= _conditions(job)
         tell("loading")
         loaded = _load(job, measured)
         if job.backend != DENSE:
@@ -52,14 +55,19 @@ def run(job: Job, tell: Say = lambda step: None) -> Result:
     return Result(job=job, status="done", own_seconds=perf_counter() - started, **measured)
 
 
-def _libraries(job: Job, measured: dict[str, Any]) -> None:
-    """Import what every cell needs, so that it counts as imports; note what it is measured on."""
-    import torch
+def _libraries() -> None:
+    """Import what every cell needs, so that it does not count as loading."""
+    import torch  # noqa: F401
     import transformers  # noqa: F401
 
+
+def _conditions(job: Job) -> dict[str, Any]:
+    """What it is measured on."""
+    import torch
+
     libraries = () if job.backend in (DENSE, "") else api.backend(job.backend).info.libraries
-    measured["machine"] = this_machine(library.distribution for library in libraries)
-    measured["threads"] = torch.get_num_threads()
+    machine = this_machine(library.distribution for library in libraries)
+    return {"machine": machine, "threads": torch.get_num_threads()}
 
 
 def _load(job: Job, measured: dict[str, Any]) -> LoadedModel:

@@ -82,6 +82,7 @@ class Result(Record, frozen=True):
     scores: tuple[Score, ...] = ()
     seconds: float = 0.0  # of the processes that measured it, imports included
     own_seconds: float = 0.0  # of these: loading and measuring
+    import_seconds: float = 0.0  # of these: until the libraries were there
 
     @property
     def failed_checks(self) -> list[Check]:
@@ -133,15 +134,18 @@ class Comparison(Record, frozen=True):
         """A pandas DataFrame, one row a candidate, the columns of the CSV file."""
         import pandas as pd
 
-        from polyquant.comparison.table import COLUMNS, cells
+        from polyquant.comparison.table import columns, rows
 
-        return pd.DataFrame([cells(row) for row in self.rows], columns=list(COLUMNS))
+        return pd.DataFrame(rows(self), columns=columns(self))
 
-    def best(self, goal: Goal = "quality", *, memory: int | str | None = None) -> Row:
+    def best(
+        self, goal: Goal = "quality", *, memory: int | str | None = None, kl: float | None = None,
+        context_tokens: int = 2048,
+    ) -> Row:  # fmt: skip
         """The best candidate that was measured; see `polyquant.comparison.choice.best`."""
         from polyquant.comparison.choice import best
 
-        return best(self, goal, memory=memory)
+        return best(self, goal, memory=memory, kl=kl, context_tokens=context_tokens)
 
     def report(self, path: str | Path) -> Path:
         """Write the report as one HTML file that works offline, with CSV, JSON and Markdown beside it."""

@@ -81,6 +81,7 @@ def merged(before: Result | None, new: Result) -> Result:
         parts=tuple(part for part in ("quality", "speed", "tasks") if part in kept or part in new.parts),
         seconds=before.seconds + new.seconds,
         own_seconds=before.own_seconds + new.own_seconds,
+        import_seconds=before.import_seconds + new.import_seconds,
         quantize_seconds=before.quantize_seconds if new.quantize_seconds is None else new.quantize_seconds,
         **carried,
     )
