@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +108,10 @@ def _of_hub(name: str, revision: str | None) -> Outline:
     try:
         with compat.progress_bars(enabled=False):
             info = huggingface_hub.model_info(name, revision=revision, files_metadata=True)
-            folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+            small = [
+                file.rfilename for file in info.siblings or () if any(fnmatch(file.rfilename, p) for p in HUB_FILES)
+            ]
+            paths = [Path(huggingface_hub.hf_hub_download(name, file, revision=revision)) for file in small]
             tensors = read_hub_repository(name, revision, info)
     except errors.HFValidationError as error:
         raise ModelError(f"{name!r} is neither a file, a folder nor a hub name (owner/name): {error}") from error
@@ -118,14 +122,15 @@ def _of_hub(name: str, revision: str | None) -> Outline:
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         return _of_cached_repository(name, revision, error)
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("httpx", "requests"):
+        if not type(error).__module__.startswith(("httpx", "requests")):  # the hub's client has had several of these
             raise
         return _of_cached_repository(name, revision, error)
-    config = checks._read_object(Path(folder) / "config.json", name) if (Path(folder) / "config.json").exists() else {}
-    if not config:
+    config_path = next((path for path in paths if path.name == "config.json"), None)
+    if config_path is None:
         raise ModelError(f"{name} has no config.json; is it a model of transformers?")
-    config = checks._with_sidecar(config, Path(folder), name, [child.name for child in Path(folder).iterdir()])
-    source = ModelSource(name=name, path=Path(folder), config=config)
+    folder = config_path.parent
+    config = checks._with_sidecar(checks._read_object(config_path, name), folder, name, small)
+    source = ModelSource(name=name, path=folder, config=config)
     return Outline(source, tensors, sum(tensor.nbytes for tensor in tensors.values()))
 
 

@@ -157,7 +157,8 @@ def _advice(plans: Plans, lacking: Mapping[str, str]) -> tuple[str, ...]:
         f"the nearest is {nearest.candidate.name}: it needs {size(plan.needed_bytes)}, "
         f"{size(plan.needed_bytes - plan.memory_bytes)} more than there is"
     ]
-    if plan.kv_cache_bytes:
+    loading = plan.load_peak_bytes - plan.reclaimable_bytes
+    if plan.kv_cache_bytes and loading <= plan.memory_bytes:
         fixed = plan.needed_bytes - plan.kv_cache_bytes - (plan.activation_bytes or 0)
         each = (plan.kv_cache_bytes + (plan.activation_bytes or 0)) / (plan.context * plan.batch)
         tokens = int((plan.memory_bytes - fixed) / each / plan.batch)
