@@ -25,6 +25,7 @@ class Weights(NamedTuple):
     file: int  # of the checkpoint that a load reads
     copied: int  # what is made anew in memory; the rest stays mapped from the file
     largest_dense: int  # the largest tensor that is quantized, in the compute dtype
+    own_runtime: bool = False  # not torch's: it maps the file, and makes room for the context while it loads
 
 
 class Peaks(NamedTuple):
@@ -63,7 +64,10 @@ def weights_of(
     return Weights(
         planned=planned,
         file=file,
-        copied=0 if as_it_is else quantized + (dense if checkpoint.dtype != compute_dtype else 0),
+        own_runtime=not capabilities.torch_module,
+        copied=0
+        if as_it_is or not capabilities.torch_module
+        else quantized + (dense if checkpoint.dtype != compute_dtype else 0),
         largest_dense=largest * DTYPE_BYTES[compute_dtype] if capabilities.torch_module else 0,
     )
 
@@ -84,6 +88,8 @@ def predict(device: str, process: int, weights: Weights, kv_cache: int, activati
     load = held + weights.file + weights.copied
     reclaimable = max(0, weights.file - (weights.planned - weights.copied))
     run = held + weights.planned + RUN_BYTES + kv_cache + activations + weights.largest_dense
+    if weights.own_runtime:
+        return Peaks(run, run, 0, run)
     staying = reclaimable if weights.copied < weights.planned else 0
     return Peaks(load, run + staying, reclaimable, max(load - reclaimable, run))
 

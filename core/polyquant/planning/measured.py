@@ -25,6 +25,11 @@ class Measured(NamedTuple):
     result: Result
     path: Path
 
+    @property
+    def folder(self) -> str:
+        """The name of the comparison's folder."""
+        return (self.path.parent.parent if self.path.parent.name == "cells" else self.path.parent).name
+
 
 def default_folder() -> Path:
     """Where comparisons are kept that were not told another folder."""

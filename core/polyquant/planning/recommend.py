@@ -118,7 +118,7 @@ def _choice(row: Row, goal: Goal, measured: Mapping[str, Measured], plans: Plans
     if goal == "memory":
         reason = f"it needs {size(row.plan.needed_bytes)} by its plan"
     elif figure is not None and found is not None:
-        reason = f"measured here: {FIGURES[goal].format(abs(figure))} ({found.path.parent.name})"
+        reason = f"measured here: {FIGURES[goal].format(abs(figure))} ({found.folder})"
     elif goal == "speed":
         reason = f"{size(row.plan.weights_planned_bytes)} of weights to read for each token; its speed was not measured"
     else:
