@@ -186,7 +186,7 @@ def test_a_full_disk_is_said_and_finished_cells_are_kept(finished, model, tmp_pa
     code = f"""
 import resource, signal, sys, polyquant
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
 polyquant.compare({model!r}, ["dense:float32"], out={str(tmp_path / "out")!r}, device="cpu", windows=2,
     speed_limit_seconds=0.05, parts=("speed",), retry=True)
 """
