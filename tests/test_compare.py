@@ -192,7 +192,7 @@ polyquant.compare({model!r}, ["dense:float32"], out={str(tmp_path / "out")!r}, d
 """
     path = os.pathsep.join(entry for entry in sys.path if entry)
     result = run_python(code=code, env={**os.environ, "PYTHONPATH": path})
-    assert "SaveError: cannot write" in result.stderr
+    assert "SaveError: cannot write" in result.stderr, result
     assert "MiB are free there" in result.stderr
     seen = Seen()
     polyquant.compare(model, ["dense:float32"], out=tmp_path / "out", watcher=seen, **QUICK)
