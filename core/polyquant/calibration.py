@@ -8,18 +8,14 @@ from typing import Any
 
 from polyquant.errors import ConfigError
 from polyquant.texts import calibration_text
+from polyquant.texts.named import read_utf8
 
 LEAST_TOKENS = 256  # below, scales fit the sample and nothing else
 
 
 def read_calibration(path: str | Path) -> list[str]:
     """Paragraphs of a UTF-8 text file. Raises ConfigError where it is missing, empty or not UTF-8."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"calibration text {path} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it first") from error
+    text = read_utf8(Path(path), "calibration text ")
     paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
     if not paragraphs:
         raise ConfigError(f"calibration text {path} is empty; give some pages of text like what the model will read")

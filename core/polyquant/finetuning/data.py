@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import msgspec
 
 from polyquant.errors import ConfigError
 from polyquant.finetuning.options import TrainingOptions
+from polyquant.texts.named import dataset_rows, read_utf8
 from polyquant.types import UNREADABLE
 
 IGNORED = -100  # label of a token whose loss does not count; torch's cross_entropy knows it
@@ -83,12 +83,9 @@ def _records(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) of every example."""
     path = Path(data)
     if not path.is_file():
-        yield from _dataset(str(data))
+        yield from ((f"row {number}", row) for number, row in enumerate(dataset_rows(str(data), "train")))
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{data} is not UTF-8 (byte {error.start}); convert it first") from error
+    text = read_utf8(path)
     if path.suffix not in (".jsonl", ".json"):
         paragraphs = [part.strip() for part in text.split("\n\n")]
         yield from ((f"paragraph {number}", {"text": part}) for number, part in enumerate(paragraphs, 1) if part)
@@ -103,21 +100,6 @@ def _records(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise ConfigError(f"{data}, line {number} holds {type(record).__name__}, an object with {SHAPES} is wanted")
         yield f"line {number}", record
-
-
-def _dataset(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if Path(name).suffix or name.startswith((".", "/", "~")):
-        raise ConfigError(f"no such file: {name}")
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        message = f"{name} is no file, and `datasets`, which would look for it on the hub, is not installed"
-        raise ConfigError(f"{message}: pip install datasets") from error
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:
-        raise ConfigError(f"{name} is no file, and `datasets` cannot load it: {error}") from error
-    yield from ((f"row {number}", dict(row)) for number, row in enumerate(rows))
 
 
 def _example(record: dict[str, Any], tokenizer: Any, *, completion_only: bool) -> Example:

@@ -31,14 +31,14 @@ def named_text(name: str) -> tuple[str, str]:
     return name, "\n\n".join(texts)
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file. Raises ConfigError where it cannot be read."""
+def read_utf8(path: Path, what: str = "") -> str:
+    """The text of a file. Raises ConfigError where it cannot be read; what: goes before its name there."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{what}{path} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
+        raise ConfigError(f"{what}{path} is not UTF-8 (byte {error.start}); convert it first") from error
 
 
 def dataset_rows(name: str, split: str) -> Iterator[dict[str, Any]]:
