@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import polyquant
 import pytest
+from polyquant.checkpoints import PACKAGES
 from polyquant.comparison.records import Job, Result
 from polyquant.errors import ConfigError
 from polyquant.machine import this_machine
@@ -58,6 +59,11 @@ def test_backends_that_are_not_installed_come_with_their_command(monkeypatch):
         monkeypatch.undo()
         polyquant.api.registry.cache_clear()
     assert ("bitsandbytes", "pip install polyquant-bitsandbytes") in [(a.backend, a.command) for a in table.absent]
+
+
+def test_the_list_of_packages_is_whole():
+    plugins = {f"polyquant-{path.parent.name}" for path in CONFIG.parents[2].glob("plugins/*/pyproject.toml")}
+    assert plugins == set(PACKAGES)
 
 
 def test_a_broken_plugin_is_a_row(make_plugin):

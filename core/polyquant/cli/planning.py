@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,4 +123,4 @@ def _draw(out: Path | None, what: Any) -> None:
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"a picture is written as {', '.join(SUFFIXES)}, got {out.name!r}")
     draw(what, out)
-    print(f"wrote {out}")
+    print(f"wrote {out}", file=sys.stderr)

@@ -57,7 +57,7 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         from polyquant.memory.weights import resolved_skips
 
         config = resolved_skips(weights, config)
-    plans = _layer_plans(model, backend, weights, config, notes)
+    plans = _layer_plans(model, backend, weights, config, given, notes)
     tensors = tuple(_tensor(model, weights, plan) for plan in plans)
     context = model.context("float16" if not backend.capabilities.torch_module else dtype, asked.context, asked.batch)
     if context is None:
@@ -155,14 +155,15 @@ def _dtype(config: BackendOptions, backend: Backend, device: str) -> Dtype:
 
 
 def _layer_plans(
-    model: PlannedModel, backend: Backend, weights: list[WeightInfo], config: BackendOptions, notes: list[str]
-) -> list[LayerPlan]:
+    model: PlannedModel, backend: Backend, weights: list[WeightInfo], config: BackendOptions,
+    given: Mapping[str, Any], notes: list[str],
+) -> list[LayerPlan]:  # fmt: skip
     if backend.can("plan_layers"):
         return backend.plan_layers(weights, config)
     if not model.outline.source.gguf_file:
         raise UnsupportedOperation(
             f"{backend.name} does not plan from shapes; make its checkpoint first, then plan that: "
-            f"{quantize_command(model.name, backend.name, {})}"
+            f"{quantize_command(model.name, backend.name, given)}"
         )
     notes.append(f"{backend.name} maps the file as it is: the tensors are the file's")
     return [

@@ -35,6 +35,7 @@ def draw(what: Plan | Plans, path: Path) -> None:
     axes.axvline(what.memory_bytes / scale, color="#c53030", linestyle="--", label=f"budget {size(what.memory_bytes)}")
     longest = max((bar.total_bytes for bar in bars), default=what.memory_bytes) / scale
     axes.set_xlim(0, 1.05 * max(longest, min(what.memory_bytes / scale, 1.5 * longest)))
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set(xlabel=unit, title=what.model)
     axes.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,7 @@ from typing import Any
 from polyquant import api, checkpoints
 from polyquant.backend import Backend
 from polyquant.candidates import Candidate, presets_of
-from polyquant.checkpoints import READERS
+from polyquant.checkpoints import PACKAGES
 from polyquant.errors import BrokenBackend, PolyquantError
 from polyquant.planning.devices import Budget, free_bytes
 from polyquant.planning.model import PlannedModel
@@ -34,7 +34,7 @@ def plan_all(model: PlannedModel, asked: Asked, budget: Budget) -> Plans:
         rows=tuple(sorted(rows, key=_place)),
         absent=tuple(
             Absent(backend=package.removeprefix("polyquant-"), command=f"pip install {package}")
-            for package in sorted({*READERS.values(), "polyquant-llama-cpp"})
+            for package in PACKAGES
             if package.removeprefix("polyquant-") not in api.registry().names()
         ),
     )
