@@ -47,7 +47,7 @@ def test_bytes_of_a_layer_have_their_parts():
 def test_large_models_are_planned_quickly_and_in_little_memory(run_python, name, seconds):
     code = f"""
 import time, resource, polyquant
-polyquant.plan({str(CONFIGS / 'qwen2.5-0.5b.json')!r}, 'bitsandbytes', memory='1TiB')  # imports
+polyquant.plan({str(CONFIGS / "qwen2.5-0.5b.json")!r}, 'bitsandbytes', memory='1TiB')  # imports
 start = time.process_time()
 plan = polyquant.plan({str(CONFIGS / name)!r} + '.json', 'bitsandbytes', memory='1TiB')
 print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, plan.weights_dense_bytes)

@@ -1,9 +1,11 @@
 """Planned bytes against what is stored, on random models of many architectures with sizes that fit no group."""
 
+import re
+
 import polyquant
 import pytest
-from polyquant.errors import BackendFailed, ConfigError, DenseModelError, PolyquantError
-from polyquant.testing.models import _tokenizer
+from polyquant.errors import ConfigError, DenseModelError, PolyquantError
+from polyquant.testing.models import _tokenizer, tiny_model
 
 SIZES = {
     "vocab_size": 391, "hidden_size": 90, "intermediate_size": 203, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -21,7 +23,6 @@ ARCHITECTURES = {
     "Qwen3Moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 57, "decoder_sparse_step": 1},
 }
 ON_THE_FLY = [info.name for info in polyquant.backends(on_the_fly=True)]
-REFUSALS = (ConfigError, DenseModelError, BackendFailed)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +77,21 @@ def options_of(handle):
     return dict(next(iter(handle.info.presets.values()), {}))
 
 
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """A Mixtral whose sizes every backend takes."""
+    return tiny_model("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
 @pytest.mark.parametrize("backend", ON_THE_FLY)
-def test_experts_that_stay_dense_are_named_or_really_quantized(models, backend):
+def test_experts_that_stay_dense_are_named_or_really_quantized(mixtral, backend):
     handle = polyquant.backend(backend)
     if handle.problems("cpu"):
         pytest.skip(f"{backend} does not run here")
-    model = models("Mixtral", False)
     try:
-        loaded = polyquant.load(model, backend, device="cpu", **options_of(handle))
-    except REFUSALS as error:
+        loaded = polyquant.load(mixtral, backend, device="cpu", **options_of(handle))
+    except ConfigError as error:
+        assert "model.layers.0.mlp.experts.gate_up_proj" in str(error)
         print(backend, "refuses:", error)
         return
     experts = [layer for layer in loaded.initial_layers if layer.role == "experts"]
@@ -94,5 +101,20 @@ def test_experts_that_stay_dense_are_named_or_really_quantized(models, backend):
         assert report.passed, report.failures
         return
     coverage = next(check for check in report.failures if check.name == "coverage")
-    assert "model.layers.0.mlp.experts" in coverage.found
+    assert "model.layers.0.mlp.experts.gate_up_proj" in coverage.found
     print(backend, coverage.found)
+
+
+@pytest.mark.parametrize("backend", polyquant.backends().names)
+def test_a_plan_says_what_becomes_of_experts(mixtral, backend):
+    """Of every backend, also those that need a checkpoint first."""
+    try:
+        plan = polyquant.plan(mixtral, backend, device="cpu", **options_of(polyquant.backend(backend)))
+    except PolyquantError as error:
+        print(backend, error)
+        assert re.search("experts|does not plan from shapes|makes none of a dense model", str(error))
+        return
+    experts = [tensor for tensor in plan.tensors if tensor.role == "experts"]
+    assert experts
+    assert all(tensor.quantized or "fused expert weights" in tensor.reason for tensor in experts)
+    print(backend, {tensor.scheme for tensor in experts})

@@ -189,7 +189,9 @@ def test_a_repository_that_is_not_there(ask, tmp_path):
     assert "no such folder here and no such repository on the hub" in result.stderr
 
 
-@pytest.mark.parametrize("more", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "refused"])
+@pytest.mark.parametrize(
+    "more", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "refused"]
+)
 def test_no_network(ask, more):
     result = ask(NAME, "-b", "bitsandbytes", **more)
     assert result.returncode == 2

@@ -41,7 +41,10 @@ def test_what_fits_is_first_and_within_the_budget(table):
     bits = [row.plan.tensors and max(t.bits for t in row.plan.tensors if t.quantized) for row in table.fitting]
     assert bits[0] == 8
     by_name = {row.candidate.name: row for row in table.rows}
-    assert by_name["bitsandbytes:nf4-dq"].plan.weights_planned_bytes < by_name["bitsandbytes:nf4"].plan.weights_planned_bytes
+    assert (
+        by_name["bitsandbytes:nf4-dq"].plan.weights_planned_bytes
+        < by_name["bitsandbytes:nf4"].plan.weights_planned_bytes
+    )
 
 
 def test_what_has_to_be_made_first_says_how(table):
