@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -47,3 +49,18 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             msgspec.structs.force_setattr(self, "parts", (*self.parts, "tasks"))
         if "tasks" in self.parts and not self.tasks:
             raise ValueError("parts has tasks, and no task is named: give tasks (--tasks)")
+
+
+def command_line(model: str, candidates: Sequence[str], options: CompareOptions) -> str:
+    """The command line that measures these candidates in this way."""
+    words = ["polyquant", "compare", model]
+    for candidate in candidates:
+        words += ["-c", candidate]
+    default = CompareOptions()
+    for name in CompareOptions.__struct_fields__:
+        value = getattr(options, name)
+        if value == getattr(default, name) or name in ("jobs", "retry", "engine", "address"):
+            continue
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        words += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(words)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -14,20 +12,20 @@ from filelock import FileLock, Timeout
 from polyquant import api
 from polyquant.candidates import Candidate, parse
 from polyquant.comparison import engines
+from polyquant.comparison.baseline import chosen_reference, compute_apart
 from polyquant.comparison.jobs import Plan, Planner
 from polyquant.comparison.measure import Task
-from polyquant.comparison.options import CompareOptions
+from polyquant.comparison.options import CompareOptions, command_line
 from polyquant.comparison.records import Comparison, Part, Result, Row, Setting
-from polyquant.comparison.reference import ReferenceJob, is_stored, reference_job
+from polyquant.comparison.reference import is_stored
 from polyquant.comparison.store import cell_path, merged, read_cell, write_cell
 from polyquant.environment import installed_version
-from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, SaveError
+from polyquant.errors import ComparisonBusy, ConfigError, SaveError
 from polyquant.files import write_atomically
 from polyquant.machine import this_machine
 from polyquant.models import builtin
 from polyquant.models.hashing import content_hash
 from polyquant.models.resolve import resolve
-from polyquant.processes import explain, run_logged
 from polyquant.quality.windows import preset_named
 from polyquant.request import ModelSource
 from polyquant.texts.named import named_text
@@ -81,7 +79,7 @@ def _compare(
     text: str, watcher: Watcher,
 ) -> Comparison:  # fmt: skip
     notes = [builtin.CAUTION[source.name]] if source.name in builtin.CAUTION else []
-    reference = _reference(source, text, options, notes) if "quality" in options.parts else None
+    reference = chosen_reference(source, text, options, notes) if "quality" in options.parts else None
     planner = Planner(source, options, reference, content_hash(source))
     plans = [planner.plan(candidate) for candidate in candidates]
     setting = Setting(
@@ -104,7 +102,7 @@ def _compare(
         made = Comparison(
             version=installed_version("polyquant") or "", created=datetime.now(UTC).isoformat(timespec="seconds"),
             folder=str(out),
-            command=_command(source.name, [row.candidate.name for row in rows.values()], options), setting=setting,
+            command=command_line(source.name, [each.name for each in candidates], options), setting=setting,
             machine=this_machine(), rows=tuple(rows.values()), notes=tuple(notes),
         )  # fmt: skip
         write_atomically(out / FILE, made.to_json())
@@ -112,7 +110,7 @@ def _compare(
 
     watcher.begin(list(rows.values()))
     if tasks and reference is not None and not is_stored(reference):
-        _compute(reference, out, options, watcher)
+        compute_apart(reference, out / "work", options, lambda step: watcher.step("", step))
     for task, new in _engine(options)(tasks, out / "work", watcher.step):
         path = cell_path(out, task.key)
         before = read_cell(path).result
@@ -131,55 +129,6 @@ def _require_candidates(candidates: Sequence[Candidate]) -> None:
     twice = {each.name for each in candidates if sum(other.name == each.name for other in candidates) > 1}
     if twice:
         raise ConfigError(f"named twice: {', '.join(sorted(twice))}")
-
-
-def _reference(source: ModelSource, text: str, options: CompareOptions, notes: list[str]) -> ReferenceJob:
-    folder = Path(options.reference).expanduser()
-    if (folder / "reference.json").is_file():
-        try:
-            stored = msgspec.json.decode((folder / "reference.json").read_bytes(), type=dict[str, Any])
-        except UNREADABLE as error:
-            raise ConfigError(
-                f"{folder / 'reference.json'} is damaged ({error}); measure the reference again"
-            ) from error
-        if stored.get("preset") != options.preset:
-            raise ConfigError(
-                f"{folder} holds a reference of the preset {stored.get('preset')}, and {options.preset} is asked for; "
-                f"give --preset {stored.get('preset')}"
-            )
-        notes.append(f"the reference is what {folder} holds; its text and model are not known here")
-        return msgspec.structs.replace(
-            reference_job(source, text, options.preset, options.windows or None, Candidate(name="", backend=""), ""),
-            folder=str(folder.absolute()), key=str(stored.get("key")),
-        )  # fmt: skip
-    candidate = parse(options.reference, api.registry().info)
-    if candidate.options.get("compute_dtype") != "float32" or candidate.backend != "dense":
-        notes.append(f"the reference is {candidate.name}, not the dense model in float32")
-    return reference_job(source, text, options.preset, options.windows or None, candidate, options.device)
-
-
-def _compute(reference: ReferenceJob, out: Path, options: CompareOptions, watcher: Watcher) -> None:
-    """The reference, in a process of its own. Raises BackendFailed with its last words."""
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    job, log = work / f"reference-{reference.key}.json", work / f"reference-{reference.key}.log"
-    write_atomically(job, reference.to_json())
-    watcher.step("", "reference")
-    ended = run_logged(
-        "polyquant.comparison.reference",
-        [str(job)],
-        log,
-        limit_seconds=options.timeout_seconds,
-        tell=lambda step: watcher.step("", step),
-    )
-    job.unlink(missing_ok=True)
-    if ended.code != 0:
-        raise BackendFailed(
-            f"the reference {options.reference} could not be computed: "
-            f"{explain(ended.code, options.timeout_seconds)}; it said last:\n{ended.said}\n"
-            "Where it does not fit, compare with another one: --reference dense:bfloat16, or a backend"
-        )
-    log.unlink(missing_ok=True)
 
 
 def _missing(result: Result | None, options: CompareOptions) -> tuple[Part, ...]:
@@ -208,23 +157,8 @@ def _tasks(plan: Plan, missing: Sequence[Part], options: CompareOptions) -> list
 
 
 def _row(plan: Plan, result: Result | None, setting: Setting, options: CompareOptions) -> Row:
-    command = _command(setting.model, [plan.candidate.name], options)
+    command = command_line(setting.model, [plan.candidate.name], options)
     return Row(candidate=plan.candidate, key=plan.key, command=command, result=result)
-
-
-def _command(model: str, candidates: Sequence[str], options: CompareOptions) -> str:
-    """The command line that measures these candidates in this way."""
-    words = ["polyquant", "compare", model]
-    for candidate in candidates:
-        words += ["-c", candidate]
-    default = CompareOptions()
-    for name in CompareOptions.__struct_fields__:
-        value = getattr(options, name)
-        if value == getattr(default, name) or name in ("jobs", "retry", "engine", "address"):
-            continue
-        text = ",".join(value) if isinstance(value, tuple) else str(value)
-        words += [f"--{name.replace('_', '-')}", text]
-    return shlex.join(words)
 
 
 def _engine(options: CompareOptions) -> engines.Engine:
