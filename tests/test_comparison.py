@@ -40,7 +40,7 @@ def stored(model, tmp_path_factory):
 def job(model, stored, /, **more):
     return Job(
         **{"model": model, "backend": "rowwise", "device": "cpu", "options": {"compute_dtype": "float32"},
-           "reference": str(stored[0]), "reference_key": stored[1], "speed": False, **more}
+           "reference": str(stored[0]), "reference_key": stored[1], "parts": ("quality",), **more}
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_the_dense_model_against_its_own_reference_is_zero(model, stored):
 
 
 def test_a_cell_in_a_process_of_its_own_gives_the_same(model, stored, tmp_path, rowwise):
-    asked = job(model, stored, speed=True)
+    asked = job(model, stored, parts=("quality", "speed"))
     (tmp_path / "job.json").write_text(asked.to_json())
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Child processes with this one's interpreter and import path, which end when it ends and leave a log."""
+"""Child processes, with this one's interpreter and import path or another's, which end when it ends and leave a log."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import NamedTuple
 SHOWN_LINES = 12  # of what a failed process said last
 STEP = "[step] "  # begins the lines in which a child says what it is doing
 POLL_SECONDS = 0.2
+CHILD = "POLYQUANT_CHILD"  # environment variable that tells a child of `run_logged` that it is one
 
 
 class Stopped(Exception):
@@ -36,22 +37,25 @@ def import_path() -> str:
 
 def run_logged(
     module: str, arguments: Iterable[str], log: Path, *, limit_seconds: float, tell: Callable[[str], None],
-    stop: Event | None = None, environment: Mapping[str, str] | None = None,
+    stop: Event | None = None, environment: Mapping[str, str] | None = None, interpreter: Path | None = None,
 ) -> Ended:  # fmt: skip
     """`python -m module arguments`, what it prints in `log`; it should call `end_with_parent` first.
 
     tell: called with each step that the child says (see `say`) while it runs. environment: variables set for it.
+    interpreter: of another environment, with the import path it has; None: this one's, with this one's.
     After `limit_seconds`, where `stop` is set, and where this process is interrupted, the child is killed with all
     that it has started. Raises Stopped for `stop`.
     """
     started, told = monotonic(), ""
+    own_path = {"PYTHONPATH": import_path()} if interpreter is None else {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
+    command = [sys.executable] if interpreter is None else [str(interpreter), "-P"]
     with log.open("wb") as file:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*command, "-m", module, *arguments],
             stdin=subprocess.PIPE,  # stays open for as long as this process lives
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": import_path(), "PYTHONUNBUFFERED": "1", **(environment or {})},
+            env={**os.environ, **own_path, "PYTHONUNBUFFERED": "1", CHILD: "1", **(environment or {})},
             start_new_session=True,
         )
         try:
@@ -77,7 +81,12 @@ def run_logged(
 
 
 def end_with_parent() -> None:
-    """In a child of `run_logged`: ends this process, and what it has started, as soon as its parent is gone."""
+    """In a child of `run_logged`: ends this process, and what it has started, as soon as its parent is gone.
+
+    Does nothing in a process that was started in another way, such as from a shell.
+    """
+    if not os.environ.pop(CHILD, ""):
+        return
 
     def watch() -> None:
         while os.read(0, 1):  # the descriptor: a buffered reader's lock would be held when the interpreter ends
