@@ -12,6 +12,8 @@ import msgspec
 
 from polyquant.backend import Backend
 from polyquant.errors import BackendFailed, BrokenBackend, ConfigError, SaveError, UnsupportedOperation
+from polyquant.isolated.environments import as_seen_here
+from polyquant.isolated.remote import RemoteModel, backend_named, home
 from polyquant.query import Miss, Selection, select
 from polyquant.registry import Registry
 from polyquant.types import Problem, Record
@@ -31,6 +33,7 @@ class Diagnosis(Record, frozen=True):
     origin: str  # the distribution that provides it
     device: str
     problems: list[Problem]
+    environment: str = ""  # the name of its own, where it runs in one
 
     @property
     def runs(self) -> bool:
@@ -55,7 +58,7 @@ def backends(**query: object) -> Selection:
     cards, broken = [], []
     for name in registry().names():
         try:
-            cards.append(registry().info(name))
+            cards.append(as_seen_here(registry().info(name)))
         except BrokenBackend as error:
             broken.append(Miss(name=name, reasons=(str(error),), broken=True))
     return select(cards, query, broken)
@@ -63,7 +66,7 @@ def backends(**query: object) -> Selection:
 
 def backend(name: str) -> Backend:
     """One backend by name. Raises UnknownBackend or BrokenBackend."""
-    return Backend(name, registry())
+    return backend_named(name, registry())
 
 
 def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
@@ -75,8 +78,9 @@ def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
         try:
             handle = backend(each)
             chosen = choose_device(device, handle.capabilities)
+            problems, where = handle.problems(chosen), home(handle)
             diagnoses.append(
-                Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=handle.problems(chosen))
+                Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=problems, environment=where)
             )
         except (BrokenBackend, BackendFailed) as error:
             fix = f"update or uninstall {registry().origin(each)}, or set POLYQUANT_DISABLE={each}"
@@ -124,6 +128,8 @@ def verify(loaded: LoadedModel, **arguments: Any) -> Verification:
     """Prove what a load gave; see `polyquant.verification.verify`."""
     from polyquant import verification
 
+    if isinstance(loaded, RemoteModel):
+        return loaded.verify(**arguments)
     return verification.verify(loaded, **arguments)
 
 

@@ -5,15 +5,23 @@ Everything else in the core, and every plugin, calls these names and never asks 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import msgspec
 from packaging.version import Version
 
 from polyquant.environment import quiet_imports
+from polyquant.errors import ModelError
+from polyquant.files import atomic_folder
+from polyquant.models.builtin import cache_folder
+from polyquant.request import ModelSource
 
 with quiet_imports():
     import transformers
@@ -77,3 +85,62 @@ def forget_quantization(model: Any) -> None:
         quantizer.remove_quantization_config(model)
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def readable(source: ModelSource) -> ModelSource:
+    """`source` as the installed transformers reads it.
+
+    5.x writes some settings under other names, which 4.x does not know and takes its defaults for. Before 5.0 such a
+    checkpoint is read from a folder of the cache with the old names, and links to all other files. Raises ModelError
+    for settings that 4.x has no name for.
+    """
+    if VERSION_5 or not source.config:
+        return source
+    path = source.path / "tokenizer_config.json"
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    config, tokenizer = _older_config(source), _older_tokenizer(stored)
+    if config == source.config and tokenizer == stored:
+        return source
+    files = sorted(each for each in source.path.iterdir() if each.is_file())
+    known = [str(source.path.absolute()), [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]]
+    folder = cache_folder() / "transformers-4" / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        with atomic_folder(folder, overwrite=True) as partial_folder:
+            for each in files:
+                (partial_folder / each.name).symlink_to(each.absolute())
+            for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+                (partial_folder / name).unlink(missing_ok=True)
+                (partial_folder / name).write_text(json.dumps(content, indent=2))
+    return msgspec.structs.replace(source, path=folder, config=config)
+
+
+def _older_config(source: ModelSource) -> dict[str, Any]:
+    """config.json with the names of transformers 4."""
+    older: dict[str, Any] = deepcopy(dict(source.config))
+    for config in (older, older["text_config"]) if isinstance(older.get("text_config"), dict) else (older,):
+        if "dtype" in config:
+            config["torch_dtype"] = config.pop("dtype")
+        rope = config.pop("rope_parameters", None)
+        if not isinstance(rope, dict):
+            continue
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ModelError(
+                f"{source.name}: it has rotary embeddings of several kinds ({', '.join(rope)}), as transformers 5 "
+                f"writes them, and transformers {transformers.__version__} reads one; use a newer one"
+            )
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                config[name] = rope[name]
+        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return older
+
+
+def _older_tokenizer(stored: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json with the names of transformers 4."""
+    older = dict(stored)
+    if older.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(older.get("extra_special_tokens"), list):
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    return older

@@ -23,6 +23,7 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
 
     Raises ModelError where it needs remote code that was not allowed, or is not a causal language model.
     """
+    source = compat.readable(source)
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     needs_code = "auto_map" in source.config and source.config.get("model_type") not in CONFIG_MAPPING
     if needs_code and not trust_remote_code:
@@ -95,6 +96,7 @@ def load_dense(source: ModelSource, dtype: Dtype = "float32", device: str = "cpu
 
 
 def _load_dense(source: ModelSource, dtype: Dtype) -> Any:
+    source = compat.readable(source)
     with compat.progress_bars(enabled=False):
         arguments = compat.dtype_argument(getattr(torch, dtype))
         return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments).eval()
@@ -102,6 +104,7 @@ def _load_dense(source: ModelSource, dtype: Dtype) -> Any:
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer. Raises ModelError where there is none."""
+    source = compat.readable(source)
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=trust_remote_code, **gguf)

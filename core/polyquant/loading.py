@@ -71,8 +71,9 @@ def prepare(
     device = choose_device(how.device, backend.capabilities)
     backend.require(device)
     if source.config and backend.capabilities.torch_module:
-        from polyquant import hf
+        from polyquant import compat, hf
 
+        source = compat.readable(source)
         hf.read_config(source, trust_remote_code=how.trust_remote_code)
     config = msgspec.structs.replace(config, compute_dtype=compute_dtype(config, backend, device))
     if stored is None and not backend.capabilities.only_gguf and (config.skip or not config.skip_defaults):

@@ -72,6 +72,11 @@ class Registry:
         """The distributions that provide `name`, such as 'polyquant-hqq 0.1.0'."""
         return " and ".join(f"{p.dist.name} {p.dist.version}" if p.dist else p.value for p in self._found[name])
 
+    def distribution(self, name: str) -> str:
+        """The distribution that provides `name`; its name, empty where it has no metadata."""
+        found = self._found[name][0].dist
+        return found.name if found else ""
+
     def info(self, name: str) -> BackendInfo:
         """The backend's card. Imports its plugin. Raises UnknownBackend or BrokenBackend."""
         self._ensure(name)

@@ -79,6 +79,15 @@ class Capabilities(Record, frozen=True):
         return self.loads_prequantized == ("gguf",) and not self.on_the_fly
 
 
+class Isolated(Record, frozen=True):
+    """What a backend that cannot share an environment needs in one of its own; `polyquant env create` makes it."""
+
+    reason: str  # why it cannot share one
+    requirements: tuple[str, ...] = ()  # exact pins, as pip takes them
+    without_dependencies: tuple[str, ...] = ()  # installed after these, alone: their own metadata asks for too much
+    variables: Mapping[str, str] = {}  # environment variables that its processes need
+
+
 class BackendInfo(Record, frozen=True):
     """A backend's card."""
 
@@ -90,6 +99,7 @@ class BackendInfo(Record, frozen=True):
     libraries: tuple[Library, ...] = ()
     presets: Mapping[str, Mapping[str, object]] = {}  # name -> options; the first is the default choice
     compute_dtypes: Mapping[str, Dtype] = {}  # device type -> measured best; cuda left out: by compute capability
+    isolated: Isolated | None = None  # where `libraries` are not here, the backend runs in an environment of its own
 
 
 class WeightInfo(Record, frozen=True):

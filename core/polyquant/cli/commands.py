@@ -10,7 +10,7 @@ import typer
 
 import polyquant
 from polyquant import api
-from polyquant.cli import authoring
+from polyquant.cli import authoring, environments
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
 from polyquant.cli.options import Loading, complete_backend, loads_models, spread
@@ -48,6 +48,7 @@ def build(backend: str | None) -> typer.Typer:
     app.command()(doctor)
     app.command()(report)
     authoring.register(app)
+    environments.register(app)
     app.command()(recommend)
     for command in (plan, load, verify, run, chat, quantize, finetune, merge):
         app.command()(loads_models(command, backend))

@@ -118,7 +118,8 @@ def doctor(diagnoses: Sequence[Diagnosis]) -> None:
         console.print("No backend is installed. Try: pip install polyquant-bitsandbytes")
     for diagnosis in diagnoses:
         mark = "[green]runs[/]" if diagnosis.runs else "[red]does not run[/]"
-        console.print(f"[bold]{diagnosis.backend}[/] ({diagnosis.origin}) on {diagnosis.device}: {mark}")
+        where = f" in environment {diagnosis.environment}" if diagnosis.environment and diagnosis.runs else ""
+        console.print(f"[bold]{diagnosis.backend}[/] ({diagnosis.origin}) on {diagnosis.device}: {mark}{where}")
         for problem in diagnosis.problems:
             console.print(f"  - {escape(problem.what)}\n    fix: [bold]{escape(problem.fix)}[/]")
             if problem.detail:

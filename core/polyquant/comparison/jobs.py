@@ -16,6 +16,7 @@ from polyquant.comparison.records import Job, Result
 from polyquant.comparison.reference import ReferenceJob
 from polyquant.comparison.store import cell_key
 from polyquant.errors import PolyquantError
+from polyquant.isolated import cells
 from polyquant.machine import Machine, this_machine
 from polyquant.models.builtin import cache_folder
 from polyquant.models.hashing import content_hash
@@ -56,8 +57,11 @@ class Planner:
             if job.backend != DENSE:
                 info = api.backend(job.backend).info
                 machine = this_machine(library.distribution for library in info.libraries)
+                if away := cells.where(job.backend):
+                    away.require()
+                    content["environment"] = away.name
                 if not candidate.model and not info.capabilities.on_the_fly:
-                    making = self._making(candidate, info, machine)
+                    making = self._making(candidate, info, machine, content.get("environment", ""))
                     own_options = {name: value for name, value in job.options.items() if name in info.options.load_time}
                     job = msgspec.structs.replace(job, model=making.out, options=own_options)
         except PolyquantError as error:
@@ -76,13 +80,14 @@ class Planner:
             speed_limit_seconds=options.speed_limit_seconds,
         )  # fmt: skip
 
-    def _making(self, candidate: Candidate, info: BackendInfo, machine: Machine) -> Making:
+    def _making(self, candidate: Candidate, info: BackendInfo, machine: Machine, environment: str) -> Making:
         """The checkpoint that the candidate needs. Raises PolyquantError where its backend cannot make one."""
         api.registry().require(info.name, "quantize")
         options: Mapping[str, Any] = {
             name: value for name, value in candidate.options.items() if name not in info.options.load_time
         }
-        asked = msgspec.json.encode([self._hash, info.name, options, machine.versions], order="deterministic")
+        decides = [self._hash, info.name, options, machine.versions, *([environment] if environment else [])]
+        asked = msgspec.json.encode(decides, order="deterministic")
         name = f"{info.name}-{hashlib.sha256(asked).hexdigest()[:16]}"
         return Making(
             model=self._source.name, backend=info.name, options=options, device=self._options.device,

@@ -12,6 +12,7 @@ from filelock import FileLock
 from polyquant.comparison.checkpoint import Making
 from polyquant.comparison.records import Job, Result
 from polyquant.files import write_atomically
+from polyquant.isolated import cells
 from polyquant.processes import explain, run_logged
 from polyquant.types import Record
 
@@ -46,11 +47,12 @@ def measure(
         seconds, reason = _make(task, task.making, work, tell, stop, environment)
         if reason:
             return Result(job=task.job, status="failed", reason=reason)
-    write_atomically(job_path, task.job.to_json())
+    away = cells.where(task.job.backend)
+    write_atomically(job_path, cells.portable(task.job, away).to_json())
     result_path.unlink(missing_ok=True)
     ended = run_logged(
         "polyquant.comparison.cell", [str(job_path), str(result_path)], log, limit_seconds=task.limit_seconds,
-        tell=tell, stop=stop, environment=environment,
+        tell=tell, stop=stop, **cells.process(away, environment),
     )  # fmt: skip
     job_path.unlink(missing_ok=True)
     if ended.code == 0 and result_path.exists():
@@ -58,7 +60,7 @@ def measure(
         result_path.unlink()
         if result.status == "done":
             log.unlink(missing_ok=True)
-        return msgspec.structs.replace(result, seconds=ended.seconds, quantize_seconds=seconds)
+        return msgspec.structs.replace(result, job=task.job, seconds=ended.seconds, quantize_seconds=seconds)
     reason = f"{explain(ended.code, task.limit_seconds)}; it said last:\n{ended.said}"
     return Result(job=task.job, status="failed", reason=reason, seconds=ended.seconds, quantize_seconds=seconds)
 
@@ -74,10 +76,11 @@ def _make(
     with FileLock(str(out.with_name(f"{out.name}.lock"))):
         if not (out.is_dir() and took.exists()):
             job_path, log = work / f"{task.key}.making.json", work / f"{task.key}.making.log"
-            write_atomically(job_path, making.to_json())
+            away = cells.where(making.backend)
+            write_atomically(job_path, cells.portable(making, away).to_json())
             ended = run_logged(
                 "polyquant.comparison.checkpoint", [str(job_path)], log, limit_seconds=task.limit_seconds, tell=tell,
-                stop=stop, environment=environment,
+                stop=stop, **cells.process(away, environment),
             )  # fmt: skip
             job_path.unlink(missing_ok=True)
             if ended.code != 0:

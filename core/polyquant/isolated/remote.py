@@ -1,0 +1,146 @@
+"""A backend and a model that are in another environment, as this process uses them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from polyquant.backend import Backend
+from polyquant.errors import EnvironmentProblem, ModelError
+from polyquant.files import atomic_folder
+from polyquant.isolated.environments import as_seen_here, environment_of, lives_apart
+from polyquant.isolated.worker import Worker
+from polyquant.loaded import LoadedModel, Prompt
+from polyquant.options import BackendOptions
+from polyquant.registry import Registry
+from polyquant.types import HookRecord, LayerInfo, Problem
+
+if TYPE_CHECKING:
+    from polyquant.report import Verification
+    from polyquant.request import LoadRequest
+    from polyquant.speed import Feed
+
+
+class RemoteModel(LoadedModel):
+    """A model in a worker of another environment: `model` is that `Worker`, and no torch module."""
+
+    model: Worker
+
+    def stream(self, prompt: Prompt, **generation_parameters: Any) -> Iterator[str]:
+        """The text that follows, in pieces; parameters must have a form in JSON."""
+        return self.model.stream("stream", prompt=prompt, parameters=generation_parameters)
+
+    def logits(self, tokens: Sequence[int]) -> Any:
+        return self.model.tensor("logits", tokens=list(tokens))
+
+    def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
+        found: int | None = self.model.call("kv_cache_bytes_per_token", tokens=list(tokens))
+        return found
+
+    def session(self) -> Feed:
+        worker, session = self.model, self.model.call("session")
+
+        def feed(tokens: Sequence[int]) -> None:
+            worker.call("feed", session=session, tokens=list(tokens))
+
+        weakref.finalize(feed, worker.forget, session)
+        return feed
+
+    def verify(self, **arguments: Any) -> Verification:
+        """Every check, run in the worker, where the module is."""
+        from polyquant.report import Verification
+
+        answer = self.model.call("verify", arguments=arguments, notes=self.notes)
+        report = msgspec.convert(answer, Verification)
+        return msgspec.structs.replace(report, model=self.request.source.name if self.request else report.model)
+
+
+class RemoteBackend(Backend):
+    """A backend whose library is in another environment: what needs the library is done by a worker there."""
+
+    def __init__(self, name: str, registry: Registry) -> None:
+        super().__init__(name, registry)
+        self.info = as_seen_here(self.info)
+        self.environment = environment_of(self.info, registry.distribution(name))
+        self._idle: Worker | None = None
+
+    def can(self, hook: str) -> bool:
+        return hook != "prepare_for_training" and super().can(hook)
+
+    def problems(self, device: str = "cpu") -> list[Problem]:
+        if problem := self.environment.problem():
+            return [problem]
+        try:
+            worker = self._worker()
+        except EnvironmentProblem as error:
+            what, _, fix = str(error).rpartition("\n  fix: ")
+            return [Problem(what=what, fix=fix)]
+        found = worker.call("problems", device=device)
+        self._idle = worker  # for the load that most often follows
+        return msgspec.convert(found, list[Problem])
+
+    def load(self, request: LoadRequest, config: BackendOptions) -> RemoteModel:
+        from polyquant import hf
+
+        worker = self._worker(shown=request.progress)
+        answer = worker.call("load", request=request, config=config)
+        source = request.source
+        try:
+            tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+        except ModelError:
+            worker.close()
+            raise
+        return RemoteModel(
+            model=worker, tokenizer=tokenizer, config=msgspec.convert(answer["config"], self.info.options),
+            kernel=answer["kernel"], notes=[*answer["notes"], f"it runs in the environment {self.environment.name}"],
+            records=msgspec.convert(answer["records"], list[HookRecord]), request=request, _backend=self,
+        )  # fmt: skip
+
+    def describe_layers(self, model: Worker) -> list[LayerInfo]:
+        return msgspec.convert(model.call("layers"), list[LayerInfo])
+
+    def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path:
+        self._require_hook("save")
+        with atomic_folder(out, overwrite=overwrite) as partial:
+            loaded.model.call("save", out=str(partial.absolute()))
+        return out
+
+    def quantize(
+        self, request: LoadRequest, config: BackendOptions, calibration: Sequence[str], out: Path, *,
+        overwrite: bool = False, accept: Callable[[Path], None] | None = None,
+    ) -> Path:  # fmt: skip
+        self._require_hook("quantize")
+        with atomic_folder(out, overwrite=overwrite) as partial:
+            worker = self._worker(shown=request.progress)
+            try:
+                worker.call(
+                    "quantize", request=request, config=config, calibration=list(calibration),
+                    out=str(partial.absolute()),
+                )  # fmt: skip
+            finally:
+                worker.close()
+            if accept is not None:
+                accept(partial)
+        return out
+
+    def _worker(self, *, shown: bool = False) -> Worker:
+        idle, self._idle = self._idle, None
+        if idle is not None and idle.shown == shown:
+            return idle
+        if idle is not None:
+            idle.close()
+        return Worker(self.environment, shown=shown)
+
+
+def backend_named(name: str, registry: Registry) -> Backend:
+    """The handle of a backend, wherever it lives. Raises UnknownBackend or BrokenBackend."""
+    return (RemoteBackend if lives_apart(registry.info(name)) else Backend)(name, registry)
+
+
+def home(handle: Backend) -> str:
+    """The name of the environment that a backend runs in; empty where that is this one."""
+    return handle.environment.name if isinstance(handle, RemoteBackend) else ""

@@ -1,0 +1,267 @@
+"""Backends in environments of their own: a real environment, a real worker, the third-party backend of the tests."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import polyquant
+import psutil
+import pytest
+import torch
+from polyquant import loading
+from polyquant.authoring.new import new_backend
+from polyquant.backend import Backend
+from polyquant.errors import BackendFailed, ConfigError
+from polyquant.isolated import cells
+from polyquant.isolated.creating import create
+from polyquant.isolated.environments import read_record
+from polyquant.isolated.installer import Index
+from polyquant.isolated.remote import RemoteModel
+from polyquant.isolated.worker import InWorker
+from polyquant.models.resolve import resolve
+from polyquant.testing.models import tiny_model
+
+TOKENS = list(range(3, 40))
+OUTER = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "polyquant-outer"
+version = "1.0"
+[tool.hatch.build.targets.wheel.force-include]
+"outer.pth" = "outer.pth"
+"""
+ISOLATED = """
+            libraries=(Library(distribution="polyquant-outer"),),
+            isolated=Isolated(reason="it is a test", requirements=("polyquant-outer==1.0",), variables={"ACME": "1"}),
+"""
+
+
+def silent(step):
+    pass
+
+
+@pytest.fixture(scope="module")
+def rowwise(tmp_path_factory):
+    """The third-party backend, declared to need a library that is not here: a distribution whose only file lets an
+    environment see what is installed in this one, so that nothing large is installed again."""
+    folder = tmp_path_factory.mktemp("isolated")
+    links, source, site = folder / "links", folder / "polyquant-rowwise", folder / "site"
+    outer = folder / "outer"
+    outer.mkdir()
+    paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    (outer / "outer.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in paths))
+    (outer / "pyproject.toml").write_text(OUTER)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
+    subprocess.run([*pip, links, outer], check=True)
+    new_backend("rowwise", source)
+    plugin = source / "src" / "polyquant_rowwise" / "plugin.py"
+    code = plugin.read_text().replace("LayerPlan, Problem", "Isolated, LayerPlan, Library, Problem")
+    plugin.write_text(code.replace("            options=RowwiseOptions,\n", f"            options=RowwiseOptions,{ISOLATED}"))
+    info = site / "polyquant_rowwise-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: polyquant-rowwise\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[polyquant.backends]\nrowwise = polyquant_rowwise.plugin:backend\n")
+    (info / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(source / "src"))
+        patch.syspath_prepend(str(site))
+        patch.setenv("POLYQUANT_CACHE", str(folder / "cache"))
+        patch.setenv("PIP_NO_INDEX", "1")
+        patch.setenv("PIP_FIND_LINKS", str(links))
+        patch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip's way to say that there is to be none
+        polyquant.api.registry.cache_clear()
+        yield os.pathsep.join((str(site), str(source / "src")))
+    polyquant.api.registry.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def environment(rowwise):
+    """Created on the way."""
+    (problem,) = polyquant.doctor("rowwise", device="cpu")[0].problems
+    assert "runs in an environment of its own, which is not there: it is a test" in problem.what
+    assert problem.fix == "polyquant env create rowwise"
+    found = polyquant.backend("rowwise").environment
+    steps = []
+    assert create(found, Index(), steps.append)
+    assert steps[-1] == "trying it"
+    assert not create(found, Index(), steps.append)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model("llama", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(environment, folder):
+    return polyquant.load(folder, "rowwise", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def here(environment, folder):
+    """The same model, loaded by the plugin in this process: the environment sees the same libraries."""
+    handle = Backend("rowwise", polyquant.api.registry())
+    return loading.load(resolve(folder), handle, handle.config({}), {}, loading.LoadOptions(device="cpu"))
+
+
+def test_the_doctor_and_the_command_line_know_it(environment, run_python, rowwise, folder):
+    variables = {**os.environ, "PYTHONPATH": rowwise}
+    said = run_python("doctor", "rowwise", "--device", "cpu", env=variables)
+    assert f"runs in environment {environment.name}" in " ".join(said.stdout.split()), said.stdout + said.stderr
+    (listed,) = json.loads(run_python("env", "list", "--json", env=variables).stdout)
+    assert (listed["state"], listed["folder"]) == ("created", str(environment.folder))
+    assert run_python("env", "path", "rowwise", env=variables).stdout.strip() == str(environment.folder)
+    wrong = run_python("env", "create", "gguf", env=variables)
+    assert (wrong.returncode, "gguf needs no environment of its own" in wrong.stderr) == (2, True)
+    ran = run_python("run", str(folder), "Hello", "-b", "rowwise", "--max-new-tokens", "8", env=variables)
+    assert ran.returncode == 0, ran.stderr
+    assert "polyquant-outer==1.0" in read_record(environment.folder).installed
+
+
+def test_logits_and_greedy_tokens_are_those_of_the_same_backend_in_process(loaded, here):
+    assert isinstance(loaded, RemoteModel)
+    assert torch.equal(loaded.logits(TOKENS), here.logits(TOKENS))
+    text = "The captain stood on the deck"
+    pieces = list(loaded.stream(text, max_new_tokens=24, do_sample=False))
+    assert len(pieces) > 1
+    assert "".join(pieces) == here.generate(text, max_new_tokens=24, do_sample=False)
+    assert loaded.kv_cache_bytes_per_token(TOKENS) == here.kv_cache_bytes_per_token(TOKENS)
+    assert (loaded.kernel, loaded.config) == (here.kernel, here.config)
+
+
+def test_layers_and_verification_are_those_of_the_module(loaded, here):
+    assert loaded.layers == loaded.initial_layers == here.layers
+    report, ours = polyquant.verify(loaded, max_new_tokens=4), polyquant.verify(here, max_new_tokens=4)
+    assert report.passed
+    assert [check.name for check in report.checks] == [check.name for check in ours.checks]
+    assert report.memory.weights_stored_bytes == ours.memory.weights_stored_bytes
+    assert report.memory.weights_reported_bytes is not None
+    assert any("runs in the environment rowwise-" in note for note in report.notes)
+
+
+def test_it_is_no_torch_module_here(loaded, tmp_path):
+    capabilities = loaded.backend.capabilities
+    assert (capabilities.torch_module, capabilities.trains) == (False, False)
+    assert "rowwise" not in polyquant.backends(torch_module=True).names
+    assert not loaded.backend.can("prepare_for_training")
+    with pytest.raises(polyquant.errors.UnsupportedOperation, match="rowwise cannot train"):
+        polyquant.finetune(loaded, tmp_path, tmp_path / "adapter")
+
+
+def test_sessions_keep_their_context(loaded):
+    feed, other = loaded.session(), loaded.session()
+    feed(TOKENS)
+    other(TOKENS[:3])
+    feed(TOKENS[:1])
+    del feed
+    gc.collect()
+    assert loaded.model._forgotten == [1]
+    other(TOKENS[:1])
+    assert loaded.model._forgotten == []
+
+
+def test_a_saved_model_loads_back_there(loaded, tmp_path):
+    again = polyquant.load(loaded.save(tmp_path / "saved"), device="cpu")
+    assert isinstance(again, RemoteModel)
+    assert torch.equal(again.logits(TOKENS), loaded.logits(TOKENS))
+
+
+def test_quantizing_needs_no_further_word(environment, folder, tmp_path):
+    out = polyquant.quantize(folder, "rowwise", tmp_path / "out", device="cpu", scale_dtype="bfloat16")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["scale_dtype"] == "bfloat16"
+
+
+def test_cells_run_in_the_environment(environment, folder, tmp_path):
+    made = polyquant.compare(folder, ["rowwise:int8"], out=tmp_path / "out", parts=("speed",), device="cpu")
+    (row,) = made.rows
+    assert row.result.status == "done", row.result.reason
+    assert row.result.machine.versions["polyquant-outer"] == "1.0"
+    assert row.result.job.model == str(folder)
+    assert cells.where("dense") is None
+
+
+def test_errors_of_the_worker_are_errors_here(loaded, folder):
+    with pytest.raises(ConfigError, match="generate does not know a parameter") as caught:
+        loaded.generate("Hello", max_new_tokens=2, no_such_parameter=1)
+    assert isinstance(caught.value.__cause__, InWorker)
+    assert "Traceback" in str(caught.value.__cause__)
+    with pytest.raises(ConfigError, match="cannot be sent to it"):
+        loaded.generate("Hello", stopping_criteria=[object()])
+    with pytest.raises(BackendFailed, match="rowwise: IndexError"):
+        loaded.logits([10**6])
+    assert loaded.generate("Hello", max_new_tokens=2)
+
+
+def test_a_call_in_the_middle_of_a_stream_waits_for_its_rest(loaded):
+    whole = loaded.generate("Hello", max_new_tokens=12, do_sample=False)
+    pieces = loaded.stream("Hello", max_new_tokens=12, do_sample=False)
+    first = next(pieces)
+    loaded.logits(TOKENS)
+    assert first + "".join(pieces) == whole
+    left = loaded.stream("Hello", max_new_tokens=400, do_sample=False)
+    next(left)
+    left.close()
+    assert loaded.generate("Hello", max_new_tokens=12, do_sample=False) == whole
+
+
+def test_a_worker_killed_in_the_middle_of_a_stream_is_an_error(environment, folder):
+    model = polyquant.load(folder, "rowwise", device="cpu")
+    pieces = model.stream("Hello", max_new_tokens=400, do_sample=False)
+    next(pieces)
+    os.kill(model.model.pid, signal.SIGKILL)
+    with pytest.raises(BackendFailed, match=r"worker of rowwise is gone: it was killed by signal 9.*load the model again"):
+        list(pieces)
+    with pytest.raises(BackendFailed, match="is gone"):
+        model.logits(TOKENS)
+
+
+def test_a_worker_ends_with_its_model(environment, folder):
+    model = polyquant.load(folder, "rowwise", device="cpu")
+    pid = model.model.pid
+    assert psutil.pid_exists(pid)
+    del model
+    gc.collect()
+    assert gone(pid)
+
+
+PARENT = """
+import os, sys, polyquant
+model = polyquant.load(sys.argv[1], "rowwise", device="cpu")
+pieces = model.stream("Hello", max_new_tokens=450, do_sample=False)
+next(pieces)
+print(model.model.pid, flush=True)
+if sys.argv[2] == "idle":
+    pieces.close()
+    model.logits([1, 2])
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("moment", ["idle", "generating"])
+def test_a_worker_ends_with_its_parent(environment, folder, rowwise, moment):
+    variables = {**os.environ, "PYTHONPATH": rowwise}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, folder, moment], env=variables, **pipes)
+    pid = int(parent.stdout.readline())
+    assert psutil.pid_exists(pid)
+    parent.kill()
+    parent.communicate()
+    assert gone(pid)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within seconds."""
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
