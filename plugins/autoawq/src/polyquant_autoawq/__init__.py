@@ -1,0 +1,1 @@
+"""AutoAWQ for polyquant: the archived library's own layers, in an environment of their own."""

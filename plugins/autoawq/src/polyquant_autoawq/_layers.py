@@ -1,0 +1,41 @@
+"""How AutoAWQ's modules store their weights, and how they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from polyquant.memory.describe import Quantized, describe
+from polyquant.types import LayerInfo
+
+from polyquant_autoawq._library import WQLinear_GEMM
+from polyquant_autoawq.options import AutoawqOptions
+from polyquant_autoawq.planning import SCHEME
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    return describe(model, _quantized, skipped=model.config.quantization_config["skip_modules"])
+
+
+def empty_layer(linear: Any, config: AutoawqOptions) -> WQLinear_GEMM:
+    """A packed layer on the meta device that takes the place of `linear`."""
+    sizes = (config.bits, config.group_size, linear.in_features, linear.out_features)
+    return WQLinear_GEMM(*sizes, linear.bias is not None, "meta").eval()
+
+
+def settle(layer: WQLinear_GEMM) -> None:
+    """The bias as a parameter, like any other layer's."""
+    if layer.bias is not None:
+        layer.register_parameter("bias", torch.nn.Parameter(layer._buffers.pop("bias"), requires_grad=False))
+
+
+def kernel(device: str) -> str:
+    """What multiplies on `device`."""
+    return "autoawq WQLinear_GEMM" + (", dequantized to float16 in each pass" if device == "cpu" else "")
+
+
+def _quantized(name: str, module: Any) -> Quantized | None:
+    if not isinstance(module, WQLinear_GEMM):
+        return None
+    shape = (module.out_features, module.in_features)
+    return Quantized(shape, module.w_bit, SCHEME, kernel(module.qweight.device.type))

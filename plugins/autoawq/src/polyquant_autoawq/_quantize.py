@@ -1,0 +1,69 @@
+"""Makes AWQ checkpoints with AutoAWQ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from polyquant import hf, packed
+from polyquant.calibration import token_windows
+from polyquant.errors import SaveError
+from polyquant.memory.weights import list_weights
+from polyquant.models.checks import check_folder
+from polyquant.options import resolved_dtype
+from polyquant.request import LoadRequest
+
+from polyquant_autoawq._library import AutoAWQForCausalLM, AwqQuantizer, contained
+from polyquant_autoawq.options import AutoawqOptions
+from polyquant_autoawq.planning import plan_layers
+
+WINDOW_TOKENS, WINDOWS = 512, 16  # of calibration text, at most; it is cut into windows of 512 again
+
+
+class Quantizer(AwqQuantizer):
+    """The library's search for scales, which on a CPU puts back the scaled weights instead of the original ones.
+
+    It keeps them with `.cpu()`, which copies from a GPU, and on a CPU gives the very tensors that are scaled then:
+    every layer is noise after it.
+    """
+
+    def _compute_best_scale(
+        self, x: Any, w_mean: Any, x_mean: Any, module2inspect: Any, linears2scale: Any, fp16_output: Any,
+        kwargs: Any = None,
+    ) -> Any:  # fmt: skip
+        own = module2inspect.state_dict
+        module2inspect.state_dict = lambda: {name: tensor.clone() for name, tensor in own().items()}
+        try:
+            return super()._compute_best_scale(
+                x, w_mean, x_mean, module2inspect, linears2scale, fp16_output, kwargs or {}
+            )
+        finally:
+            del module2inspect.state_dict
+
+
+def quantize(request: LoadRequest, config: AutoawqOptions, calibration: Sequence[str], out: Path) -> Path:
+    source, trusted = request.source, request.trust_remote_code
+    weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
+    packed.require_linears(weights, config)
+    planned = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
+    windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
+    with nullcontext() if request.progress else contained():
+        model = AutoAWQForCausalLM.from_pretrained(
+            str(source.path), torch_dtype=torch.float32 if request.device == "cpu" else torch.float16,
+            trust_remote_code=trusted, device_map={"": "cpu"}, safetensors=True,
+        )  # fmt: skip
+        # without its search for clipping, which was not tried with the weights put back
+        model.quantize(
+            tokenizer, quant_config=config.native(), calib_data=windows, apply_clip=False, quantizer_cls=Quantizer,
+            max_calib_samples=WINDOWS, max_calib_seq_len=WINDOW_TOKENS,
+        )  # fmt: skip
+        model.save_quantized(str(out))
+    packed.complete(out, source, config.skip, tokenizer)
+    written = packed.packed_modules(check_folder(out, str(out)), ("qweight",))
+    if left := [name for name in planned if name not in written]:
+        raise SaveError(f"autoawq left {len(left)} of {len(planned)} layers dense: {', '.join(left[:3])}")
+    return out
