@@ -13,27 +13,60 @@ from polyquant.cli.show import card_cells, size
 from polyquant.comparison.records import Result
 from polyquant.types import BackendInfo
 
+from generate_backends import backend_page, backends_index, markdown
+from generate_reference import command_line_page, hooks_page, python_page, records_page
+
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- backends:", "<!-- end of backends -->"
 HEADINGS = ("backend", "bits", "schemes", "devices", "quantizes", "can", "reads checkpoints of", "tested with")
-MEASURED = ROOT / "docs" / "reference" / "measured.json"
-PAGE = ROOT / "docs" / "reference" / "backends.md"
+MEASURES = ("preset", "stored", "of bf16", "bits a weight", "KL (nats)", "top-1", "load s", "pp512", "tg128", "dtype",
+            "kernel")  # fmt: skip
+DOCS = ROOT / "docs"
+MEASURED = DOCS / "reference" / "measured.json"
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    wanted = {readme: with_table(readme.read_text(encoding="utf-8")), PAGE: backends_page()}
+    wanted = pages()
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    known = {"index", *(path.name for path in (ROOT / "plugins").iterdir())}
+    stale += [path for path in (DOCS / "backends").glob("*.md") if path.stem not in known]
     if "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(str(path.relative_to(ROOT)) for path in stale)}" if stale else 0)
     for path in stale:
-        path.write_text(wanted[path], encoding="utf-8")
+        if path in wanted:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+        else:
+            path.unlink()
+
+
+def pages() -> dict[Path, str]:
+    """Every file that is written, with what belongs there."""
+    readme, results = ROOT / "README.md", msgspec.json.decode(MEASURED.read_bytes(), type=dict[str, Result])
+    reference = DOCS / "reference"
+    return {
+        readme: with_table(readme.read_text(encoding="utf-8")),
+        reference / "backends.md": backends_page(results),
+        reference / "python.md": python_page(),
+        reference / "command-line.md": command_line_page(),
+        reference / "hooks.md": hooks_page(),
+        reference / "records.md": records_page(),
+        DOCS / "backends" / "index.md": backends_index(HEADINGS[:-1], [card_cells(info) for info in ours()]),
+        **{DOCS / "backends" / f"{info.name}.md": page_of(info, results) for info in ours()},
+    }
+
+
+def page_of(info: BackendInfo, results: dict[str, Result]) -> str:
+    """The page of one backend, with its rows of the measured table."""
+    names = [name for preset in info.presets if (name := f"{info.name}:{preset}") in results]
+    rows = [measured_row(name, results[name]) for name in names]
+    return backend_page(info, markdown(MEASURES, rows) if rows else "", conditions(results))
 
 
 def ours() -> list[BackendInfo]:
-    """The backends of this repository."""
-    names = {path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml")}
-    return [info for info in polyquant.backends() if info.name in names]
+    """The backends of this repository, as their cards have them, whatever runs on this machine."""
+    registry = polyquant.api.registry()
+    return [registry.info(name) for name in registry.names() if (ROOT / "plugins" / name / "pyproject.toml").exists()]
 
 
 def with_table(readme: str) -> str:
@@ -49,9 +82,8 @@ def with_table(readme: str) -> str:
     return f"{head}{START}{marker}\n{markdown(HEADINGS, rows)}\n{END}{tail}"
 
 
-def backends_page() -> str:
+def backends_page(results: dict[str, Result]) -> str:
     """The page of what was verified and measured, with the machine beside the figures."""
-    results = msgspec.json.decode(MEASURED.read_bytes(), type=dict[str, Result])
     return "\n\n".join([
         "# Backends: verified and measured",
         "Written by `python docs/generate.py` from the backends' cards and from `measured.json`, which "
@@ -63,8 +95,7 @@ def backends_page() -> str:
         "## Measured",
         conditions(results),
         markdown(
-            ("preset", "stored", "of bf16", "bits a weight", "KL (nats)", "top-1", "load s", "pp512", "tg128", "dtype",
-             "kernel"),
+            MEASURES,
             [measured_row(name, results[name]) for name in in_order(results)],
         ),
         "stored: bytes of the whole model, embeddings included (dense in most backends). bits a weight: of the "
@@ -134,12 +165,6 @@ def measured_row(name: str, result: Result) -> tuple[str, ...]:
         result.compute_dtype,
         result.kernel,
     )
-
-
-def markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ("---",) * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cell or '-' for cell in row)} |" for row in lines)
 
 
 if __name__ == "__main__":
