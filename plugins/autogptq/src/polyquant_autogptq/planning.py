@@ -1,0 +1,35 @@
+"""Bytes of auto-gptq's layers from shapes alone, and which layers it can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from polyquant.errors import ConfigError
+from polyquant.memory import layouts
+from polyquant.memory.planned import DTYPE_BYTES, plan_linears
+from polyquant.types import LayerPlan, WeightInfo
+
+from polyquant_autogptq.options import AutogptqOptions
+
+WORDS = 32  # it wants in_features and out_features in multiples of it
+SHIFTS_3 = 36  # int32 words of the table that unpacks 3-bit weights
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: AutogptqOptions) -> list[LayerPlan]:
+    """Raises ConfigError for a layer that the library cannot hold."""
+    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+
+
+def quantized_bytes(weight: WeightInfo, config: AutogptqOptions) -> int:
+    """Packed weight with zero points, scales in the compute dtype, each column's group, and the table of shifts."""
+    out_features, in_features = weight.shape
+    what = ""
+    if config.group_size != -1 and in_features % config.group_size:
+        what = f"group_size {config.group_size} does not divide in_features {in_features}"
+    elif in_features % WORDS or out_features % WORDS:
+        what = f"auto-gptq takes multiples of {WORDS} as sizes, not {out_features} x {in_features}"
+    if what:
+        short = weight.name.rpartition(".")[0].rpartition(".")[2]
+        raise ConfigError(f"{what} of {weight.name}; use another group_size, or skip=({short!r},)")
+    stored = layouts.gptq_bytes(weight.shape, config.bits, config.group_size, scale_bytes=DTYPE_BYTES[weight.dtype])
+    return stored + 4 * (SHIFTS_3 if config.bits == 3 else 32 // config.bits)
