@@ -57,12 +57,12 @@ def python_page() -> str:
 
 
 def entry(module: Any, name: str) -> str:
-    thing = getattr(module, name)
-    home = f"{module.__name__}.{name}"
-    if module is polyquant.testing and name in polyquant.testing.HOMES:
+    if module is polyquant.testing and name in polyquant.testing.HOMES:  # not imported: the suite imports pytest
         home = f"{module.__name__}.{polyquant.testing.HOMES[name]}.{name}"
-    elif inspect.isfunction(thing) or inspect.isclass(thing):
+    elif hasattr(thing := getattr(module, name), "__qualname__"):
         home = f"{thing.__module__}.{thing.__qualname__}"
+    else:
+        home = f"{module.__name__}.{name}"
     return f"::: {home}\n    options:\n      heading_level: 3\n      show_root_full_path: false"
 
 
