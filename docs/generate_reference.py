@@ -101,7 +101,11 @@ def command_line_page() -> str:
         own = [each for each in command.params if each.name != "help" and not (loads and each.opts[0] in shared)]
         parts += [f"## polyquant {name}", body.strip()]
         parts += [f"```text\n{example.strip()}\n```"] if example else []
-        parts += [markdown(("argument or option", "value", "default", "meaning"), [row(each) for each in own])] if own else []
+        parts += (
+            [markdown(("argument or option", "value", "default", "meaning"), [row(each) for each in own])]
+            if own
+            else []
+        )
         parts += ["And the options of [how to load](#how-to-load)."] if loads else []
     parts += ["## How to load", "Options of every command that loads a model.",
               markdown(("option", "value", "default", "meaning"), [row(each) for each in shared.values()])]  # fmt: skip
@@ -114,7 +118,9 @@ def row(parameter: Any) -> tuple[str, ...]:
         return f"`{parameter.name.upper()}`", "", "" if parameter.required else "none", escaped(parameter.help or "")
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     kind = "" if parameter.is_flag else f"`{parameter.metavar or parameter.type.name}`"
-    default = "required" if parameter.required else "" if parameter.default in (None, "", False, ()) else parameter.default
+    default = (
+        "required" if parameter.required else "" if parameter.default in (None, "", False, ()) else parameter.default
+    )
     text, found, rest = (parameter.help or "").partition(" (default: ")
     return names, escaped(kind), str(rest.removesuffix(")") if found else default), escaped(text)
 
@@ -135,7 +141,11 @@ def records_page() -> str:
                 record.__struct_fields__ and not name.startswith("_")
             ):  # fmt: skip
                 text = (inspect.getdoc(record) or "").partition("\n\n")[0]
-                parts += [f"### {name}", " ".join(text.split()), markdown(("field", "type", "meaning"), list(fields(record)))]
+                parts += [
+                    f"### {name}",
+                    " ".join(text.split()),
+                    markdown(("field", "type", "meaning"), list(fields(record))),
+                ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -149,7 +159,11 @@ def fields(record: type[msgspec.Struct]) -> Iterator[tuple[str, ...]]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in described:
             option = described[node.target.id]
             kind = allowed(option) if option.description else f"`{ast.unparse(node.annotation)}`"
-            yield f"`{option.name}`", escaped(kind), escaped(option.description or comments.get(node.end_lineno or 0, ""))
+            yield (
+                f"`{option.name}`",
+                escaped(kind),
+                escaped(option.description or comments.get(node.end_lineno or 0, "")),
+            )
         elif isinstance(node, ast.FunctionDef) and any(ast.unparse(each) == "property" for each in node.decorator_list):
             kind = f"`{ast.unparse(node.returns)}`" if node.returns else ""
             yield f"`{node.name}`", escaped(kind), escaped(" ".join((ast.get_docstring(node) or "").split()))

@@ -44,7 +44,7 @@ def markdown(text: str, names: set[str]) -> str:
             lines.append("```")
             state = "text"
         if found and set(found[1].split(", ")) <= names:
-            lines += [*([""] if state == "text" else []), f"- `{found[1]}`: {line[found.end():]}"]
+            lines += [*([""] if state == "text" else []), f"- `{found[1]}`: {line[found.end() :]}"]
             state = "list"
         elif state == "list" and line.startswith(" "):
             lines.append(f"  {line.strip()}")

@@ -64,7 +64,7 @@ def expanded(uri: str, text: str) -> str:
         text_part = re.sub(r"^#", "##", parts[index], flags=re.MULTILINE)
         parts[index] = re.sub(LINK, lambda found: f"../../plugins/{name}/{found[0]}", text_part)
     head = text.partition("<!-- notes -->")[0]
-    return f"{head}\n{''.join(parts)}"
+    return f"{head}\n## The package\n{''.join(parts)}"
 
 
 def outside(home: str, link: str) -> str:
@@ -101,9 +101,11 @@ def relative(uri: str, home: str, link: str) -> str:
 
 
 def front_page() -> str:
-    """The README; the site's navigation stands for its list of documents."""
+    """The README."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return "---\nhide: [navigation, toc]\n---\n" + re.sub(r"^## Documentation\n.*?(?=^[A-Z#])", "", text, flags=re.DOTALL | re.MULTILINE)
+    return "---\nhide: [navigation, toc]\n---\n" + re.sub(
+        r"^## Documentation\n.*?(?=^[A-Z#])", "", text, flags=re.DOTALL | re.MULTILINE
+    )
 
 
 def shown(path: Path) -> str:
