@@ -6,94 +6,24 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
-import time
-from pathlib import Path
 
 import polyquant
 import psutil
 import pytest
 import torch
 from polyquant import loading
-from polyquant.authoring.new import new_backend
 from polyquant.backend import Backend
 from polyquant.errors import BackendFailed, ConfigError
 from polyquant.isolated import cells
-from polyquant.isolated.creating import create
 from polyquant.isolated.environments import read_record
-from polyquant.isolated.installer import Index
 from polyquant.isolated.remote import RemoteModel
 from polyquant.isolated.worker import InWorker
 from polyquant.models.resolve import resolve
 from polyquant.testing.models import tiny_model
 
+from .isolating import environment, gone, isolated_rowwise  # noqa: F401  fixtures
+
 TOKENS = list(range(3, 40))
-OUTER = """
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-[project]
-name = "polyquant-outer"
-version = "1.0"
-[tool.hatch.build.targets.wheel.force-include]
-"outer.pth" = "outer.pth"
-"""
-ISOLATED = """
-            libraries=(Library(distribution="polyquant-outer"),),
-            isolated=Isolated(reason="it is a test", requirements=("polyquant-outer==1.0",), variables={"ACME": "1"}),
-"""
-
-
-def silent(step):
-    pass
-
-
-@pytest.fixture(scope="module")
-def rowwise(tmp_path_factory):
-    """The third-party backend, declared to need a library that is not here: a distribution whose only file lets an
-    environment see what is installed in this one, so that nothing large is installed again."""
-    folder = tmp_path_factory.mktemp("isolated")
-    links, source, site = folder / "links", folder / "polyquant-rowwise", folder / "site"
-    outer = folder / "outer"
-    outer.mkdir()
-    paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    (outer / "outer.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in paths))
-    (outer / "pyproject.toml").write_text(OUTER)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
-    subprocess.run([*pip, links, outer], check=True)
-    new_backend("rowwise", source)
-    plugin = source / "src" / "polyquant_rowwise" / "plugin.py"
-    code = plugin.read_text().replace("LayerPlan, Problem", "Isolated, LayerPlan, Library, Problem")
-    plugin.write_text(code.replace("            options=RowwiseOptions,\n", f"            options=RowwiseOptions,{ISOLATED}"))
-    info = site / "polyquant_rowwise-0.1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: polyquant-rowwise\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[polyquant.backends]\nrowwise = polyquant_rowwise.plugin:backend\n")
-    (info / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {}}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(source / "src"))
-        patch.syspath_prepend(str(site))
-        patch.setenv("POLYQUANT_CACHE", str(folder / "cache"))
-        patch.setenv("PIP_NO_INDEX", "1")
-        patch.setenv("PIP_FIND_LINKS", str(links))
-        patch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip's way to say that there is to be none
-        polyquant.api.registry.cache_clear()
-        yield os.pathsep.join((str(site), str(source / "src")))
-    polyquant.api.registry.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def environment(rowwise):
-    """Created on the way."""
-    (problem,) = polyquant.doctor("rowwise", device="cpu")[0].problems
-    assert "runs in an environment of its own, which is not there: it is a test" in problem.what
-    assert problem.fix == "polyquant env create rowwise"
-    found = polyquant.backend("rowwise").environment
-    steps = []
-    assert create(found, Index(), steps.append)
-    assert steps[-1] == "trying it"
-    assert not create(found, Index(), steps.append)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +43,8 @@ def here(environment, folder):
     return loading.load(resolve(folder), handle, handle.config({}), {}, loading.LoadOptions(device="cpu"))
 
 
-def test_the_doctor_and_the_command_line_know_it(environment, run_python, rowwise, folder):
-    variables = {**os.environ, "PYTHONPATH": rowwise}
+def test_the_doctor_and_the_command_line_know_it(environment, run_python, isolated_rowwise, folder):
+    variables = {**os.environ, "PYTHONPATH": isolated_rowwise}
     said = run_python("doctor", "rowwise", "--device", "cpu", env=variables)
     assert f"runs in environment {environment.name}" in " ".join(said.stdout.split()), said.stdout + said.stderr
     (listed,) = json.loads(run_python("env", "list", "--json", env=variables).stdout)
@@ -218,7 +148,9 @@ def test_a_worker_killed_in_the_middle_of_a_stream_is_an_error(environment, fold
     pieces = model.stream("Hello", max_new_tokens=400, do_sample=False)
     next(pieces)
     os.kill(model.model.pid, signal.SIGKILL)
-    with pytest.raises(BackendFailed, match=r"worker of rowwise is gone: it was killed by signal 9.*load the model again"):
+    with pytest.raises(
+        BackendFailed, match=r"worker of rowwise is gone: it was killed by signal 9.*load the model again"
+    ):
         list(pieces)
     with pytest.raises(BackendFailed, match="is gone"):
         model.logits(TOKENS)
@@ -247,8 +179,8 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("moment", ["idle", "generating"])
-def test_a_worker_ends_with_its_parent(environment, folder, rowwise, moment):
-    variables = {**os.environ, "PYTHONPATH": rowwise}
+def test_a_worker_ends_with_its_parent(environment, folder, isolated_rowwise, moment):
+    variables = {**os.environ, "PYTHONPATH": isolated_rowwise}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, folder, moment], env=variables, **pipes)
     pid = int(parent.stdout.readline())
@@ -256,12 +188,3 @@ def test_a_worker_ends_with_its_parent(environment, folder, rowwise, moment):
     parent.kill()
     parent.communicate()
     assert gone(pid)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process ends within seconds."""
-    for _ in range(100):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.1)
-    return False

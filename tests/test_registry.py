@@ -1,5 +1,7 @@
 """Finding plugins: what is listed, what is refused, and how each refusal reads."""
 
+import importlib.metadata
+
 import pytest
 from polyquant.backend import Backend
 from polyquant.errors import BackendConflict, BackendFailed, BrokenBackend, UnknownBackend, UnsupportedOperation
@@ -117,3 +119,24 @@ def test_observers_see_every_addressed_call(make_plugin):
     assert (record.backend, record.hook, record.failed) == ("acme", "load", False)
     assert record.seconds > 0
     assert record.peak_bytes is None or record.peak_bytes > 10**6
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed", "words"),
+    [
+        ("autogptq", "gptq", r"gptq \(gptqmodel\) reads these checkpoints too: take that, or run: pip install polyquant-autogptq"),
+        ("auto_gptq", "gptq", r"gptq \(gptqmodel\) reads these checkpoints too"),
+        ("gptq", "autogptq", r"autogptq \(auto-gptq\) reads these checkpoints too: .* pip install polyquant-gptq"),
+        ("awq", "autoawq", r"autoawq \(AutoAWQ\) reads these checkpoints too"),
+        ("auto-awq", "autoawq", "'auto-awq' is called 'autoawq' here"),
+        ("autoawq", "acme", "Run: pip install polyquant-autoawq"),
+        ("bnb", "acme", "Run: pip install polyquant-bitsandbytes"),
+    ],
+)  # fmt: skip
+def test_legacy_names_lead_to_what_reads_the_same(make_plugin, monkeypatch, asked, installed, words):
+    monkeypatch.setattr("polyquant.registry.entry_points", lambda group: [
+        point for point in importlib.metadata.entry_points(group=group) if point.dist.name == "polyquant-here"
+    ])  # fmt: skip
+    make_plugin(GOOD_PLUGIN.replace('"acme"', repr(installed)), backend=installed, distribution="polyquant-here")
+    with pytest.raises(UnknownBackend, match=words):
+        Registry().info(asked)

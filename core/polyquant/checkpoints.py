@@ -51,11 +51,13 @@ def method_of(source: ModelSource) -> str:
 
 
 def reader_of(method: str, installed: Selection) -> str:
-    """Name of the installed backend that reads `method`; of several, the one called like it.
+    """Name of the installed backend that reads `method`; of several, the one called like it, else one that shares this
+    environment.
 
     Raises UnknownBackend, naming the plugin package that does.
     """
-    readers = [info.name for info in installed if method in info.capabilities.loads_prequantized]
+    cards = [info for info in installed if method in info.capabilities.loads_prequantized]
+    readers = [info.name for info in sorted(cards, key=lambda info: info.isolated is not None)]
     if readers:
         return method if method in readers else readers[0]
     if method in READERS:

@@ -25,6 +25,7 @@ from polyquant.errors import (
     UnsupportedOperation,
     did_you_mean,
 )
+from polyquant.legacy import hint
 from polyquant.loaded import LoadedModel
 from polyquant.markers import ENTRY_POINT_GROUP, PROJECT
 from polyquant.options import BackendOptions
@@ -154,7 +155,8 @@ class Registry:
             return
         if name not in self._found:
             installed = ", ".join(self.names()) or "none (try: pip install polyquant-bitsandbytes)"
-            raise UnknownBackend(f"no backend {name!r}; installed: {installed}.{did_you_mean(name, self._found)}")
+            other = hint(name, self._found) or did_you_mean(name, self._found)
+            raise UnknownBackend(f"no backend {name!r}; installed: {installed}.{other}")
         if name not in self._broken:
             try:
                 self._register(name)

@@ -1,0 +1,35 @@
+"""Names that users know backends by, and what answers to them here: archived libraries and those that followed them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+LIBRARY: Mapping[str, str] = {"gptq": "gptqmodel", "awq": "gptqmodel", "autogptq": "auto-gptq", "autoawq": "AutoAWQ"}
+"""backend -> the library it stands on, where the name is that of a method or another library's."""
+SAME_CHECKPOINTS: Mapping[str, tuple[str, ...]] = {
+    "autogptq": ("gptq",),
+    "gptq": ("autogptq",),
+    "autoawq": ("awq",),
+    "awq": ("autoawq",),
+}
+"""backend -> those that read the same checkpoints."""
+OTHER_NAMES: Mapping[str, str] = {
+    "auto-gptq": "autogptq", "auto_gptq": "autogptq", "gptqmodel": "gptq", "auto-awq": "autoawq", "auto_awq": "autoawq",
+    "bnb": "bitsandbytes", "autoround": "auto-round", "auto_round": "auto-round", "optimum-quanto": "quanto",
+    "compressed_tensors": "compressed-tensors", "llmcompressor": "compressed-tensors", "llama.cpp": "llama-cpp",
+    "llama_cpp": "llama-cpp", "amd-quark": "quark", "ao": "torchao",
+}  # fmt: skip
+"""what a library or transformers calls it -> the backend's name here."""
+
+
+def hint(name: str, installed: Collection[str]) -> str:
+    """What stands in for the backend `name`, which is not installed; empty where nothing is known of it."""
+    own = OTHER_NAMES.get(name, name)
+    if own in installed:
+        return f" {name!r} is called {own!r} here."
+    others = [each for each in SAME_CHECKPOINTS.get(own, ()) if each in installed]
+    if others:
+        library = LIBRARY[others[0]]
+        return f" {others[0]} ({library}) reads these checkpoints too: take that, or run: pip install polyquant-{own}."
+    known = own in OTHER_NAMES.values() or own in SAME_CHECKPOINTS
+    return f" Run: pip install polyquant-{own}." if known else ""
