@@ -274,6 +274,7 @@ def test_two_processes_share_the_steps_and_write_one_adapter(model, data, tmp_pa
     environment = {**os.environ, "PYTHONPATH": rowwise, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr[-2000:]
+    assert json.loads(ended.stdout)["adapter"] == str(out), "something else was printed"
     assert (out / "adapter_model.safetensors").exists()
     assert (out / "steps.csv").read_text().count("\n") == 4
     assert polyquant.load(model, "rowwise", device="cpu", bits=8, adapter=str(out)).adapter == str(out)

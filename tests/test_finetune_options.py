@@ -48,7 +48,11 @@ def steps(adapter):
 
 def test_the_8bit_optimizer_trains_and_goes_on_on_a_cpu(model, data, tmp_path):
     pytest.importorskip("bitsandbytes")
-    options = {"optimizer": "adamw_8bit", "rank": 16, "steps": 4}  # 16 x 256: bitsandbytes keeps smaller ones in float32
+    options = {
+        "optimizer": "adamw_8bit",
+        "rank": 16,
+        "steps": 4,
+    }  # 16 x 256: bitsandbytes keeps smaller ones in float32
     plain = tune(model, data, tmp_path / "plain", **{**options, "optimizer": "adamw_torch"})
     seen = []
 
@@ -167,7 +171,9 @@ def test_the_seed_decides_everything(model, data, tmp_path):
 
 def test_a_run_stops_early_and_keeps_the_best_adapter(model, data, tmp_path):
     letters = random.Random(0)  # nothing in them helps with those held out, so learning them by heart shows soon
-    lines = [{"prompt": f"Word {number}: ", "completion": "".join(letters.choices("abcdefgh", k=12))} for number in range(16)]
+    lines = [
+        {"prompt": f"Word {number}: ", "completion": "".join(letters.choices("abcdefgh", k=12))} for number in range(16)
+    ]
     data.write_text("\n".join(map(json.dumps, lines)))
     result = tune(
         model, data, tmp_path / "out", steps=60, evaluation=0.25, patience=2, rank=16, learning_rate=2e-3,

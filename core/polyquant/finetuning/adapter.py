@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from polyquant.errors import AdapterError
+from polyquant.finetuning.libraries import import_peft
 from polyquant.finetuning.options import Card
 from polyquant.loaded import LoadedModel
 from polyquant.models.hashing import content_hash
@@ -47,10 +48,8 @@ def attach(loaded: LoadedModel, folder: str | Path) -> LoadedModel:
 
 def attach_to(model: Any, folder: Path) -> Any:
     """`model` with the adapter, as PEFT wraps it. Raises AdapterError where PEFT cannot."""
-    import peft
-
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+        return import_peft().PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
     except Exception as error:
         raise AdapterError(f"{folder}: PEFT cannot put this adapter on the model: {error}") from error
 

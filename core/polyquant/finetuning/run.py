@@ -19,6 +19,7 @@ from polyquant.finetuning import state
 from polyquant.finetuning.adapter import CARD, WEIGHTS
 from polyquant.finetuning.curve import write_curve, write_steps
 from polyquant.finetuning.data import Example, read_examples
+from polyquant.finetuning.libraries import import_peft
 from polyquant.finetuning.options import Card, Step, TrainingOptions, Tuned
 from polyquant.finetuning.supported import require_dora, require_optimizer
 from polyquant.finetuning.targets import target_modules
@@ -41,6 +42,7 @@ def finetune(
         raise UnsupportedOperation(f"{backend.name} cannot train adapters on its quantized base")
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    import_peft()
     from accelerate import PartialState
 
     from polyquant.finetuning import train

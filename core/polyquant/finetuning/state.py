@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from polyquant.errors import SaveError, TrainingConflict
 from polyquant.types import UNREADABLE
 
-JOB = "job.json"
+JOB, ENDED = "job.json", "ended"
 PARTS = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
@@ -67,6 +68,16 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
+def mark_ended(folder: Path) -> None:
+    """Training is over, and the adapter is in the last checkpoint: what is left to do is to write its folder."""
+    (folder / ENDED).touch()
+
+
+def has_ended(folder: Path, checkpoint: Path | None, steps: int) -> bool:
+    """Whether nothing is left to train: `checkpoint` is that of the last of `steps`, or the run stopped early there."""
+    return checkpoint is not None and (step_of(checkpoint) >= steps or (folder / ENDED).exists())
+
+
 def step_of(checkpoint: Path | None) -> int:
     """The step after which a checkpoint was written; 0 for none."""
     return int(checkpoint.name.partition("-")[2]) if checkpoint else 0
@@ -81,6 +92,8 @@ def _damage(checkpoint: Path) -> str:
         msgspec.json.decode((checkpoint / "trainer_state.json").read_bytes())
         with safe_open(checkpoint / "adapter_model.safetensors", framework="numpy") as file:
             file.keys()
-    except (SafetensorError, OSError, *UNREADABLE) as error:
+        with ZipFile(checkpoint / "optimizer.pt") as file:  # torch writes its directory last
+            file.namelist()
+    except (SafetensorError, BadZipFile, OSError, *UNREADABLE) as error:
         return str(error)
     return ""

@@ -13,7 +13,7 @@ TOLERANCE = 0.05  # of the largest output: kernels round, other weights are furt
 
 
 def require_optimizer(options: TrainingOptions, device: str) -> None:
-    """Raises EnvironmentProblem where the optimizer's library is missing, ConfigError where it does not run on `device`.
+    """Raises EnvironmentProblem where its library is missing, ConfigError where it cannot do its work on `device`.
 
     bitsandbytes' paged optimizers move their state between a GPU and the CPU; on a CPU it warns, and does not page.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from math import ceil
@@ -12,9 +12,18 @@ from typing import Any
 import peft
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 from polyquant.errors import OutOfMemory, PolyquantError, SaveError
+from polyquant.finetuning import state
 from polyquant.finetuning.data import IGNORED, Example
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.finetuning.reporting import Report, Reporter
@@ -47,7 +56,7 @@ def train(
     callbacks: list[Any] = [reporter]
     if options.patience:
         callbacks.append(EarlyStoppingCallback(options.patience))
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(options, len(examples), folder, model.device.type, evaluates=bool(held_out)),
         train_dataset=_rows(examples),
@@ -58,9 +67,23 @@ def train(
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     on_cpu = model.device.type == "cpu"  # dequantized layers come and go there, and glibc would keep their memory
-    with _explained(options, folder), returning_freed_memory() if on_cpu else nullcontext():
+    with _explained(options), returning_freed_memory() if on_cpu else nullcontext():
+        if checkpoint and state.has_ended(folder, checkpoint, total_steps(options, len(examples))):
+            _take_up(trainer, checkpoint, reporter)
+            return reporter
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        state.mark_ended(folder)
     return reporter
+
+
+def _take_up(trainer: Trainer, checkpoint: Path, reporter: Reporter) -> None:
+    """The end of a run as `checkpoint` has it: the adapter, the best one where that is kept, and the steps."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    weights = load_file(Path(best or checkpoint) / "adapter_model.safetensors")
+    peft.set_peft_model_state_dict(trainer.model, weights)
+    reporter.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Any]:
@@ -111,6 +134,7 @@ def _arguments(
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=evaluates and options.patience > 0,
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         seed=options.seed,
         disable_tqdm=True,
         report_to=["tensorboard"] if _has_tensorboard() else [],
@@ -119,6 +143,22 @@ def _arguments(
         label_names=["labels"],
         use_cpu=device == "cpu",
     )
+
+
+class _Trainer(Trainer):
+    """Says so where a checkpoint could not be written; torch and safetensors have many words for a full disk."""
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **more)
+        except MemoryError:
+            raise
+        except Exception as error:
+            folder = self.args.output_dir
+            raise SaveError(
+                f"a checkpoint could not be written to {folder} ({error}; {shutil.disk_usage(folder).free / 2**20:.0f} "
+                "MiB are free there); the one before it is kept: make room and give the same command again"
+            ) from error
 
 
 def _rows(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
@@ -132,7 +172,7 @@ def _has_tensorboard() -> bool:
 
 
 @contextmanager
-def _explained(options: TrainingOptions, folder: Path) -> Iterator[None]:
+def _explained(options: TrainingOptions) -> Iterator[None]:
     """Errors of the training loop in words that help."""
     try:
         yield
@@ -143,12 +183,6 @@ def _explained(options: TrainingOptions, folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error):
             raise _out_of_memory(options, error) from error
-        if "PytorchStreamWriter" in str(error) or "No space left" in str(error):
-            raise _unwritten(folder, error) from error
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise _unwritten(folder, error) from error
         raise
 
 
@@ -157,8 +191,3 @@ def _out_of_memory(options: TrainingOptions, error: BaseException) -> OutOfMemor
     lower += ["max_length (--max-length)", f"rank (now {options.rank})"]
     lower += ["" if "8bit" in options.optimizer else "optimizer='adamw_8bit' ('paged_adamw_8bit' on a GPU)"]
     return OutOfMemory(f"training ran out of memory ({error}); lower {', '.join(part for part in lower if part)}")
-
-
-def _unwritten(folder: Path, error: BaseException) -> SaveError:
-    return SaveError(f"a checkpoint could not be written to {folder} ({error}); the one before it is kept: "
-                     "make room and give the same command again")  # fmt: skip
