@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "authors" / "index.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["acme", "acme2", "acme-4bit", "class", "json", "rowwise", "x" * 40])
+@pytest.mark.parametrize("name", ["acme", "acme2", "acme-4bit", "class", "json", "x" * 40])
 def test_names_that_are_taken_as_they_are(name):
     check_name(name, ["hqq"])
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import polyquant
@@ -250,9 +249,10 @@ def start(model, out, candidates):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
 
 
-def cells_running():
-    return [process for process in psutil.process_iter(["cmdline"])
-            if "polyquant.comparison.cell" in (process.info["cmdline"] or ())]  # fmt: skip
+def cells_of(run):
+    """The processes of cells that a run has started."""
+    started = psutil.Process(run.pid).children(recursive=True)
+    return [process for process in started if "polyquant.comparison.cell" in process.cmdline()]
 
 
 def kill_and_go_on(model, out, candidates, moments, victim):
@@ -288,7 +288,7 @@ def test_ten_kills_at_random_moments_change_nothing(finished, model, tmp_path, v
     """Killed cells are failures until they are asked for again; a killed run is gone on with."""
 
     def kill(run):
-        cells = cells_running() if victim == "cell" else []
+        cells = cells_of(run) if victim == "cell" else []
         (cells[0] if cells else run).kill()
 
     moments = [random.Random(seed).uniform(1, 20) for seed in range(10)]  # noqa: S311
@@ -305,21 +305,20 @@ def test_a_cell_dies_with_its_run(model, tmp_path):
     for line in run.stdout:
         if line.startswith("step loading"):
             break
-    assert cells_running()
+    cells = cells_of(run)
+    assert cells
     run.send_signal(signal.SIGKILL)
     run.wait()
     run.stdout.close()
-    deadline = time.monotonic() + 10
-    while cells_running() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not cells_running()
+    gone, alive = psutil.wait_procs(cells, timeout=30)
+    assert (gone, alive) == (cells, [])
 
 
 def test_a_killed_cell_is_a_row_with_its_reason(model, tmp_path):
     run = start(model, tmp_path, ["rowwise:int8"])
     for line in run.stdout:
         if line.startswith("step loading"):
-            cells_running()[0].kill()
+            cells_of(run)[0].kill()
             break
     run.communicate(timeout=120)
     row = polyquant.read_comparison(tmp_path).rows[0]

@@ -41,19 +41,17 @@ def test_bytes_of_a_layer_have_their_parts():
     assert (head.quantized, head.reason) == (False, "the output head stays dense by default")
 
 
-@pytest.mark.parametrize(
-    ("name", "seconds"), [("llama-3-70b", 5), ("deepseek-v3", 15)], ids=["70 billion", "671 billion, experts"]
-)
-def test_large_models_are_planned_quickly_and_in_little_memory(run_python, name, seconds):
+@pytest.mark.parametrize("name", ["llama-3-70b", "deepseek-v3"], ids=["70 billion", "671 billion, experts"])
+def test_large_models_are_planned_in_little_memory(run_python, name):
+    """How long it takes is measured in `nox -s bench`."""
     code = f"""
-import time, resource, polyquant
-polyquant.plan({str(CONFIGS / "qwen2.5-0.5b.json")!r}, 'bitsandbytes', memory='1TiB')  # imports
-start = time.process_time()
+import resource, polyquant
 plan = polyquant.plan({str(CONFIGS / name)!r} + '.json', 'bitsandbytes', memory='1TiB')
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, plan.weights_dense_bytes)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, plan.weights_dense_bytes)
 """
-    took, peak, dense = map(float, run_python(code=code).stdout.split())
-    assert took < seconds
+    result = run_python(code=code)
+    assert result.returncode == 0, result.stderr
+    peak, dense = map(int, result.stdout.split())
     assert peak < 2**30
     assert dense == {"llama-3-70b": 2 * 70_553_706_496, "deepseek-v3": 2 * (671_026_419_200 - 58 * 256)}[name]
 

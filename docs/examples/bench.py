@@ -2,7 +2,8 @@
 
 1. `polyquant backends` as a whole process, against a bare interpreter.
 2. Loading through polyquant, against calling transformers directly with the same config.
-3. Cells of a comparison: memory over loading, cost for each token of text, and what the cells do not need themselves.
+3. Planning a model of 70 billion parameters, and one of 671 billion with experts, from their configs.
+4. Cells of a comparison: memory over loading, cost for each token of text, and what the cells do not need themselves.
 """
 
 from __future__ import annotations
@@ -60,6 +61,13 @@ measure_quality(loaded, Path({folder!r}), {key!r})
 seconds, window = time.perf_counter() - started, 512 * len(loaded.tokenizer) * 4
 print(json.dumps(dict(seconds=seconds, load_peak_bytes=before, peak_bytes=peak(), window_bytes=window)))
 """
+PLAN = """
+import json, time, polyquant
+polyquant.plan({warm!r}, "bitsandbytes", memory="1TiB")
+started = time.perf_counter()
+polyquant.plan({config!r}, "bitsandbytes", memory="1TiB")
+print(json.dumps(dict(seconds=time.perf_counter() - started)))
+"""
 CANDIDATES = ["dense:float32", "bitsandbytes:nf4", "bitsandbytes:int8", "torchao:int8", "quanto:int8", "gguf:Q8_0"]
 
 
@@ -68,6 +76,7 @@ def main() -> None:
     print(f"load before: {psutil.getloadavg()[0]:.2f}")
     listing()
     loading()
+    planning()
     cell_memory()
     cell_overhead()
 
@@ -98,6 +107,15 @@ def loading() -> None:
         ratio = ours / theirs
         figures = f"polyquant {ours:.4g}, direct {theirs:.4g}, ratio {ratio:.3f}, limit {limit}"
         print(f"NF4 load, {figure}: {figures}: {verdict(ratio <= limit)}")
+
+
+def planning() -> None:
+    """Beyond imports; the aim is 5 and 15 seconds."""
+    configs = Path(__file__).parent.parent.parent / "tests" / "configs"
+    for name, limit in (("llama-3-70b", 5), ("deepseek-v3", 15)):
+        code = PLAN.format(warm=str(configs / "qwen2.5-0.5b.json"), config=str(configs / f"{name}.json"))
+        seconds = measured(code)["seconds"]
+        print(f"plan of {name}: {seconds:.1f} s, limit {limit} s: {verdict(seconds <= limit)}")
 
 
 def cell_memory() -> None:
