@@ -52,9 +52,7 @@ def main() -> None:
 def compared(name: str, model: str) -> list[tuple[int, int]]:
     """(planned, measured) of stored bytes, load peak and run peak, planned and measured in this process."""
     candidate = parse(name, lambda backend: polyquant.backend(backend).info)
-    options: dict[str, object] = dict(candidate.options) if model == MODEL else {}
-    if hasattr(polyquant.backend(candidate.backend).config({}), "n_ctx"):
-        options["n_ctx"] = CONTEXT  # it makes room for its whole context while it loads: the one that is planned
+    options = dict(candidate.options) if model == MODEL else {}
     planned = polyquant.plan(model, candidate.backend, device="cpu", context=CONTEXT, **options)
     report = polyquant.verify(polyquant.load(model, candidate.backend, device="cpu", **options))
     memory = report.memory
