@@ -10,11 +10,10 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import accelerate
 import msgspec
-import psutil
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
@@ -25,7 +24,6 @@ from polyquant import compat, hf
 from polyquant.errors import ConfigError, ModelError, PlacementError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
-from polyquant.models.headers import LENGTH_BYTES
 from polyquant.options import BackendOptions, Dtype
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
@@ -65,26 +63,11 @@ def single_device(request: LoadRequest) -> str:
 
 
 def read_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor in the safetensors files of `source`, one at a time, on the CPU.
-
-    In memory of their own, where there is room for it. safetensors maps a file, and as long as one view of it lives all
-    pages that were read stay resident beside what they were made into.
-    """
-    mapped = source.checkpoint_bytes > psutil.virtual_memory().available / 2
+    """(name, tensor) of every tensor in the safetensors files of `source`, one at a time, on the CPU."""
     for name in source.weight_files:
-        path = source.path / name
-        with safe_open(path, framework="pt", device="cpu") as file, path.open("rb") as data:
-            data.seek(LENGTH_BYTES + int.from_bytes(data.read(LENGTH_BYTES), "little"))
-            for key in file.offset_keys():  # as they lie in the file, without gaps
-                view = file.get_tensor(key)
-                yield key, view if mapped else _read(data, view)
-
-
-def _read(data: BinaryIO, like: torch.Tensor) -> torch.Tensor:
-    """The next tensor in `data`, in memory of its own."""
-    tensor = torch.empty_like(like)
-    data.readinto(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
-    return tensor
+        with safe_open(source.path / name, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118  not a mapping
+                yield key, file.get_tensor(key)
 
 
 def own_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:

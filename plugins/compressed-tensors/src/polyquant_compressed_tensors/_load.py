@@ -26,28 +26,27 @@ def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
     source, stored = request.source, request.source.stored_quantization
     dtype = getattr(torch, resolved_dtype(config))
     config = config.with_kernel(torch.device(request.device).type, resolved_dtype(config))
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = packed.empty_causal_lm(request, resolved_dtype(config))
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    dense: dict[str, torch.Tensor] = {}
-    names = dict.fromkeys(quantized_modules(list_weights(model), config))
     for name, tensor in packed.own_tensors(model, source):
-        module, _, short = name.rpartition(".")
-        if module in names:
-            layers[module][short] = tensor
-        else:
-            dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        layers[name.rpartition(".")[0]][name.rpartition(".")[2]] = tensor
     plain = plain_format(stored)
-    for name in names:
+    for name in quantized_modules(list_weights(model), config):
         try:
             layer = packed_linear(model.get_submodule(name), config, dtype, layers.pop(name, {}), plain=plain)
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
         fits = uses_int4pack((layer.out_features, layer.in_features), config)
         model.set_submodule(name, Int4PackLinear(layer) if fits else layer)
+    dense = {
+        f"{name}.{key}": tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensors in layers.items()
+        for key, tensor in tensors.items()
+    }
     packed.fill(model, dense, source)
     packed.place(model, request)
     model.config.quantization_config = {**stored, OWN: own_fields(msgspec.structs.asdict(config))}
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     kernels = dict.fromkeys(module.kernel for module in model.modules() if isinstance(module, PackedLinear))
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=" and ".join(kernels))
 

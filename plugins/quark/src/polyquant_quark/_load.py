@@ -22,32 +22,28 @@ from polyquant_quark.planning import quantized_modules
 def load(request: LoadRequest, config: QuarkOptions) -> LoadedModel:
     source, stored = request.source, request.source.stored_quantization
     dtype = getattr(torch, resolved_dtype(config))
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = packed.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
     config, notes = packed.with_stored_skips(config, weights, packed.packed_modules(source, ("weight_scale",)), source)
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    dense: dict[str, torch.Tensor] = {}
-    names = dict.fromkeys(quantized_modules(weights, config))
     for name, tensor in packed.own_tensors(model, source):
-        module, _, short = name.rpartition(".")
-        if module in names:
-            layers[module][short] = tensor
-        elif tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
-            dense[name] = tensor.to(dtype)
-        else:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ModelError(f"{source.name}: {name} is {kind}, and there is no weight_scale beside it")
-    for name in names:
+        layers[name.rpartition(".")[0]][name.rpartition(".")[2]] = tensor
+    for name in quantized_modules(weights, config):
         try:
             packing = stored["export"].get("pack_method", "reorder")
             layer = quark_linear(model.get_submodule(name), config, dtype, packing, layers.pop(name, {}))
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
         model.set_submodule(name, layer)
-    packed.fill(model, dense, source)
+    dense = {f"{name}.{key}": tensor for name, tensors in layers.items() for key, tensor in tensors.items()}
+    for name, tensor in dense.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(f"{source.name}: {name} is {kind}, and there is no weight_scale beside it")
+    packed.fill(model, {name: tensor.to(dtype) for name, tensor in dense.items()}, source)
     packed.place(model, request)
     model.config.quantization_config = {**stored, "exclude": list(config.skip)}
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=KERNEL, notes=notes)
 
 
