@@ -31,8 +31,8 @@ READERS: Mapping[str, str] = {
     "fouroversix": "polyquant-fouroversix",
 }
 """quant_method -> the plugin package that reads it."""
-PACKAGES = tuple(sorted({*READERS.values(), "polyquant-llama-cpp"}))
-"""Every plugin package of this repository; llama-cpp reads what gguf reads."""
+PACKAGES = tuple(sorted({*READERS.values(), "polyquant-llama-cpp", "polyquant-autoawq", "polyquant-autogptq"}))
+"""Every plugin package of this repository; the last three read what gguf, awq and gptq read."""
 
 
 def method_of(source: ModelSource) -> str:
