@@ -121,8 +121,8 @@ def plugin(session: nox.Session, name: str) -> None:
 @nox.session
 @nox.parametrize("end", list(ENDS), ids=list(ENDS))
 def compatibility(session: nox.Session, end: str) -> None:
-    """The core's tests against one end of the versions that it supports."""
-    session.install(*ENDS[end], "-e", str(ROOT), "gguf", *CORE_TESTS)
+    """The core's tests against one end of the versions that it supports; some use a backend, bitsandbytes."""
+    session.install(*ENDS[end], "-e", str(ROOT), "-e", str(PLUGINS["bitsandbytes"]), "gguf", *CORE_TESTS)
     session.install("--no-deps", BUILTIN_MODEL)
     session.env.update(variables(session) | {"POLYQUANT_CACHE": str(cache(session) / end)})
     session.run("python", "-m", "pytest", "tests", *(session.posargs or ["-m", "not slow and not gpu and not real"]))

@@ -114,6 +114,16 @@ def readable(source: ModelSource) -> ModelSource:
     return msgspec.structs.replace(source, path=folder, config=config)
 
 
+def choosing_attention(config: Any) -> Any:
+    """`config`, so that transformers chooses the attention kernel for it as for any other.
+
+    4.51 writes into some checkpoints that the choice was made already, and not what it was: they then get the slowest.
+    """
+    if getattr(config, "_attn_implementation_autoset", False):
+        config._attn_implementation_autoset = False
+    return config
+
+
 def _older_config(source: ModelSource) -> dict[str, Any]:
     """config.json with the names of transformers 4."""
     older: dict[str, Any] = deepcopy(dict(source.config))

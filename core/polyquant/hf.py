@@ -35,6 +35,7 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:
         raise ModelError(f"{source.name}: transformers cannot read its config: {error}") from error
+    config = compat.choosing_attention(config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not needs_code:
         raise ModelError(
             f"{source.name} is not a causal language model: its architecture {config.model_type!r} "

@@ -73,7 +73,7 @@ def test_the_search_for_scales_puts_the_weights_back():
         before = block[0].weight.detach().clone()
         search = kind.__new__(kind)
         search.w_bit, search.group_size, search.zero_point, search.duo_scaling = 4, 64, True, True
-        search.max_chunk_memory = 2**30
+        search.max_chunk_memory, search.n_parallel_calib_samples = 2**30, None
         with torch.no_grad():
             search._compute_best_scale(
                 inputs, before.abs().mean(0), inputs.abs().mean(0), block, [block[0]], block(inputs), {}
