@@ -179,6 +179,7 @@ def docs(session: nox.Session) -> None:
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.chdir("docs/site")  # mkdocstrings finds its extension from here
     session.run("python", "-m", "mkdocs", "build", "--quiet", "--clean")
+    session.run("python", "check.py")
 
 
 @nox.session

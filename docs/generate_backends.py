@@ -28,7 +28,8 @@ def backend_page(info: BackendInfo, measured: str, conditions: str) -> str:
     own, common = split(describe_options(info.options))
     parts = [
         f"# {info.name}",
-        f"{info.summary[0].upper()}{info.summary[1:]}. `pip install polyquant-{info.name}`; [the library]({info.docs}).",
+        f"{info.summary[0].upper()}{info.summary[1:]}. `pip install polyquant-{info.name}`; "
+        f"[the library]({info.docs}).",
         "## Can",
         markdown(("capability", "value"), list(capability_rows(info))),
         "## Presets",
@@ -36,7 +37,7 @@ def backend_page(info: BackendInfo, measured: str, conditions: str) -> str:
         if info.presets else "None: its options are given one by one.",
         f"In a candidate: `{info.name}:{next(iter(info.presets), '')}`; the first is what its name alone means.",
         "## Options",
-        f"In Python `polyquant.load(model, \"{info.name}\", option=value)`, on the command line `--option value`.",
+        f'In Python `polyquant.load(model, "{info.name}", option=value)`, on the command line `--option value`.',
         markdown(("option", "allowed", "default", "meaning"), option_rows(own)) if own else "None of its own.",
         "Those of every backend:",
         markdown(("option", "allowed", "default", "meaning"), option_rows(common)),

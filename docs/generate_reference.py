@@ -14,11 +14,10 @@ import msgspec
 import polyquant
 import polyquant.testing
 import typer
+from generate_backends import allowed, markdown
 from polyquant import hookspecs
 from polyquant.cli.commands import build
 from polyquant.options import describe_options
-
-from generate_backends import allowed, markdown
 
 GROUPS = {
     "Select": ("backends", "backend", "Backend", "doctor", "Diagnosis"),
@@ -44,10 +43,10 @@ HEAD = "<!-- Written by `python docs/generate.py`. -->"
 
 
 def python_page() -> str:
-    """The public names, for mkdocstrings to fill in; in a plain reader each with its first sentence."""
+    """The public names, for mkdocstrings to fill in."""
     rest = tuple(sorted(set(polyquant.__all__) - {name for names in GROUPS.values() for name in names}))
-    parts = ["# Python", HEAD, "Public are the names that `polyquant.__all__` and `polyquant.testing.__all__` have, the "
-             "[records](records.md) and the [errors](errors.md); what may change and how is said [for "
+    parts = ["# Python", HEAD, "Public are the names that `polyquant.__all__` and `polyquant.testing.__all__` have, "
+             "the [records](records.md) and the [errors](errors.md); what may change and how is said [for "
              "authors](../authors/index.md#what-is-public-and-what-may-change)."]  # fmt: skip
     for title, names in {**GROUPS, **({"More": rest} if rest else {})}.items():
         parts += [f"## {title}", *(entry(polyquant, name) for name in names)]
@@ -69,13 +68,14 @@ def entry(module: Any, name: str) -> str:
 def hooks_page() -> str:
     """The hook specification, with which hooks are required."""
     hooks = {"required": hookspecs.REQUIRED, "optional": hookspecs.OPTIONAL}
-    rows = [(f"[`{name}`](#polyquant.hookspecs.QuantBackend.{name})", kind, first_sentence(getattr(hookspecs.QuantBackend, name)))
+    home = hookspecs.QuantBackend
+    rows = [(f"[`{name}`](#polyquant.hookspecs.QuantBackend.{name})", kind, first_sentence(getattr(home, name)))
             for kind, names in hooks.items() for name in names]  # fmt: skip
     return "\n\n".join([
         "# Hooks", HEAD,
-        f"What a backend plugin answers: hook specification {hookspecs.VERSION}, `polyquant.hookspecs.QuantBackend`. A walk "
-        "through: [for authors](../authors/index.md).",
-        markdown(("hook", "", "answers"), rows),
+        f"What a backend plugin answers: hook specification {hookspecs.VERSION}, `polyquant.hookspecs.QuantBackend`. "
+        "A walk through: [for authors](../authors/index.md).",
+        markdown(("hook", "kind", "answers"), rows),
         "::: polyquant.hookspecs.QuantBackend\n    options:\n      show_root_full_path: false",
     ]) + "\n"  # fmt: skip
 
@@ -88,10 +88,10 @@ def first_sentence(thing: Any) -> str:
 def command_line_page() -> str:
     """Every command with its arguments and options, as `--help` has them."""
     root = typer.main.get_command(build(None))
-    parts = ["# Command line", HEAD, "Every command has `--help`; with `--backend NAME` it shows that backend's options too, "
-             "which are on the [backends' pages](../backends/index.md). `polyquant --install-completion` completes "
-             "commands, options, backends and candidates. Exit codes: 0 fine, 1 the check or the work failed, 2 wrong use, "
-             "130 interrupted."]  # fmt: skip
+    parts = ["# Command line", HEAD, "Every command has `--help`; with `--backend NAME` it shows that backend's options "
+             "too, which are on the [backends' pages](../backends/index.md). `polyquant --install-completion` completes "
+             "commands, options, backends and candidates. Exit codes: 0 fine, 1 the check or the work failed, 2 wrong "
+             "use, 130 interrupted."]  # fmt: skip
     shared = {option.opts[0]: option for option in root.commands["load"].params
               if getattr(option, "rich_help_panel", None) == "How to load"}  # fmt: skip
     for name, command in root.commands.items():
@@ -131,8 +131,8 @@ def escaped(text: str) -> str:
 
 def records_page() -> str:
     """The public records, each field with the comment or the description beside it."""
-    parts = ["# Records", HEAD, "Frozen, typed, JSON through `to_json()`; units are in the names. They gain fields with "
-             "defaults; one goes only after a release in which it warns."]  # fmt: skip
+    parts = ["# Records", HEAD, "Frozen, typed, JSON through `to_json()`; units are in the names. They gain fields "
+             "with defaults; one goes only after a release in which it warns."]  # fmt: skip
     for module_name, about in RECORDS.items():
         module = importlib.import_module(module_name)
         parts += [f"## {module_name}", about]
@@ -152,7 +152,8 @@ def records_page() -> str:
 def fields(record: type[msgspec.Struct]) -> Iterator[tuple[str, ...]]:
     """The fields that the class itself adds, then its properties."""
     source = inspect.getsource(record)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(io.StringIO(source).readline)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens
                 if token.type == tokenize.COMMENT}  # fmt: skip
     described = {option.name: option for option in describe_options(record)}
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]

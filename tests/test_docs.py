@@ -1,5 +1,8 @@
-"""What the README and the tutorial show is run, and what they show of the output is there."""
+"""What the README and the docs show is run, and what they show of the output is there."""
 
+import ast
+import inspect
+import json
 import os
 import re
 import shlex
@@ -7,44 +10,62 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polyquant
+import polyquant.testing
 import pytest
+import typer
+from polyquant import hookspecs
+from polyquant.cli.commands import build
+from polyquant.cli.main import backend_named_in
+from polyquant.loading import LoadOptions
+from polyquant.options import describe_options
 
-ROOT = Path(__file__).parent.parent
+from .snippets import NOT_RUN, PAGES, READMES, ROOT, SHOWN, blocks, commands, reason_not_to_run
+
+REAL = ("README.md", "docs/tutorial/index.md")  # they name the real model, and show what it answers
+MISSING = re.compile(r"[Mm]issing|does not exist|is required")
 
 
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def comparable(text: str) -> list[str]:
-    """Lines with figures and runs of blanks levelled, blank lines left out."""
-    lines = (re.sub(r"\s+", " ", re.sub(r"\d[\d.,]*", "N", line)).strip() for line in text.splitlines())
-    return [re.sub(r"N [KMGT]iB", "N iB", line) for line in lines if line]
+def runs(path: Path) -> bool:
+    """Whether a page has a block to run. The README's second Python block is a sketch of a plugin."""
+    parts = [(language, command) for language, text in blocks(path) if language in ("sh", "console")
+             for command, _ in commands(language, text)]  # fmt: skip
+    return any(not reason_not_to_run(path, command) for _, command in parts) or any(
+        language == "python" for language, _ in blocks(path)
+    )
 
 
-def polyquant(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "polyquant", *shlex.split(command)[1:]]
-    env = {**os.environ, "COLUMNS": "100"}
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, check=False, env=env)
+RUN = [path for path in PAGES if runs(path) and name(path) not in REAL]
+
+
+def run_page(path: Path, folder: Path, **variables: str) -> None:
+    (folder / "page").mkdir()
+    words = [sys.executable, str(ROOT / "tests" / "snippets.py"), str(path), str(folder / "page")]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, **variables}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", RUN, ids=name)
+def test_a_page_shows_what_happens(path, tmp_path):
+    run_page(path, tmp_path, POLYQUANT_CACHE=str(tmp_path / "cache"))
 
 
 @pytest.mark.real
 def test_the_tutorial_shows_what_happens(tmp_path):
-    sessions = blocks(ROOT / "docs" / "tutorial" / "index.md", "console")
-    assert len(sessions) == 5
-    for session in sessions:
-        for part in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
-            command, _, shown = part.partition("\n")
-            result = polyquant(command, tmp_path)
-            assert result.returncode == (2 if "polyquant: " in shown else 0), f"{command}\n{result.stderr}"
-            happened = comparable(result.stdout + result.stderr)
-            missing = [line for line in comparable(shown) if line not in happened]
-            assert not missing, f"{command}: {missing} not in {happened}"
+    path = ROOT / "docs" / "tutorial" / "index.md"
+    assert len([1 for language, _ in blocks(path) if language == "console"]) == 7
+    run_page(path, tmp_path)
 
 
 @pytest.mark.real
 def test_the_readmes_ten_lines_run(tmp_path):
-    code, plugin = blocks(ROOT / "README.md", "python")
+    code, plugin = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
     assert len(code.splitlines()) <= 11
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
@@ -58,6 +79,159 @@ def test_the_readmes_ten_lines_run(tmp_path):
 
 @pytest.mark.real
 def test_the_readmes_commands_run(tmp_path):
-    for line in blocks(ROOT / "README.md", "sh")[1].splitlines():
-        result = polyquant(line, tmp_path)
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
+    page = tmp_path / "README.md"  # without its Python, which the test above runs
+    page.write_text(re.sub(r"^```python\n.*?^```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.M))
+    run_page(page, tmp_path)
+
+
+def test_what_is_not_run_is_there():
+    for page, start in NOT_RUN:
+        path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+        found = [command for language, text in blocks(path) for command, _ in commands(language, text)]
+        assert any(command.startswith(start) for command in found), f"{page} no longer has {start!r}"
+
+
+@pytest.mark.parametrize("path", [*PAGES, *READMES], ids=name)
+def test_every_block_says_what_it_is(path):
+    fences = re.findall(r"^```(.*)$", path.read_text(), re.MULTILINE)
+    assert all(fences[::2]), "a block without a language is neither run nor shown on purpose"
+    for language, text in blocks(path):
+        assert language in ("python", "sh", "console", *SHOWN), language
+        if language == "python":
+            ast.parse(text)
+
+
+def test_every_command_named_anywhere_is_one():
+    """Also in a line of text, and where it cannot run: commands and options exist."""
+    seen = 0
+    for path in [*PAGES, *READMES]:
+        text = path.read_text()
+        inline = re.findall(r"`(polyquant [a-z][^`]*)`", text.replace("\n", " "))
+        fenced = [command for language, block in blocks(path) if language in ("sh", "console")
+                  for command, _ in commands(language, block) if command.startswith("polyquant ")]  # fmt: skip
+        for command in inline + fenced:
+            wrong = wrong_with(command)
+            assert not wrong, f"{name(path)}: {command}: {wrong}"
+            seen += 1
+    assert seen > 60
+
+
+def wrong_with(command: str) -> str:
+    """What the command line would refuse of a command; something left out is not wrong."""
+    words = shlex.split(re.split(r" [|<>] ?| > ", command)[0], comments=True)[1:]
+    words = [word for word in words if word not in ("...", "…")]
+    backend = backend_named_in(words)
+    root = typer.main.get_command(build(backend if backend in polyquant.backends().names else None))
+    if not words:
+        return ""
+    try:
+        context = root.make_context("polyquant", list(words[:1]))
+        _, found, rest = root.resolve_command(context, words)
+        found.make_context(words[0], rest, parent=context)
+    except Exception as error:  # typer's own click, or click: by name
+        if type(error).__name__ in ("Exit", "MissingParameter"):
+            return ""
+        message = error.format_message() if hasattr(error, "format_message") else f"{type(error).__name__}: {error}"
+        return "" if MISSING.search(message) else message
+    return ""
+
+
+def test_every_public_name_and_hook_has_its_place():
+    python, hooks, authors = ((ROOT / "docs" / page).read_text() for page in
+                              ("reference/python.md", "reference/hooks.md", "authors/index.md"))  # fmt: skip
+    for public in (*polyquant.__all__, *polyquant.testing.__all__):
+        assert re.search(rf"^::: polyquant[\w.]*\.{public}$", python, re.MULTILINE), public
+    for public in polyquant.testing.__all__:
+        assert f"`{public}`" in authors, public
+    for hook in (*hookspecs.REQUIRED, *hookspecs.OPTIONAL):
+        assert f"[`{hook}`]" in hooks and f"`{hook}(" in authors, hook
+
+
+def test_every_installed_backend_has_a_page_with_every_option():
+    for info in polyquant.backends():
+        page = ROOT / "docs" / "backends" / f"{info.name}.md"
+        if (ROOT / "plugins" / info.name).exists():
+            text = page.read_text()
+            for option in describe_options(info.options):
+                assert f"| `{option.name}` |" in text and option.description.replace("|", "\\|") in text, option.name
+
+
+def test_the_site_has_every_page():
+    nav = (ROOT / "docs" / "site" / "mkdocs.yml").read_text()
+    for path in PAGES:
+        page = name(path).removeprefix("docs/")
+        assert page in nav or page.startswith("backends/") or page == "README.md", page
+
+
+@pytest.mark.parametrize("path", READMES, ids=name)
+def test_calls_in_the_readmes_of_plugins_have_real_options(path):
+    """Their models lie on the hub, or are the reader's: not run here, but the options are checked as a load would."""
+    for code in [text for language, text in blocks(path) if language == "python"]:
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("polyquant.load", "polyquant.quantize"):
+                named = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg}
+                shared = {"revision", "calibration", "overwrite", *LoadOptions.__struct_fields__}
+                backend = named.pop("backend", path.parent.name)
+                if len(node.args) > 1:
+                    backend = ast.literal_eval(node.args[1])
+                polyquant.backend(backend).config({key: value for key, value in named.items() if key not in shared})
+
+
+@pytest.mark.slow
+def test_examples_in_docstrings_run(tmp_path):
+    """The `>>>` lines of the public functions, on the tiny model."""
+    lines = []
+    for each in polyquant.__all__:
+        text = inspect.getdoc(getattr(polyquant, each)) or ""
+        lines += [line.removeprefix(">>> ") for line in text.splitlines() if line.startswith(">>> ")]
+    assert len(lines) >= 7
+    page = tmp_path / "docstrings.md"
+    page.write_text("```python\nimport polyquant\n" + "\n".join(lines) + "\n```\n")
+    run_page(page, tmp_path, POLYQUANT_CACHE=str(tmp_path / "cache"))
+
+
+def steps() -> list[tuple[str, str]]:
+    """(function, file) in the order of the architecture page's list."""
+    page = ROOT / "docs" / "explanation" / "architecture.md"
+    text = page.read_text().partition("## Where a byte")[2].partition("\n## ")[0]
+    found = re.findall(r"^\d+\. \[`(\w+)`\]\(([^)]+)\)", text, re.MULTILINE)
+    return [(function, (page.parent / link).resolve().relative_to(ROOT).as_posix()) for function, link in found]
+
+
+def test_the_way_of_a_byte_has_ten_steps_that_exist():
+    assert len(steps()) == 10
+    for function, path in steps():
+        defined = {
+            node.name for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.FunctionDef)
+        }
+        assert function in defined, f"{path} has no {function}"
+
+
+def test_a_byte_goes_that_way(tmp_path, run_python):
+    code = f"""
+import json, sys, threading
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from polyquant.testing.models import tiny_model
+model = tiny_model("llama", Path({str(tmp_path)!r}))
+calls = []
+def watch(frame, event, argument):
+    if event == "call" and "polyquant" in frame.f_code.co_filename:
+        calls.append((frame.f_code.co_name, frame.f_code.co_filename))
+threading.setprofile(watch)
+sys.setprofile(watch)
+from polyquant.cli.main import main
+sys.argv = ["polyquant", "run", str(model), "--backend", "bitsandbytes", "--max-new-tokens", "1", "Hello"]
+try:
+    main()
+except SystemExit:
+    pass
+sys.setprofile(None)
+print()
+print(json.dumps(list(dict.fromkeys(calls))))
+"""
+    done = run_python(code=code)
+    assert done.returncode == 0, done.stderr
+    called = [(function, path.removeprefix(f"{ROOT}/")) for function, path in json.loads(done.stdout.splitlines()[-1])]
+    order = [called.index(step) for step in steps()]
+    assert order == sorted(order), [called[index] for index in order]

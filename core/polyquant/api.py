@@ -50,8 +50,7 @@ def registry() -> Registry:
 def backends(**query: object) -> Selection:
     """Installed backends, filtered by capabilities; imports neither torch nor any backend's library.
 
-    >>> polyquant.backends(bits=4, device="cpu", on_the_fly=True)
-    Selection(bitsandbytes)
+    >>> polyquant.backends(bits=4, device="cpu", on_the_fly=True).names
 
     `misses` of the result holds the others, nearest first, with why each misses.
     """

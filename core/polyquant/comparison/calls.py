@@ -28,7 +28,7 @@ def compare(
         None: one in the cache, for each model.
     options: `polyquant.comparison.options.CompareOptions`.
 
-    >>> comparison = polyquant.compare("builtin:smollm2", ["bitsandbytes:nf4", "gguf:Q4_K_M"])
+    >>> comparison = polyquant.compare("builtin:smollm2", ["bitsandbytes:nf4", "gguf:Q8_0"])
     >>> comparison.best(memory="6GiB").candidate.name, comparison.report("report.html")
     """
     from polyquant.comparison.options import CompareOptions
