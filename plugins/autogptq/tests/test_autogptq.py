@@ -67,7 +67,9 @@ def test_it_quantizes_on_a_cpu_and_puts_its_device_back(checkpoint, folder):
     with torch.inference_mode():
         wanted = dense(torch.tensor([TOKENS])).logits[0]
     found = polyquant.load(checkpoint, "autogptq", device="cpu").logits(TOKENS)
-    assert torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.85  # 0.90: the library rounds worse than others
+    assert (
+        torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.85
+    )  # 0.90: the library rounds worse than others
 
 
 @pytest.mark.parametrize(
