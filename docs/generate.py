@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import msgspec
-import polyquant
+from generate_backends import backend_page, backends_index, markdown
+from generate_reference import command_line_page, hooks_page, python_page, records_page
 from polyquant.candidates import DENSE
 from polyquant.cli.show import card_cells, size
 from polyquant.comparison.records import Result
 from polyquant.types import BackendInfo
-
-from generate_backends import backend_page, backends_index, markdown
-from generate_reference import command_line_page, hooks_page, python_page, records_page
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- backends:", "<!-- end of backends -->"
@@ -63,10 +64,16 @@ def page_of(info: BackendInfo, results: dict[str, Result]) -> str:
     return backend_page(info, markdown(MEASURES, rows) if rows else "", conditions(results))
 
 
+@cache
 def ours() -> list[BackendInfo]:
-    """The backends of this repository, as their cards have them, whatever runs on this machine."""
-    registry = polyquant.api.registry()
-    return [registry.info(name) for name in registry.names() if (ROOT / "plugins" / name / "pyproject.toml").exists()]
+    """The cards of this repository's backends, read from its folders, whatever is installed and runs here."""
+    cards = []
+    for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
+        points = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["entry-points"]["polyquant.backends"]
+        module, _, name = points[path.parent.name].partition(":")
+        sys.path.insert(0, str(path.parent / "src"))
+        cards.append(getattr(importlib.import_module(module), name).backend_info())
+    return cards
 
 
 def with_table(readme: str) -> str:

@@ -88,10 +88,13 @@ def first_sentence(thing: Any) -> str:
 def command_line_page() -> str:
     """Every command with its arguments and options, as `--help` has them."""
     root = typer.main.get_command(build(None))
-    parts = ["# Command line", HEAD, "Every command has `--help`; with `--backend NAME` it shows that backend's options "
-             "too, which are on the [backends' pages](../backends/index.md). `polyquant --install-completion` completes "
-             "commands, options, backends and candidates. Exit codes: 0 fine, 1 the check or the work failed, 2 wrong "
-             "use, 130 interrupted."]  # fmt: skip
+    parts = [
+        "# Command line",
+        HEAD,
+        "Every command has `--help`; with `--backend NAME` it shows that backend's options too, which are on the "
+        "[backends' pages](../backends/index.md). `polyquant --install-completion` completes commands, options, "
+        "backends and candidates. Exit codes: 0 fine, 1 the check or the work failed, 2 wrong use, 130 interrupted.",
+    ]
     shared = {option.opts[0]: option for option in root.commands["load"].params
               if getattr(option, "rich_help_panel", None) == "How to load"}  # fmt: skip
     for name, command in root.commands.items():
