@@ -2,9 +2,9 @@
 
 python docs/examples/adapters.py [--adapter DIR] [--checkpoints DIR]
 
-Trains 30 steps on captain.jsonl with bitsandbytes NF4, unless DIR holds an adapter already. KL and top-1 against base and
-adapter on the text that comes with polyquant (2 windows of llamacpp-512, 510 positions), and beside them those of the
-bases alone, which differ whatever is put on them.
+Trains 30 steps on captain.jsonl with bitsandbytes NF4, unless DIR holds an adapter already. KL and top-1 against base
+and adapter on the text that comes with polyquant (2 windows of llamacpp-512, 510 positions), and beside them those of
+the bases alone, which differ whatever is put on them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peft import PeftModel
 from polyquant.generation import logits_of, stream
 from polyquant.hf import load_dense, load_tokenizer
 from polyquant.models.resolve import resolve
-from polyquant.quality.metrics import Comparison
+from polyquant.quality.metrics import Tally
 from polyquant.quality.stored import scored
 from polyquant.quality.windows import Window, cut, preset_named
 from polyquant.texts import evaluation_text
@@ -88,10 +88,10 @@ def logits(model: Any, windows: list[Window]) -> tuple[list[Any], list[Any]]:
 
 def far(reference: list[Any], candidate: list[Any], windows: list[Window]) -> list[str]:
     """Mean KL(reference || candidate) in nats with its standard error, and how often both put the same token first."""
-    comparison = Comparison()
+    tally = Tally()
     for window, wanted, given in zip(windows, reference, candidate, strict=True):
-        comparison.add(wanted.log_softmax(-1), given, torch.tensor(window.tokens[window.first_scored :]))
-    quality = comparison.result("llamacpp-512", storage_error=0.0)
+        tally.add(wanted.log_softmax(-1), given, torch.tensor(window.tokens[window.first_scored :]))
+    quality = tally.result("llamacpp-512", storage_error=0.0)
     return [f"{quality.kl_mean:.4f} ± {quality.kl_standard_error:.4f}", f"{quality.top1:.1%}"]
 
 

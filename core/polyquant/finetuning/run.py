@@ -66,7 +66,8 @@ def finetune(
         examples=len(learned), versions=this_machine(("peft",)).versions,
     )  # fmt: skip
     own_mapped_tensors(loaded.model, loaded.request.source.checkpoint_bytes)
-    base = backend.prepare_for_training(loaded)
+    with quiet_libraries():
+        base = backend.prepare_for_training(loaded)
     if options.dora:
         require_dora(base, targets, backend.name)
     processes = PartialState(cpu=loaded.request.device == "cpu")
