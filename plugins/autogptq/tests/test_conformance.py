@@ -1,4 +1,6 @@
-"""The conformance suite, in the environment that the card pins. Floors: measured on SmolLM2-135M, in brackets."""
+"""The conformance suite, in the environment that the card pins. Floors: measured on SmolLM2-135M, beside them.
+
+int4: 0.307, 0.688, calibrated with the packaged prose. int8 was not measured on the real model."""
 
 from typing import ClassVar
 
