@@ -101,6 +101,8 @@ def rowwise(rowwise_package, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(source))
         patch.syspath_prepend(str(site))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "polyquant_rowwise"]:
+            patch.delitem(sys.modules, name)  # that of another test, from another folder
         polyquant.api.registry.cache_clear()
         yield os.pathsep.join((str(site), str(source)))
     polyquant.api.registry.cache_clear()

@@ -61,6 +61,8 @@ def isolated_rowwise(tmp_path_factory):
         patch.setenv("PIP_NO_INDEX", "1")
         patch.setenv("PIP_FIND_LINKS", str(links))
         patch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip's way to say that there is to be none
+        for name in [name for name in sys.modules if name.partition(".")[0] == "polyquant_rowwise"]:
+            patch.delitem(sys.modules, name)  # that of another test, from another folder
         polyquant.api.registry.cache_clear()
         yield os.pathsep.join((str(site), str(source / "src")))
     polyquant.api.registry.cache_clear()

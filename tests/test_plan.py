@@ -45,9 +45,11 @@ def test_bytes_of_a_layer_have_their_parts():
 def test_large_models_are_planned_in_little_memory(run_python, name):
     """How long it takes is measured in `nox -s bench`."""
     code = f"""
-import resource, polyquant
-plan = polyquant.plan({str(CONFIGS / name)!r} + '.json', 'bitsandbytes', memory='1TiB')
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, plan.weights_dense_bytes)
+import polyquant
+from polyquant.memory.peak import measure_peak
+with measure_peak() as peak:
+    plan = polyquant.plan({str(CONFIGS / name)!r} + '.json', 'bitsandbytes', memory='1TiB')
+print(peak.peak_bytes, plan.weights_dense_bytes)
 """
     result = run_python(code=code)
     assert result.returncode == 0, result.stderr
