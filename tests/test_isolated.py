@@ -47,8 +47,8 @@ def test_the_doctor_and_the_command_line_know_it(environment, run_python, isolat
     variables = {**os.environ, "PYTHONPATH": isolated_rowwise}
     said = run_python("doctor", "rowwise", "--device", "cpu", env=variables)
     assert f"runs in environment {environment.name}" in " ".join(said.stdout.split()), said.stdout + said.stderr
-    (listed,) = json.loads(run_python("env", "list", "--json", env=variables).stdout)
-    assert (listed["state"], listed["folder"]) == ("created", str(environment.folder))
+    listed = json.loads(run_python("env", "list", "--json", env=variables).stdout)
+    assert [each["state"] for each in listed if each["folder"] == str(environment.folder)] == ["created"]
     assert run_python("env", "path", "rowwise", env=variables).stdout.strip() == str(environment.folder)
     wrong = run_python("env", "create", "gguf", env=variables)
     assert (wrong.returncode, "gguf needs no environment of its own" in wrong.stderr) == (2, True)
