@@ -176,7 +176,8 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Write what the docs derive from the code, then build the site into build/site, strictly."""
     session.install("-c", "constraints.txt", *GROUPS["docs"])
-    session.install("--no-deps", "-e", str(ROOT))
+    packages = (word for path in (ROOT, *PLUGINS.values()) for word in ("-e", str(path)))
+    session.install("--no-deps", *packages)  # cards and hooks are all that is read of them: no torch, no libraries
     session.run("python", "docs/generate.py", *session.posargs)
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     session.chdir("docs/site")  # mkdocstrings finds its extension from here
