@@ -28,6 +28,12 @@ NOT_RUN = {
     ("README.md", "python -m nox -s tests"): "is what runs this",
     ("authors/index.md", "pip install 'polyquant[testing]'"): "installs from an index",
     ("authors/index.md", "polyquant check-backend acme"): "needs acme installed; test_authoring.py does all of it",
+    ("how-to/index.md", "pip install polyquant-autoawq"): "installs from an index",
+    (
+        "how-to/index.md",
+        "polyquant env create autoawq",
+    ): "installs from an index; test_isolated.py makes an environment",
+    ("how-to/index.md", "polyquant compare builtin:smollm2 -c awq"): "needs that; test_isolated.py has cells in one",
     ("how-to/cluster.md", "pip install 'polyquant[ray]'"): "installs from an index",
     ("how-to/cluster.md", "polyquant compare MODEL -c bitsandbytes:nf4 -c hqq:int4"): "needs a cluster's address; "
     "test_cluster.py runs it on one of this machine",
