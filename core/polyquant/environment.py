@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -47,9 +48,10 @@ def quiet_imports() -> Iterator[None]:
 def contained() -> Iterator[None]:
     """What a library changes of the process in the block is put back, and what it prints is dropped.
 
-    For libraries that set environment variables, the root logger and warning filters when they are imported or used.
+    For libraries that set environment variables, the root logger, warning filters and torch's use of TF32 when they
+    are imported or used.
     """
-    variables, state = dict(os.environ), random.getstate()
+    variables, state, precision = dict(os.environ), random.getstate(), _precision()
     root, level, handlers = logging.root, logging.root.level, logging.root.handlers[:]
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -64,8 +66,19 @@ def contained() -> Iterator[None]:
                 del os.environ[name]
             os.environ.update(variables)
             random.setstate(state)
+            if "torch" in sys.modules:
+                backends = sys.modules["torch"].backends
+                backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = precision
             root.setLevel(level)
             root.handlers[:] = handlers
+
+
+def _precision() -> tuple[bool, bool]:
+    """Whether torch's convolutions and matrix products may use TF32; its defaults where it is not imported yet."""
+    if "torch" not in sys.modules:
+        return True, False
+    backends = sys.modules["torch"].backends
+    return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
 
 
 def installed_version(distribution: str) -> str | None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from polyquant.environment import contained
 
-precision = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 with contained():
     from auto_gptq import BaseQuantizeConfig
     from auto_gptq.modeling import _base as base
     from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
     from auto_gptq.nn_modules.qlinear import qlinear_cuda, qlinear_cuda_old
 
-torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = precision
 PLAIN, ORDERED = qlinear_cuda_old.QuantLinear, qlinear_cuda.QuantLinear
 """The library's layers: without and with columns in an order of their own. On a CPU both unpack in each pass."""
 
