@@ -14,6 +14,7 @@ import polyquant
 import psutil
 import pytest
 from filelock import FileLock
+from polyquant.candidates import Candidate
 from polyquant.comparison.run import FILE, Watcher
 from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, ModelError
 from polyquant.testing.models import tiny_model
@@ -67,7 +68,7 @@ def test_every_candidate_is_a_row(finished, model):
     assert rowwise.memory.weights_stored_bytes == rowwise.stored_bytes < dense.stored_bytes
     assert rowwise.speed.generated_tokens_per_second.mean > 0
     assert "ModelError" in absent.reason
-    assert {"loading", "verifying", "quality 1/2", "speed"} <= set(seen.steps) | {"quality 1/2"}
+    assert {"loading", "verifying", "quality 1/2", "speed"} <= set(seen.steps)
     assert comparison.setting.model == model
     assert polyquant.read_comparison(out) == comparison
     assert not list((out / "work").iterdir()), "nothing of finished processes is left"
@@ -90,6 +91,14 @@ def test_finished_cells_are_not_measured_again(finished, model):
     more = polyquant.compare(model, ["rowwise:int8", "dense:bfloat16"], out=out, watcher=seen, **QUICK)
     assert seen.measured == ["dense:bfloat16"]
     assert more.rows[0] == comparison.rows[1]
+
+
+def test_two_names_of_one_thing_are_one_row_and_it_is_said(finished, model):
+    comparison, out, _ = finished
+    twin = Candidate("other name", "rowwise", comparison.rows[1].candidate.options)
+    again = polyquant.compare(model, ["rowwise:int8", twin], out=out, **QUICK)
+    assert [row.candidate.name for row in again.rows] == ["rowwise:int8"]
+    assert "other name asks for the same as rowwise:int8: one row" in again.notes
 
 
 def test_a_cell_file_that_was_changed_is_measured_again(finished, model):
@@ -234,6 +243,7 @@ def test_a_cell_that_takes_too_long_is_stopped(model, tmp_path):
 
 RUN = """
 import sys, polyquant
+from polyquant.candidates import Candidate
 from polyquant.comparison.run import Watcher
 class Told(Watcher):
     def finished(self, row): print("measured", row.candidate.name, flush=True)

@@ -19,6 +19,7 @@ from polyquant.finetuning import adapter, data, state
 from polyquant.finetuning.options import Card, TrainingOptions
 from polyquant.machine import this_machine
 from polyquant.quality import stored
+from polyquant.quality.index import Stored, stored_in
 from polyquant.quality.windows import Window
 from polyquant.testing.models import tiny_model
 from safetensors.torch import save
@@ -147,7 +148,7 @@ def test_half_written_checkpoints(tmp_path, content, weights, name):
 
 
 INDEX = plain(
-    stored.Stored(key="k", preset="llamacpp-512", windows=[Window((1, 2, 3), 1)], vocabulary=4, storage_error=0.0)
+    Stored(key="k", preset="llamacpp-512", windows=[Window((1, 2, 3), 1)], vocabulary=4, storage_error=0.0)
 )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_reference_indexes(tmp_path, content):
     )  # fmt: skip
     with guarded(tmp_path, len(content)):
         assert reference.is_stored(job) in (True, False)
-        index = stored.stored_in(tmp_path, "k")
+        index = stored_in(tmp_path, "k")
         if index is not None:
             for read, rows in stored.read(tmp_path, index):
                 assert rows.shape == (read.scored, index.vocabulary)
@@ -186,7 +187,7 @@ def test_reference_windows(tmp_path, shapes, change, hold):
     if change:
         content = hold.draw(damaged(st.just(content)))
     (tmp_path / "window-00000.safetensors").write_bytes(content)
-    index = msgspec.convert(INDEX, stored.Stored)
+    index = msgspec.convert(INDEX, Stored)
     with guarded(tmp_path, len(content)):
         ((_, rows),) = stored.read(tmp_path, index)
         assert rows.shape == (2, 4)

@@ -8,6 +8,7 @@ from polyquant.comparison.quality import measure_quality
 from polyquant.comparison.reference import reference
 from polyquant.models.resolve import resolve
 from polyquant.quality import stored
+from polyquant.quality.index import stored_in
 from polyquant.texts import evaluation_text
 
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -47,7 +48,7 @@ def test_perplexity_and_kl_agree_with_llama_cpp(tmp_path, plain_kernels):
     (path,) = made.glob("*.gguf")
     ours = measure_quality(polyquant.load(path, "gguf", device="cpu"), folder, key)
     kl, likelihoods = [], []
-    for window, dense in stored.read(folder, stored.stored_in(folder, key)):
+    for window, dense in stored.read(folder, stored_in(folder, key)):
         rows = log_softmax(raw_logits(path, window.tokens))[window.first_scored - 1 : len(window.tokens) - 1]
         exact = torch.exp(dense).double().numpy()
         kl.append((exact * (dense.double().numpy() - rows)).sum(axis=-1))

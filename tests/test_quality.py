@@ -8,6 +8,7 @@ import torch
 from polyquant.calibration import LEAST_TOKENS, token_windows
 from polyquant.errors import ConfigError, ModelError
 from polyquant.quality import stored
+from polyquant.quality.index import INDEX, stored_in
 from polyquant.quality.metrics import Tally
 from polyquant.quality.windows import PRESETS, cut, preset_named
 from polyquant.speed import measure_speed
@@ -108,9 +109,9 @@ def test_the_reference_against_itself_is_zero(reference):
 
 def test_a_stored_reference_is_found_by_its_key_and_damage_is_said(reference):
     folder, index, _ = reference
-    assert stored.stored_in(folder, "key") == index
-    assert stored.stored_in(folder, "another") is None
-    assert stored.stored_in(folder / "nowhere", "key") is None
+    assert stored_in(folder, "key") == index
+    assert stored_in(folder, "another") is None
+    assert stored_in(folder / "nowhere", "key") is None
     victim = folder / "window-00001.safetensors"
     victim.write_bytes(victim.read_bytes()[:1000])
     with pytest.raises(ModelError, match="window-00001.safetensors is damaged"):
@@ -171,4 +172,4 @@ def test_texts_are_there_and_calibration_is_cut_from_its_own():
 
 
 def test_records_are_read_back_as_they_were_written(reference):
-    assert json.loads((reference[0] / stored.INDEX).read_text())["storage_error"] < 1e-6
+    assert json.loads((reference[0] / INDEX).read_text())["storage_error"] < 1e-6

@@ -51,15 +51,22 @@ def parse(text: str, card: Callable[[str], BackendInfo]) -> Candidate:
             raise ConfigError(f"{text!r}: name the backend that is to read the checkpoint, as in gptq@{model}:{rest}")
         return Candidate(name=text, backend="", model=model)
     info = card(backend)
+    return Candidate(name=text, backend=backend, options=options_of(info, preset, given, strict=False), model=model)
+
+
+def options_of(info: BackendInfo, preset: str, given: Mapping[str, object], *, strict: bool = True) -> dict[str, Any]:
+    """The options of a backend's preset, if one is named, with those given on top; strict: see `convert`.
+
+    Raises ConfigError for a preset that it does not have, and for options that are not allowed.
+    """
     if preset and preset not in info.presets:
         known = ", ".join(info.presets) or "none"
         raise ConfigError(
-            f"{backend} has no preset {preset!r}; there are {known}.{did_you_mean(preset, info.presets)} "
+            f"{info.name} has no preset {preset!r}; there are {known}.{did_you_mean(preset, info.presets)} "
             "Options are written as name=value"
         )
-    typed = convert(info.options, given, strict=False)
-    options = {**info.presets.get(preset, {}), **{name: getattr(typed, name) for name in given}}
-    return Candidate(name=text, backend=backend, options=options, model=model)
+    typed = convert(info.options, given, strict=strict)
+    return {**info.presets.get(preset, {}), **{name: getattr(typed, name) for name in given}}
 
 
 def presets_of(info: BackendInfo) -> list[Candidate]:

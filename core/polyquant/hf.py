@@ -14,7 +14,7 @@ from polyquant import compat
 from polyquant.environment import available_devices
 from polyquant.errors import ModelError, OutOfMemory
 from polyquant.loaded import LoadedModel
-from polyquant.options import Dtype
+from polyquant.options import BackendOptions, Dtype
 from polyquant.request import LoadRequest, ModelSource
 
 
@@ -101,6 +101,12 @@ def _load_dense(source: ModelSource, dtype: Dtype) -> Any:
     with compat.progress_bars(enabled=False):
         arguments = compat.dtype_argument(getattr(torch, dtype))
         return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments).eval()
+
+
+def as_loaded(model: Any, source: ModelSource, dtype: Dtype) -> LoadedModel:
+    """A dense model of `source` with its tokenizer, in the form that backends give theirs."""
+    config = BackendOptions(compute_dtype=dtype)
+    return LoadedModel(model=model, tokenizer=load_tokenizer(source), config=config, kernel="torch")
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

@@ -7,8 +7,6 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
-
 from polyquant.environment import installed_version
 from polyquant.types import Record
 
@@ -29,6 +27,8 @@ class Machine(Record, frozen=True):
 
 def this_machine(libraries: Iterable[str] = ()) -> Machine:
     """This machine, with the versions of polyquant's own libraries and of `libraries` that are installed."""
+    import psutil
+
     names = dict.fromkeys((*CORE_LIBRARIES, *libraries))
     versions = {name: version for name in names if (version := installed_version(name))}
     return Machine(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from polyquant import compat, hf
@@ -77,6 +79,44 @@ def own_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Te
     for name, tensor in read_tensors(source):
         if name not in tied and not any(re.search(pattern, name) for pattern in patterns):
             yield name, tensor
+
+
+def read_layers(
+    request: LoadRequest,
+    dtype: Dtype,
+    names: Sequence[str],
+    make: Callable[[str, Any, dict[str, torch.Tensor]], Any],
+    *,
+    owner: Callable[[str], str] = str,
+    check: Callable[[str, torch.Tensor], None] | None = None,
+) -> Any:
+    """The model of a checkpoint, on its device: the modules `names` made of their packed tensors, the rest in `dtype`.
+
+    make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place.
+    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. check: called with the name
+    and tensor of everything else. Raises ModelError, with the checkpoint's name, where `make` does.
+    """
+    source, wanted = request.source, getattr(torch, dtype)
+    model = empty_causal_lm(request, dtype)
+    quantized, dense = set(names), dict[str, torch.Tensor]()
+    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in own_tensors(model, source):
+        home = owner(name.rpartition(".")[0])
+        if home in quantized:
+            layers[home][name.removeprefix(f"{home}.")] = tensor
+            continue
+        if check is not None:
+            check(name, tensor)
+        dense[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+    for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
+        try:
+            layer = make(name, model.get_submodule(name), layers.pop(name, {}))
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {error}") from error
+        model.set_submodule(name, layer)
+    fill(model, dense, source)
+    place(model, request)
+    return model
 
 
 def packed_modules(source: ModelSource, parts: tuple[str, ...]) -> set[str]:

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
 from typing import NamedTuple
+
+from polyquant.errors import PolyquantError
 
 SHOWN_LINES = 12  # of what a failed process said last
 STEP = "[step] "  # begins the lines in which a child says what it is doing
@@ -41,12 +44,12 @@ def run_logged(
 ) -> Ended:  # fmt: skip
     """`python -m module arguments`, what it prints in `log`; it should call `end_with_parent` first.
 
-    tell: called with each step that the child says (see `say`) while it runs. environment: variables set for it.
+    tell: called with each step that the child says (see `say`), in order. environment: variables set for it.
     interpreter: of another environment, with the import path it has; None: this one's, with this one's.
     After `limit_seconds`, where `stop` is set, and where this process is interrupted, the child is killed with all
     that it has started. Raises Stopped for `stop`.
     """
-    started, told = monotonic(), ""
+    started, heard = monotonic(), 0
     own_path = {"PYTHONPATH": import_path()} if interpreter is None else {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
     command = [sys.executable] if interpreter is None else [str(interpreter), "-P"]
     with log.open("wb") as file:
@@ -64,17 +67,16 @@ def run_logged(
                     child.wait(POLL_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    step = _last_step(log)
-                    if step and step != told:
-                        told = step
-                        tell(step)
+                    heard = _tell_steps(log, heard, tell)
                     if stop is not None and stop.is_set():
                         raise Stopped from None
                     if monotonic() - started > limit_seconds:
                         break
+            _tell_steps(log, heard, tell)
         finally:
             in_time = child.poll() is not None
-            _kill_group(child)
+            kill_group(child)
+            child.wait()
             if child.stdin is not None:
                 child.stdin.close()
     return Ended(child.returncode if in_time else None, last_lines(log), monotonic() - started)
@@ -96,6 +98,16 @@ def end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+def run_as_child(main: Callable[[], None]) -> None:
+    """`main` in a child of `run_logged`: where it raises an error of polyquant's, that is the last thing it says."""
+    end_with_parent()
+    try:
+        main()
+    except PolyquantError as problem:
+        print(problem)
+        sys.exit(problem.exit_code)
 
 
 def say(step: str) -> None:
@@ -121,20 +133,19 @@ def last_lines(log: Path) -> str:
     return "\n".join(said[-SHOWN_LINES:])
 
 
-def _last_step(log: Path) -> str:
+def _tell_steps(log: Path, start: int, tell: Callable[[str], None]) -> int:
+    """Tell the steps said in whole lines after `start`, a byte of the log; returns where the next one begins."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 20000))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line.removeprefix(STEP) for line in reversed(lines) if line.startswith(STEP)), "")
+        file.seek(start)
+        said = file.read()
+    whole = said[: said.rfind(b"\n") + 1]
+    for line in whole.decode(errors="replace").splitlines():
+        if line.startswith(STEP):
+            tell(line.removeprefix(STEP))
+    return start + len(whole)
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    """The child and what it has started, where they still run."""
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(child.pid, signal.SIGKILL)
-        else:
-            child.kill()
-    except (ProcessLookupError, PermissionError):
-        pass  # all of them have ended
-    child.wait()
+def kill_group(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child that leads a session of its own, and what it has started, where they still run."""
+    with suppress(ProcessLookupError, PermissionError):  # all of them have ended
+        os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()

@@ -13,7 +13,7 @@ import typer
 
 import polyquant
 from polyquant import api
-from polyquant.candidates import Candidate, presets_of
+from polyquant.candidates import Candidate, options_of, presets_of
 from polyquant.cli.arguments import Json
 from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError, EnvironmentProblem
@@ -127,12 +127,8 @@ def _candidate(entry: str | dict[str, Any]) -> str | Candidate:
     model, name = str(entry.pop("model", "")), str(entry.pop("name", ""))
     if not backend:
         raise ConfigError(f"a candidate in the file names no backend: {entry}")
-    info = api.registry().info(backend)
-    if preset and preset not in info.presets:
-        raise ConfigError(f"{backend} has no preset {preset!r}; there are {', '.join(info.presets) or 'none'}")
-    options = msgspec.structs.asdict(convert(info.options, entry))
-    given = {**info.presets.get(preset, {}), **{key: options[key] for key in entry}}
+    options = options_of(api.registry().info(backend), preset, entry)
     label = name or f"{backend}:" + ",".join(
         [preset] * bool(preset) + [f"{key}={value}" for key, value in entry.items()]
     )
-    return Candidate(name=label, backend=backend, options=given, model=model)
+    return Candidate(name=label, backend=backend, options=options, model=model)

@@ -15,6 +15,7 @@ from polyquant.comparison.reference import ReferenceJob, reference_job
 from polyquant.errors import BackendFailed, ConfigError
 from polyquant.files import write_atomically
 from polyquant.processes import explain, run_logged
+from polyquant.quality.index import INDEX
 from polyquant.request import ModelSource
 from polyquant.types import UNREADABLE
 
@@ -22,13 +23,11 @@ from polyquant.types import UNREADABLE
 def chosen_reference(source: ModelSource, text: str, options: CompareOptions, notes: list[str]) -> ReferenceJob:
     """The job of the reference that `options` name; what the report should say of it goes to `notes`."""
     folder = Path(options.reference).expanduser()
-    if (folder / "reference.json").is_file():
+    if (folder / INDEX).is_file():
         try:
-            stored = msgspec.json.decode((folder / "reference.json").read_bytes(), type=dict[str, Any])
+            stored = msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, Any])
         except UNREADABLE as error:
-            raise ConfigError(
-                f"{folder / 'reference.json'} is damaged ({error}); measure the reference again"
-            ) from error
+            raise ConfigError(f"{folder / INDEX} is damaged ({error}); measure the reference again") from error
         if stored.get("preset") != options.preset:
             raise ConfigError(
                 f"{folder} holds a reference of the preset {stored.get('preset')}, and {options.preset} is asked for; "

@@ -17,7 +17,6 @@ from polyquant.comparison.records import Job, Result
 from polyquant.files import write_atomically
 from polyquant.loaded import LoadedModel
 from polyquant.machine import this_machine
-from polyquant.options import BackendOptions
 from polyquant.processes import end_with_parent, say
 from polyquant.speed import measure_speed
 
@@ -89,9 +88,7 @@ def _dense(job: Job, measured: dict[str, Any]) -> LoadedModel:
         "load_seconds": perf_counter() - started, "compute_dtype": dtype, "kernel": "torch",
         "device": model.device.type, "stored_bytes": stored_bytes(model),
     }  # fmt: skip
-    return LoadedModel(
-        model=model, tokenizer=hf.load_tokenizer(source), config=BackendOptions(compute_dtype=dtype), kernel="torch"
-    )
+    return hf.as_loaded(model, source, dtype)
 
 
 def verified(loaded: LoadedModel) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 
 from polyquant import api
-from polyquant.errors import PolyquantError
-from polyquant.processes import end_with_parent, say
+from polyquant.processes import run_as_child, say
 from polyquant.types import Record
 
 
@@ -27,15 +26,10 @@ class Making(Record, frozen=True):
 
 def main() -> None:
     """Quantize; the checkpoint is there as a whole or not at all."""
-    end_with_parent()
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Making)
     say("quantizing")
     api.quantize(job.model, job.backend, job.out, device=job.device, overwrite=True, **job.options)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PolyquantError as problem:
-        print(problem)
-        sys.exit(problem.exit_code)
+    run_as_child(main)

@@ -17,6 +17,7 @@ from polyquant.errors import ConfigError
 from polyquant.files import atomic_folder
 from polyquant.models.builtin import cache_folder
 from polyquant.models.resolve import resolve
+from polyquant.quality.index import INDEX
 
 RETRIES = 3  # of a cell whose node or worker died
 WAIT_SECONDS = 1.0
@@ -95,7 +96,7 @@ def _measure(task: str, files: Mapping[str, bytes] | None) -> bytes:
     asked = msgspec.json.decode(task, type=Task)
     if files is not None:
         folder = cache_folder() / "references" / asked.job.reference_key
-        if not (folder / "reference.json").is_file():
+        if not (folder / INDEX).is_file():
             with atomic_folder(folder, overwrite=True) as partial:
                 for name, content in files.items():
                     (partial / name).write_bytes(content)

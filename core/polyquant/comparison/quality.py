@@ -10,6 +10,7 @@ import torch
 from polyquant.errors import PolyquantError
 from polyquant.loaded import LoadedModel
 from polyquant.quality import stored
+from polyquant.quality.index import stored_in
 from polyquant.quality.metrics import Tally
 from polyquant.quality.records import Quality
 
@@ -22,7 +23,7 @@ def measure_quality(loaded: LoadedModel, folder: Path, key: str, advance: Advanc
     advance: called with how many windows are done, of how many. Raises PolyquantError where the reference is not
     there, ModelError where the model's tokenizer is another one.
     """
-    index = stored.stored_in(folder, key)
+    index = stored_in(folder, key)
     if index is None:
         raise PolyquantError(f"{folder} holds no reference with the key {key}; measure the reference again")
     stored.require_same_tokens(index, loaded.tokenizer.convert_ids_to_tokens)

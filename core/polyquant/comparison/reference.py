@@ -18,10 +18,11 @@ from polyquant.machine import this_machine
 from polyquant.models.builtin import cache_folder
 from polyquant.models.hashing import content_hash
 from polyquant.models.resolve import resolve
-from polyquant.processes import end_with_parent, say
+from polyquant.processes import run_as_child, say
+from polyquant.quality.index import stored_in
 from polyquant.quality.windows import cut, preset_named
 from polyquant.request import ModelSource
-from polyquant.types import UNREADABLE, Record
+from polyquant.types import Record
 
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
@@ -77,12 +78,8 @@ def reference_job(
 
 
 def is_stored(job: ReferenceJob) -> bool:
-    """Whether it has been computed already. Reads its index as JSON, without torch."""
-    index = Path(job.folder) / "reference.json"
-    try:
-        return bool(msgspec.json.decode(index.read_bytes())["key"] == job.key)
-    except (OSError, KeyError, TypeError, *UNREADABLE):
-        return False
+    """Whether it has been computed already."""
+    return stored_in(Path(job.folder), job.key) is not None
 
 
 def compute(job: ReferenceJob, advance: Callable[[int], None] | None = None) -> None:
@@ -100,31 +97,20 @@ def compute(job: ReferenceJob, advance: Callable[[int], None] | None = None) -> 
 
 def _loaded(job: ReferenceJob) -> LoadedModel:
     from polyquant import api, hf
-    from polyquant.loaded import LoadedModel
-    from polyquant.options import BackendOptions
 
     candidate = job.candidate
     if candidate.backend != DENSE:
         backend = candidate.backend or None
         return api.load(candidate.model or job.model, backend, device=job.device, **candidate.options)
     source, dtype = resolve(job.model), candidate.options["compute_dtype"]
-    model = hf.load_dense(source, dtype, job.device)
-    config = BackendOptions(compute_dtype=dtype)
-    return LoadedModel(model=model, tokenizer=hf.load_tokenizer(source), config=config, kernel="torch")
+    return hf.as_loaded(hf.load_dense(source, dtype, job.device), source, dtype)
 
 
 def main() -> None:
     """Compute the job's reference, and say how far it is."""
-    end_with_parent()
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ReferenceJob)
     compute(job, lambda done: say(f"reference, window {done}"))
 
 
 if __name__ == "__main__":
-    from polyquant.errors import PolyquantError
-
-    try:
-        main()
-    except PolyquantError as problem:
-        print(problem)
-        sys.exit(problem.exit_code)
+    run_as_child(main)

@@ -18,7 +18,7 @@ from polyquant.comparison.measure import Task
 from polyquant.comparison.options import CompareOptions, command_line
 from polyquant.comparison.records import Comparison, Part, Result, Row, Setting
 from polyquant.comparison.reference import is_stored
-from polyquant.comparison.store import cell_path, merged, read_cell, write_cell
+from polyquant.comparison.store import cell_path, comparisons_folder, merged, read_cell, write_cell
 from polyquant.environment import installed_version
 from polyquant.errors import ComparisonBusy, ConfigError, SaveError
 from polyquant.files import write_atomically
@@ -71,7 +71,7 @@ def compare(
 def default_folder(source: ModelSource) -> Path:
     """Where comparisons of a model are kept unless told otherwise: in the cache, by name and content."""
     name = "".join(letter if letter.isalnum() else "-" for letter in source.name.rpartition("/")[2])
-    return builtin.cache_folder() / "comparisons" / f"{name}-{content_hash(source)[:8]}"
+    return comparisons_folder() / f"{name}-{content_hash(source)[:8]}"
 
 
 def _compare(
@@ -87,8 +87,12 @@ def _compare(
         preset=options.preset, text=text_name, windows=options.windows, reference=options.reference,
         tasks=options.tasks,
     )  # fmt: skip
-    rows, tasks = {}, []
+    rows: dict[str, Row] = {}
+    tasks = []
     for plan in plans:
+        if plan.key in rows:
+            notes.append(f"{plan.candidate.name} asks for the same as {rows[plan.key].candidate.name}: one row")
+            continue
         found = read_cell(cell_path(out, plan.key))
         notes += [found.note] if found.note else []
         result = plan.refused or found.result

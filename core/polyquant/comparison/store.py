@@ -14,6 +14,7 @@ from polyquant.candidates import Candidate
 from polyquant.comparison.records import Job, Result
 from polyquant.files import write_atomically
 from polyquant.machine import Machine
+from polyquant.models.builtin import cache_folder
 from polyquant.types import UNREADABLE, Record
 
 
@@ -39,6 +40,11 @@ def cell_key(candidate: Candidate, job: Job, content: Mapping[str, str], machine
     asked = msgspec.json.encode({"options": candidate.options, "content": content}, order="deterministic")
     measured = (candidate.backend, job.device, job.reference_key, job.speed_limit_seconds)
     return hashlib.sha256(repr((asked, measured, software, hardware)).encode()).hexdigest()[:24]
+
+
+def comparisons_folder() -> Path:
+    """Where comparisons are kept that were not told another folder: one for each model."""
+    return cache_folder() / "comparisons"
 
 
 def cell_path(folder: Path, key: str) -> Path:

@@ -13,7 +13,6 @@ from polyquant.isolated.environments import Environment
 from polyquant.isolated.installing import Step
 from polyquant.types import Record
 
-PINS = "pins.txt"
 PASSED_ON = ("index-url", "extra-index-url", "find-links", "constraint")
 """pip's options of which uv is told; pip itself reads its PIP_* variables and its configuration."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import msgspec
 
@@ -29,6 +27,9 @@ def arguments_for(distribution: str) -> tuple[str, ...]:
         vcs = origin["vcs_info"]
         return (f"{found.name} @ {vcs['vcs']}+{url}@{vcs['commit_id']}",)
     if url.startswith("file:"):
+        from urllib.parse import urlparse
+        from urllib.request import url2pathname  # with http and ssl: listing backends needs none of it
+
         path = Path(url2pathname(urlparse(url).path))
         if not path.exists():
             return (version,)

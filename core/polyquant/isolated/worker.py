@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from threading import Lock, RLock, Thread, Timer
 from typing import IO, Any
 
@@ -18,7 +16,7 @@ from polyquant.environment import installed_version
 from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem, PolyquantError
 from polyquant.isolated import protocol
 from polyquant.isolated.environments import Environment
-from polyquant.processes import SHOWN_LINES, explain
+from polyquant.processes import SHOWN_LINES, explain, kill_group
 
 START_SECONDS = 180  # until a worker has said its first word; it has imported no library by then
 END_SECONDS = 10
@@ -107,7 +105,7 @@ class Worker:
 
     def _greet(self) -> None:
         environment, ours = self.environment, installed_version("polyquant")
-        timer = Timer(START_SECONDS, _kill, (self._process,))
+        timer = Timer(START_SECONDS, kill_group, (self._process,))
         timer.daemon = True
         timer.start()
         try:
@@ -227,19 +225,14 @@ def _pump(pipe: IO[bytes], said: deque[bytes], shown: bool) -> None:
 def _reap(process: subprocess.Popen[bytes]) -> None:
     """When a worker ends, end what it has started: that may hold its pipes open."""
     process.wait()
-    _kill(process)
+    kill_group(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Close a worker's input, which ends it, and see to it."""
     if process.stdin is not None:
         process.stdin.close()
-    _kill(process)
+    kill_group(process)
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # all of them have ended
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
+from polyquant.errors import ConfigError
 from polyquant.memory.roles import REASONS, SKIPPED, TIED
 from polyquant.options import BackendOptions
 from polyquant.types import LayerPlan, WeightInfo
@@ -32,6 +33,17 @@ def is_skipped(weight: WeightInfo, config: BackendOptions) -> bool:
 def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:
     """Whether a backend that replaces nn.Linear modules takes it: Conv1D, fused experts and embeddings are none."""
     return weight.role in ("linear", "head") and "Linear" in weight.module and not is_skipped(weight, config)
+
+
+def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> None:
+    """Raises ConfigError where experts are fused into one tensor that is to be quantized."""
+    for weight in weights:
+        if weight.role == "experts" and not is_skipped(weight, config):
+            module = weight.name.rpartition(".")[0]
+            raise ConfigError(
+                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized; "
+                f"keep them dense with skip=({module.rpartition('.')[2]!r},)"
+            )
 
 
 def plan_linears(

@@ -13,6 +13,7 @@ from polyquant.models import builtin, checks
 from polyquant.models.gguf_header import read_header
 from polyquant.models.gguf_types import FLOAT_DTYPES
 from polyquant.models.headers import StoredTensor, read_hub_repository, read_safetensors
+from polyquant.models.resolve import refusal
 from polyquant.request import ModelSource
 
 HUB_FILES = ["config.json", "*.py", "quantize_config.json", "quant_config.json"]
@@ -113,12 +114,8 @@ def _of_hub(name: str, revision: str | None) -> Outline:
             ]
             paths = [Path(huggingface_hub.hf_hub_download(name, file, revision=revision)) for file in small]
             tensors = read_hub_repository(name, revision, info)
-    except errors.HFValidationError as error:
-        raise ModelError(f"{name!r} is neither a file, a folder nor a hub name (owner/name): {error}") from error
-    except errors.GatedRepoError as error:
-        raise ModelError(f"{name} is gated: accept its terms on the hub, then run: hf auth login") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"{name}: no such folder here and no such repository on the hub ({error})") from error
+    except (errors.HFValidationError, errors.RepositoryNotFoundError) as error:
+        raise refusal(name, error) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         return _of_cached_repository(name, revision, error)
     except Exception as error:

@@ -67,12 +67,8 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, progress: boo
             folder = huggingface_hub.snapshot_download(
                 name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
             )
-    except errors.HFValidationError as error:
-        raise ModelError(f"{name!r} is neither a file, a folder nor a hub name (owner/name): {error}") from error
-    except errors.GatedRepoError as error:
-        raise ModelError(f"{name} is gated: accept its terms on the hub, then run: hf auth login") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"{name}: no such folder here and no such repository on the hub ({error})") from error
+    except (errors.HFValidationError, errors.RepositoryNotFoundError) as error:
+        raise refusal(name, error) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise ModelError(
             f"{name}: no such folder here, not in the hub's cache, and the hub cannot be reached "
@@ -80,3 +76,14 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, progress: boo
             "give a local folder or a .gguf file, try builtin:smollm2, or unset HF_HUB_OFFLINE and check the network"
         ) from error
     return checks.check_folder(Path(folder), name, allow_pickle=allow_pickle)
+
+
+def refusal(name: str, error: Exception) -> ModelError:
+    """What a HFValidationError or RepositoryNotFoundError of the hub means for the user."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return ModelError(f"{name!r} is neither a file, a folder nor a hub name (owner/name): {error}")
+    if isinstance(error, errors.GatedRepoError):
+        return ModelError(f"{name} is gated: accept its terms on the hub, then run: hf auth login")
+    return ModelError(f"{name}: no such folder here and no such repository on the hub ({error})")

@@ -85,7 +85,7 @@ def recommend(
     comparisons: folder of comparisons measured on this machine; None: polyquant's own. What is not measured is ordered
         by published figures. Nothing that `doctor` refuses is recommended.
     """
-    from polyquant.planning.measured import default_folder
+    from polyquant.comparison.store import comparisons_folder
     from polyquant.planning.recommend import choose, require
 
     require(goal, needs)
@@ -93,4 +93,4 @@ def recommend(
         model, None, context=context, batch=batch, device=device, memory=memory, revision=revision,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return choose(found, goal, needs, Path(comparisons) if comparisons is not None else default_folder())
+    return choose(found, goal, needs, Path(comparisons) if comparisons is not None else comparisons_folder())

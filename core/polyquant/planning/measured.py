@@ -12,7 +12,6 @@ from polyquant.candidates import Candidate
 from polyquant.comparison.records import Comparison, Result
 from polyquant.comparison.store import read_cell
 from polyquant.machine import this_machine
-from polyquant.models.builtin import cache_folder
 from polyquant.types import UNREADABLE
 
 
@@ -29,11 +28,6 @@ class Measured(NamedTuple):
     def folder(self) -> str:
         """The name of the comparison's folder."""
         return (self.path.parent.parent if self.path.parent.name == "cells" else self.path.parent).name
-
-
-def default_folder() -> Path:
-    """Where comparisons are kept that were not told another folder."""
-    return cache_folder() / "comparisons"
 
 
 def read_results(folder: Path) -> list[Measured]:

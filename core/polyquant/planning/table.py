@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from polyquant import api, checkpoints
@@ -115,8 +115,3 @@ def _place(row: Row) -> tuple[Any, ...]:
     if plan is None:
         return (ORDER.index(row.status), 0, 0, row.candidate.name)
     return (ORDER.index(row.status), *published(plan).order, plan.needed_bytes, row.candidate.name)
-
-
-def named(rows: Sequence[Row]) -> dict[str, Row]:
-    """Rows by the name of their candidate."""
-    return {row.candidate.name: row for row in rows}

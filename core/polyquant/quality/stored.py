@@ -7,32 +7,19 @@ the mean of KL(stored || exact) is 5e-10. Imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
 from polyquant.errors import ModelError
 from polyquant.files import atomic_folder
+from polyquant.quality.index import INDEX, Stored
 from polyquant.quality.windows import Window
-from polyquant.types import UNREADABLE, Record
 
 STEPS = 2**16 - 1
-INDEX = "reference.json"
-
-
-class Stored(Record, frozen=True):
-    """What a folder of stored log-probabilities holds."""
-
-    key: str  # hash of the model, the tokens and the preset
-    preset: str
-    windows: list[Window]
-    vocabulary: int
-    storage_error: float  # mean KL(stored || exact), nats
-    spelled: Mapping[int, str] = {}  # each token of the windows as the reference's tokenizer spells it
 
 
 def store(
@@ -72,22 +59,6 @@ def store(
         )  # fmt: skip
         (partial / INDEX).write_text(index.to_json())
     return index
-
-
-def index_of(folder: Path) -> Stored | None:
-    """What `folder` holds; None where there is nothing that can be read."""
-    try:
-        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=Stored)
-    except (OSError, *UNREADABLE):
-        return None
-    true = all(1 <= window.first_scored <= len(window.tokens) for window in index.windows)
-    return index if true else None
-
-
-def stored_in(folder: Path, key: str) -> Stored | None:
-    """What `folder` holds; None where it is absent, unreadable or of another key."""
-    index = index_of(folder)
-    return index if index and index.key == key else None
 
 
 def require_same_tokens(index: Stored, spell: Callable[[list[int]], list[str | None]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.options import resolved_dtype
-from polyquant.request import LoadRequest
-from tqdm import tqdm
+from polyquant.request import LoadRequest, ModelSource
 
 from polyquant_aqlm._layers import TENSORS, chosen_kernel, linear_from_tensors
 from polyquant_aqlm.kernels import LOOKUP
@@ -45,36 +43,21 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
 def _read(request: LoadRequest, config: AqlmOptions, kernel: str) -> Any:
     source, wanted = request.source, resolved_dtype(config)
-    dtype = getattr(torch, wanted)
     weights = list_weights(hf.skeleton(source, wanted, trust_remote_code=request.trust_remote_code))
     names = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
-    model = packed.empty_causal_lm(request, wanted)
-    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.own_tensors(model, source):
-        module, _, short = name.rpartition(".")
-        layers[module][short] = tensor
-    _require_expected(layers, names, source.name)
-    for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
-        try:
-            linear = linear_from_tensors(name, model.get_submodule(name), config, dtype, layers.pop(name, {}), kernel)
-        except ModelError as error:
-            raise ModelError(f"{source.name}: {error}") from error
-        model.set_submodule(name, linear)
-    dense = {
-        f"{module}.{short}" if module else short: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for module, tensors in layers.items()
-        for short, tensor in tensors.items()
-    }
-    packed.fill(model, dense, source)
-    packed.place(model, request)
-    return model
+    _require_expected(source, names)
+
+    def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        return linear_from_tensors(name, module, config, getattr(torch, wanted), tensors, kernel)
+
+    return packed.read_layers(request, wanted, names, make)
 
 
-def _require_expected(layers: dict[str, dict[str, torch.Tensor]], names: list[str], source: str) -> None:
+def _require_expected(source: ModelSource, names: list[str]) -> None:
     """Raises ModelError for codes of a module that the checkpoint's config, or the architecture, keeps dense."""
-    astray = sorted({name for name, tensors in layers.items() if set(TENSORS) & set(tensors)} - set(names))
+    astray = sorted(packed.packed_modules(source, tuple(TENSORS)) - set(names))
     if astray:
         raise ModelError(
-            f"{source}: {len(astray)} modules have codes, and should be dense by the checkpoint's config or the "
+            f"{source.name}: {len(astray)} modules have codes, and should be dense by the checkpoint's config or the "
             f"model's architecture: {', '.join(astray[:3])}"
         )

@@ -5,19 +5,16 @@ transformers 5.23 unpacks autobitlinear weights while loading, and compiles the 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from polyquant import hf, packed
-from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
-from tqdm import tqdm
 
 from polyquant_bitnet._layers import linear_from_tensors
 from polyquant_bitnet.modules import FLOAT, INT8
@@ -58,23 +55,9 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
 
 def _read(request: LoadRequest, config: BitnetOptions, names: list[str]) -> Any:
-    source, dtype = request.source, getattr(torch, resolved_dtype(config))
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
-    quantized, dense = set(names), dict[str, torch.Tensor]()
-    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.own_tensors(model, source):
-        module, _, short = name.rpartition(".")
-        home = module.removesuffix(".rms_norm")
-        if home in quantized:
-            layers[home][short if home == module else f"rms_norm.{short}"] = tensor
-        else:
-            dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
-        try:
-            linear = linear_from_tensors(name, model.get_submodule(name), config, dtype, layers.pop(name, {}))
-        except ModelError as error:
-            raise ModelError(f"{source.name}: {error}") from error
-        model.set_submodule(name, linear)
-    packed.fill(model, dense, source)
-    packed.place(model, request)
-    return model
+    dtype = resolved_dtype(config)
+
+    def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        return linear_from_tensors(name, module, config, getattr(torch, dtype), tensors)
+
+    return packed.read_layers(request, dtype, names, make, owner=lambda module: module.removesuffix(".rms_norm"))

@@ -6,7 +6,6 @@ weights padded to 128 rows).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -92,22 +91,12 @@ def _quantize(request: LoadRequest, config: FouroversixOptions, names: list[str]
 
 
 def _read(request: LoadRequest, config: FouroversixOptions, names: list[str]) -> Any:
-    source, dtype = request.source, getattr(torch, resolved_dtype(config))
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
-    quantized, dense = set(names), dict[str, torch.Tensor]()
-    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.own_tensors(model, source):
-        module, _, short = name.rpartition(".")
-        if module in quantized:
-            layers[module][short] = tensor
-        else:
-            dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
+    dtype = resolved_dtype(config)
+
+    def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> FouroversixLinear:
         try:
-            linear = linear_from_tensors(model.get_submodule(name), config, dtype, layers.pop(name))
+            return linear_from_tensors(module, config, getattr(torch, dtype), tensors)
         except ModelError as error:
-            raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
-        model.set_submodule(name, linear)
-    packed.fill(model, dense, source)
-    packed.place(model, request)
-    return model
+            raise ModelError(f"{name} cannot be read: {error}") from error
+
+    return packed.read_layers(request, dtype, names, make)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from polyquant.errors import ConfigError
-from polyquant.memory.planned import is_skipped, plan_linears
+from polyquant.memory.planned import plan_linears, refuse_experts
 from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_fouroversix.formats import BLOCK, padded
@@ -23,13 +22,7 @@ AMAX_BYTES = 4
 
 def plan_layers(weights: Sequence[WeightInfo], config: FouroversixOptions) -> list[LayerPlan]:
     """Raises ConfigError where experts are fused into one tensor."""
-    for weight in weights:
-        if weight.role == "experts" and not is_skipped(weight, config):
-            module = weight.name.rpartition(".")[0]
-            raise ConfigError(
-                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized; "
-                f"keep them dense with skip=({module.rpartition('.')[2]!r},)"
-            )
+    refuse_experts(weights, config)
     return plan_linears(weights, config, config.dtype, lambda weight: quantized_bytes(weight, config))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -77,24 +76,13 @@ def _quantize(request: LoadRequest, config: Fp8Options, names: list[str]) -> Any
 
 
 def _read(request: LoadRequest, config: Fp8Options, names: list[str]) -> Any:
-    source, dtype = request.source, getattr(torch, resolved_dtype(config))
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
-    quantized, dense = set(names), dict[str, torch.Tensor]()
-    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.own_tensors(model, source):
-        module, _, short = name.rpartition(".")
-        if module in quantized:
-            layers[module][short] = tensor
-        elif tensor.element_size() == 1 and tensor.is_floating_point():
-            raise ModelError(f"{source.name}: {name} is {tensor.dtype}, and has no weight_scale_inv beside it")
-        else:
-            dense[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
-        try:
-            linear = linear_from_tensors(name, model.get_submodule(name), config, dtype, layers.pop(name))
-        except ModelError as error:
-            raise ModelError(f"{source.name}: {error}") from error
-        model.set_submodule(name, linear)
-    packed.fill(model, dense, source)
-    packed.place(model, request)
-    return model
+    dtype = resolved_dtype(config)
+
+    def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        return linear_from_tensors(name, module, config, getattr(torch, dtype), tensors)
+
+    def check(name: str, tensor: torch.Tensor) -> None:
+        if tensor.element_size() == 1 and tensor.is_floating_point():
+            raise ModelError(f"{request.source.name}: {name} is {tensor.dtype}, and has no weight_scale_inv beside it")
+
+    return packed.read_layers(request, dtype, names, make, check=check)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.errors import ConfigError
-from polyquant.memory.planned import is_skipped, plan_linears
+from polyquant.memory.planned import plan_linears, refuse_experts
 from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_fp8.options import Fp8Options
@@ -16,13 +15,7 @@ SCHEME = "fp8-e4m3"
 
 def plan_layers(weights: Sequence[WeightInfo], config: Fp8Options) -> list[LayerPlan]:
     """Raises ConfigError where experts are fused into one tensor."""
-    for weight in weights:
-        if weight.role == "experts" and not is_skipped(weight, config):
-            module = weight.name.rpartition(".")[0]
-            raise ConfigError(
-                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized; "
-                f"keep them dense with skip=({module.rpartition('.')[2]!r},)"
-            )
+    refuse_experts(weights, config)
     return plan_linears(weights, config, SCHEME, lambda weight: quantized_bytes(weight, config))
 
 
