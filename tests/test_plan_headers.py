@@ -136,6 +136,7 @@ def hub(tmp_path):
 def ask(hub, tmp_path, run_python):
     env = {
         **os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
         "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*",
     }  # fmt: skip
     return lambda *arguments, **more: run_python("plan", *arguments, env={**env, **more})

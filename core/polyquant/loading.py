@@ -39,10 +39,10 @@ def load(
     source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
 ) -> LoadedModel:
     """Load `source` with `backend`; `given` are the options as the user wrote them, `config` the same, checked."""
-    from polyquant.memory.returned import returning_freed_memory
+    from polyquant.memory.returned import freeing_at_once
 
     request, effective, notes = prepare(source, backend, config, given, how)
-    with returning_freed_memory() if request.device == "cpu" else nullcontext():
+    with freeing_at_once() if request.device == "cpu" else nullcontext():
         loaded = backend.load(request, effective)
     loaded.requested = config
     loaded.notes[:0] = notes

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import accelerate
 import msgspec
+import psutil
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
@@ -26,6 +27,7 @@ from polyquant import compat, hf
 from polyquant.errors import ConfigError, ModelError, PlacementError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
+from polyquant.models.headers import read_safetensors, tensor_starts
 from polyquant.options import BackendOptions, Dtype
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
@@ -65,11 +67,34 @@ def single_device(request: LoadRequest) -> str:
 
 
 def read_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor in the safetensors files of `source`, one at a time, on the CPU."""
+    """(name, tensor) of every tensor in the safetensors files of `source`, one at a time, on the CPU.
+
+    In memory of their own where that leaves as much free. Views of one mapped file keep all of its pages that were read
+    resident for as long as one of them lives, beside what the others were made into.
+    """
+    views = source.checkpoint_bytes > psutil.virtual_memory().available / 2
     for name in source.weight_files:
-        with safe_open(source.path / name, framework="pt", device="cpu") as file:
-            for key in file.keys():  # noqa: SIM118  not a mapping
-                yield key, file.get_tensor(key)
+        yield from (_views if views else _copies)(source.path / name)
+
+
+def _views(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for key in file.keys():  # noqa: SIM118  not a mapping
+            yield key, file.get_tensor(key)
+
+
+def _copies(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    starts = tensor_starts(path)
+    with path.open("rb") as file:
+        for key, stored in read_safetensors(path).items():
+            dtype = getattr(torch, stored.dtype, None)
+            if dtype is None:
+                raise ModelError(f"{path.name}: {key} is {stored.dtype}, for which torch has no dtype")
+            tensor = torch.empty(stored.shape, dtype=dtype)
+            file.seek(starts[key])
+            if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != stored.nbytes:
+                raise ModelError(f"{path.name} ended while {key} was read; fetch or write it again")
+            yield key, tensor
 
 
 def own_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:

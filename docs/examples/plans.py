@@ -1,6 +1,6 @@
-"""Plans against measurement: every installed backend's presets on the real model, each in a process of its own.
+"""Plans against measurement: every installed backend's presets on a model, each in a process of its own.
 
-python docs/examples/plans.py [--checkpoints DIR] [BACKEND ...]
+python docs/examples/plans.py [--model MODEL] [--checkpoints DIR] [BACKEND ...]
 
 Prints a Markdown table of planned against measured stored bytes, load peak and run peak. Presets of backends that
 quantize offline need their checkpoints in DIR, as docs/examples/measure.py leaves them.
@@ -17,7 +17,7 @@ from pathlib import Path
 import polyquant
 from polyquant.candidates import parse, presets_of
 
-MODEL, CONTEXT = "builtin:smollm2", 32  # about what a verification runs
+CONTEXT = 32  # tokens; about what a verification runs
 STORED, PEAK = 0.01, 0.10  # what the plan is held to
 HEADINGS = ("candidate", "stored: planned", "measured", "off", "load peak: planned", "measured", "off",
             "run peak: planned", "measured", "off")  # fmt: skip
@@ -26,6 +26,7 @@ HEADINGS = ("candidate", "stored: planned", "measured", "off", "load peak: plann
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backends", nargs="*", help="all that run here where left out")
+    parser.add_argument("--model", default="builtin:smollm2", help="a dense one")
     parser.add_argument("--checkpoints", type=Path, default=Path.home() / ".cache" / "polyquant" / "quantized")
     parser.add_argument("--one", nargs=2, metavar=("CANDIDATE", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> None:
             if not info.capabilities.on_the_fly and not made.exists():
                 print(f"| {candidate.name} | no checkpoint at {made.name} |", flush=True)
                 continue
-            own = MODEL if info.capabilities.on_the_fly else str(made)
+            own = arguments.model if info.capabilities.on_the_fly else str(made)
             command = [sys.executable, __file__, "--one", candidate.name, own]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)
             last = (ended.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -52,7 +53,10 @@ def main() -> None:
 def compared(name: str, model: str) -> list[tuple[int, int]]:
     """(planned, measured) of stored bytes, load peak and run peak, planned and measured in this process."""
     candidate = parse(name, lambda backend: polyquant.backend(backend).info)
-    options = dict(candidate.options) if model == MODEL else {}
+    on_the_fly = polyquant.backend(candidate.backend).info.capabilities.on_the_fly
+    options: dict[str, object] = dict(candidate.options) if on_the_fly else {}
+    if hasattr(polyquant.backend(candidate.backend).config({}), "n_ctx"):
+        options["n_ctx"] = CONTEXT  # it makes room for its whole context while it loads: the one that is planned
     planned = polyquant.plan(model, candidate.backend, device="cpu", context=CONTEXT, **options)
     report = polyquant.verify(polyquant.load(model, candidate.backend, device="cpu", **options))
     memory = report.memory

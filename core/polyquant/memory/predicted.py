@@ -12,10 +12,9 @@ from polyquant.memory.planned import DTYPE_BYTES
 from polyquant.options import Dtype
 from polyquant.types import Capabilities, LayerPlan
 
-SAME_LAYOUT = 0.01  # a quantized checkpoint whose size is this near the plan's is mapped as it is, not repacked
 TOKENIZER_BYTES = 13_000_000  # what a load adds beside weights: tokenizer and modules, measured on SmolLM2
 
-RUN_BYTES = 110_000_000  # kernels and workspaces that torch takes when it first computes; 70 to 190 MB were measured
+RUN_BYTES = 60_000_000  # kernels and workspaces that torch takes when it first computes; 30 to 190 MB were measured
 
 
 class Weights(NamedTuple):
@@ -23,8 +22,9 @@ class Weights(NamedTuple):
 
     planned: int  # all of them, after loading
     file: int  # of the checkpoint that a load reads
-    copied: int  # what is made anew in memory; the rest stays mapped from the file
+    copied: int  # what is made anew in memory beside the mapped file
     largest_dense: int  # the largest tensor that is quantized, in the compute dtype
+    tensorwise: bool = False  # the file's tensors are read one by one into memory of their own, and nothing is mapped
     own_runtime: bool = False  # not torch's: it maps the file, and makes room for the context while it loads
 
 
@@ -50,24 +50,24 @@ def weights_of(
 ) -> Weights:
     """What the peaks of a load are made of.
 
-    Made anew are the tensors that are quantized or repacked, and the dense ones whose dtype changes; the others stay in
-    the pages of the mapped file. A dense checkpoint of a backend that does not quantize while loading stands for the
-    quantized one that it makes first.
+    A quantized checkpoint is read tensor by tensor (`polyquant.packed`). Of a dense one, which is mapped, tensors that
+    are quantized are made anew, and the dense ones whose dtype changes; the others stay in the file's pages. A dense
+    checkpoint of a backend that does not quantize while loading stands for the quantized one that it makes first.
     """
     planned = sum(plan.stored_bytes for plan in plans)
     quantized = sum(plan.stored_bytes for plan in plans if plan.quantized)
     dense, file = planned - quantized, checkpoint.nbytes
     if not checkpoint.quantized and not capabilities.on_the_fly:
         file = quantized + dense * DTYPE_BYTES.get(checkpoint.dtype, 2) // DTYPE_BYTES[compute_dtype]
-    as_it_is = (checkpoint.quantized or not capabilities.on_the_fly) and abs(file - planned) <= SAME_LAYOUT * planned
+    tensorwise = capabilities.torch_module and (checkpoint.quantized or not capabilities.on_the_fly)
+    mapped = capabilities.torch_module and not tensorwise
     largest = max((prod(plan.shape) for plan in plans if plan.quantized), default=0)
     return Weights(
         planned=planned,
         file=file,
+        tensorwise=tensorwise,
         own_runtime=not capabilities.torch_module,
-        copied=0
-        if as_it_is or not capabilities.torch_module
-        else quantized + (dense if checkpoint.dtype != compute_dtype else 0),
+        copied=quantized + (dense if checkpoint.dtype != compute_dtype else 0) if mapped else 0,
         largest_dense=largest * DTYPE_BYTES[compute_dtype] if capabilities.torch_module else 0,
     )
 
@@ -75,9 +75,11 @@ def weights_of(
 def predict(device: str, process: int, weights: Weights, kv_cache: int, activations: int) -> Peaks:
     """Peaks of one load and one run.
 
-    CPU, as the process's resident set: the checkpoint is mapped, and its pages become resident as they are read;
+    CPU, as the process's resident set. A dense checkpoint is mapped, and its pages become resident as they are read;
     beside them lie the tensors that are made anew. Those pages stay while a dense tensor lies in the file; all but its
-    own are the system's to take back. Elsewhere, as the allocator's peak: the weights, with one dense layer at a time.
+    own are the system's to take back. Of a quantized one there is at a time what the file has or what it becomes, a
+    layer both; where memory is short, a load maps it too, and what exceeds its tensors can be taken back.
+    Elsewhere, as the allocator's peak: the weights, with one dense layer at a time.
     Running adds the cache, the activations, a dense copy of one layer, and what torch takes when it first computes.
     """
     if device.partition(":")[0] != "cpu":
@@ -85,12 +87,12 @@ def predict(device: str, process: int, weights: Weights, kv_cache: int, activati
         run = weights.planned + kv_cache + activations + weights.largest_dense
         return Peaks(load, run, 0, max(load, run))
     held = process + TOKENIZER_BYTES
-    load = held + weights.file + weights.copied
+    load = held + (max(weights.file, weights.planned) if weights.tensorwise else weights.file + weights.copied)
     reclaimable = max(0, weights.file - (weights.planned - weights.copied))
     run = held + weights.planned + RUN_BYTES + kv_cache + activations + weights.largest_dense
     if weights.own_runtime:
         return Peaks(run, run, 0, run)
-    staying = reclaimable if weights.copied < weights.planned else 0
+    staying = reclaimable if not weights.tensorwise and weights.copied < weights.planned else 0
     return Peaks(load, run + staying, reclaimable, max(load - reclaimable, run))
 
 

@@ -23,7 +23,9 @@ DTYPE_BITS = {
 }  # fmt: skip
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
 }  # fmt: skip
 LENGTH_BYTES = 8
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own
@@ -45,6 +47,19 @@ class _Entry(msgspec.Struct):
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a local file, from its header alone. Raises ModelError for a header that lies."""
+    entries, start = _read_entries(path)
+    rows = {name: (entry.dtype, entry.shape, entry.data_offsets) for name, entry in entries.items()}
+    return checked(path.name, rows, path.stat().st_size - start)
+
+
+def tensor_starts(path: Path) -> dict[str, int]:
+    """Where each tensor of a local file begins, in bytes. Raises ModelError where the header cannot be read."""
+    entries, start = _read_entries(path)
+    return {name: start + entry.data_offsets[0] for name, entry in entries.items()}
+
+
+def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
+    """The entries of a header as they stand, and the byte after it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -58,8 +73,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         }
     except UNREADABLE as error:
         raise ModelError(f"{path.name}: its header is not readable JSON ({error}); fetch or write it again") from error
-    rows = {name: (entry.dtype, entry.shape, entry.data_offsets) for name, entry in entries.items()}
-    return checked(path.name, rows, size - LENGTH_BYTES - length)
+    return entries, LENGTH_BYTES + length
 
 
 def checked(

@@ -24,14 +24,13 @@ class PlannedModel:
     def __init__(
         self, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, as_gguf: bool = False
     ) -> None:
-        from polyquant import hf  # noqa: F401 - what every load imports, before the process is weighed
-
-        self.process_bytes = bare_bytes()
         self.outline: Outline = outline(model, revision=revision, as_gguf=as_gguf)
         self.name = self.outline.source.name
         self._trust = trust_remote_code
         self._weights: dict[Dtype, list[WeightInfo]] = {}
         self._contexts: dict[tuple[int, int], Context | None] = {}
+        self.weights("bfloat16")  # imports the model's code, as every load does, before the process is weighed
+        self.process_bytes = bare_bytes()
 
     def skeleton(self, dtype: Dtype) -> Any:
         """Its modules on the meta device; a new one at each call."""

@@ -23,9 +23,9 @@ COMPILES = "the first token waits a second or two: numba compiles its kernel the
 
 def load(request: LoadRequest, config: AqlmOptions) -> LoadedModel:
     kernel = chosen_kernel(config, request.device)
+    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     model = _read(request, config, kernel)
     model.config.quantization_config = config.stored()
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     notes = [COMPILES] if kernel == LOOKUP else []
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel, notes=notes)
 

@@ -22,6 +22,7 @@ from polyquant_auto_round.planning import plan_layers
 
 def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = packed.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
     quantized = packed.packed_modules(source, ("qweight", "qzeros", "scales"))
@@ -39,7 +40,6 @@ def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     model.config.quantization_config = config.stored()
     if not is_fast(config.bits):
         notes.append(_slow(config.bits))
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     kernel = _kernels.name(config.bits)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel, notes=notes)
 

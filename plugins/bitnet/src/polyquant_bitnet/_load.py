@@ -35,10 +35,10 @@ def load(request: LoadRequest, config: BitnetOptions) -> LoadedModel:
         notes = [ONLINE]
     else:
         notes = [SCALED_BIAS] if biases and config.linear_class == "autobitlinear" else []
+    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     model = _read(request, config, names)
     config = msgspec.structs.replace(config, quantization_mode="offline")
     model.config.quantization_config = config.stored()
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     kernel = INT8 if request.device == "cpu" else FLOAT
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel, notes=notes)
 

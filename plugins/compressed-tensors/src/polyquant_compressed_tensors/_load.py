@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,21 @@ from polyquant_compressed_tensors.stored import OWN, own_fields, plain_format
 
 
 def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
-    source, stored = request.source, request.source.stored_quantization
-    dtype = getattr(torch, resolved_dtype(config))
-    config = config.with_kernel(torch.device(request.device).type, resolved_dtype(config))
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
-    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.own_tensors(model, source):
-        layers[name.rpartition(".")[0]][name.rpartition(".")[2]] = tensor
-    plain = plain_format(stored)
-    for name in quantized_modules(list_weights(model), config):
-        try:
-            layer = packed_linear(model.get_submodule(name), config, dtype, layers.pop(name, {}), plain=plain)
-        except ModelError as error:
-            raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
-        fits = uses_int4pack((layer.out_features, layer.in_features), config)
-        model.set_submodule(name, Int4PackLinear(layer) if fits else layer)
-    dense = {
-        f"{name}.{key}": tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensors in layers.items()
-        for key, tensor in tensors.items()
-    }
-    packed.fill(model, dense, source)
-    packed.place(model, request)
-    model.config.quantization_config = {**stored, OWN: own_fields(msgspec.structs.asdict(config))}
+    source, wanted = request.source, resolved_dtype(config)
+    config = config.with_kernel(torch.device(request.device).type, wanted)
+    plain = plain_format(source.stored_quantization)
     tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+
+    def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        try:
+            layer = packed_linear(module, config, getattr(torch, wanted), tensors, plain=plain)
+        except ModelError as error:
+            raise ModelError(f"{name} cannot be read: {error}") from error
+        return Int4PackLinear(layer) if uses_int4pack((layer.out_features, layer.in_features), config) else layer
+
+    weights = list_weights(hf.skeleton(source, wanted, trust_remote_code=request.trust_remote_code))
+    model = packed.read_layers(request, wanted, quantized_modules(weights, config), make)
+    model.config.quantization_config = {**source.stored_quantization, OWN: own_fields(msgspec.structs.asdict(config))}
     kernels = dict.fromkeys(module.kernel for module in model.modules() if isinstance(module, PackedLinear))
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=" and ".join(kernels))
 

@@ -31,6 +31,7 @@ CODES = STORED_NAMES["weight"]
 
 def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
     source = request.source
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=request.trust_remote_code))
     notes: list[str] = []
     if source.stored_quantization:
@@ -39,7 +40,6 @@ def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
     else:
         model = _quantize(request, config, _names(weights, config))
     model.config.quantization_config = config.stored(_dense(weights, config))
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel(config), notes=notes)
 
 

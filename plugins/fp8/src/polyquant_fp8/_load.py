@@ -26,6 +26,7 @@ ACTIVATIONS = "activations stay in {}: the checkpoint asks for {} FP8 activation
 
 def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
     wanted: Dtype = resolved_dtype(config)
+    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     weights = list_weights(hf.skeleton(request.source, wanted, trust_remote_code=request.trust_remote_code))
     if request.source.stored_quantization:
         stored = packed.packed_modules(request.source, ("weight_scale_inv",))
@@ -35,7 +36,6 @@ def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
     else:
         model, notes = _quantize(request, config, _names(weights, config)), []
     model.config.quantization_config = config.stored()
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=KERNEL, notes=notes)
 
 

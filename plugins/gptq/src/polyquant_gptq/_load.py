@@ -28,6 +28,7 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 def load(request: LoadRequest, config: GptqOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = packed.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
     quantized = packed.packed_modules(source, PARTS)
@@ -52,7 +53,6 @@ def load(request: LoadRequest, config: GptqOptions) -> LoadedModel:
             for name in quantized:
                 settle(model.get_submodule(name), dtype)
     model.config.quantization_config = config.stored()
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     named = ", ".join(sorted({f"gptqmodel {type(model.get_submodule(name)).__name__}" for name in quantized}))
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=named, notes=notes)
 

@@ -15,7 +15,6 @@ from optimum.quanto.library.extensions import get_extension
 from polyquant import hf, packed
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
-from polyquant.memory.returned import returning_freed_memory
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
 from polyquant.types import Problem
@@ -42,8 +41,7 @@ def load(request: LoadRequest, config: QuantoOptions) -> LoadedModel:
     if request.source.stored_quantization:
         model = _read(request, config)
     else:
-        with returning_freed_memory():
-            model = hf.load_causal_lm(request, resolved_dtype(config), config.native())
+        model = hf.load_causal_lm(request, resolved_dtype(config), config.native())
     make_safe(model)
     if config.weights == "int2":
         notes.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,26 @@ from polyquant_quark.planning import quantized_modules
 
 
 def load(request: LoadRequest, config: QuarkOptions) -> LoadedModel:
-    source, stored = request.source, request.source.stored_quantization
-    dtype = getattr(torch, resolved_dtype(config))
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
-    weights = list_weights(model)
-    config, notes = packed.with_stored_skips(config, weights, packed.packed_modules(source, ("weight_scale",)), source)
-    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.own_tensors(model, source):
-        layers[name.rpartition(".")[0]][name.rpartition(".")[2]] = tensor
-    for name in quantized_modules(weights, config):
+    source, wanted = request.source, resolved_dtype(config)
+    stored = source.stored_quantization
+    packing = stored["export"].get("pack_method", "reorder")
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+
+    def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
         try:
-            packing = stored["export"].get("pack_method", "reorder")
-            layer = quark_linear(model.get_submodule(name), config, dtype, packing, layers.pop(name, {}))
+            return quark_linear(module, config, getattr(torch, wanted), packing, tensors)
         except ModelError as error:
-            raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
-        model.set_submodule(name, layer)
-    dense = {f"{name}.{key}": tensor for name, tensors in layers.items() for key, tensor in tensors.items()}
-    for name, tensor in dense.items():
+            raise ModelError(f"{name} cannot be read: {error}") from error
+
+    def check(name: str, tensor: torch.Tensor) -> None:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(f"{source.name}: {name} is {kind}, and there is no weight_scale beside it")
-    packed.fill(model, {name: tensor.to(dtype) for name, tensor in dense.items()}, source)
-    packed.place(model, request)
+
+    weights = list_weights(hf.skeleton(source, wanted, trust_remote_code=request.trust_remote_code))
+    config, notes = packed.with_stored_skips(config, weights, packed.packed_modules(source, ("weight_scale",)), source)
+    model = packed.read_layers(request, wanted, quantized_modules(weights, config), make, check=check)
     model.config.quantization_config = {**stored, "exclude": list(config.skip)}
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=KERNEL, notes=notes)
 
 

@@ -35,6 +35,7 @@ PATCHED = (
 def load(request: LoadRequest, config: SinqOptions) -> LoadedModel:
     source, stored = request.source, request.source.stored_quantization
     notes = [PATCHED] if getattr(sys.modules.get("sinq._autopatch"), "_ALREADY", False) else []
+    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = _read(request, config) if stored else _quantize(request, config)
     if stored and "skip_defaults" not in stored:  # by another tool, whose patterns are not polyquant's
         packed_layers = packed.packed_modules(source, ("W_q",))
@@ -45,7 +46,6 @@ def load(request: LoadRequest, config: SinqOptions) -> LoadedModel:
     plain, layers = rounded_plainly(model)
     if plain:
         notes.append(f"{plain} of {layers} layers have so heavy tails (kurtosis above 5) that sinq rounds them plainly")
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=KERNEL, notes=notes)
 
 

@@ -9,7 +9,6 @@ import torch
 from polyquant import hf
 from polyquant.errors import CheckpointConflict, UnsupportedOperation
 from polyquant.loaded import LoadedModel
-from polyquant.memory.returned import returning_freed_memory
 from polyquant.memory.weights import list_weights
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
@@ -29,8 +28,7 @@ def load(request: LoadRequest, config: TorchAoOptions) -> LoadedModel:
         _keep_saveable(model)
     else:
         plan_layers(list_weights(hf.skeleton(request.source, dtype, trust_remote_code=trusted)), config)
-        with returning_freed_memory():
-            model = hf.load_causal_lm(request, dtype, config.native())
+        model = hf.load_causal_lm(request, dtype, config.native())
     notes = []
     if config.weights == "int4":
         notes.append(
