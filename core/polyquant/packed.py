@@ -86,7 +86,7 @@ def _views(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _copies(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     starts = tensor_starts(path)
     with path.open("rb") as file:
-        for key, stored in read_safetensors(path).items():
+        for key, stored in sorted(read_safetensors(path).items()):  # the order of views
             dtype = getattr(torch, stored.dtype, None)
             if dtype is None:
                 raise ModelError(f"{path.name}: {key} is {stored.dtype}, for which torch has no dtype")
