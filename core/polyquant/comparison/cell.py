@@ -17,6 +17,7 @@ from polyquant.comparison.records import Job, Result
 from polyquant.files import write_atomically
 from polyquant.loaded import LoadedModel
 from polyquant.machine import this_machine
+from polyquant.memory.returned import freeing_at_once
 from polyquant.processes import end_with_parent, say
 from polyquant.speed import measure_speed
 
@@ -44,7 +45,9 @@ def run(job: Job, tell: Say = lambda step: None) -> Result:
         loaded = _load(job, measured)
         if job.backend != DENSE:
             tell("verifying")
-            measured |= verified(loaded)  # first: some kernels repack weights in their first forward pass
+            with freeing_at_once():
+                measured |= verified(loaded)  # first: some kernels repack weights in their first forward pass
+                _leave_files(loaded)
         for part in job.parts:
             _measure(part, loaded, job, measured, tell)
             measured["parts"] = (*measured.get("parts", ()), part)
@@ -105,6 +108,16 @@ def verified(loaded: LoadedModel) -> dict[str, Any]:
         "checks": tuple(report.checks),
         "notes": tuple(report.notes),
     }
+
+
+def _leave_files(loaded: LoadedModel) -> None:
+    """Let go of pages of the checkpoint's files that are in memory for a few dense tensors' sake."""
+    import torch
+
+    from polyquant.memory.mapped import own_mapped_tensors
+
+    if loaded.request is not None and isinstance(loaded.model, torch.nn.Module):
+        own_mapped_tensors(loaded.model, loaded.request.source.checkpoint_bytes)
 
 
 def _measure(part: str, loaded: LoadedModel, job: Job, measured: dict[str, Any], tell: Say) -> None:

@@ -9,12 +9,15 @@ import torch
 
 from polyquant.errors import PolyquantError
 from polyquant.loaded import LoadedModel
+from polyquant.memory.returned import freeing_at_once
 from polyquant.quality import stored
 from polyquant.quality.index import stored_in
 from polyquant.quality.metrics import Tally
 from polyquant.quality.records import Quality
 
 Advance = Callable[[int, int], None]
+
+LOGITS_BYTES = 8 * 1024 * 1024  # blocks of this size and more are logits, which come and go between what stays
 
 
 def measure_quality(loaded: LoadedModel, folder: Path, key: str, advance: Advance = lambda done, of: None) -> Quality:
@@ -28,8 +31,11 @@ def measure_quality(loaded: LoadedModel, folder: Path, key: str, advance: Advanc
         raise PolyquantError(f"{folder} holds no reference with the key {key}; measure the reference again")
     stored.require_same_tokens(index, loaded.tokenizer.convert_ids_to_tokens)
     tally = Tally()
-    for number, (window, reference) in enumerate(stored.read(folder, index)):
-        candidate = stored.scored(loaded.logits(window.tokens), window)
-        tally.add(reference, candidate.cpu(), torch.tensor(window.tokens[window.first_scored :]))
-        advance(number + 1, len(index.windows))
+    with freeing_at_once(LOGITS_BYTES):
+        for number, window in enumerate(index.windows):
+            candidate = stored.scored(loaded.logits(window.tokens), window).cpu()
+            targets = torch.tensor(window.tokens[window.first_scored :])
+            tally.add(stored.read_window(folder, index, number), candidate, targets)  # read when the model is done
+            del candidate
+            advance(number + 1, len(index.windows))
     return tally.result(index.preset, storage_error=index.storage_error)

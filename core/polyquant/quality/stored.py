@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from polyquant.errors import ModelError
 from polyquant.files import atomic_folder
 from polyquant.quality.index import INDEX, Stored
+from polyquant.quality.metrics import CHUNK_POSITIONS
 from polyquant.quality.windows import Window
 
 STEPS = 2**16 - 1
@@ -78,19 +79,24 @@ def require_same_tokens(index: Stored, spell: Callable[[list[int]], list[str | N
 
 
 def read(folder: Path, index: Stored) -> Iterator[tuple[Window, Any]]:
-    """(window, log-probabilities of its scored positions, float32), one window at a time. Raises ModelError."""
+    """(window, log-probabilities of its scored positions), one window at a time. Raises ModelError."""
     for number, window in enumerate(index.windows):
-        try:
-            tensors = load_file(folder / _name(number))
-            codes, low, step = tensors["codes"], tensors["low"], tensors["step"]
-            shapes = (tuple(codes.shape), tuple(low.shape), tuple(step.shape))
-            wanted = ((window.scored, index.vocabulary), (window.scored, 1), (window.scored, 1))
-            if shapes != wanted:  # multiplied as they are, they could take more memory than there is
-                raise ValueError(f"its tensors have the shapes {shapes}, {wanted} were expected")
-            rows = _restore(codes, low, step)
-        except Exception as error:
-            raise ModelError(f"{folder / _name(number)} is damaged ({error}); delete {folder}") from error
-        yield window, rows
+        yield window, read_window(folder, index, number)
+
+
+def read_window(folder: Path, index: Stored, number: int) -> Any:
+    """Log-probabilities of a window's scored positions, (positions, vocabulary), float32. Raises ModelError."""
+    window = index.windows[number]
+    try:
+        tensors = load_file(folder / _name(number))
+        codes, low, step = tensors["codes"], tensors["low"], tensors["step"]
+        shapes = (tuple(codes.shape), tuple(low.shape), tuple(step.shape))
+        wanted = ((window.scored, index.vocabulary), (window.scored, 1), (window.scored, 1))
+        if shapes != wanted:  # multiplied as they are, they could take more memory than there is
+            raise ValueError(f"its tensors have the shapes {shapes}, {wanted} were expected")
+        return _restore(codes, low, step)
+    except Exception as error:
+        raise ModelError(f"{folder / _name(number)} is damaged ({error}); delete {folder}") from error
 
 
 def scored(logits: Any, window: Window) -> Any:
@@ -99,8 +105,12 @@ def scored(logits: Any, window: Window) -> Any:
 
 
 def _restore(codes: Any, low: Any, step: Any) -> Any:
-    """Steps as log-probabilities that sum to one again."""
-    return torch.log_softmax(codes.to(torch.int32) * step + low, dim=-1)
+    """Steps as log-probabilities that sum to one again, some positions at a time."""
+    rows = torch.empty(codes.shape)
+    for start in range(0, len(codes), CHUNK_POSITIONS):
+        chunk = slice(start, start + CHUNK_POSITIONS)
+        rows[chunk] = torch.log_softmax(codes[chunk].to(torch.int32) * step[chunk] + low[chunk], dim=-1)
+    return rows
 
 
 def _name(number: int) -> str:
