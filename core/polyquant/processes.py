@@ -126,6 +126,12 @@ def explain(code: int | None, limit_seconds: float) -> str:
     return f"it was killed by signal {-code} ({name}){guess}"
 
 
+def account(ended: Ended, limit_seconds: float) -> str:
+    """Why a child failed: in a first line how it ended, and its last word where it chose to; then what it said last."""
+    last = ended.said.rpartition("\n")[2] if ended.code is not None and ended.code > 0 else ""
+    return f"{explain(ended.code, limit_seconds)}{f': {last}' if last else ''}; it said last:\n{ended.said}"
+
+
 def last_lines(log: Path) -> str:
     """What a log ends with, without the steps."""
     lines = log.read_bytes()[-20000:].decode(errors="replace").replace("\r", "\n").splitlines()

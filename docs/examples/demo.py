@@ -24,7 +24,7 @@ STEPS = 12
 BARS = "▁▂▃▄▅▆▇█"
 CANDIDATES = (
     "dense:float32", "bitsandbytes:nf4", "bitsandbytes:int8", "torchao:int8", "quanto:int4", "gguf:Q8_0",
-    "llama-cpp:Q4_K_M,requantize=true",
+    "llama-cpp:Q4_0,requantize=true",
 )  # fmt: skip
 DATA = Path(__file__).parent / "captain.jsonl"  # 48 questions, answered the way a sailor would
 CONFIGURATIONS = {

@@ -14,7 +14,7 @@ from polyquant.comparison.options import CompareOptions
 from polyquant.comparison.reference import ReferenceJob, reference_job
 from polyquant.errors import BackendFailed, ConfigError
 from polyquant.files import write_atomically
-from polyquant.processes import explain, run_logged
+from polyquant.processes import account, run_logged
 from polyquant.quality.index import INDEX
 from polyquant.request import ModelSource
 from polyquant.types import UNREADABLE
@@ -57,7 +57,7 @@ def compute_apart(reference: ReferenceJob, work: Path, options: CompareOptions, 
     if ended.code != 0:
         raise BackendFailed(
             f"the reference {options.reference} could not be computed: "
-            f"{explain(ended.code, options.timeout_seconds)}; it said last:\n{ended.said}\n"
+            f"{account(ended, options.timeout_seconds)}\n"
             "Where it does not fit, compare with another one: --reference dense:bfloat16, or a backend"
         )
     log.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from polyquant.comparison.checkpoint import Making
 from polyquant.comparison.records import Job, Result
 from polyquant.files import write_atomically
 from polyquant.isolated import cells
-from polyquant.processes import explain, run_logged
+from polyquant.processes import account, run_logged
 from polyquant.types import Record
 
 MADE = "seconds.json"  # beside a made checkpoint: what making it took
@@ -61,7 +61,7 @@ def measure(
         if result.status == "done":
             log.unlink(missing_ok=True)
         return msgspec.structs.replace(result, job=task.job, seconds=ended.seconds, quantize_seconds=seconds)
-    reason = f"{explain(ended.code, task.limit_seconds)}; it said last:\n{ended.said}"
+    reason = account(ended, task.limit_seconds)
     return Result(job=task.job, status="failed", reason=reason, seconds=ended.seconds, quantize_seconds=seconds)
 
 
@@ -84,7 +84,7 @@ def _make(
             )  # fmt: skip
             job_path.unlink(missing_ok=True)
             if ended.code != 0:
-                return None, f"quantizing: {explain(ended.code, task.limit_seconds)}; it said last:\n{ended.said}"
+                return None, f"quantizing: {account(ended, task.limit_seconds)}"
             log.unlink(missing_ok=True)
             write_atomically(took, f"{ended.seconds:.3f}\n")
         return float(took.read_text()), ""

@@ -84,6 +84,20 @@ def test_packed_weights_give_the_logits_of_their_numbers(tiny, kind):
     assert (found - expected).std() < 0.03 * expected.std()
 
 
+def test_it_is_compared_with_the_dense_model(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path / "cache"))
+    path = tiny("llama", "Q8_0")
+    comparison = polyquant.compare(
+        path.parent / "llama", [f"llama-cpp@{path}"], out=tmp_path / "out", device="cpu", windows=1, parts=("quality",)
+    )
+    result = comparison.rows[0].result
+    assert result.status == "done", result.reason
+    assert 0 < result.quality.kl_mean < 0.01
+    ids = list(range(100))
+    dense = AutoTokenizer.from_pretrained(path.parent / "llama")
+    assert load(path).tokenizer.convert_ids_to_tokens(ids) == dense.convert_ids_to_tokens(ids)
+
+
 @pytest.mark.parametrize(
     "parameters",
     [

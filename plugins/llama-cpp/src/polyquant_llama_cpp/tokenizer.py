@@ -66,6 +66,10 @@ class LlamaTokenizer:
                 return text.raw[:count].decode(errors="replace")
             room = -count
 
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells tokens, which is as transformers does: a space in front is a letter of its own."""
+        return [lib.llama_vocab_get_text(self._vocab, token).decode(errors="replace") for token in ids]
+
     def piece(self, token: int) -> bytes:
         """The bytes that one token adds to a text; none for a special token."""
         room = 64
