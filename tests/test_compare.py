@@ -243,7 +243,6 @@ def test_a_cell_that_takes_too_long_is_stopped(model, tmp_path):
 
 RUN = """
 import sys, polyquant
-from polyquant.candidates import Candidate
 from polyquant.comparison.run import Watcher
 class Told(Watcher):
     def finished(self, row): print(row.result.status, row.candidate.name, flush=True)

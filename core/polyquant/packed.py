@@ -27,7 +27,7 @@ from polyquant import compat, hf
 from polyquant.errors import ConfigError, ModelError, PlacementError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
-from polyquant.models.headers import read_safetensors, tensor_starts
+from polyquant.models.headers import located_tensors
 from polyquant.options import BackendOptions, Dtype
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
@@ -84,14 +84,13 @@ def _views(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _copies(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    starts = tensor_starts(path)
     with path.open("rb") as file:
-        for key, stored in sorted(read_safetensors(path).items()):  # the order of views
+        for key, (stored, start) in sorted(located_tensors(path).items()):  # the order of views
             dtype = getattr(torch, stored.dtype, None)
             if dtype is None:
                 raise ModelError(f"{path.name}: {key} is {stored.dtype}, for which torch has no dtype")
             tensor = torch.empty(stored.shape, dtype=dtype)
-            file.seek(starts[key])
+            file.seek(start)
             if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != stored.nbytes:
                 raise ModelError(f"{path.name} ended while {key} was read; fetch or write it again")
             yield key, tensor

@@ -47,15 +47,15 @@ class _Entry(msgspec.Struct):
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a local file, from its header alone. Raises ModelError for a header that lies."""
+    return {name: tensor for name, (tensor, _) in located_tensors(path).items()}
+
+
+def located_tensors(path: Path) -> dict[str, tuple[StoredTensor, int]]:
+    """`read_safetensors`, and where each tensor begins, in bytes from the start of the file."""
     entries, start = _read_entries(path)
     rows = {name: (entry.dtype, entry.shape, entry.data_offsets) for name, entry in entries.items()}
-    return checked(path.name, rows, path.stat().st_size - start)
-
-
-def tensor_starts(path: Path) -> dict[str, int]:
-    """Where each tensor of a local file begins, in bytes. Raises ModelError where the header cannot be read."""
-    entries, start = _read_entries(path)
-    return {name: start + entry.data_offsets[0] for name, entry in entries.items()}
+    tensors = checked(path.name, rows, path.stat().st_size - start)
+    return {name: (tensor, start + rows[name][2][0]) for name, tensor in tensors.items()}
 
 
 def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
