@@ -19,18 +19,25 @@ from polyquant.types import Capabilities, Library, Problem
 
 def library_problems(libraries: Iterable[Library]) -> list[Problem]:
     """Libraries that are missing or outside their tested window, read from metadata; imports nothing."""
-    from packaging.specifiers import SpecifierSet
+    return list(each_library_problem(libraries))
 
-    problems = []
+
+def each_library_problem(libraries: Iterable[Library]) -> Iterator[Problem]:
+    """`library_problems`, one by one: whoever wants to know only whether there is one need not see the others."""
     for library in libraries:
         version = installed_version(library.distribution)
         fix = f"pip install '{library.requirement}'" + (f" ({library.caution})" if library.caution else "")
         if version is None:
-            problems.append(Problem(what=f"{library.distribution} is not installed", fix=fix, kind="missing"))
-        elif not SpecifierSet(library.versions, prereleases=True).contains(version):
+            yield Problem(what=f"{library.distribution} is not installed", fix=fix, kind="missing")
+        elif not _allows(library.versions, version):
             what = f"{library.distribution} {version} is installed, {library.versions} was tested"
-            problems.append(Problem(what=what, fix=fix, kind="version"))
-    return problems
+            yield Problem(what=what, fix=fix, kind="version")
+
+
+def _allows(versions: str, version: str) -> bool:
+    from packaging.specifiers import SpecifierSet  # takes milliseconds, which a listing can do without
+
+    return SpecifierSet(versions, prereleases=True).contains(version)
 
 
 @contextmanager

@@ -49,6 +49,8 @@ def implementations(plugin: object, parse: Callable[[Any, str], Any]) -> list[Im
     """The marked methods of `plugin`; parse: pluggy's `parse_hookimpl_opts`."""
     found = []
     for name in dir(plugin):
+        if name.startswith("__"):  # Python's own, two thirds of them
+            continue
         options = parse(plugin, name)
         if options is not None:
             method = getattr(plugin, name)

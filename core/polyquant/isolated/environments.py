@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from polyquant.environment import library_problems
+from polyquant.environment import each_library_problem
 from polyquant.errors import EnvironmentProblem
 from polyquant.isolated.sources import arguments_for
 from polyquant.models.builtin import cache_folder
@@ -78,7 +78,7 @@ class Environment(Record, frozen=True):
 
 def lives_apart(info: BackendInfo) -> bool:
     """Whether a backend needs an environment of its own here: it may, and its libraries are not in this one."""
-    return info.isolated is not None and bool(library_problems(info.libraries))
+    return info.isolated is not None and any(each_library_problem(info.libraries))
 
 
 def as_seen_here(info: BackendInfo) -> BackendInfo:
