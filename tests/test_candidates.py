@@ -16,7 +16,7 @@ def read(text: str) -> Candidate:
 
 
 def test_a_candidate_is_a_backend_with_a_preset_and_options():
-    assert read("rowwise") == Candidate(name="rowwise", backend="rowwise")
+    assert read("rowwise") == Candidate(name="rowwise:int8", backend="rowwise", options={"bits": 8})
     assert read("rowwise:int8") == Candidate(name="rowwise:int8", backend="rowwise", options={"bits": 8})
     text = "rowwise:int8,compute_dtype=bfloat16,skip=layers.0,lm_head,skip_defaults=false"
     assert read(text).options == {

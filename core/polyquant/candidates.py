@@ -11,7 +11,7 @@ from polyquant.types import BackendInfo, Record
 
 DENSE = "dense"
 """Stands for no backend: the model as it is, in the compute dtype of the options."""
-SYNTAX = "backend, backend:preset, backend:preset,option=value,... or backend@checkpoint"
+SYNTAX = "backend (its first preset), backend:preset, backend:preset,option=value,... or backend@checkpoint"
 
 
 class DenseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,9 +30,9 @@ class Candidate(Record, frozen=True):
 def parse(text: str, card: Callable[[str], BackendInfo]) -> Candidate:
     """The candidate that `text` stands for.
 
-    text: `backend`, `backend:preset`, `backend:option=value,...` or both; `dense` or `dense:bfloat16`; a checkpoint
-        that is quantized already as its path, or as `backend@path` with the backend that is to read it. A word
-        without = goes on with the value before it: `gptq:skip=layers.0,lm_head`.
+    text: `backend:preset`, `backend:option=value,...` or both; `backend` alone is its first preset, and named so;
+        `dense` or `dense:bfloat16`; a checkpoint that is quantized already as its path, or as `backend@path` with the
+        backend that is to read it. A word without = goes on with the value before it: `gptq:skip=layers.0,lm_head`.
     card: finds the card of a backend. Raises ConfigError, or what `card` raises for an unknown backend.
     """
     head, colon, rest = text.partition(":")
@@ -50,15 +50,19 @@ def parse(text: str, card: Callable[[str], BackendInfo]) -> Candidate:
         if colon:
             raise ConfigError(f"{text!r}: name the backend that is to read the checkpoint, as in gptq@{model}:{rest}")
         return Candidate(name=text, backend="", model=model)
-    info = card(backend)
-    return Candidate(name=text, backend=backend, options=options_of(info, preset, given, strict=False), model=model)
+    return of_backend(card(backend), preset, given, model=model, name=text if rest or model else "", strict=False)
 
 
-def options_of(info: BackendInfo, preset: str, given: Mapping[str, object], *, strict: bool = True) -> dict[str, Any]:
-    """The options of a backend's preset, if one is named, with those given on top; strict: see `convert`.
+def of_backend(
+    info: BackendInfo, preset: str, given: Mapping[str, object], *, model: str = "", name: str = "", strict: bool = True
+) -> Candidate:
+    """A backend's preset, if one is named, with the options given on top; its first preset where nothing is given.
 
-    Raises ConfigError for a preset that it does not have, and for options that are not allowed.
+    name: else it is as `parse` reads it. strict: see `convert`. Raises ConfigError for a preset that the backend does
+    not have, and for options that are not allowed.
     """
+    if not (preset or given or model):
+        preset = next(iter(info.presets), "")
     if preset and preset not in info.presets:
         known = ", ".join(info.presets) or "none"
         raise ConfigError(
@@ -66,16 +70,17 @@ def options_of(info: BackendInfo, preset: str, given: Mapping[str, object], *, s
             "Options are written as name=value"
         )
     typed = convert(info.options, given, strict=strict)
-    return {**info.presets.get(preset, {}), **{name: getattr(typed, name) for name in given}}
+    options = {**info.presets.get(preset, {}), **{option: getattr(typed, option) for option in given}}
+    words = ",".join([preset] * bool(preset) + [f"{option}={value}" for option, value in given.items()])
+    usual = f"{info.name}@{model}" if model else info.name
+    return Candidate(
+        name=name or (f"{usual}:{words}" if words else usual), backend=info.name, options=options, model=model
+    )
 
 
 def presets_of(info: BackendInfo) -> list[Candidate]:
     """A candidate for each preset of a backend; one without options where it has none."""
-    named = [
-        Candidate(name=f"{info.name}:{preset}", backend=info.name, options=dict(options))
-        for preset, options in info.presets.items()
-    ]
-    return named or [Candidate(name=info.name, backend=info.name)]
+    return [of_backend(info, preset, {}) for preset in info.presets or ("",)]
 
 
 def _pairs(text: str, words: list[str]) -> dict[str, str]:

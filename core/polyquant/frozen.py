@@ -1,34 +1,103 @@
-"""Gradients through frozen weights whose matmul has none of its own, as adapters below them need. Imports torch."""
+"""Products with frozen weights that stay packed, and their gradients, as adapters below them need. Imports torch.
+
+Left to itself, autograd would keep each dequantized weight until the backward pass: a dense model again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-Multiply = Callable[[torch.Tensor], torch.Tensor]
+Multiply = Callable[[Tensor], Tensor]
+Pieces = Callable[[], Iterable[Tensor]]
+
+CHUNK_WEIGHTS = {"cpu": 2**20, "other": 2**26}
+"""Weights dequantized at a time. CPU: 4 MiB of float32, so that an output head never stands in memory whole."""
+IDENTITY_ROWS = 256
+"""Rows of the identity matrix that `weight_rows` multiplies at a time."""
 
 
-def differentiable(multiply: Multiply, inputs: torch.Tensor) -> torch.Tensor:
+def rows_at_a_time(columns: int, device: torch.device) -> int:
+    """Rows of a weight, of so many columns, to dequantize at a time."""
+    return max(1, CHUNK_WEIGHTS["cpu" if device.type == "cpu" else "other"] // columns)
+
+
+def frozen_linear(inputs: Tensor, pieces: Pieces, bias: Tensor | None = None) -> Tensor:
+    """inputs @ W.T + bias, with W dequantized for the product, and again for its gradient, and never kept.
+
+    inputs: (..., in_features). pieces: gives W anew, some of its rows at a time, (rows, in_features), in any dtype;
+    the product is computed in that of the inputs. Returns (..., out_features).
+    """
+    if not needs_gradient(inputs):
+        return _product(inputs, pieces, bias)
+    product: Tensor = _Packed.apply(inputs, pieces, bias)
+    return product
+
+
+def differentiable(multiply: Multiply, inputs: Tensor) -> Tensor:
     """multiply(inputs) with a gradient for the inputs.
 
     multiply: x -> x @ W for some W (in_features, out_features), given only as this function; the backward pass finds
-    W, for as long as it runs, by multiplying the identity matrix. inputs: (rows, in_features).
+    W, some rows at a time, by multiplying the identity matrix. inputs: (rows, in_features).
     """
-    result: torch.Tensor = _Frozen.apply(inputs, multiply)
-    return result
+    if not needs_gradient(inputs):
+        return multiply(inputs)
+    product: Tensor = _Multiplied.apply(inputs, multiply)
+    return product
 
 
-class _Frozen(torch.autograd.Function):  # type: ignore[misc]  # torch is not typed here
+def weight_rows(multiply: Multiply, like: Tensor) -> Iterator[Tensor]:
+    """W of multiply: x -> x @ W, some rows at a time: products with rows of the identity matrix.
+
+    like: (..., in_features), of the dtype and device that `multiply` takes. Each piece is (rows, out_features).
+    """
+    size = like.shape[-1]
+    for start in range(0, size, IDENTITY_ROWS):
+        identity = like.new_zeros(min(IDENTITY_ROWS, size - start), size)
+        identity.diagonal(start).fill_(1)
+        yield multiply(identity)
+
+
+def needs_gradient(inputs: Tensor) -> bool:
+    """Whether autograd follows the inputs here."""
+    return bool(torch.is_grad_enabled() and inputs.requires_grad)
+
+
+def _product(inputs: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
+    products, start = [], 0
+    for piece in pieces():
+        end = start + len(piece)
+        products.append(functional.linear(inputs, piece.to(inputs.dtype), None if bias is None else bias[start:end]))
+        start = end
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
+class _Packed(torch.autograd.Function):  # type: ignore[misc]  # torch is not typed here
     @staticmethod
-    def forward(context: Any, inputs: torch.Tensor, multiply: Multiply) -> torch.Tensor:
-        context.multiply, context.like = multiply, inputs.new_empty(0)
-        context.in_features = inputs.shape[-1]
+    def forward(context: Any, inputs: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
+        context.pieces = pieces
+        return _product(inputs, pieces, bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        total, start = None, 0
+        for piece in context.pieces():
+            end = start + len(piece)
+            part = gradient[..., start:end] @ piece.to(gradient.dtype)
+            total, start = part if total is None else total.add_(part), end
+        return total, None, None
+
+
+class _Multiplied(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, multiply: Multiply) -> Tensor:
+        context.multiply, context.like = multiply, inputs.new_empty(0, inputs.shape[-1])
         return multiply(inputs)
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        like = context.like
-        weight = context.multiply(torch.eye(context.in_features, dtype=like.dtype, device=like.device))
-        return gradient @ weight.T, None
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.cat([gradient @ rows.T for rows in weight_rows(context.multiply, context.like)], -1), None

@@ -13,7 +13,7 @@ import typer
 
 import polyquant
 from polyquant import api
-from polyquant.candidates import Candidate, options_of, presets_of
+from polyquant.candidates import Candidate, of_backend, presets_of
 from polyquant.cli.arguments import Json
 from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError, EnvironmentProblem
@@ -33,8 +33,8 @@ def compare(
     model: Annotated[str, typer.Argument(help="Hub name, local folder, .gguf file, or builtin:smollm2.")] = "",
     candidate: Annotated[
         list[str] | None,
-        typer.Option("--candidate", "-c", help="backend:preset,option=value or backend@checkpoint; repeat it.",
-                     autocompletion=complete_candidate),
+        typer.Option("--candidate", "-c", autocompletion=complete_candidate,
+                     help="backend (its first preset), backend:preset,option=value or backend@checkpoint; repeat it."),
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every preset of every backend that runs here.")] = False,
     file: Annotated[Path | None, typer.Option("--file", help="TOML file with model, candidates, options.")] = None,
@@ -127,8 +127,4 @@ def _candidate(entry: str | dict[str, Any]) -> str | Candidate:
     model, name = str(entry.pop("model", "")), str(entry.pop("name", ""))
     if not backend:
         raise ConfigError(f"a candidate in the file names no backend: {entry}")
-    options = options_of(api.registry().info(backend), preset, entry)
-    label = name or f"{backend}:" + ",".join(
-        [preset] * bool(preset) + [f"{key}={value}" for key, value in entry.items()]
-    )
-    return Candidate(name=label, backend=backend, options=options, model=model)
+    return of_backend(api.registry().info(backend), preset, entry, model=model, name=name)

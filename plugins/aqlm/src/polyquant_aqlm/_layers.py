@@ -12,7 +12,7 @@ from polyquant.memory.describe import Quantized, describe
 from polyquant.types import LayerInfo
 from torch import Tensor
 
-from polyquant_aqlm.kernels import DEQUANTIZE, LOOKUP, Multiply
+from polyquant_aqlm.kernels import DEQUANTIZE, LOOKUP, multiply
 from polyquant_aqlm.options import AqlmOptions
 from polyquant_aqlm.planning import SCHEME, packed_shapes
 
@@ -35,7 +35,7 @@ class QuantizedLinear(aqlm.QuantizedLinear):
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) to (..., out_features)."""
         tokens = input.reshape(-1, self.in_features)
-        y: Tensor = Multiply.apply(tokens, self.codes, self.codebooks, self.scales, self.bias, self.kernel)
+        y = multiply(tokens, self.codes, self.codebooks, self.scales, self.bias, self.kernel)
         return y.view(*input.shape[:-1], self.out_features)
 
 

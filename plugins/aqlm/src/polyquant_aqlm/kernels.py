@@ -7,15 +7,15 @@ codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from aqlm.utils import _dequantize_weight, unpack_int_data
+from polyquant.frozen import frozen_linear, needs_gradient, rows_at_a_time
 from torch import Tensor
-from torch.nn import functional
 
 LOOKUP, DEQUANTIZE = "numba lookup table", "torch dequantize and matmul"
 LOOKUP_ROWS = 6
@@ -34,22 +34,19 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
         return weight
 
 
-class Multiply(torch.autograd.Function):
-    """y = x W^T + b, x (tokens, in_features); the weight is dequantized again for the gradient of x, and gets none."""
+def multiply(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None, kernel: str) -> Tensor:
+    """y = x W^T + b, x (tokens, in_features)."""
+    if kernel == LOOKUP and x.shape[0] <= LOOKUP_ROWS and not needs_gradient(x):
+        y = torch.stack([_looked_up(row, codes, codebooks, scales) for row in x])
+        return y if bias is None else y + bias
+    (_, in_groups, _), (_, _, rows, size) = codes.shape, codebooks.shape
+    step = max(1, rows_at_a_time(in_groups * size, x.device) // rows)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None, kernel: str
-    ) -> Tensor:
-        ctx.save_for_backward(codes, codebooks, scales)
-        if kernel == LOOKUP and x.shape[0] <= LOOKUP_ROWS:
-            y = torch.stack([_looked_up(row, codes, codebooks, scales) for row in x])
-            return y if bias is None else y + bias
-        return functional.linear(x, dequantize(codes, codebooks, scales), bias)
+    def pieces() -> Iterator[Tensor]:
+        parts = zip(codes.split(step), scales.split(step), strict=True)
+        return (dequantize(part, codebooks, own) for part, own in parts)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient @ dequantize(*ctx.saved_tensors), None, None, None, None, None
+    return frozen_linear(x, pieces, bias)
 
 
 def _looked_up(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:

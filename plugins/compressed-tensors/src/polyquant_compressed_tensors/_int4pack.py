@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from polyquant.frozen import differentiable, weight_rows
 
 from polyquant_compressed_tensors._decode import code_values
 from polyquant_compressed_tensors._layers import PackedLinear
 
 KERNEL = "torch._weight_int4pack_mm_for_cpu"
 ZERO = 8  # the code that stands for 0
-CHUNK = 1024  # rows of the unit matrix that codes are read back with
 
 
 class Int4PackLinear(PackedLinear):
@@ -31,9 +33,10 @@ class Int4PackLinear(PackedLinear):
         self.kernel = KERNEL
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not input.numel() or (torch.is_grad_enabled() and input.requires_grad):
-            return super().forward(input)  # the matmul has no derivative
-        output = self._multiply(input.reshape(-1, self.in_features).contiguous(), self.weight_scale)
+        if not input.numel():
+            return super().forward(input)
+        multiply = partial(self._multiply, scale=self.weight_scale.detach())
+        output = differentiable(multiply, input.reshape(-1, self.in_features).contiguous())
         output = output if self.bias is None else output + self.bias
         return output.view(*input.shape[:-1], self.out_features)
 
@@ -51,9 +54,10 @@ class Int4PackLinear(PackedLinear):
         """The weights before scaling, int8: torch's order is its own affair, so they are multiplied out, exactly."""
         ones = torch.zeros_like(self.weight_scale)
         ones[:, :, 0] = 1
-        unit = torch.eye(self.in_features, dtype=self.compute_dtype)
+        like = ones.new_empty(0, self.in_features)
         with torch.no_grad():
-            return torch.cat([self._multiply(rows, ones).to(torch.int8) for rows in unit.split(CHUNK)]).T.contiguous()
+            parts = [rows.to(torch.int8) for rows in weight_rows(partial(self._multiply, scale=ones), like)]
+        return torch.cat(parts).T.contiguous()
 
     def _multiply(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return torch._weight_int4pack_mm_for_cpu(rows, self.weight_packed, self.options.group_size, scale)

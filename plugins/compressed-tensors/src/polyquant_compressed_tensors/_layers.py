@@ -10,6 +10,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from polyquant.errors import ModelError
+from polyquant.frozen import frozen_linear, needs_gradient
 from polyquant.memory.describe import Quantized, describe
 from polyquant.types import LayerInfo
 
@@ -56,12 +57,12 @@ class PackedLinear(torch.nn.Linear):
             scale, zero_point = compute_dynamic_scales_and_zp(input, arguments, self)
             input = fake_quantize(input, scale, zero_point, arguments).to(input.dtype)
         rows = input.numel() // self.in_features
-        if self.int8pack and 0 < rows <= INT8_ROWS and not (torch.is_grad_enabled() and input.requires_grad):
+        if self.int8pack and 0 < rows <= INT8_ROWS and not needs_gradient(input):
             flat = input.reshape(rows, self.in_features).contiguous()
             output = torch._weight_int8pack_mm(flat, self.weight_packed, self.weight_scale.flatten())
             output = output if self.bias is None else output + self.bias
             return output.view(*input.shape[:-1], self.out_features)
-        return torch.nn.functional.linear(input, self.dequantize().to(input.dtype), self.bias)
+        return frozen_linear(input, lambda: [self.dequantize()], self.bias)
 
     def dequantize(self) -> torch.Tensor:
         """The weight in the compute dtype, (out_features, in_features)."""

@@ -6,34 +6,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from polyquant.frozen import frozen_linear
 from torch import Tensor, nn
-from torch.nn import functional
 
 from polyquant_fouroversix.numbers import dequantize, rounded
 from polyquant_fouroversix.options import FouroversixOptions
 
 
-class Product(torch.autograd.Function):
-    """y = x W^T, x (tokens, in_features) rounded where the layer says so; the weight gets no gradient.
-
-    The gradient of x passes its rounding straight through; the weight is dequantized again for it.
-    """
+class Rounding(torch.autograd.Function):
+    """x (tokens, in_features) rounded as the layer says; the gradient passes straight through."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FouroversixLinear) -> Tensor:
-        ctx.layer = layer
-        if layer.config.quantize_activations:
-            x = rounded(x, layer.config)
-        pieces = [functional.linear(x, numbers.to(x.dtype)) for numbers in layer.pieces()]
-        return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+    def forward(_: Any, x: Tensor, config: FouroversixOptions) -> Tensor:
+        return rounded(x, config)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        total, start = None, 0
-        for numbers in ctx.layer.pieces():
-            part = gradient[:, start : start + len(numbers)] @ numbers.to(gradient.dtype)
-            total, start = part if total is None else total + part, start + len(numbers)
-        return total, None
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class FouroversixLinear(nn.Linear):
@@ -65,6 +54,6 @@ class FouroversixLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) to (..., out_features), in the dtype of the input."""
-        y: Tensor = Product.apply(input.reshape(-1, self.in_features), self)
-        y = y.view(*input.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        if self.config.quantize_activations:
+            input = Rounding.apply(input.reshape(-1, self.in_features), self.config).view_as(input)
+        return frozen_linear(input, self.pieces, self.bias)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from polyquant.frozen import frozen_linear, rows_at_a_time
 from polyquant.models.gguf_types import BlockType
 from torch import Tensor, nn
-from torch.nn import functional
 
 from polyquant_gguf.dequantize import dequantize
-
-CHUNK_WEIGHTS = {"cpu": 2**20, "other": 2**26}
-"""Weights dequantized at a time. CPU: 4 MiB in float32, so that an output head never stands in memory whole."""
 
 
 class Packed(nn.Module):
@@ -49,13 +48,11 @@ class PackedLinear(Packed):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        size = CHUNK_WEIGHTS["cpu" if x.device.type == "cpu" else "other"]
-        step = max(1, size // self.in_features)
-        if step >= self.out_features or not self.block.packed:
-            return functional.linear(x, self.numbers(self.weight, x.dtype), self.bias)
-        pieces = [functional.linear(x, self.numbers(rows, x.dtype)) for rows in self.weight.split(step)]
-        y = torch.cat(pieces, dim=-1)
-        return y if self.bias is None else y + self.bias
+        return frozen_linear(x, partial(self._pieces, x.dtype), self.bias)
+
+    def _pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        step = rows_at_a_time(self.in_features, self.weight.device) if self.block.packed else self.out_features
+        return (self.numbers(rows, dtype) for rows in self.weight.split(step))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, type={self.block.name}"

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
+from polyquant.frozen import frozen_linear
 from polyquant.memory.describe import Quantized, describe
 from polyquant.types import LayerInfo
 from torch import Tensor
-from torch.nn import functional
 
 from polyquant_quark.options import QuarkOptions
 from polyquant_quark.planning import layout
@@ -46,7 +46,7 @@ class QuarkLinear(torch.nn.Linear):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.dequantize(x.dtype), self.bias)
+        return frozen_linear(x, lambda: [self.dequantize(x.dtype)], self.bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, (out_features, in_features); computed in float32."""

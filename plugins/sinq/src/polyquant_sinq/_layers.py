@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
+from polyquant.frozen import frozen_linear
 from polyquant.memory.describe import Quantized, describe
 from polyquant.types import LayerInfo
 from sinq.quantizer import Quantizer
 from torch import Tensor
-from torch.nn import functional
 
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import IN_INT32, layout
@@ -55,7 +55,7 @@ class SinqLinear(torch.nn.Linear):
         return weight.to(dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.dequantize(x.dtype), self.bias)
+        return frozen_linear(x, lambda: [self.dequantize(x.dtype)], self.bias)
 
 
 def unpack(codes: Tensor, bits: int) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from polyquant.frozen import frozen_linear
 from polyquant.memory.describe import Quantized, describe
 from polyquant.types import LayerInfo
-from torch.nn import functional
 
 from polyquant_rowwise.planning import SCHEME
 
@@ -48,7 +48,7 @@ class RowwiseLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., in_features) in the compute dtype; returns (..., out_features)."""
-        output = functional.linear(input, self.weight.to(input.dtype)) * self.scale.to(input.dtype).squeeze(1)
+        output = frozen_linear(input, lambda: [self.weight]) * self.scale.to(input.dtype).squeeze(1)
         return output if self.bias is None else output + self.bias
 
 
