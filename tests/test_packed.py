@@ -1,13 +1,11 @@
-"""Packed checkpoints: which layers are quantized shows in their tensors; gradients through frozen weights."""
+"""Packed checkpoints: which layers are quantized shows in their tensors."""
 
 import json
 
 import msgspec
 import pytest
-import torch
 from polyquant import compat, hf, packed
 from polyquant.errors import ConfigError, ModelError
-from polyquant.frozen import differentiable
 from polyquant.memory.weights import list_weights
 from polyquant.models.resolve import resolve
 from polyquant.options import BackendOptions
@@ -39,20 +37,6 @@ def test_the_tensors_say_what_is_dense(source):
 def test_packed_modules_are_found_by_their_tensors(source):
     assert packed.packed_modules(source, ("qweight",)) == set()
     assert "model.layers.1.mlp.up_proj" in packed.packed_modules(source, ("qweight", "weight"))
-
-
-def test_a_gradient_passes_a_matmul_that_has_none():
-    weight = torch.randn(6, 4)
-    inputs = torch.randn(3, 6, requires_grad=True)
-
-    def multiply(rows):
-        with torch.no_grad():
-            return rows @ weight
-
-    outputs = differentiable(multiply, inputs)
-    outputs.backward(gradient := torch.randn(3, 4))
-    torch.testing.assert_close(outputs, inputs @ weight)
-    torch.testing.assert_close(inputs.grad, gradient @ weight.T)
 
 
 @pytest.mark.skipif(not compat.VERSION_5, reason="before transformers 5 experts are Linear modules, and quantized")

@@ -146,10 +146,15 @@ def _with_stored(
         return source, checkpoints.stored_options(source, backend.info, method)
     if not capabilities.on_the_fly:
         maker = "gguf" if capabilities.only_gguf else backend.name
+        makes = capabilities.only_gguf or backend.can("quantize")
         raise CheckpointConflict(
             f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
             f"({', '.join(capabilities.loads_prequantized)}); "
-            f"make one with: polyquant quantize {source.name} --backend {maker} --out DIR"
+            + (
+                f"make one with: polyquant quantize {source.name} --backend {maker} --out DIR"
+                if makes
+                else "it makes none: give one that was made elsewhere, or take another backend"
+            )
         )
     return source, None
 

@@ -57,7 +57,7 @@ class Cell(msgspec.Struct, frozen=True):
     weights_bytes: int  # planned: quantized, and dense in the same dtype
     dense_weights_bytes: int
     peak_bytes: int  # while training
-    libraries_bytes: int  # what stays when model and adapters are gone
+    libraries_bytes: int  # what stays when model and adapters are gone: libraries and the tokenizer
     seconds_per_step: float
     losses: tuple[float, ...]
 
@@ -144,13 +144,15 @@ def measure(name: str, checkpoints: Path) -> Cell:
             reporter = train.train(
                 model, examples, [], 0, OPTIONS, Path(folder), None, report=lambda _: ends.append(time.perf_counter())
             )
-    dtype = str(loaded.config.compute_dtype)
+    dtype, tokenizer = str(loaded.config.compute_dtype), loaded.tokenizer
     del model, prepared, loaded
     return_freed()
+    libraries_bytes = psutil.Process().memory_info().rss
+    del tokenizer  # it is the same for all, and counts with the libraries
     assert peak.peak_bytes is not None, "this system gives no peak that can be reset"
     return Cell(
         name=name, compute_dtype=dtype, weights_bytes=planned, dense_weights_bytes=dense,
-        peak_bytes=peak.peak_bytes, libraries_bytes=psutil.Process().memory_info().rss,
+        peak_bytes=peak.peak_bytes, libraries_bytes=libraries_bytes,
         seconds_per_step=min(later - earlier for earlier, later in pairwise(ends[1:])),
         losses=tuple(step.loss for step in reporter.steps),
     )  # fmt: skip

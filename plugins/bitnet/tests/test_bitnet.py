@@ -302,6 +302,13 @@ def test_tensors_that_transformers_leaves_out_too(changed, checkpoint):
     assert torch.equal(load(changed(lambda found: found.update(extra))).logits(TOKENS), load(checkpoint).logits(TOKENS))
 
 
+def test_a_dense_model_is_refused_without_advice_that_leads_back_here(folder, tmp_path):
+    dense = tiny_model("llama", folder)
+    for attempt in (lambda: load(dense), lambda: polyquant.quantize(dense, "bitnet", tmp_path / "out")):
+        with pytest.raises(CheckpointConflict, match=r"is dense, and bitnet loads .* only \(bitnet\); it makes none"):
+            attempt()
+
+
 def test_another_method_and_contradictions_are_refused(changed, checkpoint):
     with pytest.raises(CheckpointConflict, match="requested 'bitlinear', stored 'autobitlinear'"):
         load(checkpoint, linear_class="bitlinear")

@@ -59,10 +59,10 @@ class QuarkLinear(torch.nn.Linear):
             return self._scaled(self.weight.float(), self.weight_scale.reshape(-1, 1), dtype)
         codes, zeros, scale = self._codes(self.weight), self._codes(self.weight_zero_point), self.weight_scale
         if size is None:
-            return self._scaled(codes - zeros.view(-1, 1), scale.view(-1, 1), dtype)
+            return self._scaled(codes.sub_(zeros.view(-1, 1)), scale.view(-1, 1), dtype)
         groups = self.in_features // size
-        shifted = codes.view(groups, size, self.out_features) - zeros.view(groups, 1, self.out_features)
-        return self._scaled(shifted.view_as(codes).t(), scale.t(), dtype)
+        codes.view(groups, size, self.out_features).sub_(zeros.view(groups, 1, self.out_features))
+        return self._scaled(codes.t(), scale.t(), dtype)
 
     def _codes(self, tensor: Tensor) -> Tensor:
         """Stored integers as float32; eight of 4 bit out of each word of the last axis."""
@@ -73,8 +73,8 @@ class QuarkLinear(torch.nn.Linear):
         return ((codes ^ 8) - 8 if self.options.weights == "int4" else codes).float()
 
     def _scaled(self, values: Tensor, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """values: (out_features, in_features); scale: the same rows, a column for each group; or one for all."""
-        grouped = values.reshape(self.out_features, scale.shape[-1], -1) * scale.unsqueeze(-1)
+        """values: (out_features, in_features), float32, overwritten; scale: the same rows, a column for each group."""
+        grouped = values.reshape(self.out_features, scale.shape[-1], -1).mul_(scale.unsqueeze(-1))
         return grouped.reshape(self.out_features, self.in_features).to(dtype or self.compute_dtype)
 
 
