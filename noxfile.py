@@ -121,9 +121,10 @@ def plugin(session: nox.Session, name: str) -> None:
 @nox.session
 @nox.parametrize("end", list(ENDS), ids=list(ENDS))
 def compatibility(session: nox.Session, end: str) -> None:
-    """The core's tests against one end of the versions that it supports; some use a backend, bitsandbytes."""
+    """The core's tests against one end of the versions that it supports; some use bitsandbytes, or others' cards."""
     session.install(*ENDS[end], "-e", str(ROOT), "-e", str(PLUGINS["bitsandbytes"]), "gguf", *CORE_TESTS)
-    session.install("--no-deps", BUILTIN_MODEL)
+    cards = (word for name in ("gguf", "gptq", "hqq") for word in ("-e", str(PLUGINS[name])))
+    session.install("--no-deps", BUILTIN_MODEL, *cards)
     session.env.update(variables(session) | {"POLYQUANT_CACHE": str(cache(session) / end)})
     whole = [f"--ignore=tests/test_{name}.py" for name in ("docs", "repository")]  # of the repository with all plugins
     chosen = session.posargs or ["-m", "not slow and not gpu and not real"]

@@ -48,6 +48,13 @@ backend = Plugin()
 """
 
 
+@pytest.fixture(scope="session")
+def bitsandbytes() -> None:
+    """Skips where bitsandbytes does not run: it takes fewer versions of transformers than the core does."""
+    if problems := polyquant.backend("bitsandbytes").problems("cpu"):
+        pytest.skip(problems[0].what)
+
+
 @pytest.fixture
 def make_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Write an importable module with a distribution's metadata beside it, and put both on sys.path."""

@@ -46,8 +46,7 @@ def steps(adapter):
 # optimizers
 
 
-def test_the_8bit_optimizer_trains_and_goes_on_on_a_cpu(model, data, tmp_path):
-    pytest.importorskip("bitsandbytes")
+def test_the_8bit_optimizer_trains_and_goes_on_on_a_cpu(bitsandbytes, model, data, tmp_path):
     options = {
         "optimizer": "adamw_8bit",
         "rank": 16,
@@ -100,8 +99,7 @@ def test_dora_is_refused_where_peft_cannot_read_the_weights(model, data, tmp_pat
     assert not (tmp_path / ".out.training").exists()
 
 
-def test_dora_trains_where_peft_can(model, data, tmp_path):
-    pytest.importorskip("bitsandbytes")
+def test_dora_trains_where_peft_can(bitsandbytes, model, data, tmp_path):
     result = tune(model, data, tmp_path / "out", backend="bitsandbytes", bits=4, dora=True, steps=8)
     assert result.last_loss < result.first_loss
     magnitudes = [tensor for name, tensor in weights(tmp_path / "out").items() if "magnitude" in name]

@@ -6,7 +6,7 @@ import struct
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from polyquant import api, checkpoints
+from polyquant import api, checkpoints, compat
 from polyquant.errors import ModelError
 from polyquant.models import gguf_header, headers
 from polyquant.models.gguf_types import TYPES
@@ -315,7 +315,7 @@ def test_skeletons(folder, config):
     with guarded(folder, 2**20):
         weights = list_weights(hf.skeleton(resolve(folder), "float32"))
         assert all(isinstance(weight, WeightInfo) for weight in weights)
-        assert config != LLAMA or len(weights) == 14
+        assert config != LLAMA or len(weights) == (14 if compat.VERSION_5 else 13)  # 5 has a second rotary buffer
         return
     assert config != LLAMA
 

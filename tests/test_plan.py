@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polyquant
 import pytest
+from polyquant import compat
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError, UnsupportedOperation
 from polyquant.models.builtin import packaged_gguf
 from polyquant.testing.models import tiny_model
@@ -54,7 +55,7 @@ print(peak.peak_bytes, plan.weights_dense_bytes)
     result = run_python(code=code)
     assert result.returncode == 0, result.stderr
     peak, dense = map(int, result.stdout.split())
-    assert peak < 2**30
+    assert peak < (1 if compat.VERSION_5 else 1.25) * 2**30  # before 5 each expert is a module of its own
     assert dense == {"llama-3-70b": 2 * 70_553_706_496, "deepseek-v3": 2 * (671_026_419_200 - 58 * 256)}[name]
 
 
@@ -62,9 +63,15 @@ def cache(config, context, batch=1):
     return polyquant.plan(config, **NF4, context=context, batch=batch).kv_cache_bytes
 
 
-def test_the_cache_follows_the_models_layout(tmp_path):
+def test_the_cache_follows_the_models_layout():
     assert cache(CONFIGS / "llama-2-7b.json", 4096) == 2 * 32 * 4096 * 4096 * 2  # a key and a value for each head
     assert cache(CONFIGS / "llama-3-8b.json", 4096, batch=2) == 2 * 2 * 32 * 8 * 128 * 4096 * 2  # 8 of 32 heads
+
+
+@pytest.mark.skipif(
+    not compat.VERSION_5, reason="before transformers 5 caches keep every token, whatever the layer sees"
+)
+def test_the_cache_follows_what_layers_see(tmp_path):
     assert cache(CONFIGS / "deepseek-v3.json", 100) == 61 * (512 + 64) * 100 * 2  # latent attention
 
     def written(**config):
@@ -145,7 +152,7 @@ def test_a_runtime_without_a_plan_maps_the_file():
         polyquant.plan(CONFIGS / "llama-3-8b.json", "llama-cpp")
 
 
-def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path):
+def test_a_quantized_checkpoint_is_planned_as_it_is(bitsandbytes, tmp_path):
     written = polyquant.load(tiny_model("llama", tmp_path), "bitsandbytes", bits=4, device="cpu").save(tmp_path / "q")
     plan = polyquant.plan(written, "bitsandbytes", device="cpu")
     loaded = polyquant.load(written, device="cpu")
@@ -154,7 +161,7 @@ def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path):
         polyquant.plan(written, "bitsandbytes", bits=8)
 
 
-def test_verification_reports_the_planned_peak(tmp_path):
+def test_verification_reports_the_planned_peak(bitsandbytes, tmp_path):
     folder = tiny_model("llama", tmp_path)
     loaded = polyquant.load(folder, "bitsandbytes", bits=4, device="cpu")
     memory = polyquant.verify(loaded).memory

@@ -4,6 +4,7 @@ import re
 
 import polyquant
 import pytest
+from polyquant import compat
 from polyquant.errors import ConfigError, DenseModelError, PolyquantError
 from polyquant.testing.models import _tokenizer, tiny_model
 
@@ -22,6 +23,9 @@ ARCHITECTURES = {
     "Mixtral": {"num_local_experts": 3},
     "Qwen3Moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 57, "decoder_sparse_step": 1},
 }
+FUSED = pytest.mark.skipif(
+    not compat.VERSION_5, reason="before transformers 5 experts are Linear modules, and quantized"
+)
 ON_THE_FLY = [info.name for info in polyquant.backends(on_the_fly=True)]
 
 
@@ -83,6 +87,7 @@ def mixtral(tmp_path_factory):
     return tiny_model("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
+@FUSED
 @pytest.mark.parametrize("backend", ON_THE_FLY)
 def test_experts_that_stay_dense_are_named_or_really_quantized(mixtral, backend):
     handle = polyquant.backend(backend)
@@ -105,6 +110,7 @@ def test_experts_that_stay_dense_are_named_or_really_quantized(mixtral, backend)
     print(backend, coverage.found)
 
 
+@FUSED
 @pytest.mark.parametrize("backend", polyquant.backends().names)
 def test_a_plan_says_what_becomes_of_experts(mixtral, backend):
     """Of every backend, also those that need a checkpoint first."""

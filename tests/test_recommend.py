@@ -18,6 +18,8 @@ from polyquant.speed import Rate, Speed
 CONFIG = Path(__file__).parent / "configs" / "qwen2.5-0.5b.json"
 GIB = 2**30
 
+pytestmark = pytest.mark.usefixtures("bitsandbytes")
+
 
 @pytest.fixture(scope="module")
 def table():

@@ -54,6 +54,40 @@ def default_dense_modules(model: Any) -> set[str]:
 
 
 @contextmanager
+def followed_on_meta() -> Iterator[None]:
+    """Models can be run on the meta device. Before 5 they ask for its autocast, and experts for indices that depend on
+    values: the one becomes the CPU's, the others are all of them."""
+    if VERSION_5:
+        yield
+        return
+    import torch
+    from torch.fx.experimental import _config
+
+    before = torch.autocast
+    torch.autocast = lambda device_type, **more: before("cpu" if device_type == "meta" else device_type, **more)
+    try:
+        with _config.patch(meta_nonzero_assume_all_nonzero=True):
+            yield
+    finally:
+        torch.autocast = before
+
+
+class OldCacheLayer:
+    """A layer of the key-value caches of transformers before 4.54, which have lists of keys and of values instead."""
+
+    def __init__(self, cache: Any, index: int) -> None:
+        self.keys, self.values = cache.key_cache[index], cache.value_cache[index]
+        self.update = partial(cache.update, layer_idx=index)
+
+
+def cache_layers(cache: Any) -> list[Any]:
+    """The layers of a key-value cache, each with keys, values and update; none of a cache without any."""
+    if hasattr(cache, "layers") or not hasattr(cache, "key_cache"):
+        return list(getattr(cache, "layers", ()))
+    return [OldCacheLayer(cache, index) for index in range(len(cache.key_cache))]
+
+
+@contextmanager
 def progress_bars(enabled: bool) -> Iterator[None]:
     """Draw transformers' and the hub's progress bars only where `enabled`; what was set before comes back."""
     from transformers import modeling_gguf_pytorch_utils
@@ -114,6 +148,13 @@ def readable(source: ModelSource) -> ModelSource:
     return msgspec.structs.replace(source, path=folder, config=config)
 
 
+def unloaded(model: Any) -> Any:
+    """The base of a PEFT model without the adapters; PEFT 0.15 leaves their config there, and then warns."""
+    base = model.unload()
+    vars(base).pop("peft_config", None)
+    return base
+
+
 def choosing_attention(config: Any) -> Any:
     """`config`, so that transformers chooses the attention kernel for it as for any other.
 
@@ -127,6 +168,8 @@ def choosing_attention(config: Any) -> Any:
 def _older_config(source: ModelSource) -> dict[str, Any]:
     """config.json with the names of transformers 4."""
     older: dict[str, Any] = deepcopy(dict(source.config))
+    if older.get("quantization_config", {}) is None:  # the same as none
+        del older["quantization_config"]
     for config in (older, older["text_config"]) if isinstance(older.get("text_config"), dict) else (older,):
         if "dtype" in config:
             config["torch_dtype"] = config.pop("dtype")

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from polyquant import compat
 from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
 from polyquant.files import atomic_folder
 from polyquant.finetuning import state
@@ -107,7 +108,7 @@ def _off_again(model: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        model.unload().eval()
+        compat.unloaded(model).eval()
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ def freeing_at_once(at_least: int = LARGE_BYTES) -> Iterator[None]:
     try:
         yield
     finally:
-        adjust(M_MMAP_THRESHOLD, AFTERWARDS_BYTES)
-        adjust(M_TRIM_THRESHOLD, 2 * AFTERWARDS_BYTES)
+        adjust(M_MMAP_THRESHOLD, _set_for_the_process("MALLOC_MMAP_THRESHOLD_", AFTERWARDS_BYTES))
+        adjust(M_TRIM_THRESHOLD, _set_for_the_process("MALLOC_TRIM_THRESHOLD_", 2 * AFTERWARDS_BYTES))
         trim(0)
 
 
@@ -62,6 +63,12 @@ def returning_freed_memory() -> Iterator[None]:
         done.set()
         thread.join()
         trim(0)
+
+
+def _set_for_the_process(variable: str, usual: int) -> int:
+    """What the user set for the C library with a variable of the environment; glibc tells nobody what holds."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else usual
 
 
 def _glibc(function: str) -> Any:

@@ -16,7 +16,8 @@ from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo,
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
 BITSANDBYTES = Library(distribution="bitsandbytes", versions=">=0.48,<0.51")
-LIBRARIES = (BITSANDBYTES, Library(distribution="accelerate", versions=">=1.6"))
+TRANSFORMERS = Library(distribution="transformers", versions=">=4.53")  # before, it asks for Intel's extension on CPUs
+LIBRARIES = (BITSANDBYTES, Library(distribution="accelerate", versions=">=1.6"), TRANSFORMERS)
 CAPABILITIES = Capabilities(
     bits=(4, 8),
     schemes=("nf4", "fp4", "int8"),
