@@ -45,7 +45,8 @@ HEADINGS = (
     "planned MiB",
     "of it",
 )
-EXACT = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # glibc gives buffers back when they are freed: peaks are what is in use
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
+"""Peaks are what is in use: glibc gives buffers back when they are freed, in its main arena, and wholly in that alone."""
 console = Console(stderr=True)
 
 
