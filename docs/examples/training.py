@@ -46,7 +46,7 @@ HEADINGS = (
     "of it",
 )
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
-"""Peaks are what is in use: glibc gives buffers back when they are freed, in its main arena, and wholly in that alone."""
+"""Peaks are what is in use: glibc gives freed buffers back, and to the last byte in its main arena alone."""
 console = Console(stderr=True)
 
 

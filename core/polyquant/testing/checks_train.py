@@ -6,6 +6,7 @@ import hashlib
 from math import isfinite
 from typing import Any
 
+from polyquant.environment import contained
 from polyquant.testing.check import NotApplicable, check, expect
 from polyquant.testing.subject import Subject
 
@@ -25,7 +26,7 @@ def adapters_train_on_the_frozen_base(subject: Subject, preset: str) -> None:
     loaded = subject.load(preset)
     loaded.logits(subject.tokens(loaded, 8))  # some kernels repack weights in it, and then pass no gradient
     model = subject.handle.prepare_for_training(loaded)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), contained():
         torch.manual_seed(0)
         adapters = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, adapters)
