@@ -61,7 +61,7 @@ def test_wrong_use_exits_with_two_or_one_and_says_why(run_python, arguments, mes
     assert "Traceback" not in result.stderr
 
 
-def test_doctor(run_python):
+def test_doctor(bitsandbytes, run_python):
     well = run_python("doctor", "bitsandbytes", "--device", "cpu", "--json")
     assert (well.returncode, json.loads(well.stdout)[0]["problems"]) == (0, [])
     ill = run_python("doctor", "bitsandbytes", "--device", "mps")
