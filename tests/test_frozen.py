@@ -41,6 +41,13 @@ def test_a_product_in_pieces_is_that_of_the_whole(weight, bias):
         assert torch.equal(frozen_linear(inputs, made_anew(weight, made), bias), outputs)
 
 
+def test_a_bias_that_is_trained_gets_its_gradient(weight):
+    inputs, bias = torch.randn(2, 3, 4, requires_grad=True), torch.nn.Parameter(torch.zeros(6))
+    gradient = torch.randn(2, 3, 6)
+    frozen_linear(inputs, lambda: weight.split(2), bias).backward(gradient)
+    torch.testing.assert_close(bias.grad, gradient.sum((0, 1)))
+
+
 def test_the_product_is_computed_in_the_inputs_dtype(weight):
     inputs = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
     outputs = frozen_linear(inputs, lambda: [weight])

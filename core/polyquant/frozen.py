@@ -89,7 +89,8 @@ class _Packed(torch.autograd.Function):  # type: ignore[misc]  # torch is not ty
             end = start + len(piece)
             part = gradient[..., start:end] @ piece.to(gradient.dtype)
             total, start = part if total is None else total.add_(part), end
-        return total, None, None
+        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if context.needs_input_grad[2] else None
+        return total, None, bias
 
 
 class _Multiplied(torch.autograd.Function):  # type: ignore[misc]
