@@ -240,6 +240,14 @@ def test_printing_is_light_and_has_every_command(opened, comparison):
     assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
 
 
+def test_candidates_within_a_decade_have_figures_on_the_axis(opened, comparison, tmp_path):
+    measured = [row for row in comparison.rows if row.result and row.result.quality]
+    most = max(row.result.quality.kl_mean for row in measured)
+    near = tuple(row for row in measured if row.result.quality.kl_mean > most / 5)
+    page = opened(write_report(replace(comparison, rows=near), tmp_path / "near.html"))
+    assert len(near) > 1 and page.locator("#plot .ytick text").count() > 1
+
+
 def test_pages_of_odd_comparisons_stay_silent(opened, comparison, tmp_path):
     without = tuple(row.result and replace(row.result, quality=None, layers=()) for row in comparison.rows)
     speed_only = tuple(replace(row, result=result) for row, result in zip(comparison.rows, without))

@@ -80,7 +80,8 @@ function draw() {
   const decades = [];
   for (let power = Math.ceil(Math.log10(lowest)); power <= Math.ceil(Math.log10(Math.max(...positive, 1))); power++) decades.push(10 ** power);
   const zero = drawn.some((point) => point.kl_mean < ZERO) ? [floor] : [];
-  const xticks = ticks(low / 1.1, high * 1.1);
+  const xticks = ticks(low / 1.1, high * 1.1), most = Math.max(...positive, lowest);
+  const yticks = most / lowest > 30 ? decades : ticks(lowest / 1.1, most * 1.1);  // within a decade there may be none
   const layout = {
     height: wide ? 480 : 400, margin: {l: wide ? 76 : 60, r: 12, t: 8, b: 52}, hovermode: "closest", dragmode: touch ? false : "zoom",
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: {family: font, size: wide ? 13 : 11}, showlegend: true,
@@ -88,7 +89,7 @@ function draw() {
     xaxis: {title: {text: of.title, standoff: 8}, type: log ? "log" : "linear", zeroline: false, fixedrange: touch,
       ...(log ? {tickvals: xticks, ticktext: xticks.map((tick) => figure(tick))} : {})},
     yaxis: {title: {text: "KL to the reference, nats (lower is better)", standoff: 10}, type: "log", zeroline: false, fixedrange: touch,
-      tickvals: [...zero, ...decades], ticktext: [...zero.map(() => "0"), ...decades.map((tick) => tick < 1e-3 ? tick.toExponential(0) : String(Number(tick.toPrecision(1))))]},
+      tickvals: [...zero, ...yticks], ticktext: [...zero.map(() => "0"), ...yticks.map((tick) => Number(tick.toPrecision(2))).map((tick) => tick < 1e-3 ? tick.toExponential() : String(tick))]},
   };
   target.querySelectorAll(":scope > :not(.plot-container)").forEach((child) => child.nodeType === 3 && child.remove());
   const named = [...line, ...drawn.filter((point) => point.reference)];
