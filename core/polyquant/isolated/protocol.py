@@ -4,13 +4,14 @@ so, one tensor as safetensors bytes. Nothing is ever executed or unpickled; size
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import msgspec
 
+from polyquant.isolated import pipes
+from polyquant.isolated.memory import Blocks
 from polyquant.types import UNREADABLE
 
 Kept = TypeVar("Kept")
@@ -18,8 +19,6 @@ VERSION = 1
 LINE_BYTES = 2**26  # of a line at most: layers of a large model, calibration text
 TENSOR_BYTES = 2**32  # of a tensor at most: the logits of 8192 tokens over a vocabulary of 128 Ki
 HEADER_BYTES = 2**16
-PIPE_BYTES = 2**20  # what a pipe may hold, where the system lets one ask
-F_SETPIPE_SZ = 1031  # Linux, fcntl.h
 
 
 class ProtocolError(Exception):
@@ -36,13 +35,14 @@ def send(pipe: int, message: Mapping[str, Any], tensor: Any = None) -> None:
         raise ProtocolError(f"a message of {max(len(line), nbytes)} bytes; at most {LINE_BYTES} go in a line, and "
                             f"{TENSOR_BYTES} in a tensor")  # fmt: skip
     for part in (memoryview(line), memoryview(header), content):
-        written = 0
-        while written < part.nbytes:
-            written += os.write(pipe, part[written:])
+        pipes.write(pipe, part)
 
 
-def receive(pipe: IO[bytes]) -> tuple[dict[str, Any], Any]:
-    """The next message and its tensor, or None. Raises EOFError where there is none more, else ProtocolError."""
+def receive(pipe: IO[bytes], blocks: Blocks | None = None) -> tuple[dict[str, Any], Any]:
+    """The next message and its tensor, or None. blocks: where the tensor's memory comes from.
+
+    Raises EOFError where there is none more, else ProtocolError.
+    """
     line = pipe.readline(LINE_BYTES + 1)
     if not line:
         raise EOFError
@@ -54,17 +54,7 @@ def receive(pipe: IO[bytes]) -> tuple[dict[str, Any], Any]:
         nbytes = msgspec.convert(message.pop("tensor_bytes", None), int | None)
     except (msgspec.ValidationError, *UNREADABLE) as error:
         raise ProtocolError(f"a message is no JSON object ({error}): {line[:100]!r}") from error
-    return message, None if nbytes is None else _unpack(pipe, nbytes)
-
-
-def widen(pipe: int) -> None:
-    """Let a pipe hold more: large tensors then pass in fewer turns. Without effect where it cannot be."""
-    try:
-        import fcntl
-
-        fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_BYTES)
-    except (ImportError, OSError):
-        pass
+    return message, None if nbytes is None else _unpack(pipe, nbytes, blocks or Blocks())
 
 
 def record(kind: type[Kept], value: Any) -> Kept:
@@ -98,10 +88,8 @@ def _pack(tensor: Any) -> tuple[bytes, memoryview]:
     return len(header).to_bytes(8, "little") + header, memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _unpack(pipe: IO[bytes], nbytes: int) -> Any:
+def _unpack(pipe: IO[bytes], nbytes: int, blocks: Blocks) -> Any:
     """The tensor of the next `nbytes`, read into its own memory."""
-    import torch
-
     if not 8 < nbytes <= TENSOR_BYTES:
         raise ProtocolError(f"a tensor of {nbytes} bytes; at most {TENSOR_BYTES} are taken")
     length = int.from_bytes(_exactly(pipe, 8), "little")
@@ -110,7 +98,7 @@ def _unpack(pipe: IO[bytes], nbytes: int) -> Any:
     try:
         entry = msgspec.json.decode(_exactly(pipe, length), type=dict[str, dict[str, Any]])["tensor"]
         dtype, shape = _names()[entry["dtype"]], msgspec.convert(entry["shape"], list[int])
-        content = torch.empty(nbytes - 8 - length, dtype=torch.uint8)
+        content = blocks.take(nbytes - 8 - length)
         _read_into(pipe, memoryview(content.numpy()))
         return content.view(dtype).reshape(shape)
     except (KeyError, RuntimeError, msgspec.ValidationError, *UNREADABLE) as error:
@@ -123,10 +111,6 @@ def _exactly(pipe: IO[bytes], count: int) -> bytes:
     return bytes(content)
 
 
-def _read_into(pipe: Any, place: memoryview) -> None:
-    filled = 0
-    while filled < place.nbytes:
-        count = pipe.readinto(place[filled:])
-        if not count:
-            raise ProtocolError(f"a tensor was cut short: {filled} of {place.nbytes} bytes came")
-        filled += count
+def _read_into(pipe: IO[bytes], place: memoryview) -> None:
+    if (filled := pipes.read_into(pipe, place)) < place.nbytes:
+        raise ProtocolError(f"a tensor was cut short: {filled} of {place.nbytes} bytes came")

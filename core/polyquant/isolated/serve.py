@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from polyquant.environment import installed_version
-from polyquant.isolated import protocol
+from polyquant.isolated import pipes, protocol
 
 if TYPE_CHECKING:
     from polyquant.backend import Backend
@@ -120,7 +120,7 @@ def main() -> None:
     """Answer one call after the other."""
     incoming, outgoing = _take_over()
     stopped, calls = Event(), SimpleQueue[Mapping[str, Any]]()
-    protocol.widen(outgoing)
+    pipes.widen(outgoing)
     protocol.send(outgoing, {"protocol": protocol.VERSION, "polyquant": installed_version("polyquant")})
     Thread(target=_listen, args=(incoming, calls, stopped), daemon=True).start()
     server = Server(sys.argv[1], stopped)
@@ -131,8 +131,7 @@ def main() -> None:
                 raise LookupError(f"no call {asked['call']!r}")
             server.forget(asked["forgotten"])
             stopped.clear()
-            answer = getattr(server, asked["call"])(**asked["arguments"])
-            _answer(outgoing, answer)
+            _answer(outgoing, getattr(server, asked["call"])(**asked["arguments"]))  # kept by nobody until the next
         except Exception as error:
             message = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
             protocol.send(outgoing, {"error": message})

@@ -14,8 +14,9 @@ from typing import IO, Any
 from polyquant import errors
 from polyquant.environment import installed_version
 from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem, PolyquantError
-from polyquant.isolated import protocol
+from polyquant.isolated import pipes, protocol
 from polyquant.isolated.environments import Environment
+from polyquant.isolated.memory import Blocks
 from polyquant.processes import SHOWN_LINES, explain, kill_group
 
 START_SECONDS = 180  # until a worker has said its first word; it has imported no library by then
@@ -40,6 +41,7 @@ class Worker:
         self.environment, self.shown = environment, shown
         self._said: deque[bytes] = deque(maxlen=400)
         self._lock, self._sending, self._forgotten = RLock(), Lock(), list[int]()
+        self._blocks = Blocks()
         self._stream: _Pieces | None = None
         kept = {name: value for name, value in os.environ.items() if name not in UNSET}
         try:
@@ -123,7 +125,7 @@ class Worker:
                 f"the environment {environment.name} has polyquant {theirs[1]} (protocol {theirs[0]}), and this is "
                 f"{ours} (protocol {protocol.VERSION})\n  fix: {environment.command} --again"
             )
-        protocol.widen(self._pipe)
+        pipes.widen(self._pipe)
 
     def _exchange(self, what: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         with self._lock:
@@ -167,7 +169,7 @@ class Worker:
 
     def _receive(self) -> tuple[dict[str, Any], Any]:
         try:
-            return protocol.receive(self._answers)
+            return protocol.receive(self._answers, self._blocks)
         except (EOFError, OSError, protocol.ProtocolError) as error:
             raise self._ended(error if isinstance(error, protocol.ProtocolError) else None) from error
         except BaseException:
