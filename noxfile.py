@@ -34,7 +34,7 @@ ENDS = {
 """The ends of the versions that the core supports, less torch: before 2.13 there are builds for CUDA alone to be had
 without an index of one's own, several gigabytes each."""
 CORE_TESTS = ("editables", "hatchling", "hypothesis", "jinja2", "matplotlib", "pandas", "plotly", "pytest",
-              "pytest-timeout", "tensorboard")  # fmt: skip
+              "pytest-timeout", "pytest-xdist", "tensorboard")  # fmt: skip
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 
 nox.needs_version = ">=2024.4"
@@ -69,7 +69,7 @@ def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
 def install_own(session: nox.Session, plugin: Path) -> None:
     """The core and one plugin whose library needs other versions than constraints.txt has: those of its card."""
     table = DEVELOPMENT[plugin.name]
-    session.install(*table["dependencies"], "-e", str(ROOT), "gguf", "pytest", "pytest-timeout")
+    session.install(*table["dependencies"], "-e", str(ROOT), "gguf", "pytest", "pytest-timeout", "pytest-xdist")
     session.install("--no-deps", *table["without-dependencies"], BUILTIN_MODEL, "-e", str(plugin))
     session.env.update(variables(session))
 
@@ -77,6 +77,15 @@ def install_own(session: nox.Session, plugin: Path) -> None:
 def variables(session: nox.Session) -> dict[str, str]:
     """What the tests' processes need."""
     return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "POLYQUANT_CACHE": str(cache(session))}
+
+
+def chosen(session: nox.Session, marks: str = "not slow and not gpu") -> list[str]:
+    """For pytest: what the arguments say, or every test with these marks, file by file in two processes of one thread.
+
+    Two, since tests that measure bear one neighbour, and two real models lie in memory at once.
+    """
+    session.env.setdefault("OMP_NUM_THREADS", "1")
+    return session.posargs or ["-m", marks, "--numprocesses=2", "--dist=loadfile", "--max-worker-restart=0"]
 
 
 def apart() -> list[str]:
@@ -102,7 +111,7 @@ def tests(session: nox.Session) -> None:
     for name in APART if not session.posargs else ():
         session.notify(f"plugin({name})")
     install(session, *PLUGINS.values(), group="test")
-    session.run("python", "-m", "pytest", *apart(), *(session.posargs or ["-m", "not slow and not gpu"]))
+    session.run("python", "-m", "pytest", *apart(), *chosen(session))
 
 
 @nox.session
@@ -113,9 +122,7 @@ def plugin(session: nox.Session, name: str) -> None:
         install_own(session, PLUGINS[name])
     else:
         install(session, PLUGINS[name], group="test")
-    session.run(
-        "python", "-m", "pytest", str(PLUGINS[name] / "tests"), *(session.posargs or ["-m", "not slow and not gpu"])
-    )
+    session.run("python", "-m", "pytest", str(PLUGINS[name] / "tests"), *chosen(session))
 
 
 @nox.session
@@ -127,8 +134,7 @@ def compatibility(session: nox.Session, end: str) -> None:
     session.install("--no-deps", BUILTIN_MODEL, *cards)
     session.env.update(variables(session) | {"POLYQUANT_CACHE": str(cache(session) / end)})
     whole = [f"--ignore=tests/test_{name}.py" for name in ("docs", "repository")]  # of the repository with all plugins
-    chosen = session.posargs or ["-m", "not slow and not gpu and not real"]
-    session.run("python", "-m", "pytest", "tests", *whole, *chosen)
+    session.run("python", "-m", "pytest", "tests", *whole, *chosen(session, "not slow and not gpu and not real"))
 
 
 @nox.session

@@ -14,6 +14,8 @@ import pytest
 from hypothesis import settings
 from polyquant.authoring.new import new_backend
 
+from .installing import importable, write_metadata
+
 settings.register_profile("fuzz", max_examples=2000)
 
 GOOD_PLUGIN = """
@@ -66,10 +68,7 @@ def make_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         module = distribution.replace("-", "_")
         site.mkdir(parents=True)
         (site / f"{module}.py").write_text(textwrap.dedent(code))
-        info = site / f"{module}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[polyquant.backends]\n{backend} = {module}:backend\n")
+        write_metadata(site, distribution, {backend: f"{module}:backend"}, version)
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.delitem(sys.modules, module, raising=False)
         return module
@@ -99,17 +98,7 @@ def rowwise_package(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rowwise(rowwise_package, tmp_path_factory):
     """The third-party backend `rowwise`, installed as far as importlib can tell; gives the import path that does it."""
-    source = rowwise_package / "src"
-    site = tmp_path_factory.mktemp("site")
-    info = site / "polyquant_rowwise-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: polyquant-rowwise\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[polyquant.backends]\nrowwise = polyquant_rowwise.plugin:backend\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(source))
-        patch.syspath_prepend(str(site))
-        for name in [name for name in sys.modules if name.partition(".")[0] == "polyquant_rowwise"]:
-            patch.delitem(sys.modules, name)  # that of another test, from another folder
-        polyquant.api.registry.cache_clear()
+    source, site = rowwise_package / "src", tmp_path_factory.mktemp("site")
+    write_metadata(site, "polyquant-rowwise", {"rowwise": "polyquant_rowwise.plugin:backend"})
+    with importable("polyquant_rowwise", site, source):
         yield os.pathsep.join((str(site), str(source)))
-    polyquant.api.registry.cache_clear()

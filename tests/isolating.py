@@ -14,6 +14,8 @@ from polyquant.authoring.new import new_backend
 from polyquant.isolated.creating import create
 from polyquant.isolated.installer import Index
 
+from .installing import importable, write_metadata
+
 OUTER = """
 [build-system]
 requires = ["hatchling"]
@@ -49,23 +51,14 @@ def isolated_rowwise(tmp_path_factory):
     plugin.write_text(
         code.replace("            options=RowwiseOptions,\n", f"            options=RowwiseOptions,{ISOLATED}")
     )
-    info = site / "polyquant_rowwise-0.1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: polyquant-rowwise\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[polyquant.backends]\nrowwise = polyquant_rowwise.plugin:backend\n")
+    info = write_metadata(site, "polyquant-rowwise", {"rowwise": "polyquant_rowwise.plugin:backend"}, "0.1.0")
     (info / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {}}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(source / "src"))
-        patch.syspath_prepend(str(site))
+    with importable("polyquant_rowwise", site, source / "src") as patch:
         patch.setenv("POLYQUANT_CACHE", str(folder / "cache"))
         patch.setenv("PIP_NO_INDEX", "1")
         patch.setenv("PIP_FIND_LINKS", str(links))
         patch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip's way to say that there is to be none
-        for name in [name for name in sys.modules if name.partition(".")[0] == "polyquant_rowwise"]:
-            patch.delitem(sys.modules, name)  # that of another test, from another folder
-        polyquant.api.registry.cache_clear()
         yield os.pathsep.join((str(site), str(source / "src")))
-    polyquant.api.registry.cache_clear()
 
 
 @pytest.fixture(scope="module")

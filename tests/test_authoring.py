@@ -15,6 +15,8 @@ from polyquant.errors import ConfigError, SaveError
 from polyquant.testing import advice
 from polyquant.testing.catalog import ALL
 
+from .installing import write_metadata
+
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "authors" / "index.md").read_text()
 
@@ -256,8 +258,5 @@ def edited(tmp_path, file, old, new):
 
 
 def installed(tmp_path, name):
-    info = tmp_path / "site" / f"polyquant_{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: polyquant-{name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[polyquant.backends]\n{name} = polyquant_{name}.plugin:backend\n")
+    info = write_metadata(tmp_path / "site", f"polyquant-{name}", {name: f"polyquant_{name}.plugin:backend"})
     return os.pathsep.join((str(info.parent), str(tmp_path / name / "src")))

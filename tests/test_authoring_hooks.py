@@ -20,7 +20,7 @@ from polyquant.testing.catalog import ALL
 from polyquant.testing.running import run_checks
 from polyquant.testing.subject import Subject
 
-from .test_authoring import installed
+from .installing import importable, take_out, write_metadata
 
 IMPLEMENTED = [
     node.name
@@ -46,12 +46,10 @@ WAYS = {  # at the call
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
+def package(tmp_path):
     """A backend acme as new-backend writes it, importable; a function that edits its plugin.py, and gives a registry."""
     new_backend("acme", tmp_path / "acme")
-    for path in reversed(installed(tmp_path, "acme").split(":")):
-        monkeypatch.syspath_prepend(path)
-    forget()
+    site = write_metadata(tmp_path / "site", "polyquant-acme", {"acme": "polyquant_acme.plugin:backend"}).parent
     file = tmp_path / "acme" / "src" / "polyquant_acme" / "plugin.py"
 
     def edit(change=None, text=None):
@@ -63,13 +61,8 @@ def package(tmp_path, monkeypatch):
         return Registry()
 
     edit.file = file
-    yield edit
-    forget()
-
-
-def forget():
-    for name in [name for name in sys.modules if name.partition(".")[0] == "polyquant_acme"]:
-        del sys.modules[name]
+    with importable("polyquant_acme", site, tmp_path / "acme" / "src"):
+        yield edit
 
 
 def line_of(file, text):
@@ -358,7 +351,7 @@ def test_a_hook_that_only_a_newer_core_has_may_be_marked_so(package):
     registry = package(text=text.replace("\n\nbackend = ", f"{extra}\n\nbackend = "))
     assert registry.info("acme").name == "acme"
     assert Registry(Newer).implements("acme", "export")
-    forget()
+    take_out("polyquant_acme")
     unmarked = package(text=package.file.read_text().replace("(optionalhook=True)", ""))
     with pytest.raises(PolyquantError, match="unknown hook 'export'"):
         unmarked.info("acme")

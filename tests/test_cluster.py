@@ -52,12 +52,13 @@ class Killing(Watcher):
     def _kill(self):
         deadline = time.monotonic() + 120
         while not self.killed and time.monotonic() < deadline:
-            cells = [process for process in psutil.process_iter(["cmdline"])
-                     if "polyquant.comparison.cell" in (process.info["cmdline"] or ())]  # fmt: skip
-            for cell in cells[:1]:
-                worker = cell.parent()
-                worker.kill()
-                self.killed.append(cell)
+            for cell in psutil.process_iter(["cmdline"]):
+                if "polyquant.comparison.cell" in (cell.info["cmdline"] or ()):
+                    worker = cell.parent()
+                    if worker is not None and worker.name().startswith("ray::"):  # another test may measure meanwhile
+                        worker.kill()
+                        self.killed.append(cell)
+                        break
             time.sleep(0.05)
 
     def finished(self, row):

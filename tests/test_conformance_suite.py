@@ -22,6 +22,8 @@ sys.path[:0] = [str(Path(__file__).parent / "thirdparty"), str(TEMPLATE / "src")
 
 import rowwise_mutants  # noqa: E402
 
+from .installing import write_metadata  # noqa: E402
+
 TINY_FLOOR = {"int8": Floor(kl=0.003, top1=0.9)}  # measured on the tiny llama: 0.0014, 0.956
 FRESH_PROCESS = {"load_leaves_global_state_alone"}  # five seconds: only for the mutant that breaks it
 
@@ -30,7 +32,8 @@ FRESH_PROCESS = {"load_leaves_global_state_alone"}  # five seconds: only for the
 def site(tmp_path_factory):
     """The reference backend, its mutants and variants, installed as far as importlib can tell; one thread."""
     folder, threads = tmp_path_factory.mktemp("site"), torch.get_num_threads()
-    rowwise_mutants.write_metadata(folder)
+    write_metadata(folder, "polyquant-rowwise", {"rowwise": "polyquant_rowwise.plugin:backend"})
+    write_metadata(folder, "polyquant-rowwise-mutants", rowwise_mutants.PLUGINS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         polyquant.api.registry.cache_clear()

@@ -60,7 +60,7 @@ def test_an_index_cannot_name_a_pickle(model, marker):
     assert not marker.exists()
 
 
-def test_code_of_the_repository_is_not_run(model, marker):
+def test_code_of_the_repository_is_not_run(bitsandbytes, model, marker):
     (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     change(model, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
     with pytest.raises(ModelError, match="runs Python code of its own.*read that code first, then allow it"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import fields
-from pathlib import Path
 
 import msgspec
 from polyquant import LoadedModel, hookimpl
@@ -404,16 +403,3 @@ class Picky(Variant):
         if request.source.config["hidden_size"] % 64:
             raise ModelError(f"{request.source.name}: hidden_size must be a multiple of 64")
         return super().load(request, config)
-
-
-def write_metadata(folder: Path) -> None:
-    """What pip would have left in `folder`, had it installed the rowwise distribution and one with these plugins."""
-    for name, points in (
-        ("polyquant_rowwise", {"rowwise": "polyquant_rowwise.plugin:backend"}),
-        ("polyquant_rowwise_mutants", PLUGINS),
-    ):
-        info = folder / f"{name}-0.1.0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 0.1.0\n")
-        lines = [f"{backend} = {value}\n" for backend, value in points.items()]
-        (info / "entry_points.txt").write_text("[polyquant.backends]\n" + "".join(lines))
