@@ -19,7 +19,7 @@ import numpy  # noqa: F401  what reading imports is no part of what it allocates
 import safetensors  # noqa: F401
 import torch  # noqa: F401
 import transformers.models.auto.configuration_auto  # noqa: F401
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from polyquant.errors import PolyquantError
 

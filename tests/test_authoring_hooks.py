@@ -4,7 +4,6 @@ And plugins of another age than the core: one that takes fewer arguments, one th
 """
 
 import ast
-import sys
 import textwrap
 from pathlib import Path
 

@@ -12,7 +12,7 @@ import transformers
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from polyquant_gguf import metadata
 from polyquant.models.gguf_types import TYPES
-from polyquant_gguf.names import ARCHITECTURES, gguf_names
+from polyquant_gguf.names import gguf_names
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -9,12 +9,20 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import polyquant
 import pytest
 from polyquant.testing.models import tiny_model
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
+EXACT = {"kv_cache_type": "F32", "flash_attention": "off"}
+TOKENS = list(range(5, 45))
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "mixtral": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 EXPERT = re.compile(r"(.*block_sparse_moe\.experts\.)(\d+)(\.w\d\.weight)")
+
+
+def load(path, **options):
+    return polyquant.load(path, "llama-cpp", **options)
 
 
 def write_gguf(
@@ -111,3 +119,21 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
         return path if path.exists() else write_gguf(tiny_model(name, folder), path, kind)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def exact(tiny):
+    """exact(name): a tiny model in float32 throughout, in llama.cpp and in transformers."""
+
+    def make(name="llama"):
+        path = tiny(name, "F32")
+        return load(path, allow_dequantize=True, **EXACT), AutoModelForCausalLM.from_pretrained(
+            path.parent / name
+        ).eval()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def packed(tiny):
+    return load(tiny("llama", "Q8_0"))
