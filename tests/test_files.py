@@ -1,13 +1,14 @@
 """Folders are written all or nothing: errors, a full disk and a kill leave what was there."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
 
 import pytest
 from polyquant.errors import SaveError
-from polyquant.files import atomic_folder
+from polyquant.files import atomic_folder, locked
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_full_disk_leaves_the_old_folder(old):
     """A file size limit makes the write fail as a full disk does, in the operating system."""
     code = f"""
 import resource, pathlib
-from polyquant.files import atomic_folder
+from polyquant.files import atomic_folder, locked
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
@@ -74,7 +75,7 @@ with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
 def test_a_kill_leaves_the_old_folder(old):
     code = f"""
 import pathlib, time
-from polyquant.files import atomic_folder
+from polyquant.files import atomic_folder, locked
 with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
     (partial / "weights").write_text("half")
     print("writing", flush=True)
@@ -88,3 +89,37 @@ with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
     assert (old / "weights").read_text() == "old"
     leftovers = [child.name for child in old.parent.iterdir() if child.name != "out"]
     assert all(name.startswith(".out.partial-") for name in leftovers)
+
+
+TURN = """
+import sys
+from pathlib import Path
+from polyquant.files import locked
+out = Path(sys.argv[1])
+with locked(out):
+    print("there" if out.exists() else "not there", flush=True)
+    sys.stdin.readline()
+    out.mkdir()
+"""
+
+
+def test_one_process_at_a_time_makes_a_folder_and_a_kill_frees_it(tmp_path):
+    def start():
+        command = [sys.executable, "-c", TURN, str(tmp_path / "deep" / "out")]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with start() as killed:
+        assert killed.stdout.readline() == "not there\n"
+        with start() as waiting:
+            assert not select.select([waiting.stdout], [], [], 3)[0], "it has what another one has"
+            killed.kill()
+            assert waiting.stdout.readline() == "not there\n"
+            waiting.stdin.write("\n")
+    with locked(tmp_path / "deep" / "out"):
+        assert (tmp_path / "deep" / "out").is_dir()
+
+
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="cannot write beside"), locked(tmp_path / "file" / "out"):
+        pass

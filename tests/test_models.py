@@ -1,7 +1,11 @@
 """Finding and checking models: every bad one is refused before its weights are read, in words that help."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -185,6 +189,18 @@ except Exception as error:
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path))
     assert builtin.cache_folder() == tmp_path
+
+
+@pytest.mark.real
+def test_two_processes_make_the_dense_checkpoint_once(tmp_path):
+    code = "from polyquant.models.builtin import dense_folder; print(dense_folder('builtin:smollm2'))"
+    variables = {**os.environ, "POLYQUANT_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, env=variables, text=True) for _ in range(2)]
+    (first, _), (second, _) = (process.communicate() for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert first == second
+    assert [path.name for path in (tmp_path / "dense").iterdir() if path.is_dir()] == [Path(first.strip()).name]
 
 
 def test_a_quantization_config_beside_the_config_is_read(folder):

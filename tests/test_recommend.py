@@ -11,6 +11,7 @@ from polyquant.checkpoints import PACKAGES
 from polyquant.comparison.records import Job, Result
 from polyquant.errors import ConfigError
 from polyquant.machine import this_machine
+from polyquant.memory.predicted import resident_bytes
 from polyquant.planning.measured import read_results
 from polyquant.quality.records import Quality
 from polyquant.speed import Rate, Speed
@@ -23,7 +24,12 @@ pytestmark = pytest.mark.usefixtures("bitsandbytes")
 
 @pytest.fixture(scope="module")
 def table():
-    return polyquant.plan(CONFIG, memory="2GiB", device="cpu", context=512)
+    return polyquant.plan(CONFIG, memory=budget(), device="cpu", context=512)
+
+
+def budget():
+    """2 GiB, and more where this process holds much already: on a CPU that counts."""
+    return max(2 * GIB, resident_bytes() + 3 * GIB // 2)
 
 
 def test_every_installed_backend_has_its_presets(table):
@@ -32,14 +38,13 @@ def test_every_installed_backend_has_its_presets(table):
         for preset in info.presets:
             assert f"{info.name}:{preset}" in shown
     assert all(row.reason for row in table.rows if row.status != "fits")
-    assert table.memory_bytes == 2 * GIB
 
 
 def test_what_fits_is_first_and_within_the_budget(table):
     states = [row.status for row in table.rows]
     assert states == sorted(states, key=["fits", "too big", "not planned", "does not run", "left out"].index)
     assert table.fitting
-    assert all(row.plan.needed_bytes <= 2 * GIB for row in table.fitting)
+    assert all(row.plan.needed_bytes <= table.memory_bytes for row in table.fitting)
     bits = [row.plan.tensors and max(t.bits for t in row.plan.tensors if t.quantized) for row in table.fitting]
     assert bits[0] == 8
     by_name = {row.candidate.name: row for row in table.rows}
@@ -63,6 +68,7 @@ def test_backends_that_are_not_installed_come_with_their_command(monkeypatch):
     finally:
         monkeypatch.undo()
         polyquant.api.registry.cache_clear()
+    assert table.memory_bytes == 2 * GIB
     assert ("bitsandbytes", "pip install polyquant-bitsandbytes") in [(a.backend, a.command) for a in table.absent]
 
 
@@ -125,7 +131,7 @@ def test_a_plugin_that_raises_where_it_should_answer_is_never_recommended(make_p
 
 
 def recommended(**more):
-    given = {"memory": "2GiB", "device": "cpu", "context": 512, "comparisons": "nowhere", **more}
+    given = {"memory": budget(), "device": "cpu", "context": 512, "comparisons": "nowhere", **more}
     return polyquant.recommend(CONFIG, **given)
 
 

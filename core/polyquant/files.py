@@ -13,6 +13,26 @@ from polyquant.errors import BackendFailed, PolyquantError, SaveError
 
 
 @contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The right to make `out`, which one process has at a time; another waits. The lock `NAME.lock` stays beside it.
+
+    Raises SaveError where it cannot be written.
+    """
+    from filelock import FileLock  # it imports asyncio
+
+    lock = FileLock(f"{out}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise SaveError(f"cannot write beside {out}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def atomic_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty folder beside `out` that becomes `out` when the block ends, and vanishes where it raises.
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from threading import Event
 
 import msgspec
-from filelock import FileLock
 
 from polyquant.comparison.checkpoint import Making
 from polyquant.comparison.records import Job, Result
-from polyquant.files import write_atomically
+from polyquant.files import locked, write_atomically
 from polyquant.isolated import cells
 from polyquant.processes import account, run_logged
 from polyquant.types import Record
@@ -72,8 +71,7 @@ def _make(
     """Seconds that making the checkpoint took, once, and why it failed, if it did."""
     out = Path(making.out)
     took = out.with_name(f"{out.name}.{MADE}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(out.with_name(f"{out.name}.lock"))):
+    with locked(out):
         if not (out.is_dir() and took.exists()):
             job_path, log = work / f"{task.key}.making.json", work / f"{task.key}.making.log"
             away = cells.where(making.backend)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from polyquant.errors import ModelError, did_you_mean
-from polyquant.files import atomic_folder
+from polyquant.files import atomic_folder, locked
 from polyquant.request import ModelSource
 
 PREFIX = "builtin:"
@@ -73,6 +73,13 @@ def dense_from_gguf(source: ModelSource, *, progress: bool = False) -> Path:
     folder = _dense_path(source.path / source.gguf_file)
     if folder.is_dir():
         return folder
+    with locked(folder):
+        if not folder.is_dir():  # another process may have made it meanwhile
+            _make_dense(source, folder, progress=progress)
+    return folder
+
+
+def _make_dense(source: ModelSource, folder: Path, *, progress: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -92,4 +99,3 @@ def dense_from_gguf(source: ModelSource, *, progress: bool = False) -> Path:
         with atomic_folder(folder, overwrite=False) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-    return folder
