@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from packaging.version import Version
 
 from polyquant.environment import quiet_imports
 from polyquant.errors import ModelError
-from polyquant.files import atomic_folder
+from polyquant.files import once
 from polyquant.models.builtin import cache_folder
 from polyquant.request import ModelSource
 
@@ -138,14 +139,15 @@ def readable(source: ModelSource) -> ModelSource:
     files = sorted(each for each in source.path.iterdir() if each.is_file())
     known = [str(source.path.absolute()), [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]]
     folder = cache_folder() / "transformers-4" / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-    if not folder.is_dir():
-        with atomic_folder(folder, overwrite=True) as partial_folder:
-            for each in files:
-                (partial_folder / each.name).symlink_to(each.absolute())
-            for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-                (partial_folder / name).unlink(missing_ok=True)
-                (partial_folder / name).write_text(json.dumps(content, indent=2))
-    return msgspec.structs.replace(source, path=folder, config=config)
+
+    def write(out: Path) -> None:
+        for each in files:
+            (out / each.name).symlink_to(each.absolute())
+        for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+            (out / name).unlink(missing_ok=True)
+            (out / name).write_text(json.dumps(content, indent=2))
+
+    return msgspec.structs.replace(source, path=once(folder, write), config=config)
 
 
 def unloaded(model: Any) -> Any:

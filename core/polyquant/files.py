@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,19 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def once(out: Path, make: Callable[[Path], None]) -> Path:
+    """`out`, made where it is not there: `make` fills an empty folder, in one process while others wait for it.
+
+    Raises SaveError, and what `make` raises; nothing is left then.
+    """
+    if not out.is_dir():
+        with locked(out):
+            if not out.is_dir():
+                with atomic_folder(out, overwrite=False) as partial:
+                    make(partial)
+    return out
 
 
 @contextmanager

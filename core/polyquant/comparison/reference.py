@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from polyquant.candidates import DENSE, Candidate
+from polyquant.files import locked
 from polyquant.machine import this_machine
 from polyquant.models.builtin import cache_folder
 from polyquant.models.hashing import content_hash
@@ -83,7 +84,16 @@ def is_stored(job: ReferenceJob) -> bool:
 
 
 def compute(job: ReferenceJob, advance: Callable[[int], None] | None = None) -> None:
-    """Run the reference over the text, and store what it predicts. Raises ConfigError where the text is too short."""
+    """Run the reference over the text, and store what it predicts, unless another process does it meanwhile.
+
+    Raises ConfigError where the text is too short.
+    """
+    with locked(Path(job.folder)):
+        if not is_stored(job):
+            _store(job, advance)
+
+
+def _store(job: ReferenceJob, advance: Callable[[int], None] | None) -> None:
     from polyquant.quality import stored
 
     loaded = _loaded(job)

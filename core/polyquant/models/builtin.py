@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from polyquant.errors import ModelError, did_you_mean
-from polyquant.files import atomic_folder, locked
+from polyquant.files import once
 from polyquant.request import ModelSource
 
 PREFIX = "builtin:"
@@ -71,15 +71,10 @@ def dense_from_gguf(source: ModelSource, *, progress: bool = False) -> Path:
     Raises ModelError for a header that lies.
     """
     folder = _dense_path(source.path / source.gguf_file)
-    if folder.is_dir():
-        return folder
-    with locked(folder):
-        if not folder.is_dir():  # another process may have made it meanwhile
-            _make_dense(source, folder, progress=progress)
-    return folder
+    return once(folder, lambda out: _convert(source, out, progress=progress))
 
 
-def _make_dense(source: ModelSource, folder: Path, *, progress: bool) -> None:
+def _convert(source: ModelSource, out: Path, *, progress: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -96,6 +91,5 @@ def _make_dense(source: ModelSource, folder: Path, *, progress: bool) -> None:
         except Exception as error:
             raise ModelError(f"{source.name}: transformers cannot read this GGUF: {error}") from error
         compat.forget_quantization(model)
-        with atomic_folder(folder, overwrite=False) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
