@@ -23,8 +23,7 @@ def widen(pipe: int) -> None:
 
 def write(pipe: int, content: memoryview) -> None:
     """Write all of it; it may change once this returns. Raises OSError."""
-    held = _fcntl(pipe, F_GETPIPE_SZ)
-    if held and content.nbytes > 2 * held and not content.readonly:
+    if not content.readonly and content.nbytes > 2 * (held := _fcntl(pipe, F_GETPIPE_SZ)) > 0:
         content = content[_lend(pipe, content[:-held]) :]
     while content.nbytes:
         content = content[os.write(pipe, content) :]
