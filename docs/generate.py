@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 from generate_backends import backend_page, backends_index, markdown
 from generate_reference import command_line_page, hooks_page, python_page, records_page
-from polyquant.candidates import DENSE
 from polyquant.cli.show import card_cells, size
+from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.records import Result
 from polyquant.types import BackendInfo
 

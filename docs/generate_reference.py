@@ -15,8 +15,8 @@ import polyquant
 import polyquant.testing
 import typer
 from generate_backends import allowed, markdown
-from polyquant import hookspecs
 from polyquant.cli.commands import build
+from polyquant.contract import hookspecs
 from polyquant.options import describe_options
 
 GROUPS = {
@@ -29,13 +29,13 @@ GROUPS = {
 }
 RECORDS = {
     "polyquant.types": "What travels between core and plugins.",
-    "polyquant.report": "What `polyquant.verify` returns.",
+    "polyquant.loading.records": "What `polyquant.verify` returns.",
     "polyquant.planning.records": "What `polyquant.plan` and `polyquant.recommend` return.",
     "polyquant.comparison.records": "What `polyquant.compare` returns.",
-    "polyquant.candidates": "What is compared.",
-    "polyquant.quality.records": "The measured quality of a model.",
-    "polyquant.speed": "The measured speed of a model.",
-    "polyquant.machine": "What a figure was measured on.",
+    "polyquant.comparison.candidates": "What is compared.",
+    "polyquant.measure.quality.records": "The measured quality of a model.",
+    "polyquant.measure.speed": "The measured speed of a model.",
+    "polyquant.support.machine": "What a figure was measured on.",
     "polyquant.finetuning.options": "What `polyquant.finetune` is told and returns.",
     "polyquant.request": "What a backend's `load` is asked for.",
 }
@@ -69,14 +69,14 @@ def hooks_page() -> str:
     """The hook specification, with which hooks are required."""
     hooks = {"required": hookspecs.REQUIRED, "optional": hookspecs.OPTIONAL}
     home = hookspecs.QuantBackend
-    rows = [(f"[`{name}`](#polyquant.hookspecs.QuantBackend.{name})", kind, first_sentence(getattr(home, name)))
+    rows = [(f"[`{name}`](#polyquant.contract.hookspecs.QuantBackend.{name})", kind, first_sentence(getattr(home, name)))
             for kind, names in hooks.items() for name in names]  # fmt: skip
     return "\n\n".join([
         "# Hooks", HEAD,
-        f"What a backend plugin answers: hook specification {hookspecs.VERSION}, `polyquant.hookspecs.QuantBackend`. "
+        f"What a backend plugin answers: hook specification {hookspecs.VERSION}, `polyquant.contract.hookspecs.QuantBackend`. "
         "A walk through: [for authors](../authors/index.md).",
         markdown(("hook", "kind", "answers"), rows),
-        "::: polyquant.hookspecs.QuantBackend\n    options:\n      show_root_full_path: false",
+        "::: polyquant.contract.hookspecs.QuantBackend\n    options:\n      show_root_full_path: false",
     ]) + "\n"  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from polyquant.apart import run_apart
+from polyquant.plugin.process import run_apart
 from polyquant.errors import BackendFailed
 
 WORKER = """

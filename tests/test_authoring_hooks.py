@@ -9,12 +9,14 @@ from pathlib import Path
 
 import polyquant
 import pytest
-from polyquant import api, hooks, hookspecs
+from polyquant import api
+from polyquant.registry import hooks
+from polyquant.contract import hookspecs
 from polyquant.authoring.new import TEMPLATE, new_backend
 from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, UnsupportedOperation
-from polyquant.hookspecs import QuantBackend
-from polyquant.markers import hookspec
-from polyquant.registry import ITEMS, Registry
+from polyquant.contract.hookspecs import QuantBackend
+from polyquant.contract.markers import hookspec
+from polyquant.registry.registry import ITEMS, Registry
 from polyquant.testing.catalog import ALL
 from polyquant.testing.running import run_checks
 from polyquant.testing.subject import Subject

@@ -5,7 +5,7 @@ import re
 import polyquant
 import pytest
 from polyquant.api import registry
-from polyquant.candidates import Candidate, parse, presets_of
+from polyquant.comparison.candidates import Candidate, parse, presets_of
 from polyquant.errors import ConfigError, UnknownBackend
 
 pytestmark = pytest.mark.usefixtures("rowwise")

@@ -53,7 +53,7 @@ class Killing(Watcher):
         deadline = time.monotonic() + 120
         while not self.killed and time.monotonic() < deadline:
             for cell in psutil.process_iter(["cmdline"]):
-                if "polyquant.comparison.cell" in (cell.info["cmdline"] or ()):
+                if "polyquant.comparison.cell.run" in (cell.info["cmdline"] or ()):
                     worker = cell.parent()
                     if worker is not None and worker.name().startswith("ray::"):  # another test may measure meanwhile
                         worker.kill()

@@ -14,7 +14,7 @@ import polyquant
 import psutil
 import pytest
 from filelock import FileLock
-from polyquant.candidates import Candidate
+from polyquant.comparison.candidates import Candidate
 from polyquant.comparison.run import FILE, Watcher
 from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, ModelError
 from polyquant.testing.models import tiny_model
@@ -261,7 +261,7 @@ def start(model, out, candidates):
 def cells_of(run):
     """The processes of cells that a run has started."""
     started = psutil.Process(run.pid).children(recursive=True)
-    return [process for process in started if "polyquant.comparison.cell" in process.cmdline()]
+    return [process for process in started if "polyquant.comparison.cell.run" in process.cmdline()]
 
 
 def killed_until_done(model, out, candidates, moments, victims):

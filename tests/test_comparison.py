@@ -6,13 +6,13 @@ import sys
 
 import msgspec
 import pytest
-from polyquant.candidates import DENSE
-from polyquant.comparison.cell import run
+from polyquant.comparison.candidates import DENSE
+from polyquant.comparison.cell.run import run
 from polyquant.comparison.records import Job, Result
 from polyquant.comparison.reference import reference
 from polyquant.models.resolve import resolve
 from polyquant.testing.models import tiny_model
-from polyquant.texts import evaluation_text
+from polyquant.support.texts import evaluation_text
 
 pytestmark = pytest.mark.usefixtures("rowwise")
 PRESET = "llamacpp-512"
@@ -59,7 +59,7 @@ def test_a_cell_in_a_process_of_its_own_gives_the_same(model, stored, tmp_path, 
     command = [
         sys.executable,
         "-m",
-        "polyquant.comparison.cell",
+        "polyquant.comparison.cell.run",
         str(tmp_path / "job.json"),
         str(tmp_path / "out.json"),
     ]

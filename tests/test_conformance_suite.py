@@ -11,7 +11,7 @@ import polyquant
 import pytest
 import torch
 from polyquant.authoring.new import TEMPLATE
-from polyquant.quality.divergence import kl_divergence, top1_agreement
+from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
 from polyquant.testing.catalog import ALL
 from polyquant.testing.check import Floor
 from polyquant.testing.models import ARCHITECTURES, tiny_model

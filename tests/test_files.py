@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from polyquant.errors import SaveError
-from polyquant.files import atomic_folder, locked
+from polyquant.support.files import atomic_folder, locked
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_full_disk_leaves_the_old_folder(old):
     """A file size limit makes the write fail as a full disk does, in the operating system."""
     code = f"""
 import resource, pathlib
-from polyquant.files import atomic_folder
+from polyquant.support.files import atomic_folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
@@ -75,7 +75,7 @@ with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
 def test_a_kill_leaves_the_old_folder(old):
     code = f"""
 import pathlib, time
-from polyquant.files import atomic_folder
+from polyquant.support.files import atomic_folder
 with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
     (partial / "weights").write_text("half")
     print("writing", flush=True)
@@ -94,7 +94,7 @@ with atomic_folder(pathlib.Path({str(old)!r}), overwrite=True) as partial:
 TURN = """
 import sys
 from pathlib import Path
-from polyquant.files import locked
+from polyquant.support.files import locked
 out = Path(sys.argv[1])
 with locked(out):
     print("there" if out.exists() else "not there", flush=True)

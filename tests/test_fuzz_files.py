@@ -6,7 +6,9 @@ import struct
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from polyquant import api, checkpoints, compat
+from polyquant import api
+from polyquant.loading import stored
+from polyquant.models import versions
 from polyquant.errors import ModelError
 from polyquant.models import gguf_header, headers
 from polyquant.models.gguf_types import TYPES
@@ -206,9 +208,9 @@ def describe(folder, size):
         source = resolve(folder)
         assert all((folder / name).resolve().parent == folder.resolve() for name in source.weight_files)
         assert all(name.endswith(".safetensors") for name in source.weight_files)
-        method = checkpoints.method_of(source)
+        method = stored.method_of(source)
         if method:
-            checkpoints.reader_of(method, SELECTION)
+            stored.reader_of(method, SELECTION)
     with guarded(folder, size):
         outline(folder)
 
@@ -278,17 +280,17 @@ def test_quantization_configs(folder, dialect):
             config = CONFIG | {"quantization_config": given_config}
             source = checkpoints.ModelSource(name="x", path=folder, config=config)
             with guarded(folder, len(json.dumps(config))):
-                method = checkpoints.method_of(source)
+                method = stored.method_of(source)
                 for info in readers if method else ():
                     if method in info.capabilities.loads_prequantized:
-                        options = checkpoints.stored_options(source, info, method)
+                        options = stored.stored_options(source, info, method)
                         assert isinstance(options, info.options)
-                        checkpoints.reconcile(source, options, options, ["skip"])
+                        stored.reconcile(source, options, options, ["skip"])
 
     warm = checkpoints.ModelSource(name="x", path=folder, config=CONFIG | {"quantization_config": dialect})
     for info in readers:  # libraries that reading imports are no part of what it allocates
         try:
-            checkpoints.stored_options(warm, info, checkpoints.method_of(warm))
+            stored.stored_options(warm, info, stored.method_of(warm))
         except Exception:
             pass
     run()
@@ -305,7 +307,7 @@ def test_quantization_configs(folder, dialect):
 @example(config=LLAMA | {"hidden_size": "8"})
 @example(config=LLAMA)
 def test_skeletons(folder, config):
-    from polyquant import hf
+    from polyquant.models import hf
     from polyquant.memory.weights import list_weights
 
     (folder / "model.safetensors").write_bytes(
@@ -315,7 +317,7 @@ def test_skeletons(folder, config):
     with guarded(folder, 2**20):
         weights = list_weights(hf.skeleton(resolve(folder), "float32"))
         assert all(isinstance(weight, WeightInfo) for weight in weights)
-        assert config != LLAMA or len(weights) == (14 if compat.VERSION_5 else 13)  # 5 has a second rotary buffer
+        assert config != LLAMA or len(weights) == (14 if versions.VERSION_5 else 13)  # 5 has a second rotary buffer
         return
     assert config != LLAMA
 

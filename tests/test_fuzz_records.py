@@ -10,17 +10,19 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from polyquant import api, candidates
+from polyquant import api
+from polyquant.comparison import candidates
 from polyquant.cli import comparing
 from polyquant.comparison import reference, store
 from polyquant.comparison.records import Comparison, Job, Result, Row, Setting
 from polyquant.errors import PolyquantError
-from polyquant.finetuning import adapter, data, state
+from polyquant.finetuning import data, state
+from polyquant.loading import adapter
 from polyquant.finetuning.options import Card, TrainingOptions
-from polyquant.machine import this_machine
-from polyquant.quality import stored
-from polyquant.quality.index import Stored, stored_in
-from polyquant.quality.windows import Window
+from polyquant.support.machine import this_machine
+from polyquant.measure.quality import stored
+from polyquant.measure.quality.index import Stored, stored_in
+from polyquant.measure.quality.windows import Window
 from polyquant.testing.models import tiny_model
 from safetensors.torch import save
 

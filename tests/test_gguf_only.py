@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-from polyquant import loading
+from polyquant.loading import load as loading
 from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError
 from polyquant.loaded import LoadedModel
-from polyquant.loading import LoadOptions
+from polyquant.loading.load import LoadOptions
 from polyquant.models.resolve import resolve
 from polyquant.options import BackendOptions
 from polyquant.request import ModelSource

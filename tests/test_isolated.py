@@ -11,10 +11,10 @@ import polyquant
 import psutil
 import pytest
 import torch
-from polyquant import loading
-from polyquant.backend import Backend
+from polyquant.loading import load as loading
+from polyquant.registry.backend import Backend
 from polyquant.errors import BackendFailed, ConfigError
-from polyquant.isolated import cells
+from polyquant.comparison import environments
 from polyquant.isolated.environments import read_record
 from polyquant.isolated.remote import RemoteModel
 from polyquant.isolated.worker import InWorker
@@ -116,7 +116,7 @@ def test_cells_run_in_the_environment(environment, folder, tmp_path):
     assert row.result.status == "done", row.result.reason
     assert row.result.machine.versions["polyquant-outer"] == "1.0"
     assert row.result.job.model == str(folder)
-    assert cells.where("dense") is None
+    assert environments.where("dense") is None
 
 
 def test_errors_of_the_worker_are_errors_here(loaded, folder):

@@ -11,7 +11,7 @@ import polyquant
 import psutil
 import pytest
 import torch
-from polyquant.environment import installed_version
+from polyquant.support.environment import installed_version
 from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem
 from polyquant.isolated import protocol
 from polyquant.isolated.creating import create

@@ -4,12 +4,12 @@ import numpy as np
 import polyquant
 import pytest
 import torch
-from polyquant.comparison.quality import measure_quality
+from polyquant.comparison.cell.quality import measure_quality
 from polyquant.comparison.reference import reference
 from polyquant.models.resolve import resolve
-from polyquant.quality import stored
-from polyquant.quality.index import stored_in
-from polyquant.texts import evaluation_text
+from polyquant.measure.quality import stored
+from polyquant.measure.quality.index import stored_in
+from polyquant.support.texts import evaluation_text
 
 llama_cpp = pytest.importorskip("llama_cpp")
 MODEL, WINDOWS = "builtin:smollm2", 2

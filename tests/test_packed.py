@@ -4,7 +4,9 @@ import json
 
 import msgspec
 import pytest
-from polyquant import compat, hf, packed
+from polyquant.models import versions
+from polyquant.models import hf
+from polyquant.plugin import checkpoints
 from polyquant.errors import ConfigError, ModelError
 from polyquant.memory.weights import list_weights
 from polyquant.models.resolve import resolve
@@ -21,36 +23,36 @@ def test_the_tensors_say_what_is_dense(source):
     weights = list_weights(hf.skeleton(source, "float32"))
     linears = {weight.name.rpartition(".")[0] for weight in weights if weight.role == "linear"}
     usual = BackendOptions()
-    assert packed.with_stored_skips(usual, weights, linears, source) == (usual, [])
+    assert checkpoints.with_stored_skips(usual, weights, linears, source) == (usual, [])
     down = {name for name in linears if name.endswith("down_proj")}
-    config, notes = packed.with_stored_skips(usual, weights, linears - down, source)
+    config, notes = checkpoints.with_stored_skips(usual, weights, linears - down, source)
     assert set(config.skip) == down | {"lm_head"} and not config.skip_defaults
     assert notes == [f"3 layers are dense in the checkpoint: {', '.join(config.skip)}"]
-    config, notes = packed.with_stored_skips(usual, weights, linears | {"lm_head"}, source)
+    config, notes = checkpoints.with_stored_skips(usual, weights, linears | {"lm_head"}, source)
     assert (config.skip, config.skip_defaults, notes) == ((), False, [])
     with pytest.raises(ModelError, match="2 packed layers have no Linear module in the model: a, b"):
-        packed.with_stored_skips(usual, weights, linears | {"b", "a"}, source)
+        checkpoints.with_stored_skips(usual, weights, linears | {"b", "a"}, source)
     with pytest.raises(ModelError, match="says that it is quantized, and no tensor in it is"):
-        packed.with_stored_skips(usual, weights, set(), source)
+        checkpoints.with_stored_skips(usual, weights, set(), source)
 
 
 def test_packed_modules_are_found_by_their_tensors(source):
-    assert packed.packed_modules(source, ("qweight",)) == set()
-    assert "model.layers.1.mlp.up_proj" in packed.packed_modules(source, ("qweight", "weight"))
+    assert checkpoints.packed_modules(source, ("qweight",)) == set()
+    assert "model.layers.1.mlp.up_proj" in checkpoints.packed_modules(source, ("qweight", "weight"))
 
 
-@pytest.mark.skipif(not compat.VERSION_5, reason="before transformers 5 experts are Linear modules, and quantized")
+@pytest.mark.skipif(not versions.VERSION_5, reason="before transformers 5 experts are Linear modules, and quantized")
 def test_fused_experts_are_refused_unless_skipped(tmp_path):
     weights = list_weights(hf.skeleton(resolve(tiny_model("mixtral", tmp_path)), "float32"))
     with pytest.raises(ConfigError, match=r"experts\.gate_up_proj is no Linear module but MixtralExperts"):
-        packed.require_linears(weights, BackendOptions())
+        checkpoints.require_linears(weights, BackendOptions())
     experts = tuple(weight.name.rpartition(".")[0] for weight in weights if weight.role == "experts")
-    packed.require_linears(weights, msgspec.structs.replace(BackendOptions(), skip=experts))
+    checkpoints.require_linears(weights, msgspec.structs.replace(BackendOptions(), skip=experts))
 
 
 def test_a_library_s_checkpoint_is_completed(source, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4}}))
-    packed.complete(tmp_path, source, ["lm_head"], hf.load_tokenizer(source))
+    checkpoints.complete(tmp_path, source, ["lm_head"], hf.load_tokenizer(source))
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert stored == {"bits": 4, "skip_modules": ["lm_head"]}
     assert (tmp_path / "generation_config.json").exists() and (tmp_path / "tokenizer.json").exists()

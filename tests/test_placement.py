@@ -6,7 +6,7 @@ from polyquant.errors import PlacementError
 from polyquant.memory.planned import plan_dense
 from polyquant.memory.weights import list_weights
 from polyquant.options import BackendOptions
-from polyquant.placement import place
+from polyquant.loading.placement import place
 
 MIB = 2**20
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polyquant
 import pytest
-from polyquant import compat
+from polyquant.models import versions
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError, UnsupportedOperation
 from polyquant.models.builtin import packaged_gguf
 from polyquant.testing.models import tiny_model
@@ -55,7 +55,7 @@ print(peak.peak_bytes, plan.weights_dense_bytes)
     result = run_python(code=code)
     assert result.returncode == 0, result.stderr
     peak, dense = map(int, result.stdout.split())
-    assert peak < (1 if compat.VERSION_5 else 1.25) * 2**30  # before 5 each expert is a module of its own
+    assert peak < (1 if versions.VERSION_5 else 1.25) * 2**30  # before 5 each expert is a module of its own
     assert dense == {"llama-3-70b": 2 * 70_553_706_496, "deepseek-v3": 2 * (671_026_419_200 - 58 * 256)}[name]
 
 
@@ -69,7 +69,7 @@ def test_the_cache_follows_the_models_layout():
 
 
 @pytest.mark.skipif(
-    not compat.VERSION_5, reason="before transformers 5 caches keep every token, whatever the layer sees"
+    not versions.VERSION_5, reason="before transformers 5 caches keep every token, whatever the layer sees"
 )
 def test_the_cache_follows_what_layers_see(tmp_path):
     assert cache(CONFIGS / "deepseek-v3.json", 100) == 61 * (512 + 64) * 100 * 2  # latent attention
@@ -99,7 +99,7 @@ def test_the_cache_follows_what_layers_see(tmp_path):
 
 def test_planned_cache_is_what_transformers_keeps(tmp_path):
     import torch
-    from polyquant import hf
+    from polyquant.models import hf
     from polyquant.memory.storage import tensor_bytes
     from polyquant.models.resolve import resolve
 
@@ -171,7 +171,7 @@ def test_verification_reports_the_planned_peak(bitsandbytes, tmp_path):
 
 
 def test_a_load_far_from_its_plan_is_noted():
-    from polyquant.checks import load_peak_note
+    from polyquant.loading.checks import load_peak_note
     from polyquant.types import HookRecord
 
     def record(peak):

@@ -4,7 +4,7 @@ import re
 
 import polyquant
 import pytest
-from polyquant import compat
+from polyquant.models import versions
 from polyquant.errors import ConfigError, DenseModelError, PolyquantError
 from polyquant.testing.models import _tokenizer, tiny_model
 
@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "Qwen3Moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 57, "decoder_sparse_step": 1},
 }
 FUSED = pytest.mark.skipif(
-    not compat.VERSION_5, reason="before transformers 5 experts are Linear modules, and quantized"
+    not versions.VERSION_5, reason="before transformers 5 experts are Linear modules, and quantized"
 )
 ON_THE_FLY = [info.name for info in polyquant.backends(on_the_fly=True)]
 

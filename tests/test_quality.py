@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from polyquant.calibration import LEAST_TOKENS, token_windows
+from polyquant.plugin.calibration import LEAST_TOKENS, token_windows
 from polyquant.errors import ConfigError, ModelError
-from polyquant.quality import stored
-from polyquant.quality.index import INDEX, stored_in
-from polyquant.quality.metrics import Tally
-from polyquant.quality.windows import PRESETS, cut, preset_named
-from polyquant.speed import measure_speed
-from polyquant.texts import calibration_text, evaluation_text
+from polyquant.measure.quality import stored
+from polyquant.measure.quality.index import INDEX, stored_in
+from polyquant.measure.quality.metrics import Tally
+from polyquant.measure.quality.windows import PRESETS, cut, preset_named
+from polyquant.measure.speed import measure_speed
+from polyquant.support.texts import calibration_text, evaluation_text
 
 
 def log_probabilities(*rows):
@@ -122,7 +122,7 @@ def test_a_stored_reference_is_found_by_its_key_and_damage_is_said(reference):
 def timed(monkeypatch):
     """Feeds that take 10 ms a token on a clock of their own, and the number of tokens of every call."""
     clock, fed = [0.0], []
-    monkeypatch.setattr("polyquant.speed.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("polyquant.measure.speed.perf_counter", lambda: clock[0])
 
     def session():
         fed.append([])

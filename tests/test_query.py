@@ -3,7 +3,7 @@
 import pytest
 from polyquant.errors import ConfigError
 from polyquant.options import BackendOptions
-from polyquant.query import select
+from polyquant.registry.query import select
 from polyquant.types import BackendInfo, Capabilities, DeviceSupport
 
 

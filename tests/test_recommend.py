@@ -7,14 +7,14 @@ from pathlib import Path
 import msgspec
 import polyquant
 import pytest
-from polyquant.checkpoints import PACKAGES
+from polyquant.loading.stored import PACKAGES
 from polyquant.comparison.records import Job, Result
 from polyquant.errors import ConfigError
-from polyquant.machine import this_machine
+from polyquant.support.machine import this_machine
 from polyquant.memory.predicted import resident_bytes
 from polyquant.planning.measured import read_results
-from polyquant.quality.records import Quality
-from polyquant.speed import Rate, Speed
+from polyquant.measure.quality.records import Quality
+from polyquant.measure.speed import Rate, Speed
 
 CONFIG = Path(__file__).parent / "configs" / "qwen2.5-0.5b.json"
 GIB = 2**30

@@ -3,9 +3,9 @@
 import importlib.metadata
 
 import pytest
-from polyquant.backend import Backend
+from polyquant.registry.backend import Backend
 from polyquant.errors import BackendConflict, BackendFailed, BrokenBackend, UnknownBackend, UnsupportedOperation
-from polyquant.registry import Registry
+from polyquant.registry.registry import Registry
 from polyquant.types import BackendInfo
 
 from .conftest import GOOD_PLUGIN
@@ -134,7 +134,7 @@ def test_observers_see_every_addressed_call(make_plugin):
     ],
 )  # fmt: skip
 def test_legacy_names_lead_to_what_reads_the_same(make_plugin, monkeypatch, asked, installed, words):
-    monkeypatch.setattr("polyquant.registry.entry_points", lambda group: [
+    monkeypatch.setattr("polyquant.registry.registry.entry_points", lambda group: [
         point for point in importlib.metadata.entry_points(group=group) if point.dist.name == "polyquant-here"
     ])  # fmt: skip
     make_plugin(GOOD_PLUGIN.replace('"acme"', repr(installed)), backend=installed, distribution="polyquant-here")

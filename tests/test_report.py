@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from polyquant.comparison.choice import USABLE_KL, best, frontier, needed_bytes
-from polyquant.comparison.difference import difference
-from polyquant.comparison.plotted import frontiers, plotted
+from polyquant.comparison.report.difference import difference
+from polyquant.comparison.report.plot import frontiers, plotted
 from polyquant.comparison.records import Comparison, Layer, Result
-from polyquant.comparison.report import html, write_difference, write_report
-from polyquant.comparison.table import COLUMNS, as_csv, as_markdown, columns, rows
-from polyquant.comparison.words import conditions, first_line, last_lines, uncertain
+from polyquant.comparison.report.page import html, write_difference, write_report
+from polyquant.comparison.report.rows import COLUMNS, as_csv, as_markdown, columns, rows
+from polyquant.comparison.report.words import conditions, first_line, last_lines, uncertain
 from polyquant.errors import ConfigError, PolyquantError
-from polyquant.report import Check
-from polyquant.sizes import parse_size, size
+from polyquant.loading.records import Check
+from polyquant.support.sizes import parse_size, size
 
 DATA = Path(__file__).parent / "data" / "comparison.json"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

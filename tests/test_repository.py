@@ -9,7 +9,8 @@ from pathlib import Path
 
 import polyquant
 import pytest
-from polyquant import errors, hookspecs
+from polyquant import errors
+from polyquant.contract import hookspecs
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "core" / "polyquant" / "authoring" / "template"  # a plugin, as `polyquant new-backend` writes it

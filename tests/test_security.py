@@ -5,7 +5,8 @@ import pickle
 import shutil
 
 import pytest
-from polyquant import api, hf
+from polyquant import api
+from polyquant.models import hf
 from polyquant.errors import ConfigError, ModelError, UnknownBackend
 from polyquant.finetuning.data import read_examples
 from polyquant.finetuning.options import TrainingOptions

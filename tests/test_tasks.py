@@ -11,7 +11,7 @@ from polyquant.errors import ConfigError
 from polyquant.testing.models import tiny_model
 
 pytest.importorskip("lm_eval")
-from polyquant.comparison.tasks import continued, likelihood, measure_tasks  # noqa: E402  it needs lm-eval
+from polyquant.comparison.cell.tasks import continued, likelihood, measure_tasks  # noqa: E402  it needs lm-eval
 
 pytestmark = [
     pytest.mark.usefixtures("rowwise"),

@@ -4,11 +4,11 @@ Importing this package imports neither torch nor any backend.
 """
 
 from polyquant.api import Diagnosis, backend, backends, doctor, finetune, load, merge, observing, quantize, verify
-from polyquant.backend import Backend
 from polyquant.comparison.calls import compare, read_comparison
+from polyquant.contract.markers import hookimpl
 from polyquant.loaded import LoadedModel
-from polyquant.markers import hookimpl
 from polyquant.planning.calls import plan, recommend
+from polyquant.registry.backend import Backend
 
 __version__ = "0.1.0"
 

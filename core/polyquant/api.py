@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from polyquant.backend import Backend
 from polyquant.errors import BackendFailed, BrokenBackend, ConfigError, SaveError, UnsupportedOperation
 from polyquant.isolated.environments import as_seen_here
 from polyquant.isolated.remote import RemoteModel, backend_named, home
-from polyquant.query import Miss, Selection, select
-from polyquant.registry import Registry
+from polyquant.registry.backend import Backend
+from polyquant.registry.query import Miss, Selection, select
+from polyquant.registry.registry import Registry
 from polyquant.types import Problem, Record
 
 if TYPE_CHECKING:
-    from polyquant.finetuning.merge import Way
+    from polyquant.finetuning.merge_methods import Way
     from polyquant.finetuning.options import Step, Tuned
     from polyquant.loaded import LoadedModel
-    from polyquant.quality.records import Quality
-    from polyquant.report import Verification
+    from polyquant.loading.records import Verification
+    from polyquant.measure.quality.records import Quality
 
 
 class Diagnosis(Record, frozen=True):
@@ -70,7 +70,7 @@ def backend(name: str) -> Backend:
 
 def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
     """Whether each installed backend, or one, can run here; every problem with the command that fixes it."""
-    from polyquant.environment import choose_device
+    from polyquant.support.environment import choose_device
 
     diagnoses = []
     for each in [name] if name else registry().names():
@@ -100,7 +100,8 @@ def load(model: str | Path, backend: str | None = None, *, revision: str | None 
     >>> loaded = polyquant.load("builtin:smollm2", backend="bitsandbytes", bits=4, quant_type="nf4")
     >>> loaded.generate("The capital of France is", max_new_tokens=8)
     """
-    from polyquant import checkpoints, loading
+    from polyquant.loading import load as loading
+    from polyquant.loading import stored
     from polyquant.models.resolve import resolve
 
     how, own = _split(options)
@@ -111,21 +112,21 @@ def load(model: str | Path, backend: str | None = None, *, revision: str | None 
         as_gguf=handle is not None and handle.capabilities.only_gguf,
     )  # fmt: skip
     if handle is None:
-        method = checkpoints.method_of(source)
+        method = stored.method_of(source)
         if not method:
             known = ", ".join(registry().names()) or "none"
             raise ConfigError(
                 f"{source.name} is dense: name the backend to quantize it with (backend=...); installed: {known}"
             )
-        handle = registry_backend(checkpoints.reader_of(method, backends()))
+        handle = registry_backend(stored.reader_of(method, backends()))
         config = handle.config(own)
     assert config is not None  # either branch above has set it
     return loading.load(source, handle, config, own, how)
 
 
 def verify(loaded: LoadedModel, **arguments: Any) -> Verification:
-    """Prove what a load gave; see `polyquant.verification.verify`."""
-    from polyquant import verification
+    """Prove what a load gave; see `polyquant.loading.verify.verify`."""
+    from polyquant.loading import verify as verification
 
     if isinstance(loaded, RemoteModel):
         return loaded.verify(**arguments)
@@ -148,7 +149,7 @@ def quantize(
     Raises UnsupportedOperation, before any work, where the backend cannot write one, and SaveError where the result
     does not pass.
     """
-    from polyquant import loading
+    from polyquant.loading import load as loading
     from polyquant.models.resolve import resolve
 
     handle, out = registry_backend(backend), Path(out)
@@ -236,12 +237,12 @@ def merge(
     """Merge an adapter into `model` and write the result to `out`, if it stays close to base and adapter.
 
     way: `dense` (into the dense model), `dequantize` (into the dequantized base) or `requantize` (into the dense model,
-        quantized again); `polyquant.finetuning.merge` says what each loses.
+        quantized again); `polyquant.finetuning.merge_methods` says what each loses.
     backend, options: of the base, as `load` takes them; where left out, those on the adapter's card.
     threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`.
     Returns the comparison, on the text that comes with polyquant.
     """
-    from polyquant.finetuning.merging import merge as run
+    from polyquant.finetuning.merge import merge as run
 
     return run(
         model, Path(adapter), Path(out), way, backend, options, threshold, force=force, overwrite=overwrite, load=load,
@@ -253,7 +254,7 @@ def merge(
 def observing(observer: object) -> Iterator[None]:
     """Within the block, `observer` sees every addressed hook call: its methods are `hookimpl(wrapper=True)` hooks.
 
-    `polyquant.observers.Recorder`, which records time and peak memory, is one.
+    `polyquant.registry.observers.Recorder`, which records time and peak memory, is one.
     """
     registry().add_observer(observer)
     try:
@@ -267,7 +268,7 @@ registry_backend = backend  # the function, where a parameter is called `backend
 
 def _split(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """How to load, and the backend's own options."""
-    from polyquant.loading import LoadOptions
+    from polyquant.loading.load import LoadOptions
 
     shared = {name: options[name] for name in LoadOptions.__struct_fields__ if name in options}
     own = {name: value for name, value in options.items() if name not in shared}

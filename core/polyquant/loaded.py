@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from polyquant.errors import PolyquantError
 
 if TYPE_CHECKING:
+    from polyquant.measure.speed import Feed
     from polyquant.options import BackendOptions
     from polyquant.request import LoadRequest
-    from polyquant.speed import Feed
     from polyquant.types import Capabilities, HookRecord, LayerInfo, LayerPlan, WeightInfo
 
 Prompt = str | Sequence[dict[str, str]]
@@ -74,13 +74,13 @@ class LoadedModel:
 
     def stream(self, prompt: Prompt, **generation_parameters: Any) -> Iterator[str]:
         """Like `generate`, in pieces as they come."""
-        from polyquant.generation import stream
+        from polyquant.models.generation import stream
 
         return stream(self.model, self.tokenizer, prompt, generation_parameters)
 
     def logits(self, tokens: Sequence[int]) -> Any:
         """Logits of one sequence, float32 torch tensor (positions, vocabulary)."""
-        from polyquant.generation import logits_of
+        from polyquant.models.generation import logits_of
 
         return logits_of(self.model, tokens)
 
@@ -99,7 +99,7 @@ class LoadedModel:
 
     def session(self) -> Feed:
         """A new, empty context; each call runs tokens after those before, up to the logits of the last one."""
-        from polyquant.generation import session
+        from polyquant.models.generation import session
 
         return session(self.model)
 

@@ -16,13 +16,13 @@ from typing import Any
 import polyquant
 import torch
 from peft import PeftModel
-from polyquant.generation import logits_of, stream
-from polyquant.hf import load_dense, load_tokenizer
+from polyquant.measure.quality.metrics import Tally
+from polyquant.measure.quality.stored import scored
+from polyquant.measure.quality.windows import Window, cut, preset_named
+from polyquant.models.generation import logits_of, stream
+from polyquant.models.hf import load_dense, load_tokenizer
 from polyquant.models.resolve import resolve
-from polyquant.quality.metrics import Tally
-from polyquant.quality.stored import scored
-from polyquant.quality.windows import Window, cut, preset_named
-from polyquant.texts import evaluation_text
+from polyquant.support.texts import evaluation_text
 
 MODEL, DATA = "builtin:smollm2", Path(__file__).parent / "captain.jsonl"
 TRAINED = ("bitsandbytes", {"bits": 4, "quant_type": "nf4"})

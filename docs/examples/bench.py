@@ -24,7 +24,7 @@ import psutil
 from polyquant.comparison.reference import reference
 from polyquant.models import builtin
 from polyquant.models.resolve import resolve
-from polyquant.texts import evaluation_text
+from polyquant.support.texts import evaluation_text
 
 RUNS = 5
 VOCABULARY = 49152  # of SmolLM2
@@ -58,7 +58,7 @@ print(json.dumps(dict(peak_bytes=peak.peak_bytes)))
 """
 QUALITY = """
 import json, time
-from polyquant.comparison.cell import run
+from polyquant.comparison.cell.run import run
 from polyquant.comparison.records import Job
 from polyquant.memory.peak import measure_peak
 job = Job(model="builtin:smollm2", backend="bitsandbytes", options=dict(quant_type="nf4"), device="cpu",

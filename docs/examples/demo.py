@@ -11,9 +11,9 @@ import polyquant
 from polyquant.cli.reporting import show_comparison
 from polyquant.cli.show import console
 from polyquant.cli.watching import watching
+from polyquant.loading.records import Verification
 from polyquant.models import builtin
-from polyquant.report import Verification
-from polyquant.sizes import size
+from polyquant.support.sizes import size
 from rich import box
 from rich.table import Table
 

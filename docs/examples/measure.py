@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 import polyquant
-from polyquant.candidates import DENSE, Candidate, presets_of
 from polyquant.cli.watching import watching
+from polyquant.comparison.candidates import DENSE, Candidate, presets_of
 from polyquant.comparison.records import Result
 
 MODEL = "builtin:smollm2"

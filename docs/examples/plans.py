@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import polyquant
-from polyquant.candidates import parse, presets_of
+from polyquant.comparison.candidates import parse, presets_of
 
 CONTEXT = 32  # tokens; about what a verification runs
 STORED, PEAK = 0.01, 0.10  # what the plan is held to

@@ -161,10 +161,11 @@ def measure(name: str, checkpoints: Path) -> Cell:
 
 def load(name: str, checkpoints: Path) -> tuple[Any, int, int, int]:
     """A loaded model, dense or quantized; bytes of its plan, of the dense model in its dtype, and of its files."""
-    from polyquant import hf, loading
     from polyquant.loaded import LoadedModel
+    from polyquant.loading import load as loading
     from polyquant.memory.planned import plan_dense
     from polyquant.memory.weights import list_weights
+    from polyquant.models import hf
     from polyquant.models.resolve import resolve
     from polyquant.options import BackendOptions
 
@@ -203,7 +204,7 @@ def show(cells: dict[str, Cell]) -> None:
 
 
 def prepare(loaded: Any) -> Any:
-    from polyquant import hf
+    from polyquant.models import hf
 
     return (
         hf.frozen_for_adapters(loaded.model) if loaded._backend is None else loaded.backend.prepare_for_training(loaded)

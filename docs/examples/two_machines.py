@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import polyquant
-from polyquant.comparison.difference import difference
-from polyquant.comparison.report import write_difference
+from polyquant.comparison.report.difference import difference
+from polyquant.comparison.report.page import write_difference
 
 
 def main() -> None:

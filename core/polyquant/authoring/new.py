@@ -11,9 +11,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from polyquant.checkpoints import READERS
 from polyquant.errors import ConfigError, SaveError
-from polyquant.files import atomic_folder
+from polyquant.loading.stored import READERS
+from polyquant.support.files import atomic_folder
 
 TEMPLATE = Path(__file__).parent / "template"
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")

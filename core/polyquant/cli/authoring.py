@@ -88,7 +88,7 @@ def check_backend(
     """
     from polyquant.authoring.check import checked
     from polyquant.cli import show
-    from polyquant.environment import choose_device
+    from polyquant.support.environment import choose_device
     from polyquant.testing.catalog import ALL
     from polyquant.testing.running import planned, run_checks
 

@@ -185,7 +185,7 @@ def quantize(
             "name the backend to quantize with: --backend, "
             f"one of {', '.join(api.registry().names()) or 'none installed'}"
         )
-    from polyquant.calibration import read_calibration
+    from polyquant.plugin.calibration import read_calibration
 
     texts = read_calibration(calibration) if calibration else None
     options = {**loading.options, "progress": sys.stderr.isatty()}

@@ -13,8 +13,8 @@ import typer
 
 import polyquant
 from polyquant import api
-from polyquant.candidates import Candidate, of_backend, presets_of
 from polyquant.cli.arguments import Json
+from polyquant.comparison.candidates import Candidate, of_backend, presets_of
 from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.options import convert, describe_options
@@ -50,7 +50,7 @@ def compare(
     from polyquant.cli.reporting import show_comparison
     from polyquant.cli.show import print_json
     from polyquant.cli.watching import watching
-    from polyquant.comparison.table import as_plain
+    from polyquant.comparison.report.rows import as_plain
 
     written = _read(file) if file else {}
     model = model or str(written.get("model", ""))

@@ -14,7 +14,7 @@ import typer
 from polyquant import api
 from polyquant.cli.arguments import Json
 from polyquant.errors import ConfigError, EnvironmentProblem
-from polyquant.sizes import size
+from polyquant.support.sizes import size
 
 if TYPE_CHECKING:
     from polyquant.isolated.environments import Environment
@@ -158,7 +158,7 @@ def _environment(name: str) -> Environment:
 
 
 def _device(name: str) -> str:
-    from polyquant.environment import choose_device
+    from polyquant.support.environment import choose_device
 
     return choose_device("auto", api.backend(name).capabilities)
 

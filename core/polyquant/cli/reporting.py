@@ -13,8 +13,8 @@ from polyquant.cli.arguments import Json
 from polyquant.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
-    from polyquant.comparison.difference import Difference
     from polyquant.comparison.records import Comparison
+    from polyquant.comparison.report.difference import Difference
 
 WIDE = 112  # columns of a terminal that has room for every figure
 HEADINGS = ("KL, nats", "top-1", "ppl ratio", "stored", "of bf16", "prompt tok/s", "gen. tok/s")
@@ -38,9 +38,9 @@ def report(
     Example: polyquant report before after
     """
     from polyquant.cli.show import print_json
-    from polyquant.comparison.difference import difference
-    from polyquant.comparison.report import write_difference, write_report
-    from polyquant.comparison.table import as_plain
+    from polyquant.comparison.report.difference import difference
+    from polyquant.comparison.report.page import write_difference, write_report
+    from polyquant.comparison.report.rows import as_plain
 
     comparison = _read(run)
     if other is None:
@@ -74,9 +74,9 @@ def show_comparison(comparison: Comparison, written: Path | None = None) -> None
     from rich.table import Table
 
     from polyquant.cli.show import console
-    from polyquant.comparison.plotted import frontiers
-    from polyquant.comparison.table import by_quality, rows, short
-    from polyquant.comparison.words import conditions, first_line
+    from polyquant.comparison.report.plot import frontiers
+    from polyquant.comparison.report.rows import by_quality, rows, short
+    from polyquant.comparison.report.words import conditions, first_line
 
     best = {comparison.rows[index].candidate.name for index in frontiers(comparison)["weights_stored_bytes"]}
     shown = [name for name in HEADINGS if console.width >= WIDE or name not in ONLY_WIDE]
@@ -111,7 +111,7 @@ def show_difference(found: Difference, written: Path | None = None) -> None:
     from rich.table import Table
 
     from polyquant.cli.show import console
-    from polyquant.comparison.differing import sections, summary
+    from polyquant.comparison.report.difference_page import sections, summary
 
     for section in sections(found):
         if not section["rows"]:

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyquant.api import Diagnosis, registry
-from polyquant.query import Selection
-from polyquant.sizes import size
+from polyquant.registry.query import Selection
+from polyquant.support.sizes import size
 from polyquant.types import BackendInfo, Capabilities, Record
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from polyquant.finetuning.options import Step, Tuned
     from polyquant.loaded import LoadedModel
-    from polyquant.quality.records import Quality
-    from polyquant.report import Verification
+    from polyquant.loading.records import Verification
+    from polyquant.measure.quality.records import Quality
 
 console = Console(highlight=False, soft_wrap=False)
 SCHEMES_SHOWN = 4  # in a table; --json has them all

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from polyquant.cli.show import _notes, _pairs, console, print_json
-from polyquant.loading import LoadOptions
+from polyquant.loading.load import LoadOptions
 from polyquant.planning.bars import COLOURS, PARTS, Bar, bars_of
 from polyquant.planning.records import Plan, Plans, Recommendation
-from polyquant.sizes import size
+from polyquant.support.sizes import size
 
 LOAD_OPTIONS = frozenset(LoadOptions.__struct_fields__)
 MARKS = {

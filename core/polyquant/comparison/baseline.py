@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 
 from polyquant import api
-from polyquant.candidates import Candidate, parse
+from polyquant.comparison.candidates import Candidate, parse
 from polyquant.comparison.options import CompareOptions
 from polyquant.comparison.reference import ReferenceJob, reference_job
 from polyquant.errors import BackendFailed, ConfigError
-from polyquant.files import write_atomically
-from polyquant.processes import account, run_logged
-from polyquant.quality.index import INDEX
+from polyquant.measure.quality.index import INDEX
 from polyquant.request import ModelSource
+from polyquant.support.files import write_atomically
+from polyquant.support.processes import account, run_logged
 from polyquant.types import UNREADABLE
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polyquant.candidates import Candidate
+    from polyquant.comparison.candidates import Candidate
     from polyquant.comparison.records import Comparison
     from polyquant.comparison.run import Watcher
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyquant.comparison.records import Comparison, Goal, Row
-from polyquant.comparison.table import cells, is_reference, status, stored_bytes
+from polyquant.comparison.report.rows import cells, is_reference, status, stored_bytes
 from polyquant.errors import ConfigError, PolyquantError, did_you_mean
-from polyquant.sizes import parse_size, size
+from polyquant.support.sizes import parse_size, size
 
 GOALS = {"quality": "kl_mean", "speed": "generated_tokens_per_second", "memory": "weights_stored_bytes"}
 """The figure that decides; for speed the highest, else the lowest."""

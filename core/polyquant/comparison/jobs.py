@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from polyquant import api, checkpoints
-from polyquant.candidates import DENSE, Candidate
-from polyquant.comparison.checkpoint import Making
+from polyquant import api
+from polyquant.comparison import environments
+from polyquant.comparison.candidates import DENSE, Candidate
+from polyquant.comparison.cell.checkpoint import Making
 from polyquant.comparison.options import CompareOptions
 from polyquant.comparison.records import Job, Result
 from polyquant.comparison.reference import ReferenceJob
 from polyquant.comparison.store import cell_key
 from polyquant.errors import PolyquantError
-from polyquant.isolated import cells
-from polyquant.machine import Machine, this_machine
+from polyquant.loading import stored
 from polyquant.models.builtin import cache_folder
 from polyquant.models.hashing import content_hash
 from polyquant.models.resolve import resolve
 from polyquant.request import ModelSource
+from polyquant.support.machine import Machine, this_machine
 from polyquant.types import BackendInfo
 
 
@@ -52,12 +53,12 @@ class Planner:
                 own = resolve(candidate.model)
                 content["own"] = content_hash(own)
                 if not candidate.backend:
-                    reader = checkpoints.reader_of(checkpoints.method_of(own), api.backends())
+                    reader = stored.reader_of(stored.method_of(own), api.backends())
                     job = msgspec.structs.replace(job, backend=reader)
             if job.backend != DENSE:
                 info = api.backend(job.backend).info
                 machine = this_machine(library.distribution for library in info.libraries)
-                if away := cells.where(job.backend):
+                if away := environments.where(job.backend):
                     away.require()
                     content["environment"] = away.name
                 if not candidate.model and not info.capabilities.on_the_fly:

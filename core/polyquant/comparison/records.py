@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from polyquant.candidates import Candidate
-from polyquant.machine import Machine
-from polyquant.quality.records import Quality
-from polyquant.report import Check, Memory
-from polyquant.speed import Speed
+from polyquant.comparison.candidates import Candidate
+from polyquant.loading.records import Check, Memory
+from polyquant.measure.quality.records import Quality
+from polyquant.measure.speed import Speed
+from polyquant.support.machine import Machine
 from polyquant.types import Record
 
 Part = Literal["quality", "speed", "tasks"]
@@ -134,7 +134,7 @@ class Comparison(Record, frozen=True):
         """A pandas DataFrame, one row a candidate, the columns of the CSV file."""
         import pandas as pd
 
-        from polyquant.comparison.table import columns, rows
+        from polyquant.comparison.report.rows import columns, rows
 
         return pd.DataFrame(rows(self), columns=columns(self))
 
@@ -149,6 +149,6 @@ class Comparison(Record, frozen=True):
 
     def report(self, path: str | Path) -> Path:
         """Write the report as one HTML file that works offline, with CSV, JSON and Markdown beside it."""
-        from polyquant.comparison.report import write_report
+        from polyquant.comparison.report.page import write_report
 
         return write_report(self, Path(path))

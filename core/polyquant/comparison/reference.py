@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from polyquant.candidates import DENSE, Candidate
-from polyquant.files import locked
-from polyquant.machine import this_machine
+from polyquant.comparison.candidates import DENSE, Candidate
+from polyquant.measure.quality.index import stored_in
+from polyquant.measure.quality.windows import cut, preset_named
 from polyquant.models.builtin import cache_folder
 from polyquant.models.hashing import content_hash
 from polyquant.models.resolve import resolve
-from polyquant.processes import run_as_child, say
-from polyquant.quality.index import stored_in
-from polyquant.quality.windows import cut, preset_named
 from polyquant.request import ModelSource
+from polyquant.support.files import locked
+from polyquant.support.machine import this_machine
+from polyquant.support.processes import run_as_child, say
 from polyquant.types import Record
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def compute(job: ReferenceJob, advance: Callable[[int], None] | None = None) -> 
 
 
 def _store(job: ReferenceJob, advance: Callable[[int], None] | None) -> None:
-    from polyquant.quality import stored
+    from polyquant.measure.quality import stored
 
     loaded = _loaded(job)
     tokenizer = loaded.tokenizer
@@ -106,7 +106,8 @@ def _store(job: ReferenceJob, advance: Callable[[int], None] | None) -> None:
 
 
 def _loaded(job: ReferenceJob) -> LoadedModel:
-    from polyquant import api, hf
+    from polyquant import api
+    from polyquant.models import hf
 
     candidate = job.candidate
     if candidate.backend != DENSE:

@@ -10,25 +10,25 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from polyquant import api
-from polyquant.candidates import Candidate, parse
-from polyquant.comparison import engines
 from polyquant.comparison.baseline import chosen_reference, compute_apart
+from polyquant.comparison.candidates import Candidate, parse
+from polyquant.comparison.engines import local
+from polyquant.comparison.engines.measure import Task
 from polyquant.comparison.jobs import Plan, Planner
-from polyquant.comparison.measure import Task
 from polyquant.comparison.options import CompareOptions, command_line
 from polyquant.comparison.records import Comparison, Part, Result, Row, Setting
 from polyquant.comparison.reference import is_stored
 from polyquant.comparison.store import cell_path, comparisons_folder, merged, read_cell, write_cell
-from polyquant.environment import installed_version
 from polyquant.errors import ComparisonBusy, ConfigError, SaveError
-from polyquant.files import write_atomically
-from polyquant.machine import this_machine
+from polyquant.measure.quality.windows import preset_named
 from polyquant.models import builtin
 from polyquant.models.hashing import content_hash
 from polyquant.models.resolve import resolve
-from polyquant.quality.windows import preset_named
 from polyquant.request import ModelSource
-from polyquant.texts.named import named_text
+from polyquant.support.environment import installed_version
+from polyquant.support.files import write_atomically
+from polyquant.support.machine import this_machine
+from polyquant.support.texts.named import named_text
 from polyquant.types import UNREADABLE
 
 FILE = "comparison.json"
@@ -165,10 +165,10 @@ def _row(plan: Plan, result: Result | None, setting: Setting, options: CompareOp
     return Row(candidate=plan.candidate, key=plan.key, command=command, result=result)
 
 
-def _engine(options: CompareOptions) -> engines.Engine:
+def _engine(options: CompareOptions) -> local.Engine:
     if options.engine == "local":
-        return engines.local(options.jobs)
-    from polyquant.comparison.cluster import cluster
+        return local.local(options.jobs)
+    from polyquant.comparison.engines.ray import cluster
 
     return cluster(options.address)
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from polyquant.candidates import Candidate
+from polyquant.comparison.candidates import Candidate
 from polyquant.comparison.records import Job, Result
-from polyquant.files import write_atomically
-from polyquant.machine import Machine
 from polyquant.models.builtin import cache_folder
+from polyquant.support.files import write_atomically
+from polyquant.support.machine import Machine
 from polyquant.types import UNREADABLE, Record
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from polyquant.errors import ConfigError
 from polyquant.finetuning.options import TrainingOptions
-from polyquant.texts.named import dataset_rows, read_utf8
+from polyquant.support.texts.named import dataset_rows, read_utf8
 from polyquant.types import UNREADABLE
 
 IGNORED = -100  # label of a token whose loss does not count; torch's cross_entropy knows it

@@ -1,104 +1,84 @@
-"""Merges an adapter into its base, in one of three ways, and compares the result with base and adapter first.
-
-dense: into the dense model that the base was quantized from. The adapter then corrects errors that are no longer there.
-dequantize: into the dequantized base: the closest to what was trained, and as large as the dense model.
-requantize: into the dense model, which is quantized again with the same backend: small, and rounded twice.
-"""
+"""Merging from the model's name to the written folder: load base and adapter, merge, compare, write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
-from polyquant import hf
-from polyquant.errors import MergeRefused
-from polyquant.finetuning.adapter import attach_to
+from polyquant.errors import ConfigError, SaveError
+from polyquant.finetuning import merge_methods
 from polyquant.loaded import LoadedModel
-from polyquant.memory.adapted import BASE_LAYER
-from polyquant.memory.effective import effective_weight
-from polyquant.options import Dtype
-from polyquant.quality import stored
-from polyquant.quality.metrics import Tally
-from polyquant.quality.records import Quality
-from polyquant.quality.windows import Window
-from polyquant.request import ModelSource
+from polyquant.loading.adapter import read_card
+from polyquant.measure.quality.records import Quality
+from polyquant.measure.quality.windows import Window, cut, preset_named
+from polyquant.models import hf
+from polyquant.models.generation import logits_of
+from polyquant.models.resolve import resolve
+from polyquant.support.files import atomic_folder
+from polyquant.support.texts import evaluation_text
 
-Way = Literal["dense", "dequantize", "requantize"]
-
-
-def dense_merged(source: ModelSource, adapter: Path, dtype: Dtype) -> Any:
-    """The dense model with the adapter's product added to its weights."""
-    return attach_to(hf.load_dense(source, dtype), adapter).merge_and_unload()
+Load = Callable[..., LoadedModel]
+Quantize = Callable[..., Path]
+PRESET, WINDOWS = "llamacpp-512", 2
 
 
-def dequantized_merged(loaded: LoadedModel, source: ModelSource, dtype: Dtype) -> Any:
-    """A dense model whose layers compute what those of `loaded`, adapter included, do.
+def merge(
+    model: str | Path, adapter: Path, out: Path, way: merge_methods.Way, backend: str | None, options: Mapping[str, Any],
+    threshold: float, *, force: bool, overwrite: bool, load: Load, quantize: Quantize,
+) -> Quality:  # fmt: skip
+    """See `polyquant.merge`; load, quantize: `polyquant`'s."""
+    if out.exists() and not overwrite:
+        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    options = dict(options)
+    if backend is None:
+        card = read_card(adapter)
+        if card is None:
+            raise ConfigError(f"{adapter} has no card that names its base: give the backend (--backend)")
+        backend, options = card.backend, {**card.backend_options, **options}
+    loaded = load(model, backend, adapter=str(adapter), **options)
+    with merge_methods.gate(loaded, _windows(loaded)) as compare, atomic_folder(out, overwrite=overwrite) as partial:
+        if way == "requantize":
 
-    A linear layer's weight is what it answers to the identity, whatever it stores: no backend is asked.
-    """
-    wrapped = loaded.model.get_base_model()
-    tensors = {name.replace(f".{BASE_LAYER}.", "."): tensor for name, tensor in wrapped.state_dict().items()}
-    packed = {layer.name.rpartition(".")[0] for layer in loaded.layers if layer.quantized}
-    packed |= {layer.name.partition(".lora_")[0] for layer in loaded.layers if layer.role == "adapter"}
-    model = hf.skeleton(source, dtype).to_empty(device="cpu")
-    _copy_buffers(model, wrapped)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            owner, _, short = name.rpartition(".")
-            if owner in packed and short == "weight":
-                parameter.copy_(effective_weight(wrapped.get_submodule(owner), parameter.shape[1]))
-            else:
-                parameter.copy_(tensors[name])
-    model.tie_weights()
-    return model.eval()
+            def again(dense: Path, written: Path) -> LoadedModel:
+                return load(quantize(dense, loaded.backend.name, written, **options))
 
-
-@contextmanager
-def gate(
-    loaded: LoadedModel, windows: Sequence[Window]
-) -> Iterator[Callable[[Callable[[Sequence[int]], Any]], Quality]]:
-    """Within the block, compares logits of a merged model with those of base and adapter on `windows`."""
-    with TemporaryDirectory() as folder:
-        index = stored.store(Path(folder) / "reference", "merge", "merge", windows, loaded.logits)
-
-        def compare(logits: Callable[[Sequence[int]], Any]) -> Quality:
-            tally = Tally()
-            for window, reference in stored.read(Path(folder) / "reference", index):
-                targets = torch.tensor(window.tokens[window.first_scored :])
-                tally.add(reference, stored.scored(logits(window.tokens), window).cpu(), targets)
-            return tally.result("merge", storage_error=index.storage_error)
-
-        yield compare
+            quality = _requantized(model, adapter, loaded, again, partial, compare)
+        else:
+            merged = _merged(way, model, adapter, loaded)
+            quality = compare(lambda tokens: logits_of(merged, tokens))
+            hf.save_pretrained(loaded, partial, merged)
+        merge_methods.require_close(quality, threshold, way, force=force)
+    return quality
 
 
-def require_close(quality: Quality, threshold: float, way: Way, *, force: bool) -> None:
-    """Raises MergeRefused where the merged model is further than `threshold` nats from base and adapter."""
-    if quality.kl_mean <= threshold or force:
-        return
-    other = {"dense": "dequantize", "dequantize": "dense", "requantize": "dequantize"}[way]
-    raise MergeRefused(
-        f"merged the way {way!r}, the model is {quality.kl_mean:.4f} nats (KL) from base and adapter, with the same "
-        f"first token in {quality.top1:.1%} of {quality.tokens_scored} positions; {threshold} is allowed. "
-        f"Nothing was written: try way={other!r} (--way {other}), or accept it with force=True (--force)"
-    )
+def _merged(way: merge_methods.Way, model: str | Path, adapter: Path, loaded: LoadedModel) -> Any:
+    dtype = loaded.config.compute_dtype
+    if dtype == "auto":
+        raise ConfigError("the compute dtype is not settled: load through polyquant.load")
+    source = resolve(model)
+    if way == "dequantize":
+        return merge_methods.dequantized_merged(loaded, source, dtype)
+    if source.stored_quantization:
+        raise ConfigError(f"{model} is quantized, there is no dense model to merge into; use way='dequantize'")
+    return merge_methods.dense_merged(source, adapter, dtype)
 
 
-def _copy_buffers(model: Any, origin: Any) -> None:
-    for name, buffer in origin.named_buffers():
-        owner, _, short = name.rpartition(".")
-        module = model.get_submodule(owner) if BASE_LAYER not in owner and _has(model, owner) else None
-        if module is not None and short in module._buffers:
-            module._buffers[short] = buffer.detach().cpu().clone()
+def _requantized(
+    model: str | Path, adapter: Path, loaded: LoadedModel, again: Callable[[Path, Path], LoadedModel], out: Path,
+    compare: Any,
+) -> Quality:  # fmt: skip
+    with TemporaryDirectory(dir=out.parent) as folder:
+        dense, written = Path(folder) / "dense", Path(folder) / "written"
+        hf.save_pretrained(loaded, dense, _merged("dense", model, adapter, loaded))
+        quality: Quality = compare(again(dense, written).logits)
+        for path in written.iterdir():
+            path.rename(out / path.name)
+    return quality
 
 
-def _has(model: Any, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+def _windows(loaded: LoadedModel) -> list[Window]:
+    preset = preset_named(PRESET)
+    tokens = loaded.tokenizer(evaluation_text(), add_special_tokens=False).input_ids
+    return cut(tokens, preset, bos=loaded.tokenizer.bos_token_id, limit=WINDOWS)

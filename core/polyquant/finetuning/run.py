@@ -13,21 +13,21 @@ from typing import Any
 
 import msgspec
 
-from polyquant import compat
 from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
-from polyquant.files import atomic_folder
 from polyquant.finetuning import state
-from polyquant.finetuning.adapter import CARD, WEIGHTS
 from polyquant.finetuning.curve import write_curve, write_steps
 from polyquant.finetuning.data import Example, read_examples
-from polyquant.finetuning.libraries import import_peft
 from polyquant.finetuning.options import Card, Step, TrainingOptions, Tuned
-from polyquant.finetuning.supported import require_dora, require_optimizer
+from polyquant.finetuning.requirements import require_dora, require_optimizer
 from polyquant.finetuning.targets import target_modules
 from polyquant.loaded import LoadedModel
-from polyquant.machine import this_machine
+from polyquant.loading.adapter import CARD, WEIGHTS
 from polyquant.memory.peak import measure_peak
+from polyquant.models import versions
 from polyquant.models.hashing import content_hash
+from polyquant.support.files import atomic_folder
+from polyquant.support.machine import this_machine
+from polyquant.support.peft import import_peft
 
 
 def finetune(
@@ -108,7 +108,7 @@ def _off_again(model: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        compat.unloaded(model).eval()
+        versions.unloaded(model).eval()
         raise
 
 

@@ -26,8 +26,8 @@ from polyquant.errors import OutOfMemory, PolyquantError, SaveError
 from polyquant.finetuning import state
 from polyquant.finetuning.data import IGNORED, Example
 from polyquant.finetuning.options import TrainingOptions
-from polyquant.finetuning.reporting import Report, Reporter
-from polyquant.memory.returned import returning_freed_memory
+from polyquant.finetuning.progress import Report, Reporter
+from polyquant.support.malloc import returning_freed_memory
 
 
 def with_adapters(model: Any, targets: Sequence[str], options: TrainingOptions) -> Any:

@@ -13,12 +13,12 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from polyquant.errors import EnvironmentProblem
-from polyquant.files import write_atomically
 from polyquant.isolated import installer
 from polyquant.isolated.environments import RECORD, Environment, Made, remove
 from polyquant.isolated.installer import Index
 from polyquant.isolated.worker import Worker
-from polyquant.processes import explain, run_logged
+from polyquant.support.files import write_atomically
+from polyquant.support.processes import explain, run_logged
 
 LIMIT_SECONDS = 4 * 3600.0
 LISTS = "from importlib.metadata import distributions as d; print(*sorted({f'{x.name}=={x.version}' for x in d()}))"

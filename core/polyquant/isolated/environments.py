@@ -14,10 +14,10 @@ from pathlib import Path
 
 import msgspec
 
-from polyquant.environment import each_library_problem
 from polyquant.errors import EnvironmentProblem
 from polyquant.isolated.sources import arguments_for
 from polyquant.models.builtin import cache_folder
+from polyquant.support.environment import each_library_problem
 from polyquant.types import UNREADABLE, BackendInfo, Isolated, Problem, Record
 
 RECORD = "polyquant-environment.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from polyquant.processes import end_with_parent, say
+from polyquant.support.processes import end_with_parent, say
 from polyquant.types import Record
 
 TOLD = ("Collecting ", "Downloading ", "Building ", "Preparing ", "Installing ")  # lines of pip that say what it does

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from polyquant.backend import Backend
 from polyquant.errors import EnvironmentProblem, ModelError
-from polyquant.files import atomic_folder
 from polyquant.isolated.environments import as_seen_here, environment_of, lives_apart
 from polyquant.isolated.worker import Worker
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.options import BackendOptions
-from polyquant.registry import Registry
+from polyquant.registry.backend import Backend
+from polyquant.registry.registry import Registry
+from polyquant.support.files import atomic_folder
 from polyquant.types import HookRecord, LayerInfo, Problem
 
 if TYPE_CHECKING:
-    from polyquant.report import Verification
+    from polyquant.loading.records import Verification
+    from polyquant.measure.speed import Feed
     from polyquant.request import LoadRequest
-    from polyquant.speed import Feed
 
 
 class RemoteModel(LoadedModel):
@@ -52,7 +52,7 @@ class RemoteModel(LoadedModel):
 
     def verify(self, **arguments: Any) -> Verification:
         """Every check, run in the worker, where the module is."""
-        from polyquant.report import Verification
+        from polyquant.loading.records import Verification
 
         answer = self.model.call("verify", arguments=arguments, notes=self.notes)
         report = msgspec.convert(answer, Verification)
@@ -84,7 +84,7 @@ class RemoteBackend(Backend):
         return msgspec.convert(found, list[Problem])
 
     def load(self, request: LoadRequest, config: BackendOptions) -> RemoteModel:
-        from polyquant import hf
+        from polyquant.models import hf
 
         worker = self._worker(shown=request.progress)
         answer = worker.call("load", request=request, config=config)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from polyquant import compat
+from polyquant.models import versions
 
 PROBED_TOKENS = 8  # recurrent layers of some models run a loop over tokens; memory grows in proportion
 
@@ -38,7 +38,7 @@ def context_memory(skeleton: Any, context: int, batch: int) -> Context | None:
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
     model = skeleton.eval().base_model
     try:
-        with torch.inference_mode(), compat.followed_on_meta(), _Live(skeleton) as live:
+        with torch.inference_mode(), versions.followed_on_meta(), _Live(skeleton) as live:
             outputs = model(input_ids=ids, use_cache=True)
             peak = live.peak_bytes
         cache = getattr(outputs, "past_key_values", None)
@@ -54,7 +54,7 @@ def _extend(cache: Any, tokens: int) -> None:
     """Let each layer that grows take `tokens` more, as its own class keeps them."""
     if not tokens:
         return
-    for layer in compat.cache_layers(cache):
+    for layer in versions.cache_layers(cache):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.dim() == 4:
             layer.update(_longer(keys, tokens, 2), _longer(values, tokens, 2))

@@ -50,7 +50,7 @@ def weights_of(
 ) -> Weights:
     """What the peaks of a load are made of.
 
-    A quantized checkpoint is read tensor by tensor (`polyquant.packed`). Of a dense one, which is mapped, tensors that
+    A quantized checkpoint is read tensor by tensor (`polyquant.plugin.checkpoints`). Of a dense one, which is mapped, tensors that
     are quantized are made anew, and the dense ones whose dtype changes; the others stay in the file's pages. A dense
     checkpoint of a backend that does not quantize while loading stands for the quantized one that it makes first.
     """

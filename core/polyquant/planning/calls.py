@@ -45,7 +45,7 @@ def plan(
     """
     from polyquant.planning.devices import read_budget
     from polyquant.planning.model import PlannedModel
-    from polyquant.planning.one import Asked, plan_one
+    from polyquant.planning.plan import Asked, plan_one
     from polyquant.planning.process import problems_of
     from polyquant.planning.table import plan_all
 

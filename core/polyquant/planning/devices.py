@@ -8,11 +8,11 @@ from typing import NamedTuple
 import psutil
 
 from polyquant.errors import ConfigError
+from polyquant.loading.placement import arrange as place
 from polyquant.options import Dtype
-from polyquant.placement import arrange as place
 from polyquant.planning.model import PlannedModel
 from polyquant.planning.records import Placed
-from polyquant.sizes import parse_size, size
+from polyquant.support.sizes import parse_size, size
 from polyquant.types import DeviceMap, LayerPlan
 
 KINDS = ("cuda", "xpu", "mps", "cpu")

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from polyquant.candidates import Candidate
+from polyquant.comparison.candidates import Candidate
 from polyquant.comparison.records import Comparison, Result
 from polyquant.comparison.store import read_cell
-from polyquant.machine import this_machine
+from polyquant.support.machine import this_machine
 from polyquant.types import UNREADABLE
 
 

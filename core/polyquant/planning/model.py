@@ -34,7 +34,7 @@ class PlannedModel:
 
     def skeleton(self, dtype: Dtype) -> Any:
         """Its modules on the meta device; a new one at each call."""
-        from polyquant import hf
+        from polyquant.models import hf
 
         return hf.skeleton(self.outline.source, dtype, trust_remote_code=self._trust)
 

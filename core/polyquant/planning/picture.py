@@ -6,11 +6,11 @@ import io
 from html import escape
 from pathlib import Path
 
-from polyquant.environment import installed_version
 from polyquant.errors import EnvironmentProblem
 from polyquant.planning.bars import COLOURS, PARTS, bars_of
 from polyquant.planning.records import Plan, Plans
-from polyquant.sizes import size
+from polyquant.support.environment import installed_version
+from polyquant.support.sizes import size
 
 SUFFIXES = (".svg", ".html", ".png", ".pdf")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from polyquant.backend import Backend
 from polyquant.memory.predicted import resident_bytes
+from polyquant.registry.backend import Backend
 from polyquant.types import Problem
 
 _grown: dict[str, int] = {}

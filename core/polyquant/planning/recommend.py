@@ -15,7 +15,7 @@ from polyquant.planning.measured import Measured, measured_here
 from polyquant.planning.records import Choice, Plans, Recommendation, Row
 from polyquant.planning.scale import published
 from polyquant.planning.table import load_command
-from polyquant.sizes import size
+from polyquant.support.sizes import size
 from polyquant.types import Capabilities
 
 ABILITIES = tuple(

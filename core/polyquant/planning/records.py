@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from polyquant.candidates import Candidate
+from polyquant.comparison.candidates import Candidate
 from polyquant.types import DeviceMap, LayerPlan, Record
 
 Status = Literal["fits", "too big", "does not run", "not planned", "left out"]

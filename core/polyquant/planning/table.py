@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from polyquant import api, checkpoints
-from polyquant.backend import Backend
-from polyquant.candidates import Candidate, presets_of
-from polyquant.checkpoints import PACKAGES
+from polyquant import api
+from polyquant.comparison.candidates import Candidate, presets_of
 from polyquant.errors import BrokenBackend, PolyquantError
+from polyquant.loading import stored
+from polyquant.loading.stored import PACKAGES
 from polyquant.planning.devices import Budget, free_bytes
 from polyquant.planning.model import PlannedModel
-from polyquant.planning.one import DENSE, Asked, as_flags, plan_one, quantize_command
+from polyquant.planning.plan import DENSE, Asked, as_flags, plan_one, quantize_command
 from polyquant.planning.process import problems_of
 from polyquant.planning.records import Absent, Plans, Row
 from polyquant.planning.scale import published
-from polyquant.sizes import size
+from polyquant.registry.backend import Backend
+from polyquant.support.sizes import size
 
 ORDER = ("fits", "too big", "not planned", "does not run", "left out")
 
@@ -41,7 +42,7 @@ def plan_all(model: PlannedModel, asked: Asked, budget: Budget) -> Plans:
 
 
 def _device(asked: Asked, budget: Budget) -> str:
-    from polyquant.environment import available_devices
+    from polyquant.support.environment import available_devices
 
     if budget.devices:
         return budget.kind
@@ -64,7 +65,7 @@ def _rows_of(name: str, model: PlannedModel, asked: Asked, budget: Budget) -> It
 
 def candidates_of(backend: Backend, model: PlannedModel) -> list[Candidate]:
     """Its presets; for a checkpoint that it reads as it is, that checkpoint."""
-    method = checkpoints.method_of(model.outline.source)
+    method = stored.method_of(model.outline.source)
     if method in backend.capabilities.loads_prequantized:
         return [Candidate(name=backend.name, backend=backend.name)]
     return presets_of(backend.info)
@@ -99,7 +100,7 @@ def _on(asked: Asked, device: str) -> Asked:
 
 def _makes(candidate: Candidate, backend: Backend, model: PlannedModel) -> str:
     """The command that comes before a load; empty where nothing has to."""
-    if backend.capabilities.on_the_fly or checkpoints.method_of(model.outline.source):
+    if backend.capabilities.on_the_fly or stored.method_of(model.outline.source):
         return ""
     return quantize_command(model.name, backend.name, candidate.options)
 

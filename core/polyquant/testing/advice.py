@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from polyquant import hooks
 from polyquant.errors import BackendFailed, PolyquantError
+from polyquant.registry import hooks
 from polyquant.testing.subject import Subject
 
 OPTIONS = "options"  # stands where no hook but the options record is to be mended
@@ -14,10 +14,10 @@ CURES: Mapping[str, tuple[str, str]] = {
     "imports_nothing_heavy": ("backend_info", "import torch and your library inside the hooks, from _load.py"),
     "card_is_complete": ("backend_info", "complete the BackendInfo that it returns"),
     "capabilities_have_their_hooks": ("backend_info", "declare what is implemented, and implement what is declared"),
-    "hooks_fit_the_specification": ("backend_info", "write arguments as polyquant.hookspecs does, without defaults"),
-    "no_device_is_a_problem": ("validate_environment", "return polyquant.environment.device_problems(device, ...)"),
+    "hooks_fit_the_specification": ("backend_info", "write arguments as polyquant.contract.hookspecs does, without defaults"),
+    "no_device_is_a_problem": ("validate_environment", "return polyquant.support.environment.device_problems(device, ...)"),
     "environment_check_is_quiet": (
-        "validate_environment", "print and change nothing; wrap what a library does in polyquant.environment.contained",
+        "validate_environment", "print and change nothing; wrap what a library does in polyquant.support.environment.contained",
     ),
     "unknown_options_are_refused": ("build_config", "return polyquant.options.convert(YourOptions, options)"),
     "wrong_values_are_refused": (
@@ -35,22 +35,22 @@ CURES: Mapping[str, tuple[str, str]] = {
     "logits_are_whole": ("load", "see what the quantized module's forward returns: shape, dtype, NaN"),
     "greedy_decoding_is_deterministic": ("load", "keep randomness and state out of the quantized module's forward"),
     "stays_close_to_the_dense_model": ("load", "see how weights are rounded; the floor stands in the test class"),
-    "describes_every_tensor_once": ("describe_layers", "let polyquant.memory.describe.describe list the tensors"),
+    "describes_every_tensor_once": ("describe_layers", "let polyquant.plugin.describe.describe list the tensors"),
     "bits_and_schemes_are_declared": (
         "describe_layers", "give quantized layers the bits and scheme of the card's capabilities, and a kernel",
     ),
     "dense_tensors_have_reasons": ("describe_layers", "set `reason` where `quantized` is False"),
     "covers_the_model": ("load", "quantize every nn.Linear of the blocks"),
     "skipped_modules_stay_dense": ("load", "leave the modules named in config.skip as they are; pass them as `skipped` "
-                                           "to polyquant.memory.describe.describe"),
+                                           "to polyquant.plugin.describe.describe"),
     "a_skip_pattern_without_a_match_is_refused": ("build_config", "leave config.skip as it was given"),
     "described_bytes_are_stored_bytes": (
-        "describe_layers", "count weights, scales, zero points and codes: polyquant.memory.describe.describe does",
+        "describe_layers", "count weights, scales, zero points and codes: polyquant.plugin.describe.describe does",
     ),
     "plan_is_within_one_percent": ("plan_layers", "count a layer's bytes as your module stores it, constants included"),
     "memory_comes_back": ("load", "keep no reference to the model or its tensors: no globals, no caches"),
     "saves_and_loads_back": ("save", "write every tensor of the quantized modules exactly, and read all of it in load"),
-    "writes_no_pickle": ("save", "write safetensors: polyquant.packed.save does"),
+    "writes_no_pickle": ("save", "write safetensors: polyquant.plugin.checkpoints.save does"),
     "contradicting_options_are_refused": (
         OPTIONS, "from_stored must give back every option; load_time names only those a checkpoint leaves free",
     ),
@@ -58,7 +58,7 @@ CURES: Mapping[str, tuple[str, str]] = {
         "prepare_for_training", "freeze the base, call enable_input_require_grads, and let gradients through forward",
     ),
     "load_leaves_global_state_alone": (
-        "load", "put back what your library changes: polyquant.environment.contained, torch.random.fork_rng",
+        "load", "put back what your library changes: polyquant.support.environment.contained, torch.random.fork_rng",
     ),
 }  # fmt: skip
 """check -> (hook to look at, what to do)."""

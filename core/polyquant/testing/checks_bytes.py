@@ -7,9 +7,11 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from polyquant import LoadedModel, checks, loading
+from polyquant import LoadedModel
+from polyquant.loading import checks
+from polyquant.loading import load as loading
+from polyquant.loading.records import total
 from polyquant.models.resolve import resolve
-from polyquant.report import total
 from polyquant.testing.check import NotApplicable, check, expect
 from polyquant.testing.models import ARCHITECTURES
 from polyquant.testing.subject import Subject

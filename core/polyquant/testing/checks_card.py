@@ -9,7 +9,7 @@ import logging
 import os
 from typing import Any
 
-from polyquant import hookspecs
+from polyquant.contract import hookspecs
 from polyquant.options import describe_options
 from polyquant.testing.check import check, expect
 from polyquant.testing.processes import run_python

@@ -10,8 +10,8 @@ from typing import Any
 import polyquant
 from polyquant import LoadedModel
 from polyquant.errors import CheckpointConflict
+from polyquant.loading.records import total
 from polyquant.options import BackendOptions
-from polyquant.report import total
 from polyquant.testing.check import CheckFailed, NotApplicable, check, expect
 from polyquant.testing.subject import Subject
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from polyquant import checks
 from polyquant.errors import ConfigError
+from polyquant.loading import checks
 from polyquant.testing.check import CheckFailed, check, expect
 from polyquant.testing.models import ARCHITECTURES
 from polyquant.testing.subject import Subject

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from polyquant import LoadedModel, checks
-from polyquant.environment import available_devices
+from polyquant import LoadedModel
+from polyquant.loading import checks
+from polyquant.support.environment import available_devices
 from polyquant.testing.check import NotApplicable, check, expect
 from polyquant.testing.models import ARCHITECTURES
 from polyquant.testing.subject import Subject

@@ -42,7 +42,7 @@ def greedy_decoding_is_deterministic(subject: Subject, preset: str) -> None:
 @check(real=True)
 def stays_close_to_the_dense_model(subject: Subject, preset: str) -> None:
     """On the real model, KL and top-1 agreement on a fixed text are within the preset's floor."""
-    from polyquant.quality.divergence import kl_divergence, top1_agreement
+    from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
 
     loaded = subject.load(preset, REAL)
     tokens = subject.tokens(loaded)

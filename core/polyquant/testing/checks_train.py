@@ -6,7 +6,7 @@ import hashlib
 from math import isfinite
 from typing import Any
 
-from polyquant.environment import contained
+from polyquant.support.environment import contained
 from polyquant.testing.check import NotApplicable, check, expect
 from polyquant.testing.subject import Subject
 

@@ -43,7 +43,7 @@ def _build(name: str, out: Path) -> None:
     import torch
     import transformers
 
-    from polyquant import compat
+    from polyquant.models import versions
 
     architecture, sizes = ARCHITECTURES[name]
     config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **sizes})
@@ -58,7 +58,7 @@ def _build(name: str, out: Path) -> None:
                 elif parameter_name.endswith("bias"):
                     parameter.normal_(std=0.1)
     model.generation_config.eos_token_id = None  # so that greedy decoding runs to the length that is asked for
-    with compat.progress_bars(enabled=False):
+    with versions.progress_bars(enabled=False):
         model.save_pretrained(out)
         _tokenizer().save_pretrained(out)
 

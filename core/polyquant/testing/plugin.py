@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import polyquant
-from polyquant import hookspecs
+from polyquant.contract import hookspecs
 
 MARKERS = ("real: loads the real model", "slow: takes minutes", "gpu: needs an accelerator")
 

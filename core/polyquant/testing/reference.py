@@ -17,8 +17,8 @@ def reference_logits(model: str, tokens: Sequence[int]) -> Any:
 
 @lru_cache(maxsize=2)
 def _logits(model: str, tokens: tuple[int, ...]) -> Any:
-    from polyquant import hf
-    from polyquant.generation import logits_of
+    from polyquant.models import hf
+    from polyquant.models.generation import logits_of
     from polyquant.models.resolve import resolve
 
     dense = hf.load_dense(resolve(model))

@@ -12,9 +12,9 @@ from typing import Any
 
 import polyquant
 from polyquant import Backend, LoadedModel
-from polyquant.environment import choose_device
 from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, SaveError
 from polyquant.models import builtin
+from polyquant.support.environment import choose_device
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import CALIBRATION, EVALUATION

@@ -8,7 +8,7 @@ import torch
 import transformers
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.models.resolve import resolve
-from polyquant.quality.divergence import kl_divergence
+from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
 from polyquant_bitnet.modules import FLOAT, INT8, TernaryLinear, exact, pack, scaled, ternarize, unpack

@@ -253,7 +253,7 @@ def test_calibration_text_goes_to_gptq_only(checkpoint):
 
 def test_gptq_follows_its_text(checkpoint, folder):
     """On the text it was calibrated with it stays closer to the dense model than rounding to nearest."""
-    from polyquant.quality.divergence import kl_divergence
+    from polyquant.measure.quality.divergence import kl_divergence
 
     gptq = load(checkpoint(method="gptq", calibration=CALIBRATION, samples=4, length=128))
     assert (gptq.config.samples, gptq.config.length) == (4, 128)
@@ -269,7 +269,7 @@ def test_gptq_follows_its_text(checkpoint, folder):
 
 
 def test_without_llm_compressor_checkpoints_load_and_are_not_made(checkpoint, monkeypatch):
-    from polyquant import environment
+    from polyquant.support import environment
 
     path, installed = checkpoint(), environment.installed_version
     monkeypatch.setattr(

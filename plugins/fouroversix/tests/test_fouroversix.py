@@ -7,9 +7,9 @@ import pytest
 import torch
 from fouroversix import FourOverSixLinear, ModuleQuantizationConfig, quantize_to_fp4
 from fouroversix import dequantize as dequantize_by_library
-from polyquant import environment
+from polyquant.support import environment
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
-from polyquant.quality.divergence import kl_divergence, top1_agreement
+from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
 from polyquant.testing.models import tiny_model
 from polyquant.testing.reference import reference_logits
 from polyquant.testing.texts import EVALUATION

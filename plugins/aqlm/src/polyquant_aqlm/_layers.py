@@ -8,7 +8,7 @@ from typing import Any
 import aqlm
 import torch
 from polyquant.errors import ModelError
-from polyquant.memory.describe import Quantized, describe
+from polyquant.plugin.describe import Quantized, describe
 from polyquant.types import LayerInfo
 from torch import Tensor
 

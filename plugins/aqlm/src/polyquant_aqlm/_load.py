@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polyquant import hf, packed
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest, ModelSource
 
 from polyquant_aqlm._layers import TENSORS, chosen_kernel, linear_from_tensors
@@ -33,7 +34,7 @@ def load(request: LoadRequest, config: AqlmOptions) -> LoadedModel:
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Under the names transformers gives them: codes, codebooks and scales of each layer."""
     tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
-    return packed.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -50,12 +51,12 @@ def _read(request: LoadRequest, config: AqlmOptions, kernel: str) -> Any:
     def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return linear_from_tensors(name, module, config, getattr(torch, wanted), tensors, kernel)
 
-    return packed.read_layers(request, wanted, names, make)
+    return checkpoints.read_layers(request, wanted, names, make)
 
 
 def _require_expected(source: ModelSource, names: list[str]) -> None:
     """Raises ModelError for codes of a module that the checkpoint's config, or the architecture, keeps dense."""
-    astray = sorted(packed.packed_modules(source, tuple(TENSORS)) - set(names))
+    astray = sorted(checkpoints.packed_modules(source, tuple(TENSORS)) - set(names))
     if astray:
         raise ModelError(
             f"{source.name}: {len(astray)} modules have codes, and should be dense by the checkpoint's config or the "

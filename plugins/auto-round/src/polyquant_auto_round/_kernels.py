@@ -9,8 +9,8 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from polyquant.environment import contained
 from polyquant.errors import EnvironmentProblem, ModelError
+from polyquant.support.environment import contained
 
 from polyquant_auto_round.options import AutoRoundOptions
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from polyquant import hf, packed
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest, ModelSource
 from tqdm import tqdm
 
@@ -23,18 +24,18 @@ from polyquant_auto_round.planning import plan_layers
 def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
     tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
-    quantized = packed.packed_modules(source, ("qweight", "qzeros", "scales"))
-    config, notes = packed.with_stored_skips(config, weights, quantized, source)
+    quantized = checkpoints.packed_modules(source, ("qweight", "qzeros", "scales"))
+    config, notes = checkpoints.with_stored_skips(config, weights, quantized, source)
     plan_layers(weights, config)  # refuses layers that cannot be packed
     layout = packing(source.stored_quantization)
     for name in sorted(quantized):
         layer = empty_layer(model.get_submodule(name), layout, config)
         layer.polyquant_scheme = config.scheme
         model.set_submodule(name, layer)
-    packed.fill(model, dict(_tensors(model, quantized, source, dtype)), source)
-    model.to(packed.single_device(request))
+    checkpoints.fill(model, dict(_tensors(model, quantized, source, dtype)), source)
+    model.to(checkpoints.single_device(request))
     for name in tqdm(sorted(quantized), desc="Repacking", unit="layer", disable=not request.progress):
         settle(model.get_submodule(name), name)
     model.config.quantization_config = config.stored()
@@ -53,7 +54,7 @@ def _tensors(
     model: Any, quantized: set[str], source: ModelSource, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's tensors in the dtypes in which they are kept. Raises ModelError where columns are reordered."""
-    for name, tensor in packed.own_tensors(model, source):
+    for name, tensor in checkpoints.own_tensors(model, source):
         owner, _, short = name.rpartition(".")
         if owner in quantized and short == "g_idx":
             layer = model.get_submodule(owner)

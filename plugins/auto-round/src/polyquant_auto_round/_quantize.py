@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from polyquant import hf, packed
-from polyquant.apart import run_apart
-from polyquant.calibration import token_windows
 from polyquant.errors import ConfigError, SaveError
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.models.checks import check_folder
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
+from polyquant.plugin.calibration import token_windows
+from polyquant.plugin.process import run_apart
 from polyquant.request import LoadRequest
 
 from polyquant_auto_round.options import AutoRoundOptions
@@ -39,7 +40,7 @@ def quantize(request: LoadRequest, config: AutoRoundOptions, calibration: Sequen
     }  # fmt: skip
     run_apart("polyquant_auto_round._worker", job, shown=request.progress)
     _complete(out, config)
-    written = packed.packed_modules(check_folder(out, str(out)), ("qweight",))
+    written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
     if left := [name for name in quantized if name not in written]:
         raise SaveError(f"auto-round left {len(left)} of {len(quantized)} layers dense: {', '.join(left[:3])}")
     return out

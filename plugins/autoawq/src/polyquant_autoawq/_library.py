@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyquant.environment import contained
+from polyquant.support.environment import contained
 
 with contained():
     from awq import AutoAWQForCausalLM

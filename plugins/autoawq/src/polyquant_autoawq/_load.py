@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from polyquant import hf, packed
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest, ModelSource
 
 from polyquant_autoawq._layers import empty_layer, kernel, settle
@@ -23,15 +24,15 @@ SLOW = "Using naive"  # the library's warning, once a process; `kernel` says the
 
 def load(request: LoadRequest, config: AutoawqOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
-    quantized = packed.packed_modules(source, PARTS)
-    config, notes = packed.with_stored_skips(config, weights, quantized, source)
+    quantized = checkpoints.packed_modules(source, PARTS)
+    config, notes = checkpoints.with_stored_skips(config, weights, quantized, source)
     plan_layers(weights, config)  # refuses layers that cannot be packed
     for name in sorted(quantized):
         model.set_submodule(name, empty_layer(model.get_submodule(name), config))
-    packed.fill(model, dict(_tensors(model, quantized, source, dtype)), source)
-    packed.place(model, request)
+    checkpoints.fill(model, dict(_tensors(model, quantized, source, dtype)), source)
+    checkpoints.place(model, request)
     for name in quantized:
         settle(model.get_submodule(name))
     model.config.quantization_config = config.stored()
@@ -51,7 +52,7 @@ def _tensors(
     model: Any, quantized: set[str], source: ModelSource, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's tensors: dense ones in the compute dtype, scales in float16, in which the library multiplies."""
-    for name, tensor in packed.own_tensors(model, source):
+    for name, tensor in checkpoints.own_tensors(model, source):
         owner, _, short = name.rpartition(".")
         packed_part = owner in quantized and short in PARTS
         yield name, tensor if packed_part and short != "scales" else tensor.to(torch.float16 if packed_part else dtype)

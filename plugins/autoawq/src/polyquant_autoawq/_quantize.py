@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polyquant import hf, packed
-from polyquant.calibration import token_windows
 from polyquant.errors import SaveError
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.models.checks import check_folder
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
+from polyquant.plugin.calibration import token_windows
 from polyquant.request import LoadRequest
 
 from polyquant_autoawq._library import AutoAWQForCausalLM, AwqQuantizer, contained
@@ -47,7 +48,7 @@ class Quantizer(AwqQuantizer):
 def quantize(request: LoadRequest, config: AutoawqOptions, calibration: Sequence[str], out: Path) -> Path:
     source, trusted = request.source, request.trust_remote_code
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    packed.require_linears(weights, config)
+    checkpoints.require_linears(weights, config)
     planned = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
     tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
@@ -62,8 +63,8 @@ def quantize(request: LoadRequest, config: AutoawqOptions, calibration: Sequence
             max_calib_samples=WINDOWS, max_calib_seq_len=WINDOW_TOKENS,
         )  # fmt: skip
         model.save_quantized(str(out))
-    packed.complete(out, source, config.skip, tokenizer)
-    written = packed.packed_modules(check_folder(out, str(out)), ("qweight",))
+    checkpoints.complete(out, source, config.skip, tokenizer)
+    written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
     if left := [name for name in planned if name not in written]:
         raise SaveError(f"autoawq left {len(left)} of {len(planned)} layers dense: {', '.join(left[:3])}")
     return out

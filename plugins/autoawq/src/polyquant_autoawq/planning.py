@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyquant.errors import ConfigError
-from polyquant.memory import layouts
 from polyquant.memory.planned import plan_linears
+from polyquant.plugin import layouts
 from polyquant.types import LayerPlan, WeightInfo
 
 from polyquant_autoawq.options import AutoawqOptions

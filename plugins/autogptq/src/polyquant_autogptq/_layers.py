@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.memory.describe import Quantized, describe
+from polyquant.plugin.describe import Quantized, describe
 from polyquant.types import LayerInfo
 
 from polyquant_autogptq._library import ORDERED, PLAIN

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from polyquant import hf, packed
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest, ModelSource
 
 from polyquant_autogptq._layers import empty_layer, kernel, settle
@@ -21,18 +22,18 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 def load(request: LoadRequest, config: AutogptqOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
-    quantized = packed.packed_modules(source, PARTS)
-    config, notes = packed.with_stored_skips(config, weights, quantized, source)
+    quantized = checkpoints.packed_modules(source, PARTS)
+    config, notes = checkpoints.with_stored_skips(config, weights, quantized, source)
     plan_layers(weights, config)  # refuses layers that cannot be held
     for name in sorted(quantized):
         model.set_submodule(name, empty_layer(model.get_submodule(name), config, dtype))
     tensors = dict(_tensors(model, quantized, source, dtype))
     for name in quantized:
         tensors.setdefault(f"{name}.g_idx", _plain_order(model.get_submodule(name)))
-    packed.fill(model, tensors, source)
-    packed.place(model, request)
+    checkpoints.fill(model, tensors, source)
+    checkpoints.place(model, request)
     for name in quantized:
         settle(model.get_submodule(name))
     model.config.quantization_config = config.stored()
@@ -45,7 +46,7 @@ def _tensors(
     model: Any, quantized: set[str], source: ModelSource, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's tensors: scales and dense ones in the compute dtype, in which the library multiplies."""
-    for name, tensor in packed.own_tensors(model, source):
+    for name, tensor in checkpoints.own_tensors(model, source):
         owner, _, short = name.rpartition(".")
         if owner in quantized and short == "bias" and model.get_submodule(owner).bias is None and not tensor.any():
             continue  # auto-gptq writes biases of zeros for layers that have none

@@ -7,14 +7,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from polyquant import hf, packed
-from polyquant.calibration import token_windows
-from polyquant.environment import contained
 from polyquant.errors import ConfigError, SaveError
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.models.checks import check_folder
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
+from polyquant.plugin.calibration import token_windows
 from polyquant.request import LoadRequest
+from polyquant.support.environment import contained
 
 from polyquant_autogptq._library import GPTQ_CAUSAL_LM_MODEL_MAP, base
 from polyquant_autogptq.options import AutogptqOptions
@@ -26,7 +27,7 @@ WINDOW_TOKENS, WINDOWS = 512, 32  # of calibration text, at most
 def quantize(request: LoadRequest, config: AutogptqOptions, calibration: Sequence[str], out: Path) -> Path:
     source, trusted = request.source, request.trust_remote_code
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    packed.require_linears(weights, config)
+    checkpoints.require_linears(weights, config)
     plans = plan_layers(weights, config)
     planned = [plan.name.rpartition(".")[0] for plan in plans if plan.quantized]
     if asked := [plan.name for plan in plans if plan.role == "linear" and not plan.quantized]:
@@ -48,8 +49,8 @@ def quantize(request: LoadRequest, config: AutogptqOptions, calibration: Sequenc
         wrapped.save_quantized(str(out))
     (written,) = out.glob("*.safetensors")
     written.rename(out / "model.safetensors")  # what other readers look for
-    packed.complete(out, source, config.skip, tokenizer)
-    found = packed.packed_modules(check_folder(out, str(out)), ("qweight",))
+    checkpoints.complete(out, source, config.skip, tokenizer)
+    found = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
     if left := [name for name in planned if name not in found]:
         raise SaveError(f"auto-gptq left {len(left)} of {len(planned)} layers dense: {', '.join(left[:3])}")
     return out

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from polyquant import hf
 from polyquant.errors import ConfigError
-from polyquant.frozen import differentiable
 from polyquant.loaded import LoadedModel
-from polyquant.memory.describe import Quantized, describe
+from polyquant.models import hf
+from polyquant.plugin.describe import Quantized, describe
+from polyquant.plugin.gradients import differentiable
 from polyquant.types import LayerInfo
 
 from polyquant_awq._library import (

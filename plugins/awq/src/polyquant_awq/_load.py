@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant import hf, packed
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest, ModelSource
 
 from polyquant_awq._layers import empty_layer, select_kernel, settle
@@ -24,19 +25,19 @@ PARTS = ("qweight", "qzeros", "scales")
 def load(request: LoadRequest, config: AwqOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
     tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
-    quantized = packed.packed_modules(source, PARTS)
-    config, notes = packed.with_stored_skips(config, weights, quantized, source)
+    quantized = checkpoints.packed_modules(source, PARTS)
+    config, notes = checkpoints.with_stored_skips(config, weights, quantized, source)
     if request.device == "cpu" and config.kernel == "auto":
         config = msgspec.structs.replace(config, kernel=cpu_kernel(config))
     plan_layers(weights, config)  # refuses layers that cannot be packed
     kernel = select_kernel(config, request.device)
     for name in sorted(quantized):
         model.set_submodule(name, empty_layer(model.get_submodule(name), kernel, config, name))
-    packed.fill(model, dict(_tensors(model, quantized, source, dtype)), source)
+    checkpoints.fill(model, dict(_tensors(model, quantized, source, dtype)), source)
     with contained():
-        packed.place(model, request)
+        checkpoints.place(model, request)
         hf_gptqmodel_post_init(model, use_act_order=False)
         if request.device == "cpu":
             for name in quantized:
@@ -50,6 +51,6 @@ def _tensors(
     model: Any, quantized: set[str], source: ModelSource, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's tensors, all but the packed ones in the compute dtype."""
-    for name, tensor in packed.own_tensors(model, source):
+    for name, tensor in checkpoints.own_tensors(model, source):
         owner, _, short = name.rpartition(".")
         yield name, tensor if owner in quantized and short in ("qweight", "qzeros") else tensor.to(dtype)

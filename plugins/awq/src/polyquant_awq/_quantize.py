@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from polyquant import hf, packed
-from polyquant.apart import run_apart
-from polyquant.calibration import token_windows
 from polyquant.errors import SaveError
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.models.checks import check_folder
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
+from polyquant.plugin.calibration import token_windows
+from polyquant.plugin.process import run_apart
 from polyquant.request import LoadRequest, ModelSource
 
 from polyquant_awq.options import AwqOptions
@@ -25,7 +26,7 @@ WORKERS = str(max(2, min(12, (os.cpu_count() or 1) // 2)))  # its default is 1 o
 def quantize(request: LoadRequest, config: AwqOptions, calibration: Sequence[str], out: Path) -> Path:
     source, trusted = request.source, request.trust_remote_code
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    packed.require_linears(weights, config)
+    checkpoints.require_linears(weights, config)
     planned = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
     tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
@@ -34,9 +35,9 @@ def quantize(request: LoadRequest, config: AwqOptions, calibration: Sequence[str
         "trusted": trusted, "options": config, "windows": windows, "out": str(out.absolute()),
     }  # fmt: skip
     run_apart("polyquant_awq._worker", job, shown=request.progress, environment={"GPTQMODEL_CPU_WORKERS": WORKERS})
-    packed.complete(out, source, config.skip, tokenizer)
+    checkpoints.complete(out, source, config.skip, tokenizer)
     (out / "quant_log.csv").unlink(missing_ok=True)
-    written = packed.packed_modules(check_folder(out, str(out)), ("qweight",))
+    written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
     if left := [name for name in planned if name not in written]:
         raise SaveError(f"gptqmodel left {len(left)} of {len(planned)} layers dense: {', '.join(left[:3])}")
     return out

@@ -10,10 +10,11 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant import hf, packed
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 
 from polyquant_bitnet._layers import linear_from_tensors
@@ -46,7 +47,7 @@ def load(request: LoadRequest, config: BitnetOptions) -> LoadedModel:
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Under the names transformers gives them: the packed weight and weight_scale of each layer."""
     tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
-    return packed.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -60,4 +61,4 @@ def _read(request: LoadRequest, config: BitnetOptions, names: list[str]) -> Any:
     def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return linear_from_tensors(name, module, config, getattr(torch, dtype), tensors)
 
-    return packed.read_layers(request, dtype, names, make, owner=lambda module: module.removesuffix(".rms_norm"))
+    return checkpoints.read_layers(request, dtype, names, make, owner=lambda module: module.removesuffix(".rms_norm"))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from polyquant import hookimpl
-from polyquant.environment import device_problems, import_problems, library_problems
 from polyquant.loaded import LoadedModel
 from polyquant.options import convert
 from polyquant.request import LoadRequest
+from polyquant.support.environment import device_problems, import_problems, library_problems
 from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, LayerPlan, Library, Problem, WeightInfo
 
 from polyquant_bitnet.options import BitnetOptions

@@ -10,9 +10,9 @@ from typing import Any, cast
 import bitsandbytes
 import torch
 from bitsandbytes import cextension
-from polyquant import hf
 from polyquant.errors import ConfigError, SaveError
 from polyquant.loaded import LoadedModel
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
 from polyquant.types import Problem

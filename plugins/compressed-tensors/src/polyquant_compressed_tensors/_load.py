@@ -7,11 +7,12 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant import hf, packed
 from polyquant.errors import ModelError, UnsupportedOperation
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 
 from polyquant_compressed_tensors._int4pack import Int4PackLinear
@@ -35,7 +36,7 @@ def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
         return Int4PackLinear(layer) if uses_int4pack((layer.out_features, layer.in_features), config) else layer
 
     weights = list_weights(hf.skeleton(source, wanted, trust_remote_code=request.trust_remote_code))
-    model = packed.read_layers(request, wanted, quantized_modules(weights, config), make)
+    model = checkpoints.read_layers(request, wanted, quantized_modules(weights, config), make)
     model.config.quantization_config = {**source.stored_quantization, OWN: own_fields(msgspec.structs.asdict(config))}
     kernels = dict.fromkeys(module.kernel for module in model.modules() if isinstance(module, PackedLinear))
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=" and ".join(kernels))
@@ -55,7 +56,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
                 if tensor is not None and key not in module._non_persistent_buffers_set
             }  # fmt: skip
         tensors |= {f"{name}.{key}" if name else key: tensor for key, tensor in own.items()}
-    return packed.save(loaded, out, tensors, stored)
+    return checkpoints.save(loaded, out, tensors, stored)
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from polyquant.environment import import_problems, library_problems
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.request import LoadRequest
+from polyquant.support.environment import import_problems, library_problems
 from polyquant.types import Library
 
 from polyquant_compressed_tensors.options import CompressedTensorsOptions

@@ -11,12 +11,13 @@ from typing import Any, get_args
 
 import msgspec
 import torch
-from polyquant import hf, packed
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 from polyquant.types import Dtype, WeightInfo
 from tqdm import tqdm
@@ -35,7 +36,9 @@ def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=request.trust_remote_code))
     notes: list[str] = []
     if source.stored_quantization:
-        config, notes = packed.with_stored_skips(config, weights, packed.packed_modules(source, (CODES,)), source)
+        config, notes = checkpoints.with_stored_skips(
+            config, weights, checkpoints.packed_modules(source, (CODES,)), source
+        )
         model = _read(request, config, _names(weights, config))
     else:
         model = _quantize(request, config, _names(weights, config))
@@ -52,7 +55,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     }
     for name, layer in layers.items():
         tensors |= {f"{name}.{short}": tensor for short, tensor in stored_tensors(layer).items()}
-    return packed.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -86,7 +89,7 @@ def _quantize(request: LoadRequest, config: FouroversixOptions, names: list[str]
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    packed.place(model, request)
+    checkpoints.place(model, request)
     return model
 
 
@@ -99,4 +102,4 @@ def _read(request: LoadRequest, config: FouroversixOptions, names: list[str]) ->
         except ModelError as error:
             raise ModelError(f"{name} cannot be read: {error}") from error
 
-    return packed.read_layers(request, dtype, names, make)
+    return checkpoints.read_layers(request, dtype, names, make)

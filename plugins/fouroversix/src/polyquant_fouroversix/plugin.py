@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 from polyquant import hookimpl
-from polyquant.environment import device_problems, import_problems, library_problems
 from polyquant.loaded import LoadedModel
 from polyquant.options import convert
 from polyquant.request import LoadRequest
+from polyquant.support.environment import device_problems, import_problems, library_problems
 from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, LayerPlan, Library, Problem, WeightInfo
 
 from polyquant_fouroversix.options import FouroversixOptions

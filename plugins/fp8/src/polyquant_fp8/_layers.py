@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.memory.describe import Quantized, describe
+from polyquant.plugin.describe import Quantized, describe
 from polyquant.types import LayerInfo
 from torch import Tensor
 

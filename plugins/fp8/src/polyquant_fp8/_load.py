@@ -7,11 +7,12 @@ from typing import Any, get_args
 
 import msgspec
 import torch
-from polyquant import hf, packed
 from polyquant.errors import ConfigError, ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 from polyquant.types import Dtype, WeightInfo
 from tqdm import tqdm
@@ -29,8 +30,8 @@ def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
     tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     weights = list_weights(hf.skeleton(request.source, wanted, trust_remote_code=request.trust_remote_code))
     if request.source.stored_quantization:
-        stored = packed.packed_modules(request.source, ("weight_scale_inv",))
-        config, notes = packed.with_stored_skips(config, weights, stored, request.source)
+        stored = checkpoints.packed_modules(request.source, ("weight_scale_inv",))
+        config, notes = checkpoints.with_stored_skips(config, weights, stored, request.source)
         model = _read(request, config, _names(weights, config))
         notes.append(ACTIVATIONS.format(wanted, config.activation_scheme))
     else:
@@ -42,7 +43,7 @@ def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Under the names transformers gives them: weight and weight_scale_inv of each layer."""
     tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
-    return packed.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -71,7 +72,7 @@ def _quantize(request: LoadRequest, config: Fp8Options, names: list[str]) -> Any
         if parameter.is_floating_point() and parameter.element_size() > 1 and not name.endswith("weight_scale_inv"):
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    packed.place(model, request)
+    checkpoints.place(model, request)
     return model
 
 
@@ -85,4 +86,4 @@ def _read(request: LoadRequest, config: Fp8Options, names: list[str]) -> Any:
         if tensor.element_size() == 1 and tensor.is_floating_point():
             raise ModelError(f"{request.source.name}: {name} is {tensor.dtype}, and has no weight_scale_inv beside it")
 
-    return packed.read_layers(request, dtype, names, make, check=check)
+    return checkpoints.read_layers(request, dtype, names, make, check=check)

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant import compat, hf
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf, versions
 from polyquant.models.gguf_header import read_header
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
@@ -55,7 +55,7 @@ def _on_the_fly(request: LoadRequest, config: GgufOptions) -> tuple[Any, Any, Gg
     model = hf.load_causal_lm(
         on_cpu, stored if stored in ("float32", "bfloat16", "float16") else resolved_dtype(config)
     )
-    tied = compat.tied_tensors(model)
+    tied = versions.tied_tensors(model)
     for name, block in types.items():
         packed = quantizing.quantize(name, model.get_parameter(name), block)
         modules.replace(model, name, packed, block, dtype)

@@ -6,13 +6,13 @@ from typing import Any, BinaryIO
 
 import msgspec
 import torch
-from polyquant import compat, hf
 from polyquant.errors import ModelError, PolyquantError
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf, versions
 from polyquant.models.gguf_header import Entry, Header
 from polyquant.models.gguf_types import FLOAT_DTYPES
 from polyquant.options import resolved_dtype
-from polyquant.packed import empty_causal_lm
+from polyquant.plugin.checkpoints import empty_causal_lm
 from polyquant.request import LoadRequest
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ def build(request: LoadRequest, header: Header, config: GgufOptions) -> Any:
             f"{file_name} rotates {stated} dimensions of each head, and transformers' {rules.model_type}, "
             f"which does not read that, {2 * frequencies}; load the original model instead"
         )
-    tied, places = compat.tied_tensors(model), places_of(model, header)
+    tied, places = versions.tied_tensors(model), places_of(model, header)
     if config.type != "file":
         _check_types(model, header, places, config)
     with header.path.open("rb") as file:
@@ -57,7 +57,7 @@ def build(request: LoadRequest, header: Header, config: GgufOptions) -> Any:
 
 def places_of(model: Any, header: Header) -> dict[str, Placed]:
     """The file's tensor for each parameter of `model`, dense or packed."""
-    tied, shapes = compat.tied_tensors(model), {}
+    tied, shapes = versions.tied_tensors(model), {}
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         packed = isinstance(owner, modules.Packed) and parameter is owner.weight

@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from polyquant import compat, hf
 from polyquant.errors import SaveError
 from polyquant.loaded import LoadedModel
+from polyquant.models import hf, versions
 from polyquant.models.gguf_header import read_header
 from polyquant.models.gguf_types import FLOAT_DTYPES
 from polyquant.request import ModelSource
@@ -110,7 +110,7 @@ def _new_tensors(
     model: Any, architecture: str, rules: Rules
 ) -> Iterator[tuple[str, np.ndarray[Any, Any], GGMLQuantizationType]]:
     """(GGUF name, bytes, type): vectors in F32 as llama.cpp has them, dense matrices in their own dtype."""
-    tied, config = compat.tied_tensors(model), model.config.get_text_config()
+    tied, config = versions.tied_tensors(model), model.config.get_text_config()
     parameters = {name: tensor for name, tensor in model.named_parameters() if name not in tied}
     names = gguf_names(architecture, config.num_hidden_layers, parameters)
     if homeless := [name for name in parameters if name not in names]:

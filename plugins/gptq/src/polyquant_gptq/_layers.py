@@ -7,11 +7,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from polyquant import hf
 from polyquant.errors import ConfigError
-from polyquant.frozen import differentiable
 from polyquant.loaded import LoadedModel
-from polyquant.memory.describe import Quantized, describe
+from polyquant.models import hf
+from polyquant.plugin.describe import Quantized, describe
+from polyquant.plugin.gradients import differentiable
 from polyquant.types import LayerInfo
 
 from polyquant_gptq._library import (

@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant import hf, packed
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest, ModelSource
 
 from polyquant_gptq._layers import empty_layer, select_kernel, settle
@@ -29,10 +30,10 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 def load(request: LoadRequest, config: GptqOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
     tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
-    quantized = packed.packed_modules(source, PARTS)
-    config, notes = packed.with_stored_skips(config, weights, quantized, source)
+    quantized = checkpoints.packed_modules(source, PARTS)
+    config, notes = checkpoints.with_stored_skips(config, weights, quantized, source)
     if request.device == "cpu" and config.kernel == "auto":
         config = msgspec.structs.replace(config, kernel=cpu_kernel(config, resolved_dtype(config)))
     plan_layers(weights, config)  # refuses layers that cannot be packed
@@ -43,11 +44,11 @@ def load(request: LoadRequest, config: GptqOptions) -> LoadedModel:
     tensors = dict(_tensors(model, quantized, source, dtype, on_cpu=request.device == "cpu"))
     for name in quantized:
         tensors.setdefault(f"{name}.g_idx", _plain_order(model.get_submodule(name)))
-    packed.fill(model, tensors, source)
+    checkpoints.fill(model, tensors, source)
     del tensors
     with contained():
         hf_convert_gptq_v1_to_v2_format(model, config.bits, kernel, layout, None)
-        packed.place(model, request)
+        checkpoints.place(model, request)
         hf_gptqmodel_post_init(model, use_act_order=config.desc_act)
         if request.device == "cpu":
             for name in quantized:
@@ -61,7 +62,7 @@ def _tensors(
     model: Any, quantized: set[str], source: ModelSource, dtype: torch.dtype, *, on_cpu: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's tensors in the dtypes in which they are kept."""
-    for name, tensor in packed.own_tensors(model, source):
+    for name, tensor in checkpoints.own_tensors(model, source):
         owner, _, short = name.rpartition(".")
         if owner not in quantized or short == "bias":
             if owner in quantized and model.get_submodule(owner).bias is None and not tensor.any():

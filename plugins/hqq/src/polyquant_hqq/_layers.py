@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 from polyquant.errors import ModelError
-from polyquant.memory.describe import Quantized, describe
+from polyquant.plugin.describe import Quantized, describe
 from polyquant.types import LayerInfo
 
 from polyquant_hqq.options import HqqOptions

@@ -8,11 +8,12 @@ from typing import Any, get_args
 
 import torch
 from hqq.core.quantize import HQQLinear
-from polyquant import hf, packed
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 from polyquant.types import Dtype
 from tqdm import tqdm
@@ -39,7 +40,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
             tensors |= {f"{prefix}{key}": module.meta[key] for key in ("scale", "zero")}
         kept = set(module._buffers) - module._non_persistent_buffers_set
         tensors |= {f"{prefix}{key}": module._buffers[key] for key in kept if module._buffers[key] is not None}
-    return packed.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -68,11 +69,11 @@ def _quantize(request: LoadRequest, config: HqqOptions) -> Any:
 
 
 def _read(request: LoadRequest, config: HqqOptions) -> Any:
-    dtype, device = getattr(torch, resolved_dtype(config)), packed.single_device(request)
+    dtype, device = getattr(torch, resolved_dtype(config)), checkpoints.single_device(request)
     casts = request.source.stored_quantization.get("compute_dtype") != config.compute_dtype
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.read_tensors(request.source):
+    for name, tensor in checkpoints.read_tensors(request.source):
         layers[name.rpartition(".")[0]][name.rpartition(".")[2]] = tensor
     dense: dict[str, torch.Tensor] = {}
     for name, tensors in layers.items():
@@ -85,5 +86,5 @@ def _read(request: LoadRequest, config: HqqOptions) -> Any:
             model.set_submodule(name, linear_from_tensors(model.get_submodule(name), config, dtype, moved))
         except (AttributeError, ModelError) as error:
             raise ModelError(f"{request.source.name}: {name} cannot be read: {error}") from error
-    packed.fill(model, dense, request.source)
+    checkpoints.fill(model, dense, request.source)
     return model.to(device)

@@ -12,9 +12,9 @@ import psutil
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ConfigError, ModelError, PlacementError
 from polyquant.loaded import LoadedModel, Prompt
+from polyquant.measure.speed import Feed
 from polyquant.models.gguf_header import Header, read_header
 from polyquant.request import LoadRequest
-from polyquant.speed import Feed
 
 from polyquant_llama_cpp import _layers, sampling
 from polyquant_llama_cpp.checking import require_bytes, require_sound

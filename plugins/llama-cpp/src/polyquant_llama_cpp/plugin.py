@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from polyquant import hookimpl
-from polyquant.environment import device_problems, import_problems, library_problems
 from polyquant.loaded import LoadedModel
 from polyquant.models.gguf_types import TYPES
 from polyquant.options import convert
 from polyquant.request import LoadRequest
+from polyquant.support.environment import device_problems, import_problems, library_problems
 from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, Library, Problem
 
 from polyquant_llama_cpp.options import LlamaCppOptions

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from optimum.quanto import QLinear, QTensor, WeightQBitsTensor
-from polyquant.memory.describe import Quantized, describe
+from polyquant.plugin.describe import Quantized, describe
 from polyquant.types import LayerInfo
 
 NAMES = {"qint8": "int8", "qint4": "int4", "qint2": "int2", "qfloat8_e4m3fn": "float8", "qfloat8": "float8"}

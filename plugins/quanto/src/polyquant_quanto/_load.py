@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from optimum import quanto
 from optimum.quanto.library.extensions import get_extension
-from polyquant import hf, packed
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 from polyquant.types import Problem
 
@@ -54,7 +55,7 @@ def load(request: LoadRequest, config: QuantoOptions) -> LoadedModel:
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     """quanto's own format: its state dict in safetensors, its quantization map beside it."""
-    packed.save(loaded, out, dict(loaded.model.state_dict()), loaded.config.native().to_dict())
+    checkpoints.save(loaded, out, dict(loaded.model.state_dict()), loaded.config.native().to_dict())
     quantization_map = quanto.quantization_map(loaded.model)
     (out / "quanto_qmap.json").write_text(json.dumps(quantization_map, indent=4))
     return out
@@ -70,12 +71,12 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
 def _read(request: LoadRequest, config: QuantoOptions) -> Any:
     """A saved model; scales and dense weights in the compute dtype, which is the stored one unless asked."""
-    dtype, device = getattr(torch, resolved_dtype(config)), packed.single_device(request)
+    dtype, device = getattr(torch, resolved_dtype(config)), checkpoints.single_device(request)
     casts = request.source.stored_quantization.get("compute_dtype") != config.compute_dtype
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     dense: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.read_tensors(request.source):
+    for name, tensor in checkpoints.read_tensors(request.source):
         scale_or_dense = tensor.is_floating_point() and tensor.itemsize > 1 and tensor.dim() > 0
         cast = tensor.to(dtype) if casts and scale_or_dense else tensor
         layer, found, rest = name.partition(".weight._")
@@ -93,7 +94,7 @@ def _read(request: LoadRequest, config: QuantoOptions) -> Any:
             raise ModelError(f"{request.source.name}: {name} is incomplete: {', '.join(missing + left_over)}")
         module.weight.requires_grad_(requires_grad=False)
         model.set_submodule(name, module)
-    packed.fill(model, dense, request.source)
+    checkpoints.fill(model, dense, request.source)
     model.config.quantization_config = config.native()
     return model.to(device)
 

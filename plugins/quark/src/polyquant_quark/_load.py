@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polyquant import hf, packed
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 
 from polyquant_quark._layers import KERNEL, quark_linear
@@ -36,15 +37,17 @@ def load(request: LoadRequest, config: QuarkOptions) -> LoadedModel:
             raise ModelError(f"{source.name}: {name} is {kind}, and there is no weight_scale beside it")
 
     weights = list_weights(hf.skeleton(source, wanted, trust_remote_code=request.trust_remote_code))
-    config, notes = packed.with_stored_skips(config, weights, packed.packed_modules(source, ("weight_scale",)), source)
-    model = packed.read_layers(request, wanted, quantized_modules(weights, config), make, check=check)
+    config, notes = checkpoints.with_stored_skips(
+        config, weights, checkpoints.packed_modules(source, ("weight_scale",)), source
+    )
+    model = checkpoints.read_layers(request, wanted, quantized_modules(weights, config), make, check=check)
     model.config.quantization_config = {**stored, "exclude": list(config.skip)}
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=KERNEL, notes=notes)
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
-    return packed.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from polyquant import hf
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
 from polyquant.types import Dtype, WeightInfo

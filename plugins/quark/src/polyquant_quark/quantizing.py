@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from polyquant import hf
-from polyquant.environment import import_problems, library_problems
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
+from polyquant.support.environment import import_problems, library_problems
 from polyquant.types import Library
 
 from polyquant_quark._quiet import quiet_quark

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.frozen import frozen_linear
-from polyquant.memory.describe import Quantized, describe
+from polyquant.plugin.describe import Quantized, describe
+from polyquant.plugin.gradients import frozen_linear
 from polyquant.types import LayerInfo
 from sinq.quantizer import Quantizer
 from torch import Tensor

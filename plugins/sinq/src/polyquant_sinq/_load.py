@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from polyquant import hf, packed
 from polyquant.errors import ConfigError, ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 from polyquant.types import Dtype
 from tqdm import tqdm
@@ -38,9 +39,9 @@ def load(request: LoadRequest, config: SinqOptions) -> LoadedModel:
     tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = _read(request, config) if stored else _quantize(request, config)
     if stored and "skip_defaults" not in stored:  # by another tool, whose patterns are not polyquant's
-        packed_layers = packed.packed_modules(source, ("W_q",))
+        packed_layers = checkpoints.packed_modules(source, ("W_q",))
         weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=request.trust_remote_code))
-        config, dense = packed.with_stored_skips(config, weights, packed_layers, source)
+        config, dense = checkpoints.with_stored_skips(config, weights, packed_layers, source)
         notes += dense
     model.config.quantization_config = config.stored()
     plain, layers = rounded_plainly(model)
@@ -55,7 +56,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     for name, tensor in loaded.model.state_dict().items():
         module, _, short = name.rpartition(".")
         tensors[f"{module}.{STORED_NAMES.get(short, short)}" if module in layers else name] = tensor
-    return packed.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -91,12 +92,12 @@ def _quantize(request: LoadRequest, config: SinqOptions) -> Any:
 
 
 def _read(request: LoadRequest, config: SinqOptions) -> Any:
-    dtype, device = getattr(torch, resolved_dtype(config)), packed.single_device(request)
+    dtype, device = getattr(torch, resolved_dtype(config)), checkpoints.single_device(request)
     casts = request.source.stored_quantization.get("compute_dtype") != config.compute_dtype
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in packed.read_tensors(request.source):
+    for name, tensor in checkpoints.read_tensors(request.source):
         if name in computed:  # rotary frequencies, which sinq stores too
             continue
         module, _, rest = name.partition(".meta.") if ".meta." in name else name.rpartition(".")
@@ -113,5 +114,5 @@ def _read(request: LoadRequest, config: SinqOptions) -> Any:
             model.set_submodule(name, linear_from_tensors(model.get_submodule(name), config, dtype, moved))
         except (AttributeError, ModelError) as error:
             raise ModelError(f"{request.source.name}: {name} cannot be read: {error}") from error
-    packed.fill(model, dense, request.source)
+    checkpoints.fill(model, dense, request.source)
     return model.to(device)

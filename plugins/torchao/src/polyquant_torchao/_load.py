@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polyquant import hf
 from polyquant.errors import CheckpointConflict, UnsupportedOperation
 from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
+from polyquant.models import hf
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
 from torchao.utils import TorchAOBaseTensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.frozen import frozen_linear
-from polyquant.memory.describe import Quantized, describe
+from polyquant.plugin.describe import Quantized, describe
+from polyquant.plugin.gradients import frozen_linear
 from polyquant.types import LayerInfo
 
 from polyquant_rowwise.planning import SCHEME

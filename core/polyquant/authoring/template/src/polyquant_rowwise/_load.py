@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polyquant import LoadedModel, compat, hf, packed
+from polyquant import LoadedModel
+from polyquant.models import hf, versions
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 
 from polyquant_rowwise._layers import KERNEL, RowwiseLinear
@@ -24,7 +26,7 @@ def load(request: LoadRequest, config: RowwiseOptions) -> LoadedModel:
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     """int8 weights, scales and dense tensors in safetensors; the options in config.json."""
-    return packed.save(loaded, out, dict(loaded.model.state_dict()), loaded.config.native())
+    return checkpoints.save(loaded, out, dict(loaded.model.state_dict()), loaded.config.native())
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -38,7 +40,7 @@ def _quantize(request: LoadRequest, config: RowwiseOptions) -> Any:
     """The dense model, one module after the other replaced; each dense weight is freed before the next is quantized."""
     model = hf.load_causal_lm(request, resolved_dtype(config))
     by_default = config.skip_defaults and not config.skip
-    dense = compat.default_dense_modules(model) if by_default else set(config.skip)
+    dense = versions.default_dense_modules(model) if by_default else set(config.skip)
     names = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and name not in dense]
     for name in names:  # Replace: how one layer becomes yours
         module = RowwiseLinear.quantize(model.get_submodule(name), getattr(torch, config.scale_dtype))
@@ -48,14 +50,14 @@ def _quantize(request: LoadRequest, config: RowwiseOptions) -> Any:
 
 def _read(request: LoadRequest, config: RowwiseOptions) -> Any:
     """A saved model; what has a scale is quantized, and dense tensors take the compute dtype."""
-    dtype, device = getattr(torch, resolved_dtype(config)), packed.single_device(request)
-    model = packed.empty_causal_lm(request, resolved_dtype(config))
+    dtype, device = getattr(torch, resolved_dtype(config)), checkpoints.single_device(request)
+    model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     tensors = {}
-    for name, tensor in packed.read_tensors(request.source):
+    for name, tensor in checkpoints.read_tensors(request.source):
         dense = tensor.is_floating_point() and not name.endswith(".scale")
         tensors[name] = tensor.to(device, dtype) if dense else tensor.to(device)
     for name in [name.removesuffix(".scale") for name in tensors if name.endswith(".scale")]:
         module = RowwiseLinear.empty(model.get_submodule(name), getattr(torch, config.scale_dtype))
         model.set_submodule(name, module.eval())
-    packed.fill(model, tensors, request.source)
+    checkpoints.fill(model, tensors, request.source)
     return model.to(device)

@@ -1,0 +1,1 @@
+"""One cell of a comparison, in the process that measures it."""

@@ -1,0 +1,133 @@
+"""The report of a comparison: one HTML file that works offline, with CSV, JSON and Markdown beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from polyquant.comparison.report import sheet
+from polyquant.comparison.report.plot import AXES, plotted
+from polyquant.comparison.report.rows import as_csv, as_markdown, as_plain
+from polyquant.comparison.report.words import machine_words, quality_words
+from polyquant.errors import EnvironmentProblem
+from polyquant.support.files import write_atomically
+
+if TYPE_CHECKING:
+    from polyquant.comparison.records import Comparison
+    from polyquant.comparison.report.difference import Difference
+
+AXIS_NAMES = dict(zip(AXES, ("stored size", "generation speed", "prompt speed"), strict=True))
+
+
+def write_report(comparison: Comparison, path: Path) -> Path:
+    """Write the report to `path`, and the same rows as CSV, JSON and Markdown beside it under the same name.
+
+    path: the HTML file; a folder, or a name without a suffix, gets report.html in it. Returns the HTML file's path.
+    Raises EnvironmentProblem where the extra `report` is not installed, after the other three are written; SaveError
+    where the disk does not take them.
+    """
+    path = path if path.suffix else path / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = msgspec.json.format(msgspec.json.encode(as_plain(comparison)), indent=2).decode()
+    for suffix, text in ((".csv", as_csv(comparison)), (".json", plain), (".md", as_markdown(comparison))):
+        write_atomically(path.with_suffix(suffix), text)
+    write_atomically(path, html(comparison))
+    return path
+
+
+def html(comparison: Comparison) -> str:
+    """The page as text; it holds its scripts, and its content security policy forbids every request."""
+    rows = sheet.rows(comparison)
+    return _render(
+        "report.html.j2",
+        scripts=[_plotly(), "".join(_file(name) for name in ("plot.js", "table.js", "layers.js"))],
+        setting=comparison.setting,
+        version=comparison.version,
+        created=comparison.created[:16].replace("T", " "),
+        command=comparison.command,
+        quality=quality_words(comparison),
+        machine=machine_words(comparison.machine),
+        all_notes=comparison.notes,
+        axes=list(AXIS_NAMES.items()),
+        headings=sheet.headings(comparison),
+        rows=rows,
+        open=any(row["status"] == "check failed" for row in rows),
+        done=sum(row["status"] in ("done", "check failed") for row in rows),
+        failed=[row for row in rows if row["status"] in ("failed", "check failed")],
+        layered=[row for row in rows if row["layers"]],
+        backends=sorted({row["backend"] for row in rows}),
+        machines=sheet.machines(comparison),
+        data=_inside_script(msgspec.json.encode(plotted(comparison)).decode()),
+    )
+
+
+def write_difference(found: Difference, path: Path) -> Path:
+    """Write what changed between two comparisons as one HTML file without scripts."""
+    from polyquant.comparison.report.difference_page import sections, summary
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = _render(
+        "difference.html.j2",
+        scripts=[],
+        before=found.before,
+        after=found.after,
+        summary=summary(found),
+        sections=sections(found),
+    )
+    write_atomically(path, page)
+    return path
+
+
+def _render(template: str, *, scripts: list[str], **values: Any) -> str:
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise _missing("jinja2") from error
+    environment = Environment(
+        loader=PackageLoader("polyquant.comparison.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    safe = [{"text": Markup(text), "hash": _hash(text)} for text in map(_own_script, scripts)]  # noqa: S704  own files
+    page: str = environment.get_template(template).render(scripts=safe, style=Markup(_file("report.css")), **values)  # noqa: S704
+    return page
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise _missing("plotly") from error
+    text: str = get_plotlyjs()
+    return text
+
+
+def _missing(library: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"the HTML report needs {library}, which is not installed: pip install 'polyquant[report]'; "
+        "CSV, JSON and Markdown do not need it"
+    )
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _own_script(text: str) -> str:
+    """A script as it can stand in a page: browsers turn carriage returns into line feeds, and end it at </script."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script")
+
+
+def _inside_script(text: str) -> Any:
+    """JSON that no browser takes for the end of its element."""
+    from markupsafe import Markup
+
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))  # noqa: S704
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

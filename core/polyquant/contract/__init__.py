@@ -1,0 +1,1 @@
+"""What a plugin answers: the hook specification."""

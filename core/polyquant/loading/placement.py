@@ -1,0 +1,92 @@
+"""Which module goes to which device, settled before anything loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from polyquant.errors import ConfigError, PlacementError
+from polyquant.request import Offload
+from polyquant.support.environment import quiet_imports
+from polyquant.types import DeviceMap, LayerPlan
+
+MaxMemory = Mapping[int | str, int | str]
+Slow = Literal["cpu", "disk"]
+
+
+def place(
+    skeleton: Any, plans: Sequence[LayerPlan], device: str, max_memory: MaxMemory | None, offload: Offload
+) -> DeviceMap:
+    """A device map from planned bytes, filling devices in order; accelerate does the packing.
+
+    max_memory: device -> bytes or '6GiB', as accelerate takes it; None: what is free now. With `device` cpu only
+    the cpu is filled. Raises PlacementError where something would spill and `offload` is 'error'.
+    """
+    from accelerate.utils import convert_file_size_to_int, get_max_memory
+
+    if max_memory is not None:
+        limits = {key: convert_file_size_to_int(value) for key, value in max_memory.items()}
+    else:
+        limits = get_max_memory()
+    kind, _, index = device.partition(":")
+    usable = {
+        key: limit
+        for key, limit in limits.items()
+        if key == "cpu" or (kind != "cpu" and (not index or key in (int(index), device)))
+    }
+    device_map = arrange(skeleton, plans, usable)
+    check_spill(device_map, device, offload, sum(plan.stored_bytes for plan in plans), usable)
+    return device_map
+
+
+def arrange(skeleton: Any, plans: Sequence[LayerPlan], rooms: MaxMemory) -> DeviceMap:
+    """The device map that accelerate packs from planned bytes; it replaces the skeleton's tensors by ones of that size.
+
+    rooms: device -> bytes, filled in that order; what fits none of them goes to disk. The devices need not be there.
+    """
+    import torch
+    from accelerate import infer_auto_device_map
+
+    sizes = {plan.name: plan.stored_bytes for plan in plans}
+    for name, module in skeleton.named_modules():
+        for short in list(module._parameters):
+            size = sizes.get(f"{name}.{short}" if name else short)
+            if module._parameters[short] is not None and size is not None:
+                planned = torch.empty(size, dtype=torch.uint8, device="meta")
+                module._parameters[short] = torch.nn.Parameter(planned, requires_grad=False)
+    skeleton.tie_weights()
+    with quiet_imports():  # accelerate warns of devices that are not there
+        device_map: DeviceMap = infer_auto_device_map(
+            skeleton, max_memory=dict(rooms), no_split_module_classes=skeleton._no_split_modules
+        )
+    return device_map
+
+
+def check_spill(
+    device_map: DeviceMap, device: str, offload: Offload, planned_bytes: int = 0, limits: MaxMemory | None = None
+) -> None:
+    """Raises PlacementError where modules sit on a slower device than `device` and `offload` is 'error'."""
+    slow = ("disk",) if device == "cpu" else ("cpu", "disk")
+    spilled = {name: where for name, where in device_map.items() if str(where) in slow}
+    if not spilled or (offload == "cpu" and "disk" not in spilled.values()):
+        return
+    shown = ", ".join(f"{name or 'the whole model'} -> {where}" for name, where in list(spilled.items())[:5])
+    room = f"; planned {planned_bytes / 2**20:.0f} MiB, room for {_shown(limits)}" if limits else ""
+    way_out = (
+        "allow it with offload='cpu' (--offload cpu), " if device != "cpu" and "disk" not in spilled.values() else ""
+    )
+    raise PlacementError(
+        f"{len(spilled)} modules would not be on {device}: {shown}{room}; {way_out}"
+        "choose fewer bits or a smaller model, or raise max_memory (--max-memory)"
+    )
+
+
+def check_device_map(device_map: Any) -> DeviceMap:
+    """A user's own device map. Raises ConfigError where it is not module name -> device."""
+    if not isinstance(device_map, Mapping) or not device_map:
+        raise ConfigError(f"device_map must be 'auto' or a mapping from module names to devices, got {device_map!r}")
+    return {str(name): where if isinstance(where, int) else str(where) for name, where in device_map.items()}
+
+
+def _shown(limits: MaxMemory) -> str:
+    return ", ".join(f"{key}: {int(value) / 2**20:.0f} MiB" for key, value in limits.items())

@@ -1,0 +1,114 @@
+"""Checkpoints that are quantized already: who reads them, and whether the options agree with what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import msgspec
+
+from polyquant.errors import CheckpointConflict, ModelError, PolyquantError, UnknownBackend
+from polyquant.options import BackendOptions
+from polyquant.registry.query import Selection
+from polyquant.request import ModelSource
+from polyquant.types import BackendInfo
+
+READERS: Mapping[str, str] = {
+    "awq": "polyquant-awq",
+    "gptq": "polyquant-gptq",
+    "hqq": "polyquant-hqq",
+    "quanto": "polyquant-quanto",
+    "torchao": "polyquant-torchao",
+    "auto-round": "polyquant-auto-round",
+    "compressed-tensors": "polyquant-compressed-tensors",
+    "bitsandbytes": "polyquant-bitsandbytes",
+    "gguf": "polyquant-gguf",
+    "aqlm": "polyquant-aqlm",
+    "bitnet": "polyquant-bitnet",
+    "quark": "polyquant-quark",
+    "sinq": "polyquant-sinq",
+    "fp8": "polyquant-fp8",
+    "fouroversix": "polyquant-fouroversix",
+}
+"""quant_method -> the plugin package that reads it."""
+PACKAGES = tuple(sorted({*READERS.values(), "polyquant-llama-cpp", "polyquant-autoawq", "polyquant-autogptq"}))
+"""Every plugin package of this repository; the last three read what gguf, awq and gptq read."""
+
+
+def method_of(source: ModelSource) -> str:
+    """The checkpoint's quant_method; 'gguf' for a GGUF file; empty for a dense checkpoint."""
+    if source.gguf_file:
+        return "gguf"
+    stored = source.stored_quantization
+    if not stored:
+        return ""
+    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = stored.get("quant_method")
+    if not method:
+        raise ModelError(f"{source.name}: its quantization_config names no quant_method; it holds {', '.join(stored)}")
+    return str(method)
+
+
+def reader_of(method: str, installed: Selection) -> str:
+    """Name of the installed backend that reads `method`; of several, the one called like it, else one that shares this
+    environment.
+
+    Raises UnknownBackend, naming the plugin package that does.
+    """
+    cards = [info for info in installed if method in info.capabilities.loads_prequantized]
+    readers = [info.name for info in sorted(cards, key=lambda info: info.isolated is not None)]
+    if readers:
+        return method if method in readers else readers[0]
+    if method in READERS:
+        raise UnknownBackend(
+            f"the checkpoint is quantized with {method!r}; to read it, run: pip install {READERS[method]}"
+        )
+    known = sorted({known for info in installed for known in info.capabilities.loads_prequantized})
+    raise UnknownBackend(
+        f"the checkpoint is quantized with {method!r}, which no polyquant backend reads; "
+        f"installed backends read {', '.join(known) or 'none'}"
+    )
+
+
+def stored_options(source: ModelSource, info: BackendInfo, method: str) -> BackendOptions:
+    """The options stored in a quantized checkpoint. Raises CheckpointConflict or ModelError."""
+    reads = info.capabilities.loads_prequantized
+    if method not in reads:
+        raise CheckpointConflict(
+            f"{source.name} is quantized already with {method!r}; "
+            f"{info.name} reads {', '.join(reads) or 'no quantized checkpoints'}. "
+            "Leave the backend out to have it chosen, or give the dense model"
+        )
+    try:
+        gguf = {"quant_method": method, "gguf_file": str(source.path / source.gguf_file)}
+        return info.options.from_stored(gguf if source.gguf_file else source.stored_quantization)
+    except PolyquantError:
+        raise
+    except Exception as error:  # the plugin's reading of what somebody else wrote
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ModelError(f"{source.name}: {info.name} cannot read its quantization_config: {why}") from error
+
+
+def reconcile(
+    source: ModelSource, stored: BackendOptions, requested: BackendOptions, given: Collection[str]
+) -> BackendOptions:
+    """The stored options with the requested load-time ones applied.
+
+    given: names of the options the user wrote. Raises CheckpointConflict, field by field, where they contradict.
+    """
+    applied: dict[str, Any] = {}
+    conflicts = []
+    for name in given:
+        wanted, has = getattr(requested, name), getattr(stored, name)
+        if name in stored.load_time:
+            applied[name] = wanted
+        elif wanted != has:
+            conflicts.append(f"  {name}: requested {wanted!r}, stored {has!r}")
+    if conflicts:
+        raise CheckpointConflict(
+            f"{source.name} is quantized already, and not as asked:\n" + "\n".join(conflicts) + "\n"
+            f"Leave these options out, or quantize the dense model; "
+            f"only {', '.join(sorted(stored.load_time))} can be chosen now"
+        )
+    return msgspec.structs.replace(stored, **applied)

@@ -1,0 +1,1 @@
+"""Quality and speed of a model, measured without knowing what made it."""

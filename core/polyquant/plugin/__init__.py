@@ -1,0 +1,1 @@
+"""What a backend plugin is written with; plugins import this package, `polyquant.errors` and `polyquant.testing`."""

@@ -1,0 +1,254 @@
+"""Checkpoints of packed weights that transformers itself does not read or write: config.json and safetensors.
+
+For backends whose library leaves no format of transformers' own; never pickle. Imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import accelerate
+import msgspec
+import psutil
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from polyquant.errors import ConfigError, ModelError, PlacementError
+from polyquant.loaded import LoadedModel
+from polyquant.memory.planned import is_linear
+from polyquant.models import hf, versions
+from polyquant.models.headers import located_tensors
+from polyquant.options import BackendOptions, Dtype
+from polyquant.request import LoadRequest, ModelSource
+from polyquant.types import WeightInfo
+
+OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
+Options = TypeVar("Options", bound=BackendOptions)
+
+
+def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
+    """The model in eval mode with its parameters on the meta device; buffers, such as rotary frequencies, are real."""
+    source = request.source
+    config = hf.read_config(source, trust_remote_code=request.trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    attention = {"attn_implementation": request.attention} if request.attention else {}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            trust_remote_code=request.trust_remote_code,
+            **versions.dtype_argument(getattr(torch, dtype)),
+            **attention,
+        )
+    if (source.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    return model.eval()
+
+
+def single_device(request: LoadRequest) -> str:
+    """The one device of the request's map. Raises PlacementError for several."""
+    devices = {str(device) for device in request.device_map.values()}
+    if len(devices) != 1:
+        raise PlacementError(
+            f"this checkpoint loads onto one device, and the device map names {', '.join(sorted(devices))}; "
+            f"give device_map={{'': {request.device!r}}}"
+        )
+    return devices.pop()
+
+
+def read_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in the safetensors files of `source`, one at a time, on the CPU.
+
+    In memory of their own where that leaves as much free. Views of one mapped file keep all of its pages that were read
+    resident for as long as one of them lives, beside what the others were made into.
+    """
+    views = source.checkpoint_bytes > psutil.virtual_memory().available / 2
+    for name in source.weight_files:
+        yield from (_views if views else _copies)(source.path / name)
+
+
+def _views(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for key in file.keys():  # noqa: SIM118  not a mapping
+            yield key, file.get_tensor(key)
+
+
+def _copies(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with path.open("rb") as file:
+        for key, (stored, start) in sorted(located_tensors(path).items()):  # the order of views
+            dtype = getattr(torch, stored.dtype, None)
+            if dtype is None:
+                raise ModelError(f"{path.name}: {key} is {stored.dtype}, for which torch has no dtype")
+            tensor = torch.empty(stored.shape, dtype=dtype)
+            file.seek(start)
+            if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != stored.nbytes:
+                raise ModelError(f"{path.name} ended while {key} was read; fetch or write it again")
+            yield key, tensor
+
+
+def own_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """`read_tensors` without those that are tied to another, or that transformers leaves out too."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OBSOLETE]
+    tied = versions.tied_tensors(model)
+    for name, tensor in read_tensors(source):
+        if name not in tied and not any(re.search(pattern, name) for pattern in patterns):
+            yield name, tensor
+
+
+def read_layers(
+    request: LoadRequest,
+    dtype: Dtype,
+    names: Sequence[str],
+    make: Callable[[str, Any, dict[str, torch.Tensor]], Any],
+    *,
+    owner: Callable[[str], str] = str,
+    check: Callable[[str, torch.Tensor], None] | None = None,
+) -> Any:
+    """The model of a checkpoint, on its device: the modules `names` made of their packed tensors, the rest in `dtype`.
+
+    make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place.
+    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. check: called with the name
+    and tensor of everything else. Raises ModelError, with the checkpoint's name, where `make` does.
+    """
+    source, wanted = request.source, getattr(torch, dtype)
+    model = empty_causal_lm(request, dtype)
+    quantized, dense = set(names), dict[str, torch.Tensor]()
+    layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in own_tensors(model, source):
+        home = owner(name.rpartition(".")[0])
+        if home in quantized:
+            layers[home][name.removeprefix(f"{home}.")] = tensor
+            continue
+        if check is not None:
+            check(name, tensor)
+        dense[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+    for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
+        try:
+            layer = make(name, model.get_submodule(name), layers.pop(name, {}))
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {error}") from error
+        model.set_submodule(name, layer)
+    fill(model, dense, source)
+    place(model, request)
+    return model
+
+
+def packed_modules(source: ModelSource, parts: tuple[str, ...]) -> set[str]:
+    """Names of the modules that have a tensor called like one of `parts`; no weight is read."""
+    names: set[str] = set()
+    for name in source.weight_files:
+        with safe_open(source.path / name, framework="pt", device="cpu") as file:
+            split = (key.rpartition(".") for key in file.keys())  # noqa: SIM118  not a mapping
+            names.update(module for module, _, part in split if part in parts)
+    return names
+
+
+def with_stored_skips(
+    config: Options, weights: Sequence[WeightInfo], quantized: Collection[str], source: ModelSource
+) -> tuple[Options, list[str]]:
+    """`config` with `skip` as the checkpoint has it, whose packed modules are `quantized`; a note where that differs.
+
+    Raises ModelError where no module is packed, or one that is has no Linear module in the model.
+    """
+    anything = msgspec.structs.replace(config, skip=(), skip_defaults=False)
+    linears = [_module(weight) for weight in weights if is_linear(weight, anything)]
+    if not quantized:
+        raise ModelError(f"{source.name}: its config says that it is quantized, and no tensor in it is")
+    if astray := sorted(set(quantized).difference(linears)):
+        named = ", ".join(astray[:3])
+        raise ModelError(f"{source.name}: {len(astray)} packed layers have no Linear module in the model: {named}")
+    if set(quantized) == {_module(weight) for weight in weights if is_linear(weight, config)}:
+        return config, []
+    dense = tuple(name for name in linears if name not in quantized)
+    notes = [f"{len(dense)} layers are dense in the checkpoint: {', '.join(dense[:3])}"] if dense else []
+    return msgspec.structs.replace(config, skip=dense, skip_defaults=False), notes
+
+
+def require_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> None:
+    """Raises ConfigError where a matrix of a block is no Linear module's, such as fused experts, and is not skipped."""
+    for weight in weights:
+        other = weight.role == "experts" or (weight.role == "linear" and "Linear" not in weight.module)
+        if other and _module(weight) not in config.skip:
+            raise ConfigError(
+                f"{weight.name} is no Linear module but {weight.module} with shape {weight.shape}; "
+                "this backend quantizes Linear modules only"
+            )
+
+
+def complete(out: Path, source: ModelSource, skip: Sequence[str], tokenizer: Any) -> None:
+    """Finish a checkpoint that a library wrote: the skipped modules, tokenizer and generation config.
+
+    skip: full names of the modules that were to stay dense.
+    """
+    for path in (out / "config.json", out / "quantize_config.json"):
+        if path.exists():
+            content = json.loads(path.read_text())
+            content.get("quantization_config", content)["skip_modules"] = list(skip)
+            path.write_text(json.dumps(content, indent=2) + "\n")
+    tokenizer.save_pretrained(out)
+    if (source.path / "generation_config.json").exists():
+        shutil.copy(source.path / "generation_config.json", out)
+
+
+def _module(weight: WeightInfo) -> str:
+    return weight.name.rpartition(".")[0]
+
+
+def place(model: Any, request: LoadRequest) -> None:
+    """Move a filled model to the device or devices of the request's map."""
+    devices = {str(device) for device in request.device_map.values()}
+    if len(devices) == 1:
+        model.to(devices.pop())
+    else:
+        accelerate.dispatch_model(model, dict(request.device_map))
+
+
+def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -> None:
+    """Assign `tensors` to the parameters and buffers of `model`, and tie what is tied.
+
+    Raises ModelError where a parameter is left on the meta device, or a tensor fits nothing.
+    """
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = (
+        {name for name, tensor in own.items() if tensor.is_meta} - set(versions.tied_tensors(model)) - set(tensors)
+    )
+    astray = sorted(missing | set(tensors).difference(own))
+    if astray:
+        named = ", ".join(astray[:3])
+        raise ModelError(f"{source.name}: {len(astray)} tensors are missing or have no place in the model: {named}")
+    for name, tensor in tensors.items():
+        module_name, _, short = name.rpartition(".")
+        wanted = own[name]
+        if wanted.shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, {tuple(wanted.shape)} was expected"
+            raise ModelError(f"{source.name}: {name} has shape {shapes}")
+        parameter = (
+            torch.nn.Parameter(tensor, wanted.requires_grad) if isinstance(wanted, torch.nn.Parameter) else tensor
+        )
+        setattr(model.get_submodule(module_name), short, parameter)
+    model.tie_weights()
+
+
+def save(loaded: LoadedModel, out: Path, tensors: dict[str, torch.Tensor], quantization_config: dict[str, Any]) -> Path:
+    """Write the tensors, less those that are tied to another, with config and tokenizer."""
+    tied = versions.tied_tensors(loaded.model)
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}
+    save_torch_state_dict(kept, out, metadata={"format": "pt"})
+    config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
+    config.quantization_config = quantization_config
+    config.architectures = [type(loaded.model).__name__]
+    config.save_pretrained(out)
+    if loaded.model.can_generate():
+        loaded.model.generation_config.save_pretrained(out)
+    loaded.tokenizer.save_pretrained(out)
+    return out

@@ -1,0 +1,98 @@
+"""Describes a loaded model's tensors. A backend says which modules it quantized; the bytes are counted here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import torch
+
+from polyquant.memory.roles import REASONS, SKIPPED, TIED, role_of
+from polyquant.memory.storage import walk
+from polyquant.models import versions
+from polyquant.types import LayerInfo
+
+
+class Quantized(NamedTuple):
+    """What a backend knows of a module it quantized."""
+
+    shape: tuple[int, ...]  # of the weight before packing
+    bits: float
+    scheme: str
+    kernel: str
+    tensor: str = "weight"  # name of the weight inside the module
+    dense: tuple[str, ...] = ("bias",)  # tensors of the module that are not part of the quantized weight
+
+
+def describe(
+    model: Any, quantized: Callable[[str, Any], Quantized | None], *, skipped: Collection[str] = ()
+) -> list[LayerInfo]:
+    """One LayerInfo for every parameter and buffer; all storage of a quantized module goes to its weight.
+
+    quantized: called with each module's name and the module; None for one that is not quantized.
+    skipped: names of modules that the user asked to keep dense.
+    """
+    parts: dict[str, dict[str, int]] = {}
+    devices: dict[str, str] = {}
+    for stored in walk(model):
+        parts.setdefault(stored.module, {})[stored.attribute] = stored.nbytes
+        devices.setdefault(stored.module, stored.device)
+    head, tied = model.get_output_embeddings(), versions.tied_tensors(model)
+    layers: list[LayerInfo] = []
+    for name, module in model.named_modules():
+        remaining = parts.get(name, {})
+        found = quantized(name, module)
+        for short, tensor, is_buffer in _own_tensors(module, found):
+            whole = f"{name}.{short}" if name else short
+            owned = {
+                path: remaining.pop(path) for path in list(remaining) if path == short or path.startswith(f"{short}.")
+            }
+            if (
+                not owned
+                and whole not in tied
+                and tensor.numel()
+                and tensor.device.type != "meta"
+                and not _is_parameter(module, short)
+            ):
+                continue  # a second name of a storage that is described already
+            role = role_of(tensor, module, head=head, is_buffer=is_buffer)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            reason = (
+                TIED.format(tied[whole])
+                if whole in tied
+                else SKIPPED
+                if name in skipped and role != "embedding"
+                else REASONS[role]
+            )
+            layers.append(
+                LayerInfo(
+                    name=whole, shape=tuple(tensor.shape), role=role, bits=8 * tensor.element_size(), scheme=dtype,
+                    stored_bytes=sum(owned.values()), parts=owned, device=str(tensor.device), quantized=False,
+                    reason=reason,
+                )
+            )  # fmt: skip
+        if found:
+            layers.append(
+                LayerInfo(
+                    name=f"{name}.{found.tensor}", shape=found.shape,
+                    role="experts" if len(found.shape) == 3 else "linear",
+                    bits=found.bits, scheme=found.scheme, stored_bytes=sum(remaining.values()), parts=dict(remaining),
+                    device=devices.get(name, "meta"), quantized=True, kernel=found.kernel,
+                )
+            )  # fmt: skip
+    return layers
+
+
+def _is_parameter(module: Any, short: str) -> bool:
+    return short in module._parameters
+
+
+def _own_tensors(module: Any, found: Quantized | None) -> list[tuple[str, torch.Tensor, bool]]:
+    """(name, tensor, is_buffer) of the dense tensors of a module."""
+    tensors = [(name, tensor, False) for name, tensor in module._parameters.items()]
+    tensors += [(name, tensor, True) for name, tensor in module._buffers.items()]
+    if found is None:
+        known = {name for name, _, _ in tensors}
+        plain = [(name, value, True) for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        tensors += [entry for entry in plain if entry[0] not in known]
+    return [entry for entry in tensors if entry[1] is not None and (found is None or entry[0] in found.dense)]

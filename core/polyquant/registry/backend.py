@@ -1,0 +1,125 @@
+"""The `Backend` handle: one backend by name, with its hooks as typed methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyquant.errors import EnvironmentProblem
+from polyquant.options import BackendOptions
+from polyquant.registry.observers import Recorder
+from polyquant.registry.registry import Registry
+from polyquant.support.files import atomic_folder
+from polyquant.types import BackendInfo, Capabilities, LayerInfo, LayerPlan, Problem, WeightInfo
+
+if TYPE_CHECKING:
+    from polyquant.loaded import LoadedModel
+    from polyquant.request import LoadRequest
+
+
+class Backend:
+    """An installed backend. Raises UnknownBackend or BrokenBackend when made."""
+
+    def __init__(self, name: str, registry: Registry) -> None:
+        self._registry = registry
+        self.info: BackendInfo = registry.info(name)
+        self.name = name
+        self.origin = registry.origin(name)
+
+    def __repr__(self) -> str:
+        return f"Backend({self.name!r}, from {self.origin})"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+        return self.info.capabilities
+
+    @property
+    def plugin(self) -> object:
+        """The plugin object, to look at; hooks are called through the methods here."""
+        return self._registry.plugin(self.name)
+
+    def can(self, hook: str) -> bool:
+        """Whether it implements an optional hook: plan_layers, quantize, prepare_for_training, save."""
+        return self._registry.implements(self.name, hook)
+
+    def config(self, options: Mapping[str, object]) -> BackendOptions:
+        """Checked options. Raises ConfigError."""
+        return self._call("build_config", options=dict(options))
+
+    def problems(self, device: str = "cpu") -> list[Problem]:
+        """Everything that stops it on this machine and device; empty where it can run."""
+        return self._call("validate_environment", device=device)
+
+    def require(self, device: str) -> None:
+        """Raises EnvironmentProblem with every problem and its fix."""
+        problems = self.problems(device)
+        if problems:
+            lines = [f"  - {problem.what}\n    fix: {problem.fix}" for problem in problems]
+            raise EnvironmentProblem(f"{self.name} cannot run on {device} here:\n" + "\n".join(lines))
+
+    def load(self, request: LoadRequest, config: BackendOptions) -> LoadedModel:
+        """Load what `polyquant.load` has resolved; time and peak memory are recorded in the result."""
+        loaded, recorder = self._recorded("load", request=request, config=config)
+        loaded._backend, loaded.request = self, request
+        loaded.records += recorder.records
+        return loaded
+
+    def describe_layers(self, model: Any) -> list[LayerInfo]:
+        """Every parameter and buffer of a loaded model."""
+        return self._call("describe_layers", model=model)
+
+    def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]:
+        """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
+        return self._call("plan_layers", weights=weights, config=config)
+
+    def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path:
+        """Write a checkpoint, all or nothing.
+
+        Raises UnsupportedOperation before any work where the backend cannot, SaveError where writing fails.
+        """
+        self._require_hook("save")
+        with atomic_folder(out, overwrite=overwrite) as partial:
+            _, recorder = self._recorded("save", loaded=loaded, out=partial)
+        loaded.records += recorder.records
+        return out
+
+    def quantize(
+        self,
+        request: LoadRequest,
+        config: BackendOptions,
+        calibration: Sequence[str],
+        out: Path,
+        *,
+        overwrite: bool = False,
+        accept: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Quantize with calibration texts into `out`, all or nothing.
+
+        accept: called with what was written before it takes its place; what it raises leaves `out` as it was.
+        """
+        self._require_hook("quantize")
+        with atomic_folder(out, overwrite=overwrite) as partial:
+            self._call("quantize", request=request, config=config, calibration=calibration, out=partial)
+            if accept is not None:
+                accept(partial)
+        return out
+
+    def prepare_for_training(self, loaded: LoadedModel) -> Any:
+        """The model, ready for PEFT adapters."""
+        return self._call("prepare_for_training", loaded=loaded)
+
+    def _require_hook(self, hook: str) -> None:
+        self._registry.require(self.name, hook)
+
+    def _call(self, hook: str, **arguments: Any) -> Any:
+        return self._registry.call(self.name, hook, **arguments)
+
+    def _recorded(self, hook: str, **arguments: Any) -> tuple[Any, Recorder]:
+        recorder = Recorder(self.name)
+        self._registry.add_observer(recorder)
+        try:
+            return self._call(hook, **arguments), recorder
+        finally:
+            self._registry.remove_observer(recorder)

@@ -1,0 +1,1 @@
+"""Files, processes, sizes, the machine: what any room may use."""
