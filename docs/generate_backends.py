@@ -79,7 +79,7 @@ def capability_rows(info: BackendInfo) -> list[tuple[str, str]]:
         ("adapters train on it", yes[can.trains]),
         ("torch.compile", yes[can.compiles]),
         ("offloads to the CPU", yes[can.offloads]),
-        ("gives a PyTorch module", yes[can.torch_module]),
+        ("runs on", can.runtime),
         ("compute dtype where none is asked for", dtypes or "by the device: see memory"),
     ]
 

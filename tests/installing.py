@@ -34,10 +34,10 @@ def importable(package: str, *folders: Path) -> Iterator[pytest.MonkeyPatch]:
         finally:
             take_out(package)
             sys.modules.update(others)
-    polyquant.api.registry.cache_clear()
+    polyquant.registry.installed.registry.cache_clear()
 
 
 def take_out(package: str) -> dict[str, ModuleType]:
     """Its modules; whoever imports it next gets new ones."""
-    polyquant.api.registry.cache_clear()
+    polyquant.registry.installed.registry.cache_clear()
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == package}

@@ -10,7 +10,7 @@ from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.cell.run import run
 from polyquant.comparison.records import Job, Result
 from polyquant.comparison.reference import reference
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.testing.models import tiny_model
 from polyquant.support.texts import evaluation_text
 
@@ -29,11 +29,11 @@ def stored(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLYQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
         done = []
-        found = reference(resolve(model), evaluation_text(), PRESET, limit=2, advance=done.append)
+        found = reference(resolve_dense(model), evaluation_text(), PRESET, limit=2, advance=done.append)
         assert done == [1, 2]
-        again = reference(resolve(model), evaluation_text(), PRESET, limit=2, advance=done.append)
+        again = reference(resolve_dense(model), evaluation_text(), PRESET, limit=2, advance=done.append)
         assert (again, done) == (found, [1, 2])  # computed once
-        assert reference(resolve(model), evaluation_text(), PRESET, limit=1) != found
+        assert reference(resolve_dense(model), evaluation_text(), PRESET, limit=1) != found
         return found
 
 

@@ -17,7 +17,7 @@ import typer
 from polyquant.contract import hookspecs
 from polyquant.cli.commands import build
 from polyquant.cli.main import backend_named_in
-from polyquant.loading.load import LoadOptions
+from polyquant.loading.options import LoadOptions
 from polyquant.options import describe_options
 
 from .snippets import NOT_RUN, PAGES, READMES, ROOT, SHOWN, blocks, commands, reason_not_to_run

@@ -5,7 +5,7 @@ import os
 import random
 import warnings
 
-from polyquant.support.environment import contained, library_problems
+from polyquant.support.libraries import contained, library_problems
 from polyquant.types import Library
 
 

@@ -309,9 +309,10 @@ def test_merging_into_the_dequantized_base_changes_nothing(tuned, model, tmp_pat
     assert quality.kl_mean < 1e-5
     assert quality.top1 > 0.99
     from polyquant.models import hf
+    from polyquant.loading import dense
     from polyquant.models.resolve import resolve
 
-    merged = hf.load_dense(resolve(tmp_path / "merged"))
+    merged = dense.load_dense(resolve(tmp_path / "merged"))
     with_adapter = polyquant.load(model, "rowwise", device="cpu", compute_dtype="float32", adapter=str(tuned[1]))
     with torch.inference_mode():
         logits = merged(torch.tensor([[5, 6, 7]])).logits[0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from polyquant.registry.installed import registry
 from polyquant import api
 from polyquant.comparison import candidates
 from polyquant.cli import comparing
@@ -291,7 +292,7 @@ PARTS = st.sampled_from(
 @given(text=st.one_of(st.lists(PARTS, max_size=8).map("".join), TEXTS))
 def test_candidates(text):
     try:
-        found = candidates.parse(text, api.registry().info)
+        found = candidates.parse(text, registry().info)
     except PolyquantError as error:
         assert str(error)
     else:

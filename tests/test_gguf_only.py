@@ -2,18 +2,21 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from polyquant.loading import load as loading
 from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError
 from polyquant.loaded import LoadedModel
-from polyquant.loading.load import LoadOptions
+from polyquant.loading.options import LoadOptions
+from polyquant.loading.settle import route_of
 from polyquant.models.resolve import resolve
 from polyquant.options import BackendOptions
 from polyquant.request import ModelSource
 from polyquant.types import Capabilities, DeviceSupport, LayerInfo
 
-CARD = {"bits": (4,), "schemes": ("Q4_0",), "devices": (DeviceSupport(type="cpu"),), "torch_module": False}
-CAPABILITIES = Capabilities(**CARD, loads_prequantized=("gguf",))
+CARD = {"bits": (4,), "schemes": ("Q4_0",), "devices": (DeviceSupport(type="cpu"),), "runtime": "other"}
+CAPABILITIES = Capabilities(**CARD, loads_prequantized=("gguf",), makes_from="gguf")
 
 
 class Options(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,24 +43,23 @@ class Runtime:
 
 @pytest.fixture
 def gguf(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("output.weight", np.zeros((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return resolve(tmp_path / "model.gguf")
 
 
 def prepare(source, given, *, to_quantize=False, **how):
-    options = LoadOptions(device="cpu", **how)
-    return loading.prepare(source, Runtime(), Options(**given), given, options, to_quantize=to_quantize)
-
-
-def test_who_works_on_gguf_only():
-    assert CAPABILITIES.only_gguf
-    assert not Capabilities(**CARD, loads_prequantized=("gguf",), on_the_fly=True).only_gguf
-    assert not Capabilities(**CARD, loads_prequantized=("gguf", "gptq")).only_gguf
+    options, route = LoadOptions(device="cpu", **how), route_of(source, Runtime(), to_quantize=to_quantize)
+    return loading.prepare(source, Runtime(), Options(**given), given, options, route)
 
 
 def test_a_builtin_model_is_its_packaged_gguf(monkeypatch, tmp_path):
     monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path))
-    source = resolve("builtin:smollm2", as_gguf=True)
+    source = resolve("builtin:smollm2")
     assert source.name == "builtin:smollm2"
     assert source.gguf_file.endswith(".gguf")
     assert not list(tmp_path.iterdir()), "no dense checkpoint is made of it"
@@ -66,20 +68,21 @@ def test_a_builtin_model_is_its_packaged_gguf(monkeypatch, tmp_path):
 def test_a_dense_model_is_refused_with_the_way_to_a_gguf(tmp_path):
     source = ModelSource(name="dense", path=tmp_path, config={"model_type": "llama"})
     with pytest.raises(CheckpointConflict, match="polyquant quantize dense --backend gguf --out DIR"):
-        prepare(source, {})
+        loading.load_source(source, Runtime(), Options(), {}, LoadOptions(device="cpu"))
 
 
 def test_the_type_of_a_gguf_cannot_be_chosen_when_it_is_loaded_and_can_when_it_is_quantized(gguf):
     with pytest.raises(CheckpointConflict, match="type: requested 'Q8_0', stored 'Q4_0'"):
         prepare(gguf, {"type": "Q8_0"})
-    request, config, _ = prepare(gguf, {"type": "Q8_0", "skip": ("blk.0",)}, to_quantize=True)
-    assert request.source == gguf
+    request, settled = prepare(gguf, {"type": "Q8_0", "skip": ("blk.0",)}, to_quantize=True)
+    assert (request.source, request.weights, settled.route) == (gguf, (), "make first")
+    config = settled.options
     assert (config.type, config.skip, config.compute_dtype) == ("Q8_0", ("blk.0",), "float32")
 
 
 def test_a_backend_without_a_plan_takes_large_files_and_no_limits(gguf, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10))
-    request, _, _ = prepare(gguf, {})
+    request, _ = prepare(gguf, {})
     assert request.device_map == {"": "cpu"}
     with pytest.raises(ConfigError, match="runtime does not plan its memory, so max_memory cannot be kept"):
         prepare(gguf, {}, max_memory={"cpu": "1GiB"})

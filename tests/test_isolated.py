@@ -11,7 +11,8 @@ import polyquant
 import psutil
 import pytest
 import torch
-from polyquant.loading import load as loading
+from polyquant.loading.load import load_source
+from polyquant.loading.options import LoadOptions
 from polyquant.registry.backend import Backend
 from polyquant.errors import BackendFailed, ConfigError
 from polyquant.comparison import environments
@@ -39,8 +40,8 @@ def loaded(environment, folder):
 @pytest.fixture(scope="module")
 def here(environment, folder):
     """The same model, loaded by the plugin in this process: the environment sees the same libraries."""
-    handle = Backend("rowwise", polyquant.api.registry())
-    return loading.load(resolve(folder), handle, handle.config({}), {}, loading.LoadOptions(device="cpu"))
+    handle = Backend("rowwise", polyquant.registry.installed.registry())
+    return load_source(resolve(folder), handle, handle.config({}), {}, LoadOptions(device="cpu"))
 
 
 def test_the_doctor_and_the_command_line_know_it(environment, run_python, isolated_rowwise, folder):
@@ -80,8 +81,8 @@ def test_layers_and_verification_are_those_of_the_module(loaded, here):
 
 def test_it_is_no_torch_module_here(loaded, tmp_path):
     capabilities = loaded.backend.capabilities
-    assert (capabilities.torch_module, capabilities.trains) == (False, False)
-    assert "rowwise" not in polyquant.backends(torch_module=True).names
+    assert (capabilities.runtime, capabilities.trains) == ("a worker", False)
+    assert "rowwise" not in polyquant.backends(runtime="torch").names
     assert not loaded.backend.can("prepare_for_training")
     with pytest.raises(polyquant.errors.UnsupportedOperation, match="rowwise cannot train"):
         polyquant.finetune(loaded, tmp_path, tmp_path / "adapter")

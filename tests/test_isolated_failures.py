@@ -11,7 +11,7 @@ import polyquant
 import psutil
 import pytest
 import torch
-from polyquant.support.environment import installed_version
+from polyquant.support.libraries import installed_version
 from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem
 from polyquant.isolated import protocol
 from polyquant.isolated.creating import create
@@ -209,7 +209,7 @@ def test_what_is_made_is_removed(isolated_rowwise, environment):
 def test_other_pins_are_another_environment(isolated_rowwise, monkeypatch):
     from polyquant.isolated.environments import environment_of
 
-    info = polyquant.api.registry().info("rowwise")
+    info = polyquant.registry.installed.registry().info("rowwise")
     same = environment_of(info, "polyquant-rowwise")
     assert same.name == polyquant.backend("rowwise").environment.name
     import msgspec

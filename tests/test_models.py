@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polyquant.errors import ModelError
+from polyquant.support.cache import cache_folder
 from polyquant.models import builtin
 from polyquant.models.resolve import resolve
 
@@ -188,12 +189,12 @@ except Exception as error:
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path))
-    assert builtin.cache_folder() == tmp_path
+    assert cache_folder() == tmp_path
 
 
 @pytest.mark.real
 def test_two_processes_make_the_dense_checkpoint_once(tmp_path):
-    code = "from polyquant.models.builtin import dense_folder; print(dense_folder('builtin:smollm2'))"
+    code = "from polyquant.models.resolve import resolve_dense; print(resolve_dense('builtin:smollm2').path)"
     variables = {**os.environ, "POLYQUANT_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, env=variables, text=True) for _ in range(2)]

@@ -100,13 +100,14 @@ def test_the_cache_follows_what_layers_see(tmp_path):
 def test_planned_cache_is_what_transformers_keeps(tmp_path):
     import torch
     from polyquant.models import hf
+    from polyquant.loading import dense
     from polyquant.memory.storage import tensor_bytes
-    from polyquant.models.resolve import resolve
+    from polyquant.models.resolve import resolve_dense
 
     model = tiny_model("mixtral", tmp_path)
     planned = polyquant.plan(model, "bitsandbytes", compute_dtype="float32", context=24)
     with torch.inference_mode():
-        outputs = hf.load_dense(resolve(model))(input_ids=torch.arange(24)[None], use_cache=True)
+        outputs = dense.load_dense(resolve_dense(model))(input_ids=torch.arange(24)[None], use_cache=True)
     assert planned.kv_cache_bytes == tensor_bytes(outputs.past_key_values)
 
 

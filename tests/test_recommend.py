@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import polyquant
 import pytest
-from polyquant.loading.stored import PACKAGES
+from polyquant.registry.catalogue import PACKAGES
 from polyquant.comparison.records import Job, Result
 from polyquant.errors import ConfigError
 from polyquant.support.machine import this_machine
@@ -62,12 +62,12 @@ def test_what_has_to_be_made_first_says_how(table):
 
 def test_backends_that_are_not_installed_come_with_their_command(monkeypatch):
     monkeypatch.setenv("POLYQUANT_DISABLE", "bitsandbytes")
-    polyquant.api.registry.cache_clear()
+    polyquant.registry.installed.registry.cache_clear()
     try:
         table = polyquant.plan(CONFIG, memory="2GiB", device="cpu", context=512)
     finally:
         monkeypatch.undo()
-        polyquant.api.registry.cache_clear()
+        polyquant.registry.installed.registry.cache_clear()
     assert table.memory_bytes == 2 * GIB
     assert ("bitsandbytes", "pip install polyquant-bitsandbytes") in [(a.backend, a.command) for a in table.absent]
 
@@ -79,12 +79,12 @@ def test_the_list_of_packages_is_whole():
 
 def test_a_broken_plugin_is_a_row(make_plugin):
     make_plugin("import a_library_that_is_missing")
-    polyquant.api.registry.cache_clear()
+    polyquant.registry.installed.registry.cache_clear()
     try:
         table = polyquant.plan(CONFIG, memory="2GiB", device="cpu", context=512)
         found = polyquant.recommend(CONFIG, memory="2GiB", device="cpu", context=512, comparisons="nowhere")
     finally:
-        polyquant.api.registry.cache_clear()
+        polyquant.registry.installed.registry.cache_clear()
     row = next(row for row in table.rows if row.candidate.name == "acme")
     assert (row.status, "import failed" in row.reason) == ("does not run", True)
     assert "import failed" in found.excluded["acme"]
@@ -121,11 +121,11 @@ backend = Plugin()
 
 def test_a_plugin_that_raises_where_it_should_answer_is_never_recommended(make_plugin):
     make_plugin(RAISING)
-    polyquant.api.registry.cache_clear()
+    polyquant.registry.installed.registry.cache_clear()
     try:
         found = polyquant.recommend(CONFIG, memory="2GiB", device="cpu", context=512, comparisons="nowhere")
     finally:
-        polyquant.api.registry.cache_clear()
+        polyquant.registry.installed.registry.cache_clear()
     assert "boom" in found.excluded["acme"]
     assert "acme" not in {choice.candidate.backend for choice in found.choices}
 

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+from types import SimpleNamespace
+
 import pytest
 from polyquant.registry.backend import Backend
 from polyquant.errors import BackendConflict, BackendFailed, BrokenBackend, UnknownBackend, UnsupportedOperation
@@ -114,7 +116,7 @@ def test_plugins_can_be_switched_off(make_plugin, monkeypatch):
 
 def test_observers_see_every_addressed_call(make_plugin):
     make_plugin()
-    loaded = Backend("acme", Registry()).load(None, None)
+    loaded = Backend("acme", Registry()).load(None, SimpleNamespace(options=None))
     (record,) = loaded.records
     assert (record.backend, record.hook, record.failed) == ("acme", "load", False)
     assert record.seconds > 0

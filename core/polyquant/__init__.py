@@ -3,11 +3,24 @@
 Importing this package imports neither torch nor any backend.
 """
 
-from polyquant.api import Diagnosis, backend, backends, doctor, finetune, load, merge, observing, quantize, verify
-from polyquant.comparison.calls import compare, read_comparison
+from polyquant.api import (
+    Diagnosis,
+    backend,
+    backends,
+    compare,
+    doctor,
+    finetune,
+    load,
+    merge,
+    observing,
+    plan,
+    quantize,
+    read_comparison,
+    recommend,
+    verify,
+)
 from polyquant.contract.markers import hookimpl
 from polyquant.loaded import LoadedModel
-from polyquant.planning.calls import plan, recommend
 from polyquant.registry.backend import Backend
 
 __version__ = "0.1.0"

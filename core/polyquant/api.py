@@ -1,29 +1,36 @@
-"""The public functions: list, query, check, load, verify, quantize."""
+"""The public functions. Imports nothing heavy; the work is in the rooms that are named like them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-import msgspec
-
-from polyquant.errors import BackendFailed, BrokenBackend, ConfigError, SaveError, UnsupportedOperation
-from polyquant.isolated.environments import as_seen_here
-from polyquant.isolated.remote import RemoteModel, backend_named, home
-from polyquant.registry.backend import Backend
-from polyquant.registry.query import Miss, Selection, select
-from polyquant.registry.registry import Registry
+from polyquant.errors import BackendFailed, BrokenBackend, ConfigError, UnsupportedOperation
+from polyquant.isolated.handles import backend, backends, home
+from polyquant.options import BackendOptions
+from polyquant.registry.installed import registry
+from polyquant.request import MaxMemory, Offload
 from polyquant.types import Problem, Record
 
 if TYPE_CHECKING:
+    from polyquant.comparison.candidates import Candidate
+    from polyquant.comparison.options import Engine
+    from polyquant.comparison.records import Comparison, Goal, Part
+    from polyquant.comparison.run import Watcher
     from polyquant.finetuning.merge_methods import Way
     from polyquant.finetuning.options import Step, Tuned
-    from polyquant.loaded import LoadedModel
+    from polyquant.loaded import LoadedModel, Prompt
     from polyquant.loading.records import Verification
     from polyquant.measure.quality.records import Quality
+    from polyquant.planning.records import Plan, Plans, Recommendation
+
+__all__ = [
+    "Diagnosis", "backend", "backends", "compare", "doctor", "finetune", "load", "merge", "observing", "plan",
+    "quantize", "read_comparison", "recommend", "verify",
+]  # fmt: skip
+SAMPLE_PROMPT = "The capital of France is"
 
 
 class Diagnosis(Record, frozen=True):
@@ -41,36 +48,9 @@ class Diagnosis(Record, frozen=True):
         return not self.problems
 
 
-@cache
-def registry() -> Registry:
-    """The backends of this process; entry points are read once."""
-    return Registry()
-
-
-def backends(**query: object) -> Selection:
-    """Installed backends, filtered by capabilities; imports neither torch nor any backend's library.
-
-    >>> polyquant.backends(bits=4, device="cpu", on_the_fly=True).names
-
-    `misses` of the result holds the others, nearest first, with why each misses.
-    """
-    cards, broken = [], []
-    for name in registry().names():
-        try:
-            cards.append(as_seen_here(registry().info(name)))
-        except BrokenBackend as error:
-            broken.append(Miss(name=name, reasons=(str(error),), broken=True))
-    return select(cards, query, broken)
-
-
-def backend(name: str) -> Backend:
-    """One backend by name. Raises UnknownBackend or BrokenBackend."""
-    return backend_named(name, registry())
-
-
 def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
     """Whether each installed backend, or one, can run here; every problem with the command that fixes it."""
-    from polyquant.support.environment import choose_device
+    from polyquant.support.devices import choose_device
 
     diagnoses = []
     for each in [name] if name else registry().names():
@@ -88,49 +68,62 @@ def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
     return diagnoses
 
 
-def load(model: str | Path, backend: str | None = None, *, revision: str | None = None, **options: Any) -> LoadedModel:
+def load(
+    model: str | Path,
+    backend: str | None = None,
+    *,
+    config: BackendOptions | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    device_map: str | Mapping[str, int | str] = "auto",
+    max_memory: MaxMemory | None = None,
+    offload: Offload = "error",
+    allow_dequantize: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    attention: str = "",
+    adapter: str | Path = "",
+    return_freed_memory: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> LoadedModel:
     """Load a model quantized.
 
     model: hub name, local folder, `.gguf` file, or `builtin:smollm2`.
     backend: a name; None for a checkpoint that is quantized already, whose backend is then found.
-    options: the backend's own (`polyquant.backend(name).info.options`), and how to load (LoadOptions): `device`,
-        `device_map`, `max_memory`, `offload`, `allow_dequantize`, `trust_remote_code`, `allow_pickle`, `attention`,
-        `adapter` (a folder of PEFT's to put on the model).
+    config: the backend's options as its own record, such as `HqqOptions(bits=4)`; or as keywords, in `options`
+        (`polyquant.backend(name).info.options` has them). A record names its backend too.
+    device: cpu, cuda, cuda:1, ...; auto: the fastest here that the backend supports.
+    device_map: auto, or module name -> device. max_memory: device -> bytes or '6GiB', for auto.
+    offload: what may happen where the model does not fit `device`: error, or cpu.
+    allow_dequantize: accept a model that ends dense. attention: transformers' attn_implementation.
+    adapter: a folder of PEFT's to put on the model.
+    return_freed_memory: give memory that is freed while loading on a CPU back at once: a lower peak, a slower load, and
+        glibc's own adjustment of its thresholds is off from then on.
 
     >>> loaded = polyquant.load("builtin:smollm2", backend="bitsandbytes", bits=4, quant_type="nf4")
     >>> loaded.generate("The capital of France is", max_new_tokens=8)
     """
     from polyquant.loading import load as loading
-    from polyquant.loading import stored
-    from polyquant.models.resolve import resolve
 
-    how, own = _split(options)
-    handle = registry_backend(backend) if backend else None
-    config = handle.config(own) if handle else None
-    source = resolve(
-        model, revision=revision, allow_pickle=how.allow_pickle, progress=how.progress,
-        as_gguf=handle is not None and handle.capabilities.only_gguf,
+    if config is not None:
+        backend, options = loading.of_config(config, backend, options)
+    return loading.load(
+        model, backend, revision=revision, device=device, device_map=device_map, max_memory=max_memory,
+        offload=offload, allow_dequantize=allow_dequantize, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle, attention=attention, adapter=str(adapter), return_freed_memory=return_freed_memory,
+        progress=progress, **options,
     )  # fmt: skip
-    if handle is None:
-        method = stored.method_of(source)
-        if not method:
-            known = ", ".join(registry().names()) or "none"
-            raise ConfigError(
-                f"{source.name} is dense: name the backend to quantize it with (backend=...); installed: {known}"
-            )
-        handle = registry_backend(stored.reader_of(method, backends()))
-        config = handle.config(own)
-    assert config is not None  # either branch above has set it
-    return loading.load(source, handle, config, own, how)
 
 
-def verify(loaded: LoadedModel, **arguments: Any) -> Verification:
-    """Prove what a load gave; see `polyquant.loading.verify.verify`."""
+def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_tokens: int = 16) -> Verification:
+    """Prove what a load gave: bytes, coverage, layers, outputs. One forward pass and one greedy generation.
+
+    Raises nothing for a model that fails a check: read `passed` and `checks`.
+    """
     from polyquant.loading import verify as verification
 
-    if isinstance(loaded, RemoteModel):
-        return loaded.verify(**arguments)
-    return verification.verify(loaded, **arguments)
+    return verification.verify(loaded, prompt=prompt, max_new_tokens=max_new_tokens)
 
 
 def quantize(
@@ -145,44 +138,146 @@ def quantize(
     """Write a quantized checkpoint of `model` into the folder `out`, all or nothing.
 
     A backend that quantizes offline gets the texts of `calibration`, and what it wrote is loaded back and verified
-    before it takes its place; any other loads, verifies and saves.
+    before it takes its place; any other loads, verifies and saves. options: what `load` takes.
     Raises UnsupportedOperation, before any work, where the backend cannot write one, and SaveError where the result
     does not pass.
     """
-    from polyquant.loading import load as loading
-    from polyquant.models.resolve import resolve
+    from polyquant.loading import quantize as quantizing
 
-    handle, out = registry_backend(backend), Path(out)
-    if out.exists() and not overwrite:
-        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
-    if handle.can("quantize"):
-        how, own = _split(options)
-        config = handle.config(own)
-        source = resolve(
-            model, allow_pickle=how.allow_pickle, progress=how.progress, as_gguf=handle.capabilities.only_gguf
-        )
-        request, effective, _ = loading.prepare(source, handle, config, own, how, to_quantize=True)
-
-        def accept(written: Path) -> None:
-            again = {"device": request.device, "trust_remote_code": how.trust_remote_code, "progress": how.progress}
-            _require_passed(load(written, backend, **again))
-
-        return handle.quantize(request, effective, calibration or (), out, overwrite=overwrite, accept=accept)
-    if not handle.can("save"):
-        raise UnsupportedOperation(f"{backend} cannot write checkpoints")
-    if calibration is not None:
-        raise ConfigError(f"{backend} quantizes without calibration text; leave calibration (--calibration) out")
-    loaded = load(model, backend, **options)
-    _require_passed(loaded)
-    return loaded.save(out, overwrite=overwrite)
+    return quantizing.quantize(model, backend, Path(out), calibration=calibration, overwrite=overwrite, **options)
 
 
-def _require_passed(loaded: LoadedModel) -> None:
-    """Raises SaveError where a model that is to be written fails its verification."""
-    report = verify(loaded)
-    if not report.passed:
-        failed = "; ".join(f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures)
-        raise SaveError(f"not written, because verification failed: {failed}")
+@overload
+def plan(model: str | Path, backend: str, **arguments: Any) -> Plan: ...
+@overload
+def plan(model: str | Path, backend: None = None, **arguments: Any) -> Plans: ...
+def plan(
+    model: str | Path,
+    backend: str | None = None,
+    *,
+    context: int = 4096,
+    batch: int = 1,
+    device: str = "auto",
+    memory: int | str | None = None,
+    devices: str | None = None,
+    offload: str = "error",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Plan | Plans:
+    """What a model takes with a backend, tensor by tensor, from headers alone: nothing is loaded, no weights are read.
+
+    model: what `load` takes, or a `config.json` alone.
+    backend: a name; None: a table of every installed backend's presets, what fits first.
+    context, batch: tokens and sequences of the key-value cache.
+    memory: the budget, such as '6GiB'; None: what is free on the device now.
+    devices: simulated ones, such as 'cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB'; they need not be there.
+    options: the backend's own. Raises UnsupportedOperation where the backend does not plan.
+
+    >>> polyquant.plan("builtin:smollm2", backend="bitsandbytes", bits=4).ratio
+    """
+    from polyquant.planning.devices import read_budget
+    from polyquant.planning.model import PlannedModel
+    from polyquant.planning.plan import Asked, plan_one
+    from polyquant.planning.process import problems_of
+    from polyquant.planning.table import plan_all
+
+    asked = Asked(context=context, batch=batch, device=device, offload=offload)
+    if backend is None:
+        if options:
+            raise ConfigError(f"name the backend that {', '.join(options)} belongs to (backend=...), or leave it out")
+        budget = read_budget(memory, devices)
+        return plan_all(PlannedModel(model, revision=revision, trust_remote_code=trust_remote_code), asked, budget)
+    handle = handle_of(backend)
+    handle.config(options)  # raises for wrong options before any file is read
+    budget = read_budget(memory, devices)
+    found = PlannedModel(model, revision=revision, trust_remote_code=trust_remote_code)
+    problems_of(handle, "cpu")  # imports what the backend imports, so that the process is weighed with it
+    return plan_one(found, handle, options, asked, budget)
+
+
+def recommend(
+    model: str | Path,
+    *,
+    memory: int | str | None = None,
+    goal: Goal = "quality",
+    needs: Collection[str] = (),
+    device: str = "auto",
+    context: int = 4096,
+    batch: int = 1,
+    comparisons: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Recommendation:
+    """The best way to run a model in a budget, with the reason, and why each other one is out.
+
+    goal: quality (closest to the dense model), speed, or memory (needs least). needs: abilities that it must have, such
+        as {"trains"}: names of Capabilities that are true or false.
+    comparisons: folder of comparisons measured on this machine; None: polyquant's own. What is not measured is ordered
+        by published figures. Nothing that `doctor` refuses is recommended.
+    """
+    from polyquant.comparison.store import comparisons_folder
+    from polyquant.planning.recommend import choose, require
+
+    require(goal, needs)
+    found = plan(
+        model, None, context=context, batch=batch, device=device, memory=memory, revision=revision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return choose(found, goal, needs, Path(comparisons) if comparisons is not None else comparisons_folder())
+
+
+def compare(
+    model: str | Path,
+    candidates: Sequence[str | Candidate],
+    *,
+    out: str | Path | None = None,
+    watcher: Watcher | None = None,
+    parts: Sequence[Part] = ("quality", "speed"),
+    device: str = "auto",
+    preset: str = "llamacpp-512",
+    text: str = "",
+    windows: int = 16,
+    reference: str = "dense",
+    tasks: Sequence[str] = (),
+    task_folder: str = "",
+    task_limit: int = 0,
+    jobs: int = 1,
+    timeout_seconds: float = 3600,
+    speed_limit_seconds: float = 30,
+    retry: bool = False,
+    engine: Engine = "local",
+    address: str = "",
+) -> Comparison:
+    """Measure candidates on `model`: quality against the dense model, speed, and every kind of memory.
+
+    candidates: `bitsandbytes:nf4,double_quant=true`, `gguf:Q4_K_M`, `gptq@folder`, `dense:bfloat16`; each is measured
+        in a process of its own. One that fails is a row with its reason.
+    out: folder that keeps finished cells; what is there is not measured again, so that a run that was killed goes on.
+        None: one in the cache, for each model.
+    The other keywords are described by `polyquant.comparison.options.CompareOptions`.
+
+    >>> comparison = polyquant.compare("builtin:smollm2", ["bitsandbytes:nf4", "gguf:Q8_0"])
+    >>> comparison.best(memory="6GiB").candidate.name, comparison.report("report.html")
+    """
+    from polyquant.comparison.options import CompareOptions
+    from polyquant.comparison.run import compare as run
+    from polyquant.options import convert
+
+    options = {
+        "parts": tuple(parts), "device": device, "preset": preset, "text": text, "windows": windows,
+        "reference": reference, "tasks": tuple(tasks), "task_folder": task_folder, "task_limit": task_limit,
+        "jobs": jobs, "timeout_seconds": timeout_seconds, "speed_limit_seconds": speed_limit_seconds, "retry": retry,
+        "engine": engine, "address": address,
+    }  # fmt: skip
+    return run(model, candidates, Path(out) if out else None, convert(CompareOptions, options), watcher)
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """The comparison that lies in a folder or a comparison.json. Raises ConfigError where none does."""
+    from polyquant.comparison.run import read_comparison as read
+
+    return read(path)
 
 
 def finetune(
@@ -212,7 +307,7 @@ def finetune(
     training = {name: options.pop(name) for name in TrainingOptions.__struct_fields__ if name in options}
     chosen = convert(TrainingOptions, training)
     if isinstance(model, (str, Path)):
-        if backend is not None and not registry_backend(backend).capabilities.trains:
+        if backend is not None and not handle_of(backend).capabilities.trains:
             raise UnsupportedOperation(
                 f"{backend} cannot train adapters; installed backends that do: {', '.join(backends(trains=True).names)}"
             )
@@ -263,16 +358,4 @@ def observing(observer: object) -> Iterator[None]:
         registry().remove_observer(observer)
 
 
-registry_backend = backend  # the function, where a parameter is called `backend` too
-
-
-def _split(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """How to load, and the backend's own options."""
-    from polyquant.loading.load import LoadOptions
-
-    shared = {name: options[name] for name in LoadOptions.__struct_fields__ if name in options}
-    own = {name: value for name, value in options.items() if name not in shared}
-    try:
-        return msgspec.convert(shared, LoadOptions, from_attributes=True), own
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"load option: {error}") from error
+handle_of = backend  # the function, where a parameter is called `backend` too

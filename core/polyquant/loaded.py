@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from polyquant.errors import PolyquantError
 
 if TYPE_CHECKING:
+    from polyquant.loading.settle import Settled
     from polyquant.measure.speed import Feed
     from polyquant.options import BackendOptions
     from polyquant.request import LoadRequest
@@ -45,6 +46,7 @@ class LoadedModel:
     config: BackendOptions  # the effective options
     kernel: str  # what multiplies with the quantized weights
     notes: list[str] = field(default_factory=list)  # what a user should know about this load
+    settled: Settled | None = None  # set by the core: what the load came to
     requested: BackendOptions | None = None  # the options before the checkpoint and the device had their say
     request: LoadRequest | None = None  # set by the core
     initial_layers: list[LayerInfo] = field(default_factory=list)  # set by the core: the layers before any forward pass
@@ -86,7 +88,7 @@ class LoadedModel:
 
     def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
         """Bytes of the key-value cache for each token of context, measured on `tokens`; None where it is not known."""
-        if not self.backend.capabilities.torch_module:
+        if not self.backend.capabilities.runs_on_torch:
             return None
         import torch
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
 from polyquant.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from polyquant.types import WeightInfo
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -35,6 +39,26 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     load_time: ClassVar[frozenset[str]] = frozenset({"compute_dtype"})
     """Options that apply to a checkpoint that is quantized already; all others are stored in it."""
+
+    def with_full_names(self, weights: Sequence[WeightInfo]) -> Self:
+        """`skip` as full module names, defaults and tied modules included; `skip_defaults` is then spent.
+
+        Unchanged where nothing but the defaults is asked for. Raises ConfigError for a pattern that matches nothing.
+        """
+        if not self.skip and self.skip_defaults:
+            return self
+        asked = matching_modules(weights, self.skip)
+        modules = {weight.name.rpartition(".")[0]: weight for weight in weights if weight.role != "vector"}
+        tied = {weight.tied_to for weight in weights}
+        always = [name for name, weight in modules.items() if weight.tied_to or weight.name in tied]
+        defaults = [name for name, weight in modules.items() if self.skip_defaults and weight.default_skip]
+        skip = tuple(dict.fromkeys([*asked, *defaults, *always]))
+        return msgspec.structs.replace(self, skip=skip, skip_defaults=False)
+
+    def skips(self, weight: WeightInfo) -> bool:
+        """Whether the tensor's module stays dense on request, by default, or because it is tied to another."""
+        by_default = self.skip_defaults and not self.skip and weight.default_skip
+        return weight.name.rpartition(".")[0] in self.skip or by_default or bool(weight.tied_to)
 
     @property
     def weight_bits(self) -> float:
@@ -141,3 +165,34 @@ def resolved_dtype(options: BackendOptions) -> Dtype:
             "compute_dtype is still 'auto': load through polyquant.load, which resolves it for the device"
         )
     return options.compute_dtype
+
+
+def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...]) -> list[str]:
+    """Names of the matrix-bearing modules that any of `patterns` matches.
+
+    A pattern is a run of name parts, anywhere in the name: 'layers.0', 'down_proj', 'layers.*.mlp', 'lm_head'.
+    Raises ConfigError for a pattern that matches nothing.
+    """
+    names = [
+        weight.name.rpartition(".")[0]
+        for weight in weights
+        if weight.role in ("linear", "experts", "head", "embedding", "other")
+    ]
+    matched: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [name for name in names if matches(name, pattern)]
+        if not hits:
+            parts = sorted({part for name in names for part in name.split(".")})
+            raise ConfigError(
+                f"skip pattern {pattern!r} matches no module; name parts here are {', '.join(parts[:24])}."
+                f"{did_you_mean(pattern, parts)}"
+            )
+        matched.update(dict.fromkeys(hits))
+    return list(matched)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern`, with its *, is a run of parts of `name`."""
+    parts = name.split(".")
+    runs = (parts[start:end] for start in range(len(parts)) for end in range(start + 1, len(parts) + 1))
+    return any(fnmatchcase(".".join(run), pattern) for run in runs)

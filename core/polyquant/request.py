@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from polyquant.types import DeviceMap, Record
+from polyquant.types import DeviceMap, Record, WeightInfo
 
 Offload = Literal["error", "cpu"]
+MaxMemory = Mapping[int | str, int | str]
+"""Device -> bytes or '6GiB', as accelerate takes it."""
 
 
 class ModelSource(Record, frozen=True):
@@ -19,6 +21,7 @@ class ModelSource(Record, frozen=True):
     gguf_file: str = ""  # the file's name inside `path`, where the weights are a GGUF
     config: Mapping[str, Any] = {}  # config.json as it stands; empty for a GGUF
     weight_files: tuple[str, ...] = ()  # names inside `path`
+    packaged: bool = False  # a dense model that a package brings as a GGUF: it stands for the dense one
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -39,6 +42,7 @@ class LoadRequest(Record, frozen=True):
     source: ModelSource
     device: str  # where the model runs, such as cpu or cuda:0
     device_map: DeviceMap  # module name -> device; {"": device} where all of it goes to one
+    weights: tuple[WeightInfo, ...] = ()  # the model's tensors by its architecture, dense ones in the compute dtype
     offload: Offload = "error"  # what may happen where the model does not fit `device`
     allow_dequantize: bool = False
     trust_remote_code: bool = False

@@ -71,12 +71,13 @@ class Capabilities(Record, frozen=True):
     trains: bool = False  # adapters train on its frozen base
     compiles: bool = False  # torch.compile works
     offloads: bool = False  # part of the model may live on a slower device
-    torch_module: bool = True  # loaded.model is a torch.nn.Module
+    runtime: str = "torch"  # what runs the model; "torch": loaded.model is a torch.nn.Module here
+    makes_from: Literal["dense", "gguf"] = "dense"  # what its quantize hook takes
 
     @property
-    def only_gguf(self) -> bool:
-        """Whether it works on GGUF files and on nothing dense."""
-        return self.loads_prequantized == ("gguf",) and not self.on_the_fly
+    def runs_on_torch(self) -> bool:
+        """Whether a loaded model is a torch.nn.Module of this process."""
+        return self.runtime == "torch"
 
 
 class Isolated(Record, frozen=True):

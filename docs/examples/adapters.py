@@ -21,7 +21,7 @@ from polyquant.measure.quality.stored import scored
 from polyquant.measure.quality.windows import Window, cut, preset_named
 from polyquant.models.generation import logits_of, stream
 from polyquant.models.hf import load_dense, load_tokenizer
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.support.texts import evaluation_text
 
 MODEL, DATA = "builtin:smollm2", Path(__file__).parent / "captain.jsonl"
@@ -63,7 +63,7 @@ def main() -> None:
 
 def candidates(adapter: str, checkpoints: Path | None) -> Any:
     """(name, PEFT's model, its answer): the dense model through PEFT alone, then other backends through polyquant."""
-    source = resolve(MODEL)
+    source = resolve_dense(MODEL)
     dense = PeftModel.from_pretrained(load_dense(source), adapter).eval()
     yield "dense float32, PEFT alone", dense, "".join(stream(dense, load_tokenizer(source), QUESTION, LENGTH)).strip()
     del dense

@@ -22,8 +22,7 @@ from typing import Any
 import polyquant
 import psutil
 from polyquant.comparison.reference import reference
-from polyquant.models import builtin
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.support.texts import evaluation_text
 
 RUNS = 5
@@ -103,7 +102,7 @@ def listing() -> None:
 
 def loading() -> None:
     """Each load in a process of its own; the aim is 1.05 for the time and 1.02 for the peak."""
-    model = str(builtin.dense_folder("builtin:smollm2"))
+    model = str(resolve_dense("builtin:smollm2").path)
     through = TIMED.format(imports=f"{IMPORTS}\nimport polyquant", load=THROUGH.format(model=model))
     direct = TIMED.format(imports=IMPORTS, load=DIRECT.format(model=model))
     results: dict[str, list[dict[str, float]]] = {"through": [], "direct": []}
@@ -131,7 +130,7 @@ def cell_memory() -> None:
     load_peak = measured(LOADED)["peak_bytes"]
     limit = 1.15 * load_peak + 512 * VOCABULARY * 4
     for windows in (2, 8, 32):
-        folder, key = reference(resolve("builtin:smollm2"), evaluation_text(), limit=windows)
+        folder, key = reference(resolve_dense("builtin:smollm2"), evaluation_text(), limit=windows)
         cell = measured(QUALITY.format(folder=str(folder), key=key))
         figures = (
             f"load peak {load_peak / 2**20:.0f} MiB, of the cell {cell['peak_bytes'] / 2**20:.0f} MiB, "

@@ -12,7 +12,6 @@ from polyquant.cli.reporting import show_comparison
 from polyquant.cli.show import console
 from polyquant.cli.watching import watching
 from polyquant.loading.records import Verification
-from polyquant.models import builtin
 from polyquant.support.sizes import size
 from rich import box
 from rich.table import Table
@@ -43,8 +42,7 @@ def main() -> None:
     problems = backend.problems("cpu")
     console.print(f"polyquant.doctor('bitsandbytes') -> {problems or 'runs'}")
     console.print(f"model: {MODEL} (SmolLM2-135M-Instruct, from a 4-bit GGUF: its quality was quantized once already)")
-    if not builtin.is_cached(MODEL):
-        console.print("making a dense float32 checkpoint of it first; once, under a minute")
+    console.print("a dense float32 checkpoint is made of it first; once, under a minute")
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("", *CONFIGURATIONS):

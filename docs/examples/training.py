@@ -163,17 +163,18 @@ def load(name: str, checkpoints: Path) -> tuple[Any, int, int, int]:
     """A loaded model, dense or quantized; bytes of its plan, of the dense model in its dtype, and of its files."""
     from polyquant.loaded import LoadedModel
     from polyquant.loading import load as loading
+    from polyquant.loading.dense import load_dense
     from polyquant.memory.planned import plan_dense
     from polyquant.memory.weights import list_weights
     from polyquant.models import hf
-    from polyquant.models.resolve import resolve
+    from polyquant.models.resolve import resolve_dense
     from polyquant.options import BackendOptions
 
     backend, _, preset = name.partition(":")
-    source, dtype = resolve(MODEL, as_gguf=False), compute_dtype(name)
+    source, dtype = resolve_dense(MODEL), compute_dtype(name)
     if backend == DENSE:
         loaded = LoadedModel(
-            model=hf.load_dense(source, dtype), tokenizer=hf.load_tokenizer(source),
+            model=load_dense(source, dtype), tokenizer=hf.load_tokenizer(source),
             config=BackendOptions(compute_dtype=dtype), kernel="torch",
         )  # fmt: skip
     elif (info := polyquant.backend(backend).info).capabilities.on_the_fly:
@@ -204,10 +205,12 @@ def show(cells: dict[str, Cell]) -> None:
 
 
 def prepare(loaded: Any) -> Any:
-    from polyquant.models import hf
+    from polyquant.plugin import gradients
 
     return (
-        hf.frozen_for_adapters(loaded.model) if loaded._backend is None else loaded.backend.prepare_for_training(loaded)
+        gradients.frozen_for_adapters(loaded.model)
+        if loaded._backend is None
+        else loaded.backend.prepare_for_training(loaded)
     )
 
 

@@ -391,7 +391,7 @@ class Reader(Variant):
 class Runtime(Variant):
     """Says that its model is no torch module."""
 
-    capabilities = {"torch_module": False}
+    capabilities = {"runtime": "other"}
 
 
 @plugin()

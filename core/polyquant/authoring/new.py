@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from polyquant.errors import ConfigError, SaveError
-from polyquant.loading.stored import READERS
+from polyquant.registry.catalogue import READERS
 from polyquant.support.files import atomic_folder
 
 TEMPLATE = Path(__file__).parent / "template"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from polyquant import api
 from polyquant.cli.arguments import Json
 from polyquant.cli.options import complete_backend
 from polyquant.errors import BrokenBackend, ConfigError, did_you_mean
+from polyquant.registry.installed import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,7 @@ def new_backend(
     """
     from polyquant.authoring import new
 
-    new.check_name(name, api.registry().names())
+    new.check_name(name, registry().names())
     folder = out or Path(f"polyquant-{name}")
     files = new.new_backend(name, folder)
     print(f"wrote {folder}: {len(files)} files; what is yours is marked 'Replace:'. Next:")
@@ -88,7 +88,7 @@ def check_backend(
     """
     from polyquant.authoring.check import checked
     from polyquant.cli import show
-    from polyquant.support.environment import choose_device
+    from polyquant.support.devices import choose_device
     from polyquant.testing.catalog import ALL
     from polyquant.testing.running import planned, run_checks
 

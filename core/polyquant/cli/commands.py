@@ -19,6 +19,7 @@ from polyquant.cli.reporting import report
 from polyquant.cli.training import finetune, merge
 from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError
+from polyquant.registry.installed import registry
 
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
@@ -182,8 +183,7 @@ def quantize(
     """
     if loading.backend is None:
         raise ConfigError(
-            "name the backend to quantize with: --backend, "
-            f"one of {', '.join(api.registry().names()) or 'none installed'}"
+            f"name the backend to quantize with: --backend, one of {', '.join(registry().names()) or 'none installed'}"
         )
     from polyquant.plugin.calibration import read_calibration
 

@@ -18,6 +18,7 @@ from polyquant.comparison.candidates import Candidate, of_backend, presets_of
 from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.options import convert, describe_options
+from polyquant.registry.installed import registry
 
 NOT_OPTIONS = ("model", "candidates", "out")  # in a file: everything else is an option
 
@@ -84,7 +85,7 @@ def runnable(device: str) -> list[str]:
     except msgspec.DecodeError as error:
         raise ConfigError(f"the doctor failed, so --all is not known: {answer.stderr.strip()[-500:]}") from error
     cards = [api.backend(name).info for name in healthy]
-    makes = [info for info in cards if info.capabilities.on_the_fly or api.registry().implements(info.name, "quantize")]
+    makes = [info for info in cards if info.capabilities.on_the_fly or registry().implements(info.name, "quantize")]
     return [candidate.name for info in makes for candidate in presets_of(info)]
 
 
@@ -127,4 +128,4 @@ def _candidate(entry: str | dict[str, Any]) -> str | Candidate:
     model, name = str(entry.pop("model", "")), str(entry.pop("name", ""))
     if not backend:
         raise ConfigError(f"a candidate in the file names no backend: {entry}")
-    return of_backend(api.registry().info(backend), preset, entry, model=model, name=name)
+    return of_backend(registry().info(backend), preset, entry, model=model, name=name)

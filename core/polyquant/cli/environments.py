@@ -14,6 +14,7 @@ import typer
 from polyquant import api
 from polyquant.cli.arguments import Json
 from polyquant.errors import ConfigError, EnvironmentProblem
+from polyquant.registry.installed import registry
 from polyquant.support.sizes import size
 
 if TYPE_CHECKING:
@@ -150,15 +151,15 @@ def _environment(name: str) -> Environment:
     """Raises ConfigError for a backend that needs none."""
     from polyquant.isolated.environments import environment_of
 
-    info = api.registry().info(name)
+    info = registry().info(name)
     if info.isolated is None:
         need = ", ".join(_declaring()) or "none of those installed"
         raise ConfigError(f"{name} needs no environment of its own; backends that do: {need}")
-    return environment_of(info, api.registry().distribution(name))
+    return environment_of(info, registry().distribution(name))
 
 
 def _device(name: str) -> str:
-    from polyquant.support.environment import choose_device
+    from polyquant.support.devices import choose_device
 
     return choose_device("auto", api.backend(name).capabilities)
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import typer
 
-from polyquant import api
 from polyquant.errors import ConfigError, PolyquantError
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.options import BackendOptions, Option, convert, describe_options
+from polyquant.registry.installed import registry
 
 LOADING = "How to load"
 
@@ -27,7 +27,7 @@ class Loading(NamedTuple):
 
 
 def complete_backend(incomplete: str) -> list[str]:
-    return [name for name in api.registry().names() if name.startswith(incomplete)]
+    return [name for name in registry().names() if name.startswith(incomplete)]
 
 
 def _shared() -> list[inspect.Parameter]:
@@ -127,7 +127,7 @@ def _options_type(backend: str | None) -> type[BackendOptions] | None:
     if backend is None:
         return None
     try:
-        return api.registry().info(backend).options
+        return registry().info(backend).options
     except PolyquantError:
         return None
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polyquant.api import Diagnosis, registry
+from polyquant.api import Diagnosis
+from polyquant.registry.installed import registry
 from polyquant.registry.query import Selection
 from polyquant.support.sizes import size
 from polyquant.types import BackendInfo, Capabilities, Record

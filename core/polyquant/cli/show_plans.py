@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyquant.cli.show import _notes, _pairs, console, print_json
-from polyquant.loading.load import LoadOptions
+from polyquant.loading.options import LoadOptions
 from polyquant.planning.bars import COLOURS, PARTS, Bar, bars_of
 from polyquant.planning.records import Plan, Plans, Recommendation
 from polyquant.support.sizes import size

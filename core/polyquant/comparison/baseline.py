@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from polyquant import api
 from polyquant.comparison.candidates import Candidate, parse
 from polyquant.comparison.options import CompareOptions
 from polyquant.comparison.reference import ReferenceJob, reference_job
 from polyquant.errors import BackendFailed, ConfigError
 from polyquant.measure.quality.index import INDEX
+from polyquant.registry.installed import registry
 from polyquant.request import ModelSource
 from polyquant.support.files import write_atomically
 from polyquant.support.processes import account, run_logged
@@ -38,7 +38,7 @@ def chosen_reference(source: ModelSource, text: str, options: CompareOptions, no
             reference_job(source, text, options.preset, options.windows or None, Candidate(name="", backend=""), ""),
             folder=str(folder.absolute()), key=str(stored.get("key")),
         )  # fmt: skip
-    candidate = parse(options.reference, api.registry().info)
+    candidate = parse(options.reference, registry().info)
     if candidate.options.get("compute_dtype") != "float32" or candidate.backend != "dense":
         notes.append(f"the reference is {candidate.name}, not the dense model in float32")
     return reference_job(source, text, options.preset, options.windows or None, candidate, options.device)

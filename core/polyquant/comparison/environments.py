@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from polyquant import api
 from polyquant.comparison.candidates import DENSE
+from polyquant.isolated import handles
 from polyquant.isolated.environments import Environment
 from polyquant.isolated.remote import RemoteBackend
 from polyquant.models.builtin import PREFIX
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
 
@@ -21,7 +21,7 @@ def where(backend: str) -> Environment | None:
     """The environment that a backend runs in; None where that is this one. Raises UnknownBackend or BrokenBackend."""
     if backend in (DENSE, ""):
         return None
-    handle = api.backend(backend)
+    handle = handles.backend(backend)
     return handle.environment if isinstance(handle, RemoteBackend) else None
 
 
@@ -30,7 +30,7 @@ def portable(asked: Asked, away: Environment | None) -> Asked:
     if away is None:
         return asked
     names = [name for name in ("model", "dense") if str(getattr(asked, name, "")).startswith(PREFIX)]
-    return msgspec.structs.replace(asked, **{name: str(resolve(getattr(asked, name)).path) for name in names})
+    return msgspec.structs.replace(asked, **{name: str(resolve_dense(getattr(asked, name)).path) for name in names})
 
 
 def process(away: Environment | None, variables: Mapping[str, str] | None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from polyquant import api
 from polyquant.comparison import environments
 from polyquant.comparison.candidates import DENSE, Candidate
 from polyquant.comparison.cell.checkpoint import Making
@@ -17,11 +16,14 @@ from polyquant.comparison.records import Job, Result
 from polyquant.comparison.reference import ReferenceJob
 from polyquant.comparison.store import cell_key
 from polyquant.errors import PolyquantError
+from polyquant.isolated import handles
 from polyquant.loading import stored
-from polyquant.models.builtin import cache_folder
+from polyquant.loading.settle import route_of
 from polyquant.models.hashing import content_hash
 from polyquant.models.resolve import resolve
+from polyquant.registry.installed import registry
 from polyquant.request import ModelSource
+from polyquant.support.cache import cache_folder
 from polyquant.support.machine import Machine, this_machine
 from polyquant.types import BackendInfo
 
@@ -53,15 +55,16 @@ class Planner:
                 own = resolve(candidate.model)
                 content["own"] = content_hash(own)
                 if not candidate.backend:
-                    reader = stored.reader_of(stored.method_of(own), api.backends())
+                    reader = stored.reader_of(stored.method_of(own), handles.backends())
                     job = msgspec.structs.replace(job, backend=reader)
             if job.backend != DENSE:
-                info = api.backend(job.backend).info
+                handle = handles.backend(job.backend)
+                info = handle.info
                 machine = this_machine(library.distribution for library in info.libraries)
                 if away := environments.where(job.backend):
                     away.require()
                     content["environment"] = away.name
-                if not candidate.model and not info.capabilities.on_the_fly:
+                if not candidate.model and route_of(self._source, handle) == "make first":
                     making = self._making(candidate, info, machine, content.get("environment", ""))
                     own_options = {name: value for name, value in job.options.items() if name in info.options.load_time}
                     job = msgspec.structs.replace(job, model=making.out, options=own_options)
@@ -83,7 +86,7 @@ class Planner:
 
     def _making(self, candidate: Candidate, info: BackendInfo, machine: Machine, environment: str) -> Making:
         """The checkpoint that the candidate needs. Raises PolyquantError where its backend cannot make one."""
-        api.registry().require(info.name, "quantize")
+        registry().require(info.name, "quantize")
         options: Mapping[str, Any] = {
             name: value for name, value in candidate.options.items() if name not in info.options.load_time
         }

@@ -16,10 +16,10 @@ import msgspec
 from polyquant.comparison.candidates import DENSE, Candidate
 from polyquant.measure.quality.index import stored_in
 from polyquant.measure.quality.windows import cut, preset_named
-from polyquant.models.builtin import cache_folder
 from polyquant.models.hashing import content_hash
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.request import ModelSource
+from polyquant.support.cache import cache_folder
 from polyquant.support.files import locked
 from polyquant.support.machine import this_machine
 from polyquant.support.processes import run_as_child, say
@@ -106,15 +106,15 @@ def _store(job: ReferenceJob, advance: Callable[[int], None] | None) -> None:
 
 
 def _loaded(job: ReferenceJob) -> LoadedModel:
-    from polyquant import api
-    from polyquant.models import hf
+    from polyquant.loading import dense
+    from polyquant.loading.load import load
 
     candidate = job.candidate
     if candidate.backend != DENSE:
         backend = candidate.backend or None
-        return api.load(candidate.model or job.model, backend, device=job.device, **candidate.options)
-    source, dtype = resolve(job.model), candidate.options["compute_dtype"]
-    return hf.as_loaded(hf.load_dense(source, dtype, job.device), source, dtype)
+        return load(candidate.model or job.model, backend, device=job.device, **candidate.options)
+    source, dtype = resolve_dense(job.model), candidate.options["compute_dtype"]
+    return dense.as_loaded(dense.load_dense(source, dtype, job.device), source, dtype)
 
 
 def main() -> None:

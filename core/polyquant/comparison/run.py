@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from polyquant import api
 from polyquant.comparison.baseline import chosen_reference, compute_apart
 from polyquant.comparison.candidates import Candidate, parse
 from polyquant.comparison.engines import local
@@ -23,10 +22,11 @@ from polyquant.errors import ComparisonBusy, ConfigError, SaveError
 from polyquant.measure.quality.windows import preset_named
 from polyquant.models import builtin
 from polyquant.models.hashing import content_hash
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
+from polyquant.registry.installed import registry
 from polyquant.request import ModelSource
-from polyquant.support.environment import installed_version
 from polyquant.support.files import write_atomically
+from polyquant.support.libraries import installed_version
 from polyquant.support.machine import this_machine
 from polyquant.support.texts.named import named_text
 from polyquant.types import UNREADABLE
@@ -52,11 +52,11 @@ def compare(
     watcher: Watcher | None = None,
 ) -> Comparison:  # fmt: skip
     """See `polyquant.compare`."""
-    chosen = [parse(each, api.registry().info) if isinstance(each, str) else each for each in candidates]
+    chosen = [parse(each, registry().info) if isinstance(each, str) else each for each in candidates]
     _require_candidates(chosen)
     preset_named(options.preset)
     text_name, text = named_text(options.text) if "quality" in options.parts else ("", "")
-    source = resolve(model)
+    source = resolve_dense(model)
     out = out or default_folder(source)
     out.mkdir(parents=True, exist_ok=True)
     try:

@@ -12,7 +12,7 @@ import msgspec
 
 from polyquant.comparison.candidates import Candidate
 from polyquant.comparison.records import Job, Result
-from polyquant.models.builtin import cache_folder
+from polyquant.support.cache import cache_folder
 from polyquant.support.files import write_atomically
 from polyquant.support.machine import Machine
 from polyquant.types import UNREADABLE, Record

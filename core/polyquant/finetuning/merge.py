@@ -13,9 +13,9 @@ from polyquant.loaded import LoadedModel
 from polyquant.loading.adapter import read_card
 from polyquant.measure.quality.records import Quality
 from polyquant.measure.quality.windows import Window, cut, preset_named
-from polyquant.models import hf
 from polyquant.models.generation import logits_of
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
+from polyquant.plugin import checkpoints
 from polyquant.support.files import atomic_folder
 from polyquant.support.texts import evaluation_text
 
@@ -48,7 +48,7 @@ def merge(
         else:
             merged = _merged(way, model, adapter, loaded)
             quality = compare(lambda tokens: logits_of(merged, tokens))
-            hf.save_pretrained(loaded, partial, merged)
+            checkpoints.save_pretrained(loaded, partial, merged)
         merge_methods.require_close(quality, threshold, way, force=force)
     return quality
 
@@ -57,7 +57,7 @@ def _merged(way: merge_methods.Way, model: str | Path, adapter: Path, loaded: Lo
     dtype = loaded.config.compute_dtype
     if dtype == "auto":
         raise ConfigError("the compute dtype is not settled: load through polyquant.load")
-    source = resolve(model)
+    source = resolve_dense(model)
     if way == "dequantize":
         return merge_methods.dequantized_merged(loaded, source, dtype)
     if source.stored_quantization:
@@ -71,7 +71,7 @@ def _requantized(
 ) -> Quality:  # fmt: skip
     with TemporaryDirectory(dir=out.parent) as folder:
         dense, written = Path(folder) / "dense", Path(folder) / "written"
-        hf.save_pretrained(loaded, dense, _merged("dense", model, adapter, loaded))
+        checkpoints.save_pretrained(loaded, dense, _merged("dense", model, adapter, loaded))
         quality: Quality = compare(again(dense, written).logits)
         for path in written.iterdir():
             path.rename(out / path.name)

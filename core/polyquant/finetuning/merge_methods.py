@@ -17,6 +17,7 @@ import torch
 
 from polyquant.errors import MergeRefused
 from polyquant.loaded import LoadedModel
+from polyquant.loading import dense
 from polyquant.loading.adapter import attach_to
 from polyquant.measure.quality import stored
 from polyquant.measure.quality.metrics import Tally
@@ -33,7 +34,7 @@ Way = Literal["dense", "dequantize", "requantize"]
 
 def dense_merged(source: ModelSource, adapter: Path, dtype: Dtype) -> Any:
     """The dense model with the adapter's product added to its weights."""
-    return attach_to(hf.load_dense(source, dtype), adapter).merge_and_unload()
+    return attach_to(dense.load_dense(source, dtype), adapter).merge_and_unload()
 
 
 def dequantized_merged(loaded: LoadedModel, source: ModelSource, dtype: Dtype) -> Any:

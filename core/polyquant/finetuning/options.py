@@ -82,17 +82,3 @@ class Tuned(Record, frozen=True):
     peak_bytes: int | None
     resumed_from: int = 0  # step of the checkpoint that the run went on from
     notes: tuple[str, ...] = ()
-
-
-class Card(Record, frozen=True):
-    """What an adapter was trained on: `polyquant.json` in its folder. PEFT's own files do not need it."""
-
-    base_model: str
-    base_hash: str  # of the base's config and weight files
-    architecture: str
-    backend: str
-    backend_options: dict[str, object]
-    training: TrainingOptions
-    data_hash: str
-    examples: int
-    versions: dict[str, str]

@@ -17,11 +17,11 @@ from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
 from polyquant.finetuning import state
 from polyquant.finetuning.curve import write_curve, write_steps
 from polyquant.finetuning.data import Example, read_examples
-from polyquant.finetuning.options import Card, Step, TrainingOptions, Tuned
+from polyquant.finetuning.options import Step, TrainingOptions, Tuned
 from polyquant.finetuning.requirements import require_dora, require_optimizer
 from polyquant.finetuning.targets import target_modules
 from polyquant.loaded import LoadedModel
-from polyquant.loading.adapter import CARD, WEIGHTS
+from polyquant.loading.adapter import CARD, WEIGHTS, Card
 from polyquant.memory.peak import measure_peak
 from polyquant.models import versions
 from polyquant.models.hashing import content_hash
@@ -63,7 +63,7 @@ def finetune(
     card = Card(
         base_model=loaded.request.source.name, base_hash=content_hash(loaded.request.source),
         architecture=type(loaded.model).__name__, backend=backend.name,
-        backend_options=msgspec.to_builtins(loaded.config), training=options, data_hash=read.digest,
+        backend_options=msgspec.to_builtins(loaded.config), training=msgspec.to_builtins(options), data_hash=read.digest,
         examples=len(learned), versions=this_machine(("peft",)).versions,
     )  # fmt: skip
     own_mapped_tensors(loaded.model, loaded.request.source.checkpoint_bytes)
@@ -165,7 +165,7 @@ def _readme(card: Card, steps: Sequence[Step]) -> str:
     options = ", ".join(f"{name}={value}" for name, value in card.backend_options.items() if value not in (None, []))
     return (
         f"---\nbase_model: {card.base_model}\nlibrary_name: peft\n---\n# Adapter for {card.base_model}\n\n"
-        f"LoRA of rank {card.training.rank}, trained on the base quantized with {card.backend} ({options}): "
+        f"LoRA of rank {card.training['rank']}, trained on the base quantized with {card.backend} ({options}): "
         f"{card.examples} examples, {steps[-1].step} steps, loss {steps[0].loss:.3f} -> {steps[-1].loss:.3f}.\n\n"
         "`steps.csv` and `loss.svg` show the run, `polyquant.json` holds all of its options and hashes.\n"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyquant.errors import ConfigError, did_you_mean
-from polyquant.memory.weights import matches
+from polyquant.options import matches
 from polyquant.types import LayerInfo
 
 

@@ -16,8 +16,8 @@ import msgspec
 
 from polyquant.errors import EnvironmentProblem
 from polyquant.isolated.sources import arguments_for
-from polyquant.models.builtin import cache_folder
-from polyquant.support.environment import each_library_problem
+from polyquant.support.cache import cache_folder
+from polyquant.support.libraries import each_library_problem
 from polyquant.types import UNREADABLE, BackendInfo, Isolated, Problem, Record
 
 RECORD = "polyquant-environment.json"
@@ -85,7 +85,7 @@ def as_seen_here(info: BackendInfo) -> BackendInfo:
     """The card of a backend, for this process: what runs elsewhere is no torch module here."""
     if not lives_apart(info):
         return info
-    here = msgspec.structs.replace(info.capabilities, torch_module=False, trains=False, compiles=False)
+    here = msgspec.structs.replace(info.capabilities, runtime="a worker", trains=False, compiles=False)
     return msgspec.structs.replace(info, capabilities=here)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from polyquant.errors import EnvironmentProblem, ModelError
-from polyquant.isolated.environments import as_seen_here, environment_of, lives_apart
+from polyquant.isolated.environments import as_seen_here, environment_of
 from polyquant.isolated.worker import Worker
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.options import BackendOptions
@@ -20,7 +20,7 @@ from polyquant.support.files import atomic_folder
 from polyquant.types import HookRecord, LayerInfo, Problem
 
 if TYPE_CHECKING:
-    from polyquant.loading.records import Verification
+    from polyquant.loading.settle import Settled
     from polyquant.measure.speed import Feed
     from polyquant.request import LoadRequest
 
@@ -50,14 +50,6 @@ class RemoteModel(LoadedModel):
         weakref.finalize(feed, worker.forget, session)
         return feed
 
-    def verify(self, **arguments: Any) -> Verification:
-        """Every check, run in the worker, where the module is."""
-        from polyquant.loading.records import Verification
-
-        answer = self.model.call("verify", arguments=arguments, notes=self.notes)
-        report = msgspec.convert(answer, Verification)
-        return msgspec.structs.replace(report, model=self.request.source.name if self.request else report.model)
-
 
 class RemoteBackend(Backend):
     """A backend whose library is in another environment: what needs the library is done by a worker there."""
@@ -83,11 +75,11 @@ class RemoteBackend(Backend):
         self._idle = worker  # for the load that most often follows
         return msgspec.convert(found, list[Problem])
 
-    def load(self, request: LoadRequest, config: BackendOptions) -> RemoteModel:
+    def load(self, request: LoadRequest, settled: Settled) -> RemoteModel:
         from polyquant.models import hf
 
         worker = self._worker(shown=request.progress)
-        answer = worker.call("load", request=request, config=config)
+        answer = worker.call("load", request=request, settled=settled)
         source = request.source
         try:
             tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
@@ -97,7 +89,7 @@ class RemoteBackend(Backend):
         return RemoteModel(
             model=worker, tokenizer=tokenizer, config=msgspec.convert(answer["config"], self.info.options),
             kernel=answer["kernel"], notes=[*answer["notes"], f"it runs in the environment {self.environment.name}"],
-            records=msgspec.convert(answer["records"], list[HookRecord]), request=request, _backend=self,
+            records=msgspec.convert(answer["records"], list[HookRecord]), request=request, settled=settled, _backend=self,
         )  # fmt: skip
 
     def describe_layers(self, model: Worker) -> list[LayerInfo]:
@@ -134,13 +126,3 @@ class RemoteBackend(Backend):
         if idle is not None:
             idle.close()
         return Worker(self.environment, shown=shown)
-
-
-def backend_named(name: str, registry: Registry) -> Backend:
-    """The handle of a backend, wherever it lives. Raises UnknownBackend or BrokenBackend."""
-    return (RemoteBackend if lives_apart(registry.info(name)) else Backend)(name, registry)
-
-
-def home(handle: Backend) -> str:
-    """The name of the environment that a backend runs in; empty where that is this one."""
-    return handle.environment.name if isinstance(handle, RemoteBackend) else ""

@@ -16,7 +16,7 @@ from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem, Pol
 from polyquant.isolated import pipes, protocol
 from polyquant.isolated.environments import Environment
 from polyquant.isolated.memory import Blocks
-from polyquant.support.environment import installed_version
+from polyquant.support.libraries import installed_version
 from polyquant.support.processes import SHOWN_LINES, explain, kill_group
 
 START_SECONDS = 180  # until a worker has said its first word; it has imported no library by then
@@ -46,7 +46,7 @@ class Worker:
         kept = {name: value for name, value in os.environ.items() if name not in UNSET}
         try:
             self._process = subprocess.Popen(
-                [environment.python, "-P", "-m", "polyquant.loading.worker", environment.backend],
+                [environment.python, "-P", "-m", "polyquant.loading.in_worker", environment.backend],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                 env={**kept, **environment.isolated.variables, "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip

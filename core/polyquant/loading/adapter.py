@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from polyquant.errors import AdapterError
-from polyquant.finetuning.options import Card
 from polyquant.loaded import LoadedModel
 from polyquant.models.hashing import content_hash
 from polyquant.support.peft import import_peft
-from polyquant.types import UNREADABLE
+from polyquant.types import UNREADABLE, Record
 
 CARD, CONFIG, WEIGHTS = "polyquant.json", "adapter_config.json", "adapter_model.safetensors"
+
+
+class Card(Record, frozen=True):
+    """What an adapter was trained on: `polyquant.json` in its folder. PEFT's own files do not need it."""
+
+    base_model: str
+    base_hash: str  # of the base's config and weight files
+    architecture: str
+    backend: str
+    backend_options: dict[str, object]
+    training: Mapping[str, Any]  # the options of the run: `polyquant.finetuning.options.TrainingOptions`
+    data_hash: str
+    examples: int
+    versions: dict[str, str]
 
 
 def read_card(folder: Path) -> Card | None:
@@ -35,7 +49,7 @@ def attach(loaded: LoadedModel, folder: str | Path) -> LoadedModel:
     """
     folder = Path(folder)
     _require_adapter(folder)
-    if not loaded.backend.capabilities.torch_module:
+    if not loaded.backend.capabilities.runs_on_torch:
         raise AdapterError(f"{loaded.backend.name} does not run PyTorch modules, and PEFT adapters are such")
     card = read_card(folder)
     if card is not None:

@@ -1,53 +1,91 @@
-"""Settles everything about a load, in this order: options, files, machine, dtype, skipped modules, placement."""
+"""Loads a model: finds its files and its backend, settles everything, calls the backend, and finishes what it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError
-from polyquant.loaded import LoadedModel, Owner
-from polyquant.loading import stored
-from polyquant.loading.placement import MaxMemory, check_device_map, check_spill, place
-from polyquant.options import BackendOptions, Dtype
+from polyquant.isolated import handles
+from polyquant.loaded import LoadedModel
+from polyquant.loading.model import Model
+from polyquant.loading.options import LoadOptions, split_options
+from polyquant.loading.placement import device_map_for
+from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
+from polyquant.loading.stored import method_of, reader_of
+from polyquant.models.outline import outline_of
+from polyquant.models.resolve import resolve
+from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
-from polyquant.request import LoadRequest, ModelSource, Offload
-from polyquant.support.environment import choose_device
-from polyquant.types import DeviceMap, LayerPlan
+from polyquant.registry.installed import registry
+from polyquant.request import LoadRequest, ModelSource
+from polyquant.support.devices import choose_device
 
 
-class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to load, whatever the backend."""
-
-    device: str = "auto"
-    device_map: Any = "auto"
-    max_memory: MaxMemory | None = None
-    offload: Offload = "error"
-    allow_dequantize: bool = False
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    attention: str = ""
-    adapter: str = ""
-    progress: bool = False
+def load(model: str | Path, backend: str | None = None, *, revision: str | None = None, **options: Any) -> LoadedModel:
+    """See `polyquant.load`."""
+    how, own = split_options(options)
+    handle = handles.backend(backend) if backend else None
+    config = handle.config(own) if handle else None  # raises for wrong options before any file is read
+    source = resolve(model, revision=revision, allow_pickle=how.allow_pickle, progress=how.progress)
+    if handle is None or config is None:
+        handle = handles.backend(reader_for(source))
+        config = handle.config(own)
+    return load_source(source, handle, config, own, how)
 
 
-def load(
+def of_config(
+    config: BackendOptions, backend: str | None, options: Mapping[str, object]
+) -> tuple[str, dict[str, object]]:
+    """The backend that a record of options belongs to, and those of its fields that are not at their defaults.
+
+    Raises ConfigError where `backend` or `options` say something else, or no installed backend has such options.
+    """
+    if options:
+        raise ConfigError(f"give options in config, or as keywords, not both: {', '.join(options)}")
+    owners = [info.name for info in handles.backends() if info.options is type(config)]
+    if backend is None and not owners:
+        raise ConfigError(f"{type(config).__name__} is no installed backend's record of options; name the backend")
+    if backend is not None and backend not in owners:
+        wanted = handles.backend(backend).info.options.__name__
+        raise ConfigError(f"{backend} takes {wanted}, and config is {type(config).__name__}")
+    fields = msgspec.structs.fields(type(config))
+    given = {field.name: getattr(config, field.name) for field in fields
+             if getattr(config, field.name) != field.default}  # fmt: skip
+    return backend or owners[0], given
+
+
+def reader_for(source: ModelSource) -> str:
+    """The name of the installed backend that reads a quantized checkpoint. Raises ConfigError for a dense one."""
+    method = "" if source.packaged else method_of(source)
+    if not method:
+        known = ", ".join(registry().names()) or "none"
+        raise ConfigError(
+            f"{source.name} is dense: name the backend to quantize it with (backend=...); installed: {known}"
+        )
+    return reader_of(method, handles.backends())
+
+
+def load_source(
     source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
 ) -> LoadedModel:
     """Load `source` with `backend`; `given` are the options as the user wrote them, `config` the same, checked."""
-    from polyquant.support.malloc import freeing_at_once, returning_freed_memory
-
-    request, effective, notes = prepare(source, backend, config, given, how)
-    # the first leaves least behind, and takes a tenth longer where every layer is quantized
-    giving_back = freeing_at_once if source.stored_quantization else returning_freed_memory
-    with giving_back() if request.device == "cpu" else nullcontext():
-        loaded = backend.load(request, effective)
+    route = route_of(source, backend)
+    if route == "make first":
+        can = backend.capabilities
+        raise CheckpointConflict(
+            f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
+            f"({', '.join(can.loads_prequantized)}); make one with: {make_command(source.name, backend, given)}"
+        )
+    request, settled = prepare(source, backend, config, given, how, route)
+    with giving_back(settled) if how.return_freed_memory else nullcontext():
+        loaded = backend.load(request, settled)
     loaded.requested = config
-    loaded.notes[:0] = notes
+    loaded.notes[:0] = settled.notes
     loaded.initial_layers = loaded.layers
     _require_quantized(loaded, how.allow_dequantize)
     if how.adapter:
@@ -59,32 +97,35 @@ def load(
 
 def prepare(
     source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions,
-    *, to_quantize: bool = False,
-) -> tuple[LoadRequest, BackendOptions, list[str]]:  # fmt: skip
-    """The request and effective options of a load, and what a user should know about them.
+    route: Route,
+) -> tuple[LoadRequest, Settled]:  # fmt: skip
+    """What the backend's `load` or `quantize` is asked for, and what is settled about it.
 
-    to_quantize: the load is for the `quantize` hook, which takes a dense model (a GGUF too, where the backend reads
-        those) whatever the backend loads.
+    Raises EnvironmentProblem where the backend cannot run here, before a dense checkpoint is made of a GGUF.
     """
-    notes: list[str] = []
-    source, stored = _with_stored(source, backend, how, notes, to_quantize=to_quantize)
-    if stored is not None:
-        config = stored.reconcile(source, stored, config, given)
     device = choose_device(how.device, backend.capabilities)
     backend.require(device)
-    if source.config and backend.capabilities.torch_module:
-        from polyquant.models import hf, versions
+    packed_name = source.gguf_file
+    if first := needs_dense_file(source, backend, route):
+        from polyquant.models.builtin import dense_from_gguf
+        from polyquant.models.checks import check_folder
+
+        source = check_folder(dense_from_gguf(source, progress=how.progress), source.name)
+    if source.config and backend.capabilities.runs_on_torch:
+        from polyquant.models import versions
 
         source = versions.readable(source)
-        hf.read_config(source, trust_remote_code=how.trust_remote_code)
-    config = msgspec.structs.replace(config, compute_dtype=compute_dtype(config, backend, device))
-    if stored is None and not backend.capabilities.only_gguf and (config.skip or not config.skip_defaults):
-        config = _with_skips(source, config, how)
+    model = Model(outline_of(source), trust_remote_code=how.trust_remote_code)
+    settled = settle(model, backend, config, given, device, route)
+    if first:
+        note = f"{packed_name} was dequantized to a float32 checkpoint first, then quantized again"
+        settled = msgspec.structs.replace(settled, notes=(note, *settled.notes))
     return (
         LoadRequest(
             source=source,
             device=device,
-            device_map=_device_map(source, backend, config, device, how),
+            device_map=device_map_for(model, backend, settled, how),
+            weights=settled.weights,
             offload=how.offload,
             allow_dequantize=how.allow_dequantize,
             trust_remote_code=how.trust_remote_code,
@@ -92,104 +133,18 @@ def prepare(
             attention=how.attention,
             progress=how.progress,
         ),
-        config,
-        notes,
+        settled,
     )
 
 
-def compute_dtype(config: BackendOptions, backend: Backend, device: str) -> Dtype:
-    """The one compute dtype of a load: as asked, else the backend's measured choice for the device.
+def giving_back(settled: Settled) -> AbstractContextManager[None]:
+    """Within it, memory that a load on the CPU frees goes back to the system; see `support.malloc`."""
+    from polyquant.support.malloc import freeing_at_once, returning_freed_memory
 
-    CUDA without a choice of the backend's: bfloat16 from compute capability 8.0, float16 below.
-    """
-    if config.compute_dtype != "auto":
-        return config.compute_dtype
-    kind = device.partition(":")[0]
-    if kind in backend.info.compute_dtypes:
-        return backend.info.compute_dtypes[kind]
-    if kind != "cuda":
-        return "bfloat16"
-    import torch
-
-    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-
-
-def plan(
-    source: ModelSource, backend: Owner, config: BackendOptions, *, trust_remote_code: bool = False
-) -> list[LayerPlan]:
-    """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
-    from polyquant.memory.weights import list_weights
-    from polyquant.models import hf
-    from polyquant.options import resolved_dtype
-
-    skeleton = hf.skeleton(source, resolved_dtype(config), trust_remote_code=trust_remote_code)
-    return backend.plan_layers(list_weights(skeleton), config)
-
-
-def _with_stored(
-    source: ModelSource, backend: Backend, how: LoadOptions, notes: list[str], *, to_quantize: bool
-) -> tuple[ModelSource, BackendOptions | None]:
-    """The source to load, and the options stored in it where it is quantized already."""
-    capabilities, method = backend.capabilities, stored.method_of(source)
-    reads_dense = capabilities.on_the_fly or to_quantize
-    if method == "gguf" and "gguf" not in capabilities.loads_prequantized and reads_dense:
-        from polyquant.models.builtin import dense_from_gguf
-        from polyquant.models.checks import check_folder
-
-        notes.append(f"{source.gguf_file} was dequantized to a float32 checkpoint first, then quantized again")
-        return check_folder(dense_from_gguf(source, progress=how.progress), source.name), None
-    if method and to_quantize and method != "gguf":
-        raise CheckpointConflict(f"{source.name} is quantized already with {method!r}; give the dense model")
-    if to_quantize:
-        return source, None
-    if method:
-        return source, stored.stored_options(source, backend.info, method)
-    if not capabilities.on_the_fly:
-        maker = "gguf" if capabilities.only_gguf else backend.name
-        makes = capabilities.only_gguf or backend.can("quantize")
-        raise CheckpointConflict(
-            f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
-            f"({', '.join(capabilities.loads_prequantized)}); "
-            + (
-                f"make one with: polyquant quantize {source.name} --backend {maker} --out DIR"
-                if makes
-                else "it makes none: give one that was made elsewhere, or take another backend"
-            )
-        )
-    return source, None
-
-
-def _with_skips(source: ModelSource, config: BackendOptions, how: LoadOptions) -> BackendOptions:
-    """`skip` as full module names, defaults included; `skip_defaults` is then spent."""
-    from polyquant.memory.weights import list_weights, resolved_skips
-    from polyquant.models import hf
-    from polyquant.options import resolved_dtype
-
-    skeleton = hf.skeleton(source, resolved_dtype(config), trust_remote_code=how.trust_remote_code)
-    return resolved_skips(list_weights(skeleton), config)
-
-
-def _device_map(
-    source: ModelSource, backend: Backend, config: BackendOptions, device: str, how: LoadOptions
-) -> DeviceMap:
-    if how.device_map != "auto":
-        device_map = check_device_map(how.device_map)
-        check_spill(device_map, device, how.offload)
-        return device_map
-    if how.offload == "cpu" and not backend.capabilities.offloads:
-        raise ConfigError(f"{backend.name} cannot offload; leave offload at 'error'")
-    small = source.checkpoint_bytes < psutil.virtual_memory().available / 2
-    plans = backend.can("plan_layers")
-    if how.max_memory is None and (not plans or (small and device == "cpu")):
-        return {"": device}
-    if not plans:
-        raise ConfigError(f"{backend.name} does not plan its memory, so max_memory cannot be kept; leave it out")
-    from polyquant.memory.weights import list_weights
-    from polyquant.models import hf
-    from polyquant.options import resolved_dtype
-
-    skeleton = hf.skeleton(source, resolved_dtype(config), trust_remote_code=how.trust_remote_code)
-    return place(skeleton, backend.plan_layers(list_weights(skeleton), config), device, how.max_memory, how.offload)
+    if settled.device != "cpu":
+        return nullcontext()
+    # the first leaves least behind, and takes a tenth longer where every layer is quantized
+    return freeing_at_once() if settled.checkpoint.quantized else returning_freed_memory()
 
 
 def _require_quantized(loaded: LoadedModel, allowed: bool) -> None:

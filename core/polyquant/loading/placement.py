@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
+
+import psutil
 
 from polyquant.errors import ConfigError, PlacementError
-from polyquant.request import Offload
-from polyquant.support.environment import quiet_imports
+from polyquant.loading.model import Model
+from polyquant.loading.options import LoadOptions
+from polyquant.loading.settle import Settled
+from polyquant.registry.backend import Backend
+from polyquant.request import MaxMemory, Offload
+from polyquant.support.libraries import quiet_imports
 from polyquant.types import DeviceMap, LayerPlan
 
-MaxMemory = Mapping[int | str, int | str]
-Slow = Literal["cpu", "disk"]
+
+def device_map_for(model: Model, backend: Backend, settled: Settled, how: LoadOptions) -> DeviceMap:
+    """The device map of a load: the user's own, checked; all on one device; or packed from planned bytes.
+
+    Raises PlacementError where something would spill and `offload` is 'error', ConfigError for what the backend cannot.
+    """
+    device = settled.device
+    if how.device_map != "auto":
+        device_map = check_device_map(how.device_map)
+        check_spill(device_map, device, how.offload)
+        return device_map
+    if how.offload == "cpu" and not backend.capabilities.offloads:
+        raise ConfigError(f"{backend.name} cannot offload; leave offload at 'error'")
+    small = settled.checkpoint.nbytes < psutil.virtual_memory().available / 2
+    plans = backend.can("plan_layers")
+    if how.max_memory is None and (not plans or (small and device == "cpu")):
+        return {"": device}
+    if not plans:
+        raise ConfigError(f"{backend.name} does not plan its memory, so max_memory cannot be kept; leave it out")
+    planned = backend.plan_layers(settled.weights, settled.options)
+    return place(model.skeleton(settled.dtype), planned, device, how.max_memory, how.offload)
 
 
 def place(

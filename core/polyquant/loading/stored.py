@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 
 from polyquant.errors import CheckpointConflict, ModelError, PolyquantError, UnknownBackend
 from polyquant.options import BackendOptions
+from polyquant.registry.catalogue import READERS
 from polyquant.registry.query import Selection
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo
-
-READERS: Mapping[str, str] = {
-    "awq": "polyquant-awq",
-    "gptq": "polyquant-gptq",
-    "hqq": "polyquant-hqq",
-    "quanto": "polyquant-quanto",
-    "torchao": "polyquant-torchao",
-    "auto-round": "polyquant-auto-round",
-    "compressed-tensors": "polyquant-compressed-tensors",
-    "bitsandbytes": "polyquant-bitsandbytes",
-    "gguf": "polyquant-gguf",
-    "aqlm": "polyquant-aqlm",
-    "bitnet": "polyquant-bitnet",
-    "quark": "polyquant-quark",
-    "sinq": "polyquant-sinq",
-    "fp8": "polyquant-fp8",
-    "fouroversix": "polyquant-fouroversix",
-}
-"""quant_method -> the plugin package that reads it."""
-PACKAGES = tuple(sorted({*READERS.values(), "polyquant-llama-cpp", "polyquant-autoawq", "polyquant-autogptq"}))
-"""Every plugin package of this repository; the last three read what gguf, awq and gptq read."""
 
 
 def method_of(source: ModelSource) -> str:
@@ -72,14 +52,7 @@ def reader_of(method: str, installed: Selection) -> str:
 
 
 def stored_options(source: ModelSource, info: BackendInfo, method: str) -> BackendOptions:
-    """The options stored in a quantized checkpoint. Raises CheckpointConflict or ModelError."""
-    reads = info.capabilities.loads_prequantized
-    if method not in reads:
-        raise CheckpointConflict(
-            f"{source.name} is quantized already with {method!r}; "
-            f"{info.name} reads {', '.join(reads) or 'no quantized checkpoints'}. "
-            "Leave the backend out to have it chosen, or give the dense model"
-        )
+    """The options stored in a quantized checkpoint. Raises ModelError where the backend cannot read them."""
     try:
         gguf = {"quant_method": method, "gguf_file": str(source.path / source.gguf_file)}
         return info.options.from_stored(gguf if source.gguf_file else source.stored_quantization)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import NamedTuple
 
+import msgspec
+
+from polyquant.isolated.remote import RemoteModel
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.loading import checks
-from polyquant.loading import load as loading
 from polyquant.loading.records import Check, Memory, Sample, Verification, total
 from polyquant.memory.peak import measure_peak
+from polyquant.memory.predicted import predict, weights_of
 from polyquant.types import LayerInfo, LayerPlan
 
 SAMPLE_PROMPT = "The capital of France is"
@@ -21,6 +24,8 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
 
     Raises nothing for a model that fails a check: read `passed` and `checks`.
     """
+    if isinstance(loaded, RemoteModel):
+        return _in_worker(loaded, {"prompt": prompt, "max_new_tokens": max_new_tokens})
     before = loaded.layers
     plans = _plans(loaded)
     walked = _walked(loaded)
@@ -78,34 +83,32 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
 
 
 def _plans(loaded: LoadedModel) -> list[LayerPlan]:
-    if loaded.request is None or not loaded.backend.can("plan_layers"):
+    """What the backend plans for the settled weights; nothing where it does not plan."""
+    if loaded.settled is None or not loaded.backend.can("plan_layers"):
         return []
-    return loading.plan(
-        loaded.request.source, loaded.backend, loaded.config, trust_remote_code=loaded.request.trust_remote_code
-    )
+    return loaded.backend.plan_layers(loaded.settled.weights, loaded.config)
 
 
 def _load_peak_planned(loaded: LoadedModel, plans: Sequence[LayerPlan]) -> int | None:
     """What was held before the load, and what the load was to add; None where either is not known."""
     record = next((record for record in loaded.records if record.hook == "load"), None)
-    if record is None or record.held_bytes is None or loaded.request is None or not plans:
+    if record is None or record.held_bytes is None or loaded.settled is None or not plans:
         return None
-    from polyquant.memory.predicted import Checkpoint, predict, weights_of
-    from polyquant.models.outline import outline_of
-    from polyquant.options import resolved_dtype
-
-    source, dtype = loaded.request.source, resolved_dtype(loaded.config)
-    known = outline_of(source)
-    embedding = next((known.tensors[plan.name].dtype for plan in plans if plan.role == "embedding"
-                      and plan.name in known.tensors), known.dtype)  # fmt: skip
-    checkpoint = Checkpoint(known.checkpoint_bytes, embedding, bool(source.gguf_file or source.stored_quantization))
-    weights = weights_of(plans, checkpoint, dtype, loaded.backend.capabilities)
+    settled = loaded.settled
+    weights = weights_of(plans, settled.checkpoint, settled.dtype, loaded.backend.capabilities)
     return record.held_bytes + predict(record.device, 0, weights, 0, 0).load
+
+
+def _in_worker(loaded: RemoteModel, arguments: dict[str, object]) -> Verification:
+    """Every check, run in the worker, where the module is."""
+    answer = loaded.model.call("verify", arguments=arguments, notes=loaded.notes)
+    report = msgspec.convert(answer, Verification)
+    return msgspec.structs.replace(report, model=loaded.request.source.name if loaded.request else report.model)
 
 
 def _walked(loaded: LoadedModel) -> int | None:
     """Bytes of all storages, found without the backend's help; None where the model is no torch module."""
-    if not loaded.backend.capabilities.torch_module:
+    if not loaded.backend.capabilities.runs_on_torch:
         return None
     from polyquant.memory.storage import stored_bytes
 
@@ -119,7 +122,7 @@ def _reported(loaded: LoadedModel) -> int | None:
 
 def _quantized_reported(loaded: LoadedModel, layers: Sequence[LayerInfo]) -> int | None:
     """The part of transformers' figure that is quantized: elements times element size of the parameters."""
-    if not loaded.backend.capabilities.torch_module:
+    if not loaded.backend.capabilities.runs_on_torch:
         return None
     quantized = {layer.name for layer in layers if layer.quantized}
     parameters = loaded.model.named_parameters()

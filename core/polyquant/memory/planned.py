@@ -25,9 +25,7 @@ DTYPE_BYTES = {
 
 def is_skipped(weight: WeightInfo, config: BackendOptions) -> bool:
     """Whether the tensor's module stays dense on request, by default, or because it is tied to another."""
-    module = weight.name.rpartition(".")[0]
-    by_default = config.skip_defaults and not config.skip and weight.default_skip
-    return module in config.skip or by_default or bool(weight.tied_to)
+    return config.skips(weight)
 
 
 def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:

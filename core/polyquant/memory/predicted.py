@@ -10,7 +10,7 @@ import psutil
 
 from polyquant.memory.planned import DTYPE_BYTES
 from polyquant.options import Dtype
-from polyquant.types import Capabilities, LayerPlan
+from polyquant.types import Capabilities, LayerPlan, Record
 
 TOKENIZER_BYTES = 13_000_000  # what a load adds beside weights: tokenizer and modules, measured on SmolLM2
 
@@ -37,7 +37,7 @@ class Peaks(NamedTuple):
     needed: int  # the larger of the two, without such pages
 
 
-class Checkpoint(NamedTuple):
+class Checkpoint(Record, frozen=True):
     """The files that a load reads."""
 
     nbytes: int
@@ -50,8 +50,8 @@ def weights_of(
 ) -> Weights:
     """What the peaks of a load are made of.
 
-    A quantized checkpoint is read tensor by tensor (`polyquant.plugin.checkpoints`). Of a dense one, which is mapped, tensors that
-    are quantized are made anew, and the dense ones whose dtype changes; the others stay in the file's pages. A dense
+    A quantized checkpoint is read tensor by tensor (`polyquant.plugin.checkpoints`). Of a dense one, which is mapped, tensors
+    that are quantized are made anew, and the dense ones whose dtype changes; the others stay in the file's pages. A dense
     checkpoint of a backend that does not quantize while loading stands for the quantized one that it makes first.
     """
     planned = sum(plan.stored_bytes for plan in plans)
@@ -59,16 +59,16 @@ def weights_of(
     dense, file = planned - quantized, checkpoint.nbytes
     if not checkpoint.quantized and not capabilities.on_the_fly:
         file = quantized + dense * DTYPE_BYTES.get(checkpoint.dtype, 2) // DTYPE_BYTES[compute_dtype]
-    tensorwise = capabilities.torch_module and (checkpoint.quantized or not capabilities.on_the_fly)
-    mapped = capabilities.torch_module and not tensorwise
+    tensorwise = capabilities.runs_on_torch and (checkpoint.quantized or not capabilities.on_the_fly)
+    mapped = capabilities.runs_on_torch and not tensorwise
     largest = max((prod(plan.shape) for plan in plans if plan.quantized), default=0)
     return Weights(
         planned=planned,
         file=file,
         tensorwise=tensorwise,
-        own_runtime=not capabilities.torch_module,
+        own_runtime=not capabilities.runs_on_torch,
         copied=quantized + (dense if checkpoint.dtype != compute_dtype else 0) if mapped else 0,
-        largest_dense=largest * DTYPE_BYTES[compute_dtype] if capabilities.torch_module else 0,
+        largest_dense=largest * DTYPE_BYTES[compute_dtype] if capabilities.runs_on_torch else 0,
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 from pathlib import Path
 
 from polyquant.errors import ModelError, did_you_mean
 from polyquant.request import ModelSource
+from polyquant.support.cache import cache_folder
 from polyquant.support.files import once
 
 PREFIX = "builtin:"
@@ -18,17 +17,6 @@ CAUTION = {
     "builtin:smollm2": "builtin:smollm2 was quantized once already (Q4_1): quality is measured against that model"
 }
 """What to say wherever a model's quality figures are shown."""
-
-
-def cache_folder() -> Path:
-    """Where polyquant keeps what it makes: $POLYQUANT_CACHE, else the user's cache folder."""
-    if explicit := os.environ.get("POLYQUANT_CACHE"):
-        return Path(explicit)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "polyquant"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "polyquant"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "polyquant"
 
 
 def packaged_gguf(name: str) -> Path:
@@ -47,16 +35,10 @@ def packaged_gguf(name: str) -> Path:
     return found[0]
 
 
-def dense_folder(name: str, *, progress: bool = False) -> Path:
-    """A dense float32 checkpoint of a builtin model, made on first use (under a minute)."""
+def packaged_source(name: str) -> ModelSource:
+    """A builtin model as it comes: a GGUF that stands for the dense model. Raises ModelError without its package."""
     gguf = packaged_gguf(name)
-    source = ModelSource(name=name, path=gguf.parent, gguf_file=gguf.name, weight_files=(gguf.name,))
-    return dense_from_gguf(source, progress=progress)
-
-
-def is_cached(name: str) -> bool:
-    """Whether a builtin model's dense checkpoint has been made already."""
-    return _dense_path(packaged_gguf(name)).is_dir()
+    return ModelSource(name=name, path=gguf.parent, gguf_file=gguf.name, weight_files=(gguf.name,), packaged=True)
 
 
 def _dense_path(gguf: Path) -> Path:

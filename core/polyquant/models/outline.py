@@ -38,25 +38,23 @@ class Outline(NamedTuple):
         return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
-def outline(model: str | Path, *, revision: str | None = None, as_gguf: bool = False) -> Outline:
+def outline(model: str | Path, *, revision: str | None = None) -> Outline:
     """What is known of `model` without its weights.
 
     model: a local folder, a `.gguf` file, a `config.json` (or a folder that holds nothing else), a hub name, or a
-        builtin model. as_gguf: a builtin model is the packaged GGUF itself.
+        builtin model, which is the packaged GGUF.
     Raises ModelError for headers that lie and for configs whose architecture transformers does not know.
     """
-    found = _find(model, revision, as_gguf)
+    found = _find(model, revision)
     if found.source.config:
         _check_config(found.source)
     return found
 
 
-def _find(model: str | Path, revision: str | None, as_gguf: bool) -> Outline:
+def _find(model: str | Path, revision: str | None) -> Outline:
     name = str(model)
     if name.startswith(builtin.PREFIX):
-        if not as_gguf and builtin.is_cached(name):
-            return _of_folder(builtin.dense_folder(name), name)
-        return _of_gguf(checks.check_gguf(builtin.packaged_gguf(name), name))
+        return _of_gguf(builtin.packaged_source(name))
     path = Path(name).expanduser()
     if path.is_dir():
         return _of_folder(path, name)

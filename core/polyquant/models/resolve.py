@@ -22,19 +22,16 @@ PICKLE_FILES = ["pytorch_model*.bin"]
 
 
 def resolve(
-    model: str | Path, *, revision: str | None = None, allow_pickle: bool = False, progress: bool = False,
-    as_gguf: bool = False,
-) -> ModelSource:  # fmt: skip
+    model: str | Path, *, revision: str | None = None, allow_pickle: bool = False, progress: bool = False
+) -> ModelSource:
     """The checked files of `model`; a hub repository is downloaded into the hub's cache first.
 
-    as_gguf: a builtin model is the packaged GGUF itself, instead of the dense checkpoint made of it.
+    A builtin model is the packaged GGUF, marked as such; `resolve_dense` gives the dense checkpoint made of it.
     Raises ModelError, which says what is there and what to do.
     """
     name = str(model)
     if name.startswith(builtin.PREFIX):
-        if as_gguf:
-            return checks.check_gguf(builtin.packaged_gguf(name), name)
-        return checks.check_folder(builtin.dense_folder(name, progress=progress), name)
+        return builtin.packaged_source(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return checks.check_folder(path, name, allow_pickle=allow_pickle)
@@ -45,6 +42,14 @@ def resolve(
     if name.endswith(".gguf"):
         raise ModelError(f"{name}: no such file; {_neighbours(path)}")
     return _from_hub(name, revision, allow_pickle, progress)
+
+
+def resolve_dense(model: str | Path, *, progress: bool = False) -> ModelSource:
+    """`resolve`, and of a builtin model the dense checkpoint, which is made on first use (under a minute)."""
+    source = resolve(model, progress=progress)
+    if not source.packaged:
+        return source
+    return checks.check_folder(builtin.dense_from_gguf(source, progress=progress), source.name)
 
 
 def _neighbours(path: Path) -> str:

@@ -19,10 +19,10 @@ import msgspec
 from packaging.version import Version
 
 from polyquant.errors import ModelError
-from polyquant.models.builtin import cache_folder
 from polyquant.request import ModelSource
-from polyquant.support.environment import quiet_imports
+from polyquant.support.cache import cache_folder
 from polyquant.support.files import once
+from polyquant.support.libraries import quiet_imports
 
 with quiet_imports():
     import transformers

@@ -9,7 +9,7 @@ from pathlib import Path
 from polyquant.errors import EnvironmentProblem
 from polyquant.planning.bars import COLOURS, PARTS, bars_of
 from polyquant.planning.records import Plan, Plans
-from polyquant.support.environment import installed_version
+from polyquant.support.libraries import installed_version
 from polyquant.support.sizes import size
 
 SUFFIXES = (".svg", ".html", ".png", ".pdf")

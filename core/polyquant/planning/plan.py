@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import ceil, prod
 from typing import Any
 
 import msgspec
 
 from polyquant.errors import ConfigError, UnsupportedOperation
-from polyquant.loading import load as loading
-from polyquant.loading import stored
+from polyquant.loading.settle import Settled, make_command, route_of, settle
 from polyquant.memory.planned import DTYPE_BYTES
-from polyquant.memory.predicted import Checkpoint, predict, weights_of
-from polyquant.options import BackendOptions, Dtype
+from polyquant.memory.predicted import predict, weights_of
 from polyquant.planning.devices import Budget, arrange
 from polyquant.planning.model import PlannedModel
 from polyquant.planning.process import process_bytes
 from polyquant.planning.records import Plan, PlannedTensor, total
 from polyquant.registry.backend import Backend
-from polyquant.support.environment import choose_device
-from polyquant.types import LayerPlan, Record, WeightInfo
+from polyquant.support.devices import choose_device
+from polyquant.types import LayerPlan, Record
 
 DENSE = "every tensor would stay dense, and a load refuses that without allow_dequantize=True"
 
@@ -49,22 +47,19 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     device = budget.kind or choose_device(asked.device, backend.capabilities)
     if asked.offload == "cpu" and not backend.capabilities.offloads:
         raise ConfigError(f"{backend.name} cannot offload; leave offload at 'error'")
-    notes: list[str] = []
-    config, stored = _config(model, backend, given, notes)
-    dtype = _dtype(config, backend, device)
-    config = msgspec.structs.replace(config, compute_dtype=dtype)
+    route = route_of(model.outline.source, backend)
+    settled = settle(model, backend, backend.config(given), given, device, route)
+    notes, dtype = list(settled.notes), settled.dtype
+    if route == "make first":
+        notes.append(f"it needs a checkpoint first: {make_command(model.name, backend, given)}")
     weights = model.weights(dtype)
-    if not stored and not backend.capabilities.only_gguf and (config.skip or not config.skip_defaults):
-        from polyquant.memory.weights import resolved_skips
-
-        config = resolved_skips(weights, config)
-    plans = _layer_plans(model, backend, weights, config, given, notes)
-    tensors = tuple(_tensor(model, weights, plan) for plan in plans)
-    context = model.context("float16" if not backend.capabilities.torch_module else dtype, asked.context, asked.batch)
+    plans = _layer_plans(model, backend, settled, given, notes)
+    tensors = tuple(_tensor(model, settled, plan) for plan in plans)
+    on_torch = backend.capabilities.runs_on_torch
+    context = model.context(dtype if on_torch else "float16", asked.context, asked.batch)
     if context is None:
         notes.append("the key-value cache is not counted: the model's forward pass cannot be followed without weights")
-    checkpoint = _checkpoint(model, weights, tensors, stored=stored)
-    sizes = weights_of(tensors, checkpoint, dtype, backend.capabilities)
+    sizes = weights_of(tensors, settled.checkpoint, dtype, backend.capabilities)
     process = process_bytes(model.process_bytes, backend, device)
     kv_cache, activations = context or (0, 0)
     peaks = predict(device, process, sizes, kv_cache, activations)
@@ -76,7 +71,8 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     return Plan(
         model=model.name,
         backend=backend.name,
-        options=msgspec.to_builtins(config),
+        route=route,
+        options=msgspec.to_builtins(settled.options),
         device=device,
         compute_dtype=dtype,
         context=asked.context,
@@ -103,68 +99,15 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     )
 
 
-def _config(
-    model: PlannedModel, backend: Backend, given: Mapping[str, Any], notes: list[str]
-) -> tuple[BackendOptions, bool]:
-    """The effective options, and whether the checkpoint is quantized already."""
-    source, capabilities = model.outline.source, backend.capabilities
-    config, method = backend.config(given), stored.method_of(source)
-    if method and not (method == "gguf" and "gguf" not in capabilities.loads_prequantized and capabilities.on_the_fly):
-        stored = stored.stored_options(source, backend.info, method)
-        return stored.reconcile(source, stored, config, given), True
-    if method == "gguf":
-        notes.append("the GGUF is made a float32 checkpoint first, then quantized again")
-    elif not capabilities.on_the_fly:
-        if not backend.can("quantize"):
-            raise UnsupportedOperation(
-                f"{backend.name} reads checkpoints quantized with {', '.join(capabilities.loads_prequantized)}, and "
-                "makes none of a dense model"
-            )
-        notes.append(f"it needs a checkpoint first: {quantize_command(model.name, backend.name, given)}")
-    return config, False
-
-
-def quantize_command(model: str, backend: str, options: Mapping[str, Any]) -> str:
-    """The command that writes the checkpoint."""
-    return f"polyquant quantize {model} --backend {backend}{as_flags(options)} --out DIR"
-
-
-def as_flags(options: Mapping[str, Any]) -> str:
-    """Options as the command line takes them, with a blank before each."""
-    words = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f" --{flag}" if value else f" --no-{flag}")
-        else:
-            words.append(f" --{flag} {','.join(value) if isinstance(value, (list, tuple)) else value}")
-    return "".join(words)
-
-
-def _dtype(config: BackendOptions, backend: Backend, device: str) -> Dtype:
-    """As a load settles it; a GPU that is not here is taken to be one that has bfloat16."""
-    if device.partition(":")[0] == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            return (
-                config.compute_dtype
-                if config.compute_dtype != "auto"
-                else backend.info.compute_dtypes.get("cuda", "bfloat16")
-            )
-    return loading.compute_dtype(config, backend, device)
-
-
 def _layer_plans(
-    model: PlannedModel, backend: Backend, weights: list[WeightInfo], config: BackendOptions,
-    given: Mapping[str, Any], notes: list[str],
-) -> list[LayerPlan]:  # fmt: skip
+    model: PlannedModel, backend: Backend, settled: Settled, given: Mapping[str, Any], notes: list[str]
+) -> list[LayerPlan]:
     if backend.can("plan_layers"):
-        return backend.plan_layers(weights, config)
-    if not model.outline.source.gguf_file:
+        return backend.plan_layers(settled.weights, settled.options)
+    if settled.route != "as stored":
         raise UnsupportedOperation(
             f"{backend.name} does not plan from shapes; make its checkpoint first, then plan that: "
-            f"{quantize_command(model.name, backend.name, given)}"
+            f"{make_command(model.name, backend, given)}"
         )
     notes.append(f"{backend.name} maps the file as it is: the tensors are the file's")
     return [
@@ -178,22 +121,12 @@ def _layer_plans(
     ]  # fmt: skip
 
 
-def _tensor(model: PlannedModel, weights: Sequence[WeightInfo], plan: LayerPlan) -> PlannedTensor:
+def _tensor(model: PlannedModel, settled: Settled, plan: LayerPlan) -> PlannedTensor:
     packed = ceil(prod(plan.shape) * plan.bits / 8) if plan.quantized else plan.stored_bytes
     found = model.outline.tensors.get(plan.name)
+    elsewhere = model.outline.dtype if settled.checkpoint.quantized else settled.checkpoint.dtype
     return PlannedTensor(
         **msgspec.structs.asdict(plan),
-        dtype=found.dtype if found else "" if plan.role == "buffer" else model.outline.dtype,
+        dtype=found.dtype if found else "" if plan.role == "buffer" else elsewhere,
         constant_bytes=max(0, plan.stored_bytes - packed),
     )
-
-
-def _checkpoint(
-    model: PlannedModel, weights: list[WeightInfo], tensors: Sequence[PlannedTensor], *, stored: bool
-) -> Checkpoint:
-    """What a load reads: the files as they are, or the dense checkpoint they are made into first."""
-    if not stored:
-        dtype = "float32" if model.outline.source.gguf_file else model.outline.dtype
-        return Checkpoint(model.dense_file_bytes(weights), dtype, quantized=False)
-    dtype = next((tensor.dtype for tensor in tensors if tensor.role == "embedding"), model.outline.dtype)
-    return Checkpoint(model.outline.checkpoint_bytes, dtype, quantized=True)

@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 import msgspec
 
-from polyquant import api
 from polyquant.comparison.records import Goal
 from polyquant.errors import ConfigError, did_you_mean
+from polyquant.isolated import handles
 from polyquant.planning.measured import Measured, measured_here
 from polyquant.planning.records import Choice, Plans, Recommendation, Row
 from polyquant.planning.scale import published
@@ -73,7 +73,7 @@ def choose(plans: Plans, goal: Goal, needs: Collection[str], folder: Path) -> Re
 
 def _lacks(backend: str, needs: Collection[str]) -> str:
     """Which of the needed abilities a backend has not; empty where it has all."""
-    card = next((info for info in api.backends() if info.name == backend), None)
+    card = next((info for info in handles.backends() if info.name == backend), None)
     missing = [need for need in needs if card is not None and not getattr(card.capabilities, need)]
     return f"it has not: {', '.join(missing)}" if missing else ""
 
@@ -107,7 +107,7 @@ def _order(row: Row, goal: Goal, measured: Mapping[str, Measured]) -> tuple[Any,
 
 def _published(row: Row) -> Any:
     assert row.plan is not None
-    card = api.backend(row.candidate.backend).capabilities
+    card = handles.backend(row.candidate.backend).capabilities
     return published(row.plan, calibrated=card.needs_calibration and "rtn" not in row.candidate.name)
 
 

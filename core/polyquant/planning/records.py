@@ -33,6 +33,7 @@ class Plan(Record, frozen=True):
     model: str
     backend: str
     options: Mapping[str, Any]  # the effective ones
+    route: str  # as stored, on the fly, dense first, make first: polyquant.loading.settle
     device: str
     compute_dtype: str
     context: int  # tokens

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from polyquant import api
 from polyquant.comparison.candidates import Candidate, presets_of
-from polyquant.errors import BrokenBackend, PolyquantError
-from polyquant.loading import stored
-from polyquant.loading.stored import PACKAGES
+from polyquant.errors import BrokenBackend, CheckpointConflict, PolyquantError
+from polyquant.isolated import handles
+from polyquant.loading.settle import as_flags, make_command, route_of
 from polyquant.planning.devices import Budget, free_bytes
 from polyquant.planning.model import PlannedModel
-from polyquant.planning.plan import DENSE, Asked, as_flags, plan_one, quantize_command
+from polyquant.planning.plan import DENSE, Asked, plan_one
 from polyquant.planning.process import problems_of
 from polyquant.planning.records import Absent, Plans, Row
 from polyquant.planning.scale import published
 from polyquant.registry.backend import Backend
+from polyquant.registry.catalogue import PACKAGES
+from polyquant.registry.installed import registry
 from polyquant.support.sizes import size
 
 ORDER = ("fits", "too big", "not planned", "does not run", "left out")
@@ -27,7 +28,7 @@ def plan_all(model: PlannedModel, asked: Asked, budget: Budget) -> Plans:
     device = _device(asked, budget)
     if budget.memory is None and not budget.devices:
         budget = Budget(free_bytes(device))
-    rows = [row for name in api.registry().names() for row in _rows_of(name, model, asked, budget)]
+    rows = [row for name in registry().names() for row in _rows_of(name, model, asked, budget)]
     return Plans(
         model=model.name,
         device=device,
@@ -36,13 +37,13 @@ def plan_all(model: PlannedModel, asked: Asked, budget: Budget) -> Plans:
         absent=tuple(
             Absent(backend=package.removeprefix("polyquant-"), command=f"pip install {package}")
             for package in PACKAGES
-            if package.removeprefix("polyquant-") not in api.registry().names()
+            if package.removeprefix("polyquant-") not in registry().names()
         ),
     )
 
 
 def _device(asked: Asked, budget: Budget) -> str:
-    from polyquant.support.environment import available_devices
+    from polyquant.support.devices import available_devices
 
     if budget.devices:
         return budget.kind
@@ -52,11 +53,11 @@ def _device(asked: Asked, budget: Budget) -> str:
 def _rows_of(name: str, model: PlannedModel, asked: Asked, budget: Budget) -> Iterator[Row]:
     """The rows of one backend."""
     try:
-        backend = api.backend(name)
+        backend = handles.backend(name)
     except BrokenBackend as error:
         yield Row(
             candidate=Candidate(name=name, backend=name), status="does not run", reason=str(error),
-            fix=f"update or uninstall {api.registry().origin(name)}, or set POLYQUANT_DISABLE={name}",
+            fix=f"update or uninstall {registry().origin(name)}, or set POLYQUANT_DISABLE={name}",
         )  # fmt: skip
         return
     for candidate in candidates_of(backend, model):
@@ -65,10 +66,11 @@ def _rows_of(name: str, model: PlannedModel, asked: Asked, budget: Budget) -> It
 
 def candidates_of(backend: Backend, model: PlannedModel) -> list[Candidate]:
     """Its presets; for a checkpoint that it reads as it is, that checkpoint."""
-    method = stored.method_of(model.outline.source)
-    if method in backend.capabilities.loads_prequantized:
-        return [Candidate(name=backend.name, backend=backend.name)]
-    return presets_of(backend.info)
+    try:
+        stored = route_of(model.outline.source, backend) == "as stored"
+    except CheckpointConflict:  # every preset's row says why
+        stored = False
+    return [Candidate(name=backend.name, backend=backend.name)] if stored else presets_of(backend.info)
 
 
 def _row(candidate: Candidate, backend: Backend, model: PlannedModel, asked: Asked, budget: Budget) -> Row:
@@ -91,18 +93,12 @@ def _row(candidate: Candidate, backend: Backend, model: PlannedModel, asked: Ask
         over = plan.needed_bytes - plan.memory_bytes
         reason = f"needs {size(plan.needed_bytes)}, {size(over)} more than there is" if over > 0 else plan.notes[-1]
         return Row(candidate=candidate, status="too big", reason=reason, plan=plan)
-    return Row(candidate=candidate, status="fits", fix=_makes(candidate, backend, model), plan=plan)
+    made = make_command(model.name, backend, candidate.options) if plan.route == "make first" else ""
+    return Row(candidate=candidate, status="fits", fix=made, plan=plan)
 
 
 def _on(asked: Asked, device: str) -> Asked:
     return Asked(context=asked.context, batch=asked.batch, device=device)
-
-
-def _makes(candidate: Candidate, backend: Backend, model: PlannedModel) -> str:
-    """The command that comes before a load; empty where nothing has to."""
-    if backend.capabilities.on_the_fly or stored.method_of(model.outline.source):
-        return ""
-    return quantize_command(model.name, backend.name, candidate.options)
 
 
 def load_command(candidate: Candidate, model: str) -> str:

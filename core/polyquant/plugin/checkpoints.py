@@ -252,3 +252,33 @@ def save(loaded: LoadedModel, out: Path, tensors: dict[str, torch.Tensor], quant
         loaded.model.generation_config.save_pretrained(out)
     loaded.tokenizer.save_pretrained(out)
     return out
+
+
+def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode."""
+    source = request.source
+    arguments: dict[str, Any] = versions.dtype_argument(getattr(torch, dtype))
+    if quantization_config is not None:
+        arguments["quantization_config"] = quantization_config
+    if source.gguf_file:
+        arguments["gguf_file"] = source.gguf_file
+    if request.attention:
+        arguments["attn_implementation"] = request.attention
+    with versions.progress_bars(request.progress):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source.path),
+            device_map=dict(request.device_map),
+            trust_remote_code=request.trust_remote_code,
+            use_safetensors=None if request.allow_pickle or source.gguf_file else True,
+            local_files_only=True,
+            **arguments,
+        )
+    return model.eval()
+
+
+def save_pretrained(loaded: LoadedModel, out: Path, model: Any = None) -> Path:
+    """Write `model`, or the loaded one, with its tokenizer, as transformers saves them."""
+    with versions.progress_bars(loaded.request is not None and loaded.request.progress):
+        (model or loaded.model).save_pretrained(out)
+        loaded.tokenizer.save_pretrained(out)
+    return out

@@ -102,3 +102,15 @@ class _Multiplied(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return torch.cat([gradient @ rows.T for rows in weight_rows(context.multiply, context.like)], -1), None
+
+
+def frozen_for_adapters(model: Any) -> Any:
+    """`model` with its base frozen and activations recomputed in the backward pass: what `prepare_for_training` gives.
+
+    PEFT's prepare_model_for_kbit_training does this too, and casts every 16-bit parameter to float32, which packed
+    tensors of several libraries refuse.
+    """
+    model.requires_grad_(requires_grad=False)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model

@@ -15,6 +15,7 @@ from polyquant.types import BackendInfo, Capabilities, LayerInfo, LayerPlan, Pro
 
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
+    from polyquant.loading.settle import Settled
     from polyquant.request import LoadRequest
 
 
@@ -59,10 +60,10 @@ class Backend:
             lines = [f"  - {problem.what}\n    fix: {problem.fix}" for problem in problems]
             raise EnvironmentProblem(f"{self.name} cannot run on {device} here:\n" + "\n".join(lines))
 
-    def load(self, request: LoadRequest, config: BackendOptions) -> LoadedModel:
-        """Load what `polyquant.load` has resolved; time and peak memory are recorded in the result."""
-        loaded, recorder = self._recorded("load", request=request, config=config)
-        loaded._backend, loaded.request = self, request
+    def load(self, request: LoadRequest, settled: Settled) -> LoadedModel:
+        """Load what is settled; time and peak memory are recorded in the result."""
+        loaded, recorder = self._recorded("load", request=request, config=settled.options)
+        loaded._backend, loaded.request, loaded.settled = self, request, settled
         loaded.records += recorder.records
         return loaded
 

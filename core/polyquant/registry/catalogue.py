@@ -13,6 +13,26 @@ SAME_CHECKPOINTS: Mapping[str, tuple[str, ...]] = {
     "awq": ("autoawq",),
 }
 """backend -> those that read the same checkpoints."""
+READERS: Mapping[str, str] = {
+    "awq": "polyquant-awq",
+    "gptq": "polyquant-gptq",
+    "hqq": "polyquant-hqq",
+    "quanto": "polyquant-quanto",
+    "torchao": "polyquant-torchao",
+    "auto-round": "polyquant-auto-round",
+    "compressed-tensors": "polyquant-compressed-tensors",
+    "bitsandbytes": "polyquant-bitsandbytes",
+    "gguf": "polyquant-gguf",
+    "aqlm": "polyquant-aqlm",
+    "bitnet": "polyquant-bitnet",
+    "quark": "polyquant-quark",
+    "sinq": "polyquant-sinq",
+    "fp8": "polyquant-fp8",
+    "fouroversix": "polyquant-fouroversix",
+}
+"""quant_method -> the plugin package that reads it."""
+PACKAGES = tuple(sorted({*READERS.values(), "polyquant-llama-cpp", "polyquant-autoawq", "polyquant-autogptq"}))
+"""Every plugin package of this repository; the last three read what gguf, awq and gptq read."""
 OTHER_NAMES: Mapping[str, str] = {
     "auto-gptq": "autogptq", "auto_gptq": "autogptq", "gptqmodel": "gptq", "auto-awq": "autoawq", "auto_awq": "autoawq",
     "bnb": "bitsandbytes", "autoround": "auto-round", "auto_round": "auto-round", "optimum-quanto": "quanto",

@@ -18,7 +18,7 @@ from polyquant.errors import did_you_mean
 CURES: Mapping[str, str] = {
     "backend_info": "return a BackendInfo, and import nothing heavy for it",
     "validate_environment": "return a list of Problem, empty where the backend can run, and raise nothing: "
-    "polyquant.support.environment has the usual checks",
+    "polyquant.support.libraries has the usual checks",
     "build_config": "return your options record: polyquant.options.convert(YourOptions, options) makes it, and raises "
     "ConfigError",
     "load": "return LoadedModel(model=..., tokenizer=..., config=config, kernel=...)",
@@ -26,7 +26,7 @@ CURES: Mapping[str, str] = {
     "plan_layers": "return a list with one LayerPlan for each of `weights`: polyquant.memory.planned.plan_linears "
     "makes it",
     "quantize": "write the checkpoint into `out` and return `out`, a Path",
-    "prepare_for_training": "return the model: polyquant.models.hf.frozen_for_adapters(loaded.model) does for most",
+    "prepare_for_training": "return the model: polyquant.plugin.gradients.frozen_for_adapters(loaded.model) does for most",
     "save": "write the checkpoint into `out` and return `out`, a Path",
 }
 """hook -> what it must do."""

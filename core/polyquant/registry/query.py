@@ -81,6 +81,8 @@ def _miss(capabilities: Capabilities, field: str, wanted: object) -> str:
     has = getattr(capabilities, field)
     if isinstance(has, bool):
         return "" if has == wanted else f"{field} is {'yes' if has else 'no'}"
+    if isinstance(has, str):
+        return "" if has == wanted else f"{field} is {has}"
     if field == "devices":
         has = tuple(device.type for device in has)
         wanted = str(wanted).partition(":")[0]

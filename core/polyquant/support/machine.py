@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-from polyquant.support.environment import installed_version
+from polyquant.support.libraries import installed_version
 from polyquant.types import Record
 
 CORE_LIBRARIES = ("polyquant", "torch", "transformers", "accelerate")

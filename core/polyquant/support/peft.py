@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from polyquant.support.environment import contained
+from polyquant.support.libraries import contained
 
 
 @cache

@@ -15,9 +15,9 @@ CURES: Mapping[str, tuple[str, str]] = {
     "card_is_complete": ("backend_info", "complete the BackendInfo that it returns"),
     "capabilities_have_their_hooks": ("backend_info", "declare what is implemented, and implement what is declared"),
     "hooks_fit_the_specification": ("backend_info", "write arguments as polyquant.contract.hookspecs does, without defaults"),
-    "no_device_is_a_problem": ("validate_environment", "return polyquant.support.environment.device_problems(device, ...)"),
+    "no_device_is_a_problem": ("validate_environment", "return polyquant.support.devices.device_problems(device, ...)"),
     "environment_check_is_quiet": (
-        "validate_environment", "print and change nothing; wrap what a library does in polyquant.support.environment.contained",
+        "validate_environment", "print and change nothing; wrap what a library does in polyquant.support.libraries.contained",
     ),
     "unknown_options_are_refused": ("build_config", "return polyquant.options.convert(YourOptions, options)"),
     "wrong_values_are_refused": (
@@ -58,7 +58,7 @@ CURES: Mapping[str, tuple[str, str]] = {
         "prepare_for_training", "freeze the base, call enable_input_require_grads, and let gradients through forward",
     ),
     "load_leaves_global_state_alone": (
-        "load", "put back what your library changes: polyquant.support.environment.contained, torch.random.fork_rng",
+        "load", "put back what your library changes: polyquant.support.libraries.contained, torch.random.fork_rng",
     ),
 }  # fmt: skip
 """check -> (hook to look at, what to do)."""

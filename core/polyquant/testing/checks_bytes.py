@@ -9,15 +9,13 @@ from typing import Any
 
 from polyquant import LoadedModel
 from polyquant.loading import checks
-from polyquant.loading import load as loading
 from polyquant.loading.records import total
-from polyquant.models.resolve import resolve
 from polyquant.testing.check import NotApplicable, check, expect
 from polyquant.testing.models import ARCHITECTURES
 from polyquant.testing.subject import Subject
 
 
-@check(per="model", models=tuple(ARCHITECTURES), needs=("torch_module",))
+@check(per="model", models=tuple(ARCHITECTURES), needs=("runs_on_torch",))
 def described_bytes_are_stored_bytes(subject: Subject, preset: str, model: str) -> None:
     """The bytes of all layers are those of all storages, found by a walk that does not ask the backend."""
     from polyquant.memory.storage import stored_bytes
@@ -37,7 +35,8 @@ def plan_is_within_one_percent(subject: Subject, preset: str, model: str) -> Non
     if not subject.handle.can("plan_layers"):
         raise NotApplicable(f"{subject.backend} does not plan")
     loaded = subject.load(preset, model)
-    plans = loading.plan(resolve(subject.source(preset, model)[0]), subject.handle, loaded.config)
+    assert loaded.settled is not None  # every load sets it
+    plans = subject.handle.plan_layers(loaded.settled.weights, loaded.config)
     stored, planned = _stored(subject, loaded), total(plans)
     off = abs(stored - planned) / planned
     expect(off <= checks.PLAN_TOLERANCE, f"{planned} bytes are planned, {stored} stored: {off:.2%} off")
@@ -46,7 +45,7 @@ def plan_is_within_one_percent(subject: Subject, preset: str, model: str) -> Non
     expect(not astray, f"planned otherwise than it is: {', '.join(astray[:5])}")
 
 
-@check(needs=("torch_module",))
+@check(needs=("runs_on_torch",))
 def memory_comes_back(subject: Subject, preset: str) -> None:
     """A deleted model is gone, with all its tensors, and a second load answers as the first did."""
     first, references = _load_and_let_go(subject, preset)
@@ -70,7 +69,7 @@ def _load_and_let_go(subject: Subject, preset: str) -> tuple[Any, Sequence[tuple
 
 
 def _stored(subject: Subject, loaded: LoadedModel) -> int:
-    if not subject.capabilities.torch_module:
+    if not subject.capabilities.runs_on_torch:
         return total(loaded.layers)
     from polyquant.memory.storage import stored_bytes
 

@@ -13,7 +13,7 @@ from polyquant.testing.subject import Subject
 SKIPPED = "layers.0.mlp"
 
 
-@check(per="model", models=tuple(ARCHITECTURES), needs=("torch_module",))
+@check(per="model", models=tuple(ARCHITECTURES), needs=("runs_on_torch",))
 def describes_every_tensor_once(subject: Subject, preset: str, model: str) -> None:
     """Every parameter and buffer is described once, under its own name or as part of its module's quantized weight."""
     loaded = subject.loaded(preset, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyquant import LoadedModel
 from polyquant.loading import checks
-from polyquant.support.environment import available_devices
+from polyquant.support.devices import available_devices
 from polyquant.testing.check import NotApplicable, check, expect
 from polyquant.testing.models import ARCHITECTURES
 from polyquant.testing.subject import Subject
@@ -20,7 +20,7 @@ def loads(subject: Subject, preset: str, model: str) -> None:
     expect(any(layer.quantized for layer in loaded.layers), "nothing is quantized")
 
 
-@check(needs=("torch_module",))
+@check(needs=("runs_on_torch",))
 def is_in_eval_mode(subject: Subject, preset: str) -> None:
     """The model comes in eval mode, all of its modules."""
     training = [name or "the model" for name, module in subject.loaded(preset).model.named_modules() if module.training]

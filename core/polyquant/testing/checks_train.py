@@ -6,7 +6,7 @@ import hashlib
 from math import isfinite
 from typing import Any
 
-from polyquant.support.environment import contained
+from polyquant.support.libraries import contained
 from polyquant.testing.check import NotApplicable, check, expect
 from polyquant.testing.subject import Subject
 
@@ -14,7 +14,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 LEARNING_RATE = 0.1
 
 
-@check(needs=("trains", "torch_module"))
+@check(needs=("trains", "runs_on_torch"))
 def adapters_train_on_the_frozen_base(subject: Subject, preset: str) -> None:
     """After one step with LoRA adapters every adapter has a gradient, the loss has moved and the base has not."""
     import torch

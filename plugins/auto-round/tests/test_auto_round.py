@@ -200,7 +200,7 @@ def test_a_missing_kernel_is_a_problem_and_the_slow_one_says_so(made, monkeypatc
         load(made(**AWQ))
     from polyquant_auto_round.plugin import LIBRARIES
 
-    monkeypatch.setattr("polyquant.support.environment.installed_version", lambda name: None)
+    monkeypatch.setattr("polyquant.support.libraries.installed_version", lambda name: None)
     missing = {problem.fix for problem in polyquant.backend("auto-round").problems("cpu")}
     assert {f"pip install '{library.requirement}'" for library in LIBRARIES} <= missing
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
@@ -373,7 +373,7 @@ def test_gradients_pass_the_rounding_unchanged(kind):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_real_model_computes_what_its_checkpoint_says(tmp_path, kind):
     """Against transformers' reading, and against plain matrices of the same weights, whose activations are exact."""
-    checkpoint = make(resolve("builtin:smollm2").path, tmp_path / "out", kind)
+    checkpoint = make(resolve_dense("builtin:smollm2").path, tmp_path / "out", kind)
     loaded = load(checkpoint)
     tokens = loaded.tokenizer(EVALUATION, add_special_tokens=False).input_ids[:160]
     found = loaded.logits(tokens)
@@ -382,7 +382,7 @@ def test_the_real_model_computes_what_its_checkpoint_says(tmp_path, kind):
         assert torch.equal(found, reference)
     else:  # measured 0.003: a model of noise, in which a rounding that falls the other way is carried on
         assert kl_divergence(reference, found).mean() < 0.02
-    plain = theirs(resolve("builtin:smollm2").path)
+    plain = theirs(resolve_dense("builtin:smollm2").path)
     for name, module in loaded.model.named_modules():
         if isinstance(module, TernaryLinear):
             scale = 1 / module.weight_scale if kind == "bitlinear" else module.weight_scale

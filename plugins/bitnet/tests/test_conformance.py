@@ -6,7 +6,7 @@ A model that was not trained as ternary is noise when it is rounded so; see test
 from pathlib import Path
 from typing import ClassVar
 
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.testing import BackendConformance, Floor
 
 from .checkpoints import make
@@ -20,4 +20,4 @@ class TestBitnet(BackendConformance):
     }
 
     def make_checkpoint(self, dense: Path, preset: str, out: Path) -> Path:
-        return make(resolve(str(dense)).path, out, preset)
+        return make(resolve_dense(str(dense)).path, out, preset)

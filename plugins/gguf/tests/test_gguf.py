@@ -316,14 +316,15 @@ def test_options_in_a_file_must_fit_its_types(tmp_path):
 
 @pytest.mark.real
 def test_the_packaged_model_packed_is_the_dense_one():
-    from polyquant.models.builtin import dense_folder, packaged_gguf
+    from polyquant.models.builtin import packaged_gguf
+    from polyquant.models.resolve import resolve_dense
 
     path = packaged_gguf("builtin:smollm2")
     loaded = polyquant.load(path, "gguf")
     report = polyquant.verify(loaded, max_new_tokens=8)
     assert report.passed, report.failures
     assert report.memory.weights_stored_bytes <= 1.1 * path.stat().st_size
-    dense = AutoModelForCausalLM.from_pretrained(dense_folder("builtin:smollm2"), dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(resolve_dense("builtin:smollm2").path, dtype=torch.float32).eval()
     ids = loaded.tokenizer("The old lighthouse keeper counted 17 ships before the fog closed in.").input_ids
     with torch.inference_mode():
         reference = dense(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -36,11 +36,11 @@ def test_the_tokenizer_is_that_of_transformers(tiny, packed, text):
 
 @pytest.mark.real
 def test_the_real_models_tokenizer_and_template_are_those_of_transformers():
-    from polyquant.models.resolve import resolve
+    from polyquant.models.resolve import resolve_dense
 
     ours, theirs = (
         load("builtin:smollm2", n_ctx=64).tokenizer,
-        AutoTokenizer.from_pretrained(resolve("builtin:smollm2").path),
+        AutoTokenizer.from_pretrained(resolve_dense("builtin:smollm2").path),
     )
     for text in (*TEXTS, "<|im_start|>user\nHi<|im_end|>"):
         compare_tokenizers(ours, theirs, text)

@@ -199,7 +199,7 @@ def test_what_makes_no_checkpoint_is_refused(folder, tmp_path, monkeypatch):
         polyquant.quantize(path, "quark", out, calibration=["some text"], device="cpu")
     with pytest.raises(ConfigError, match=r"experts\.gate_up_proj are fused experts, and amd-quark leaves those dense"):
         polyquant.quantize(tiny_model("mixtral", folder), "quark", out, device="cpu")
-    monkeypatch.setattr("polyquant.support.environment.installed_version", lambda name: None)
+    monkeypatch.setattr("polyquant.support.libraries.installed_version", lambda name: None)
     from polyquant_quark import plugin
 
     monkeypatch.setattr(plugin, "LIBRARIES", ())

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from polyquant import api
+from polyquant.loading.quantize import quantize
 from polyquant.support.processes import run_as_child, say
 from polyquant.types import Record
 
@@ -28,7 +28,7 @@ def main() -> None:
     """Quantize; the checkpoint is there as a whole or not at all."""
     job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Making)
     say("quantizing")
-    api.quantize(job.model, job.backend, job.out, device=job.device, overwrite=True, **job.options)
+    quantize(job.model, job.backend, Path(job.out), device=job.device, overwrite=True, **job.options)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from polyquant.comparison.records import Layer
 from polyquant.loaded import LoadedModel
 from polyquant.loading.records import DENSE_ROLES
 from polyquant.memory.effective import effective_weight
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
 from polyquant.types import LayerInfo
 
 COLUMNS = 64  # of each weight that are compared: input features drawn once, the same for every candidate
@@ -23,7 +23,7 @@ COLUMNS = 64  # of each weight that are compared: input features drawn once, the
 def layers_of(loaded: LoadedModel, dense: str) -> tuple[Layer, ...]:
     """Every weight matrix of `loaded`; dense: the model to hold its weights against, empty for none."""
     matrices = [layer for layer in loaded.initial_layers if layer.role not in ("vector", "buffer", "adapter")]
-    errors = dict(_errors(loaded, matrices, dense)) if dense and loaded.backend.capabilities.torch_module else {}
+    errors = dict(_errors(loaded, matrices, dense)) if dense and loaded.backend.capabilities.runs_on_torch else {}
     return tuple(
         Layer(
             name=layer.name, shape=layer.shape, bits=layer.bits, scheme=layer.scheme, stored_bytes=layer.stored_bytes,
@@ -37,7 +37,7 @@ def _errors(loaded: LoadedModel, layers: list[LayerInfo], dense: str) -> Iterato
     """Relative error of each quantized linear layer, from what it computes with."""
     dtype = getattr(torch, loaded.config.compute_dtype)
     with ExitStack() as files:
-        source = resolve(dense)
+        source = resolve_dense(dense)
         opened = [files.enter_context(safe_open(source.path / name, "pt")) for name in source.weight_files]
         owner = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  a handle, no dict
         for layer in layers:

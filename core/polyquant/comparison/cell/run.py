@@ -11,10 +11,12 @@ from typing import Any
 import msgspec
 import psutil
 
-from polyquant import api
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.records import Job, Result
+from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
+from polyquant.loading.load import load
+from polyquant.loading.verify import verify
 from polyquant.measure.speed import measure_speed
 from polyquant.support.files import write_atomically
 from polyquant.support.machine import this_machine
@@ -67,7 +69,7 @@ def _conditions(job: Job) -> dict[str, Any]:
     """What it is measured on."""
     import torch
 
-    libraries = () if job.backend in (DENSE, "") else api.backend(job.backend).info.libraries
+    libraries = () if job.backend in (DENSE, "") else handles.backend(job.backend).info.libraries
     machine = this_machine(library.distribution for library in libraries)
     return {"machine": machine, "threads": torch.get_num_threads()}
 
@@ -75,28 +77,28 @@ def _conditions(job: Job) -> dict[str, Any]:
 def _load(job: Job, measured: dict[str, Any]) -> LoadedModel:
     if job.backend == DENSE:
         return _dense(job, measured)
-    return api.load(job.model, job.backend or None, device=job.device, **job.options)
+    return load(job.model, job.backend or None, device=job.device, return_freed_memory=True, **job.options)
 
 
 def _dense(job: Job, measured: dict[str, Any]) -> LoadedModel:
     """The dense model, for the rows that the others are read against."""
+    from polyquant.loading import dense
     from polyquant.memory.storage import stored_bytes
-    from polyquant.models import hf
-    from polyquant.models.resolve import resolve
+    from polyquant.models.resolve import resolve_dense
 
-    source, dtype = resolve(job.model), job.options.get("compute_dtype", "float32")
+    source, dtype = resolve_dense(job.model), job.options.get("compute_dtype", "float32")
     started = perf_counter()
-    model = hf.load_dense(source, dtype, job.device)
+    model = dense.load_dense(source, dtype, job.device)
     measured |= {
         "load_seconds": perf_counter() - started, "compute_dtype": dtype, "kernel": "torch",
         "device": model.device.type, "stored_bytes": stored_bytes(model),
     }  # fmt: skip
-    return hf.as_loaded(model, source, dtype)
+    return dense.as_loaded(model, source, dtype)
 
 
 def verified(loaded: LoadedModel) -> dict[str, Any]:
     """What the verification of the model adds to a result."""
-    report = api.verify(loaded)
+    report = verify(loaded)
     return {
         "kernel": report.kernel,
         "compute_dtype": report.compute_dtype,

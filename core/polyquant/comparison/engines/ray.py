@@ -15,8 +15,8 @@ from polyquant.comparison.engines.measure import Task, measure
 from polyquant.comparison.records import Result
 from polyquant.errors import ConfigError
 from polyquant.measure.quality.index import INDEX
-from polyquant.models.builtin import cache_folder
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import resolve_dense
+from polyquant.support.cache import cache_folder
 from polyquant.support.files import atomic_folder
 
 RETRIES = 3  # of a cell whose node or worker died
@@ -113,7 +113,7 @@ def _needs(task: Task) -> dict[str, float]:
     """What Ray keeps free for a cell: a core, memory in bytes, and a GPU where one is asked for."""
     model = task.making.model if task.making else task.job.model
     gpus = 1 if task.job.device.partition(":")[0] == "cuda" else 0
-    return {"num_cpus": 1, "num_gpus": gpus, "memory": MEMORY_FACTOR * resolve(model).checkpoint_bytes}
+    return {"num_cpus": 1, "num_gpus": gpus, "memory": MEMORY_FACTOR * resolve_dense(model).checkpoint_bytes}
 
 
 def _lack(ray: Any, needs: Mapping[str, float]) -> str:

@@ -11,7 +11,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import checkpoints, gradients
 from polyquant.request import LoadRequest, ModelSource
 
 from polyquant_aqlm._layers import TENSORS, chosen_kernel, linear_from_tensors
@@ -39,7 +39,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)
 
 
 def _read(request: LoadRequest, config: AqlmOptions, kernel: str) -> Any:

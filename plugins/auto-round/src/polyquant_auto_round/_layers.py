@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from polyquant.loaded import LoadedModel
-from polyquant.models import hf
+from polyquant.plugin import gradients
 from polyquant.plugin.describe import Quantized, describe
 from polyquant.plugin.gradients import differentiable
 from polyquant.types import LayerInfo
@@ -24,7 +24,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
     for module in loaded.model.modules():
         if hasattr(module, "polyquant_scheme") and is_fast(module.bits):
             module.forward = partial(_forward, module)
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)
 
 
 def _forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyquant.support.environment import contained
+from polyquant.support.libraries import contained
 
 with contained():
     from awq import AutoAWQForCausalLM

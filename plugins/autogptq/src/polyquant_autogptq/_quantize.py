@@ -15,7 +15,7 @@ from polyquant.options import resolved_dtype
 from polyquant.plugin import checkpoints
 from polyquant.plugin.calibration import token_windows
 from polyquant.request import LoadRequest
-from polyquant.support.environment import contained
+from polyquant.support.libraries import contained
 
 from polyquant_autogptq._library import GPTQ_CAUSAL_LM_MODEL_MAP, base
 from polyquant_autogptq.options import AutogptqOptions
@@ -43,7 +43,7 @@ def quantize(request: LoadRequest, config: AutogptqOptions, calibration: Sequenc
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows]
     with nullcontext() if request.progress else contained():
-        wrapped = kind(hf.load_causal_lm(request, resolved_dtype(config)), False, config.native())
+        wrapped = kind(checkpoints.load_causal_lm(request, resolved_dtype(config)), False, config.native())
         with _on_cpu() if request.device == "cpu" else nullcontext():
             wrapped.quantize(examples, cache_examples_on_gpu=False)
         wrapped.save_quantized(str(out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from polyquant.support.environment import contained
+from polyquant.support.libraries import contained
 
 with contained():
     from gptqmodel import GPTQModel

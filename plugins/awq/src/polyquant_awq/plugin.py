@@ -10,7 +10,8 @@ from polyquant import hookimpl
 from polyquant.loaded import LoadedModel
 from polyquant.options import convert
 from polyquant.request import LoadRequest
-from polyquant.support.environment import device_problems, import_problems, library_problems
+from polyquant.support.devices import device_problems
+from polyquant.support.libraries import import_problems, library_problems
 from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, LayerPlan, Library, Problem, WeightInfo
 
 from polyquant_awq.options import AwqOptions

@@ -14,7 +14,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import checkpoints, gradients
 from polyquant.request import LoadRequest
 
 from polyquant_bitnet._layers import linear_from_tensors
@@ -52,7 +52,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass; gradients pass the rounding of activations unchanged."""
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)
 
 
 def _read(request: LoadRequest, config: BitnetOptions, names: list[str]) -> Any:

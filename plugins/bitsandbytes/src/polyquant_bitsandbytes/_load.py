@@ -14,6 +14,7 @@ from polyquant.errors import ConfigError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 from polyquant.types import Problem
 
@@ -48,8 +49,8 @@ def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
     require_offload(request, config)
     dtype = resolved_dtype(config)
     if not request.source.stored_quantization:
-        return hf.load_causal_lm(request, dtype, config.native())
-    model = hf.load_causal_lm(request, dtype)
+        return checkpoints.load_causal_lm(request, dtype, config.native())
+    model = checkpoints.load_causal_lm(request, dtype)
     _cast_dense(model, getattr(torch, dtype))
     if config.bits == 4:  # transformers takes the stored compute dtype; the one asked for is a load-time option
         model.config.quantization_config.bnb_4bit_compute_dtype = getattr(torch, dtype)
@@ -80,8 +81,8 @@ def _cast_dense(model: Any, dtype: torch.dtype) -> None:
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Weights that the CPU kernel has repacked have lost bits of their scales: those are read from the source again."""
     if not _repacked(loaded.model):
-        return hf.save_pretrained(loaded, out)
-    return hf.save_pretrained(loaded, out, _read_again(loaded))
+        return checkpoints.save_pretrained(loaded, out)
+    return checkpoints.save_pretrained(loaded, out, _read_again(loaded))
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:

@@ -12,7 +12,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import checkpoints, gradients
 from polyquant.request import LoadRequest
 
 from polyquant_compressed_tensors._int4pack import Int4PackLinear
@@ -68,4 +68,4 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
         raise UnsupportedOperation(
             "no gradient passes through dynamic_activations; train on a checkpoint whose activations are not rounded"
         )
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)

@@ -36,7 +36,7 @@ def quantize(request: LoadRequest, config: CompressedTensorsOptions, calibration
     batches = _batches(tokenizer, config, calibration) if config.method == "gptq" else None
     modifier = GPTQModifier if config.method == "gptq" else QuantizationModifier
     recipe = modifier(config_groups={"group_0": config.native()}, ignore=ignored_modules(weights, config))
-    model = hf.load_causal_lm(request, _dtype(request, config))
+    model = checkpoints.load_causal_lm(request, _dtype(request, config))
     with create_session(), versions.progress_bars(request.progress):
         oneshot(
             model=model, tokenizer=tokenizer, recipe=recipe, dataset=batches, output_dir=str(out),

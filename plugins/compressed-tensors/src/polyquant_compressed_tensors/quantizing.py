@@ -7,7 +7,7 @@ from pathlib import Path
 
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.request import LoadRequest
-from polyquant.support.environment import import_problems, library_problems
+from polyquant.support.libraries import import_problems, library_problems
 from polyquant.types import Library
 
 from polyquant_compressed_tensors.options import CompressedTensorsOptions

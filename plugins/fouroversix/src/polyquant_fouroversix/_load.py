@@ -17,7 +17,7 @@ from polyquant.memory.planned import is_linear
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import checkpoints, gradients
 from polyquant.request import LoadRequest
 from polyquant.types import Dtype, WeightInfo
 from tqdm import tqdm
@@ -60,7 +60,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)
 
 
 def _names(weights: list[WeightInfo], config: FouroversixOptions) -> list[str]:
@@ -81,7 +81,7 @@ def _quantize(request: LoadRequest, config: FouroversixOptions, names: list[str]
     wanted: Dtype = resolved_dtype(config)
     stored = request.source.config.get("dtype") or request.source.config.get("torch_dtype")
     on_cpu = msgspec.structs.replace(request, device_map={"": "cpu"})
-    model = hf.load_causal_lm(on_cpu, stored if stored in get_args(Dtype) else wanted)
+    model = checkpoints.load_causal_lm(on_cpu, stored if stored in get_args(Dtype) else wanted)
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
         model.set_submodule(name, quantized_linear(name, model.get_submodule(name), config))
     dtype = getattr(torch, wanted)

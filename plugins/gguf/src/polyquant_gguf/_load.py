@@ -12,6 +12,7 @@ from polyquant.memory.weights import list_weights
 from polyquant.models import hf, versions
 from polyquant.models.gguf_header import read_header
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 
 from polyquant_gguf import modules, quantizing
@@ -52,7 +53,7 @@ def _on_the_fly(request: LoadRequest, config: GgufOptions) -> tuple[Any, Any, Gg
     types = quantized_types(list_weights(skeleton), config)  # raises before any weight is read
     stored = source.config.get("dtype") or source.config.get("torch_dtype")
     on_cpu = msgspec.structs.replace(request, device_map={"": "cpu"})
-    model = hf.load_causal_lm(
+    model = checkpoints.load_causal_lm(
         on_cpu, stored if stored in ("float32", "bfloat16", "float16") else resolved_dtype(config)
     )
     tied = versions.tied_tensors(model)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from polyquant.errors import ConfigError
 from polyquant.loaded import LoadedModel
-from polyquant.models import hf
+from polyquant.plugin import gradients
 from polyquant.plugin.describe import Quantized, describe
 from polyquant.plugin.gradients import differentiable
 from polyquant.types import LayerInfo
@@ -92,7 +92,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
     for module in loaded.model.modules():
         if isinstance(module, TorchAtenLinear):
             module._fused_op_forward = partial(differentiable, module._fused_op_forward)
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -11,7 +11,8 @@ from polyquant.loaded import LoadedModel
 from polyquant.models.gguf_types import TYPES
 from polyquant.options import convert
 from polyquant.request import LoadRequest
-from polyquant.support.environment import device_problems, import_problems, library_problems
+from polyquant.support.devices import device_problems
+from polyquant.support.libraries import import_problems, library_problems
 from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, Library, Problem
 
 from polyquant_llama_cpp.options import LlamaCppOptions
@@ -23,7 +24,8 @@ CAPABILITIES = Capabilities(
     schemes=tuple(block.name for block in PACKED),
     devices=(DeviceSupport(type="cpu"),),
     loads_prequantized=("gguf",),
-    torch_module=False,
+    runtime="llama.cpp",
+    makes_from="gguf",
 )
 
 

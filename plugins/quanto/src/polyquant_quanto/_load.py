@@ -16,7 +16,7 @@ from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import checkpoints, gradients
 from polyquant.request import LoadRequest
 from polyquant.types import Problem
 
@@ -42,7 +42,7 @@ def load(request: LoadRequest, config: QuantoOptions) -> LoadedModel:
     if request.source.stored_quantization:
         model = _read(request, config)
     else:
-        model = hf.load_causal_lm(request, resolved_dtype(config), config.native())
+        model = checkpoints.load_causal_lm(request, resolved_dtype(config), config.native())
     make_safe(model)
     if config.weights == "int2":
         notes.append(
@@ -66,7 +66,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
     PEFT's prepare_model_for_kbit_training casts every 16-bit parameter to float32, which quanto's tensors refuse.
     """
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)
 
 
 def _read(request: LoadRequest, config: QuantoOptions) -> Any:

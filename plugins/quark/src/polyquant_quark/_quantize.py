@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints
 from polyquant.request import LoadRequest
 from polyquant.types import Dtype, WeightInfo
 from quark.torch import ModelQuantizer, export_safetensors
@@ -21,7 +22,7 @@ from polyquant_quark.planning import dense_linears
 def quantize(request: LoadRequest, config: QuarkOptions, weights: Sequence[WeightInfo], out: Path) -> Path:
     """The dense weights keep the dtype they are stored in."""
     stored = request.source.config.get("dtype") or request.source.config.get("torch_dtype")
-    model = hf.load_causal_lm(request, stored if stored in get_args(Dtype) else resolved_dtype(config))
+    model = checkpoints.load_causal_lm(request, stored if stored in get_args(Dtype) else resolved_dtype(config))
     layers = QLayerConfig(weight=config.native())
     scheme = QConfig(global_quant_config=layers, exclude=dense_linears(weights, config))
     quantizer = ModelQuantizer(scheme)

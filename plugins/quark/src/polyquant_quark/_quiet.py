@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch._dynamo
 from polyquant.models import versions
-from polyquant.support.environment import quiet_imports
+from polyquant.support.libraries import quiet_imports
 from tqdm import tqdm
 
 LIMITS = ("recompile_limit", "accumulated_recompile_limit")  # raised at its import, for the whole process

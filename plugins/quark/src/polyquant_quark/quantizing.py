@@ -10,7 +10,7 @@ from polyquant.memory.weights import list_weights
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
 from polyquant.request import LoadRequest
-from polyquant.support.environment import import_problems, library_problems
+from polyquant.support.libraries import import_problems, library_problems
 from polyquant.types import Library
 
 from polyquant_quark._quiet import quiet_quark

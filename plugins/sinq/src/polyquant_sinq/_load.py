@@ -17,7 +17,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import checkpoints, gradients
 from polyquant.request import LoadRequest
 from polyquant.types import Dtype
 from tqdm import tqdm
@@ -61,7 +61,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)
 
 
 def _quantize(request: LoadRequest, config: SinqOptions) -> Any:
@@ -77,7 +77,7 @@ def _quantize(request: LoadRequest, config: SinqOptions) -> Any:
     weights = list_weights(hf.skeleton(request.source, wanted, trust_remote_code=request.trust_remote_code))
     names = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
     stored = request.source.config.get("dtype") or request.source.config.get("torch_dtype")
-    model = hf.load_causal_lm(request, stored if stored in get_args(Dtype) else wanted)
+    model = checkpoints.load_causal_lm(request, stored if stored in get_args(Dtype) else wanted)
     dtype = getattr(torch, wanted)
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
         try:

@@ -11,6 +11,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
 from polyquant.options import resolved_dtype
+from polyquant.plugin import checkpoints, gradients
 from polyquant.request import LoadRequest
 from torchao.utils import TorchAOBaseTensor
 
@@ -22,13 +23,13 @@ from polyquant_torchao.planning import plan_layers
 def load(request: LoadRequest, config: TorchAoOptions) -> LoadedModel:
     dtype, trusted = resolved_dtype(config), request.trust_remote_code
     if request.source.stored_quantization:
-        model = hf.load_causal_lm(request, dtype)
+        model = checkpoints.load_causal_lm(request, dtype)
         model.config.quantization_config.compute_dtype = dtype
         _require_dtype(model, getattr(torch, dtype), request.source.name)
         _keep_saveable(model)
     else:
         plan_layers(list_weights(hf.skeleton(request.source, dtype, trust_remote_code=trusted)), config)
-        model = hf.load_causal_lm(request, dtype, config.native())
+        model = checkpoints.load_causal_lm(request, dtype, config.native())
     notes = []
     if config.weights == "int4":
         notes.append(
@@ -39,7 +40,7 @@ def load(request: LoadRequest, config: TorchAoOptions) -> LoadedModel:
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:
-    return hf.save_pretrained(loaded, out)
+    return checkpoints.save_pretrained(loaded, out)
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
@@ -51,7 +52,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
         raise UnsupportedOperation(
             "no gradient passes through dynamic_activations; load with weights='int8' alone to train"
         )
-    return hf.frozen_for_adapters(loaded.model)
+    return gradients.frozen_for_adapters(loaded.model)
 
 
 def _require_dtype(model: Any, dtype: torch.dtype, name: str) -> None:

@@ -38,7 +38,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
 def _quantize(request: LoadRequest, config: RowwiseOptions) -> Any:
     """The dense model, one module after the other replaced; each dense weight is freed before the next is quantized."""
-    model = hf.load_causal_lm(request, resolved_dtype(config))
+    model = checkpoints.load_causal_lm(request, resolved_dtype(config))
     by_default = config.skip_defaults and not config.skip
     dense = versions.default_dense_modules(model) if by_default else set(config.skip)
     names = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and name not in dense]

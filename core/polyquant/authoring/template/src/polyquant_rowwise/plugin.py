@@ -9,7 +9,7 @@ from typing import Any
 from polyquant import LoadedModel, hookimpl
 from polyquant.options import convert
 from polyquant.request import LoadRequest
-from polyquant.support.environment import device_problems
+from polyquant.support.devices import device_problems
 from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, LayerPlan, Problem, WeightInfo
 
 from polyquant_rowwise.options import QUANT_METHOD, RowwiseOptions
@@ -46,7 +46,7 @@ class RowwiseBackend:
 
     @hookimpl
     def validate_environment(self, device: str) -> list[Problem]:
-        # Replace: where you have libraries, library_problems and import_problems of polyquant.support.environment come first.
+        # Replace: where you have libraries, library_problems and import_problems of polyquant.support.libraries come first.
         return device_problems(device, CAPABILITIES)
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""The worker: python -m polyquant.loading.worker BACKEND answers calls on its standard input, until that is closed."""
+"""The worker: python -m polyquant.loading.in_worker BACKEND answers calls on its standard input, until that is closed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from polyquant.isolated import pipes, protocol
-from polyquant.support.environment import installed_version
+from polyquant.support.libraries import installed_version
 
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
@@ -34,8 +34,8 @@ class Server:
     @property
     def handle(self) -> Backend:
         """The backend, in this process."""
-        from polyquant.api import registry
         from polyquant.registry.backend import Backend
+        from polyquant.registry.installed import registry
 
         return Backend(self._name, registry())
 
@@ -49,12 +49,15 @@ class Server:
     def problems(self, device: str) -> Any:
         return self.handle.problems(device)
 
-    def load(self, request: Any, config: Any) -> Any:
+    def load(self, request: Any, settled: Any) -> Any:
+        from polyquant.loading.settle import Settled
+
         handle = self.handle
         asked = self._request(request)
-        options = msgspec.convert(config, handle.info.options)
+        options = msgspec.convert(settled["options"], handle.info.options)
+        known = protocol.record(Settled, {**settled, "options": {}})
         handle.require(asked.device)
-        loaded = handle.load(asked, options)
+        loaded = handle.load(asked, msgspec.structs.replace(known, options=options))
         loaded.requested = options
         loaded.initial_layers = loaded.layers
         self._model = loaded
@@ -90,10 +93,10 @@ class Server:
         self._sessions[session](tokens)
 
     def verify(self, arguments: dict[str, Any], notes: list[str]) -> Any:
-        from polyquant.loading import verify as verification
+        from polyquant.loading.verify import verify
 
         self.loaded.notes[:] = notes
-        return verification.verify(self.loaded, **arguments)
+        return verify(self.loaded, **arguments)
 
     def save(self, out: str) -> Any:
         self.handle._call("save", loaded=self.loaded, out=Path(out))

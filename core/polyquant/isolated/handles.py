@@ -1,0 +1,36 @@
+"""The installed backends, wherever each lives: in this environment, or in one of its own."""
+
+from __future__ import annotations
+
+from polyquant.errors import BrokenBackend
+from polyquant.isolated.environments import as_seen_here, lives_apart
+from polyquant.isolated.remote import RemoteBackend
+from polyquant.registry.backend import Backend
+from polyquant.registry.installed import registry
+from polyquant.registry.query import Miss, Selection, select
+
+
+def backends(**query: object) -> Selection:
+    """Installed backends, filtered by capabilities; imports neither torch nor any backend's library.
+
+    >>> polyquant.backends(bits=4, device="cpu", on_the_fly=True).names
+
+    `misses` of the result holds the others, nearest first, with why each misses.
+    """
+    cards, broken = [], []
+    for name in registry().names():
+        try:
+            cards.append(as_seen_here(registry().info(name)))
+        except BrokenBackend as error:
+            broken.append(Miss(name=name, reasons=(str(error),), broken=True))
+    return select(cards, query, broken)
+
+
+def backend(name: str) -> Backend:
+    """One backend by name. Raises UnknownBackend or BrokenBackend."""
+    return (RemoteBackend if lives_apart(registry().info(name)) else Backend)(name, registry())
+
+
+def home(handle: Backend) -> str:
+    """The name of the environment that a backend runs in; empty where that is this one."""
+    return handle.environment.name if isinstance(handle, RemoteBackend) else ""

@@ -1,0 +1,43 @@
+"""The dense model itself: what quantized ones are compared with and adapters are merged into. Imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from polyquant.errors import OutOfMemory
+from polyquant.loaded import LoadedModel
+from polyquant.models import hf, versions
+from polyquant.options import BackendOptions, Dtype
+from polyquant.request import ModelSource
+from polyquant.support.devices import available_devices
+
+
+def load_dense(source: ModelSource, dtype: Dtype = "float32", device: str = "cpu") -> Any:
+    """The dense model, in eval mode: what quantized ones are compared with.
+
+    device: 'auto' for the fastest. Raises OutOfMemory where that does not hold it.
+    """
+    where = available_devices()[0] if device == "auto" else device
+    try:
+        return _load_dense(source, dtype).to(where)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the dense model does not fit {where} in {dtype}: take the CPU (--device cpu), or compare with another "
+            "reference (--reference dense:bfloat16, or a backend that fits, such as bitsandbytes:int8)"
+        ) from error
+
+
+def _load_dense(source: ModelSource, dtype: Dtype) -> Any:
+    source = versions.readable(source)
+    with versions.progress_bars(enabled=False):
+        arguments = versions.dtype_argument(getattr(torch, dtype))
+        return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments).eval()
+
+
+def as_loaded(model: Any, source: ModelSource, dtype: Dtype) -> LoadedModel:
+    """A dense model of `source` with its tokenizer, in the form that backends give theirs."""
+    config = BackendOptions(compute_dtype=dtype)
+    return LoadedModel(model=model, tokenizer=hf.load_tokenizer(source), config=config, kernel="torch")

@@ -1,0 +1,37 @@
+"""How to load, whatever the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from polyquant.errors import ConfigError
+from polyquant.request import MaxMemory, Offload
+
+
+class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options of `polyquant.load` that are no backend's."""
+
+    device: str = "auto"
+    device_map: Any = "auto"
+    max_memory: MaxMemory | None = None
+    offload: Offload = "error"
+    allow_dequantize: bool = False
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    attention: str = ""
+    adapter: str = ""
+    return_freed_memory: bool = False
+    progress: bool = False
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[LoadOptions, dict[str, Any]]:
+    """How to load, and the backend's own options. Raises ConfigError for a load option of the wrong type."""
+    shared = {name: options[name] for name in LoadOptions.__struct_fields__ if name in options}
+    own = {name: value for name, value in options.items() if name not in shared}
+    try:
+        return msgspec.convert(shared, LoadOptions, from_attributes=True), own
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"load option: {error}") from error

@@ -1,0 +1,62 @@
+"""Writes quantized checkpoints: by the backend's `quantize` hook, or by loading, verifying and saving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
+from polyquant.isolated import handles
+from polyquant.loaded import LoadedModel
+from polyquant.loading.load import load, prepare
+from polyquant.loading.options import split_options
+from polyquant.loading.settle import route_of
+from polyquant.loading.verify import verify
+from polyquant.models.resolve import resolve
+
+
+def quantize(
+    model: str | Path,
+    backend: str,
+    out: Path,
+    *,
+    calibration: Sequence[str] | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """See `polyquant.quantize`."""
+    handle = handles.backend(backend)
+    if out.exists() and not overwrite:
+        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    if handle.can("quantize"):
+        how, own = split_options(options)
+        config = handle.config(own)
+        source = resolve(model, allow_pickle=how.allow_pickle, progress=how.progress)
+        route = route_of(source, handle, to_quantize=True)
+        request, settled = prepare(source, handle, config, own, how, route)
+
+        def accept(written: Path) -> None:
+            _require_passed(
+                load(
+                    written, backend, device=request.device, trust_remote_code=how.trust_remote_code,
+                    progress=how.progress,
+                )
+            )  # fmt: skip
+
+        return handle.quantize(request, settled.options, calibration or (), out, overwrite=overwrite, accept=accept)
+    if not handle.can("save"):
+        raise UnsupportedOperation(f"{backend} cannot write checkpoints")
+    if calibration is not None:
+        raise ConfigError(f"{backend} quantizes without calibration text; leave calibration (--calibration) out")
+    loaded = load(model, backend, **options)
+    _require_passed(loaded)
+    return loaded.save(out, overwrite=overwrite)
+
+
+def _require_passed(loaded: LoadedModel) -> None:
+    """Raises SaveError where a model that is to be written fails its verification."""
+    report = verify(loaded)
+    if not report.passed:
+        failed = "; ".join(f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures)
+        raise SaveError(f"not written, because verification failed: {failed}")

@@ -1,0 +1,163 @@
+"""Settles a load: by which route, with which options, in which dtype, of which weights. Decided here and nowhere else.
+
+`load`, `plan`, `verify`, `quantize`, `compare` and `recommend` read the record. What it says follows from the model, the
+backend's card and the options; never from what an earlier command left in a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import msgspec
+
+from polyquant.errors import CheckpointConflict
+from polyquant.loading.model import Model
+from polyquant.loading.stored import method_of, reconcile, stored_options
+from polyquant.memory.predicted import Checkpoint
+from polyquant.options import BackendOptions, Dtype
+from polyquant.request import ModelSource
+from polyquant.types import BackendInfo, Record, WeightInfo
+
+Route = Literal["as stored", "on the fly", "dense first", "make first"]
+"""as stored: the checkpoint is quantized, and the backend reads it. on the fly: it is dense, and quantized while it is
+loaded. dense first: a GGUF that the backend does not read becomes a dense checkpoint, which is quantized on the fly.
+make first: the backend loads only checkpoints that it has quantized before."""
+
+
+class Quantizer(Protocol):
+    """What settling needs of a backend's handle."""
+
+    name: str
+
+    @property
+    def info(self) -> BackendInfo: ...
+    def can(self, hook: str) -> bool: ...
+
+
+class Settled(Record, frozen=True):
+    """A load, with every question answered that does not depend on the machine's free memory."""
+
+    route: Route
+    options: BackendOptions  # effective: compute dtype chosen, skipped modules named in full
+    device: str
+    dtype: Dtype  # of activations and dense weights
+    weights: tuple[WeightInfo, ...]  # of the model by its architecture, in `dtype`; none for a runtime of GGUF files
+    checkpoint: Checkpoint  # the files that the load reads, when those come first that have to
+    notes: tuple[str, ...] = ()
+
+
+def route_of(source: ModelSource, backend: Quantizer, *, to_quantize: bool = False) -> Route:
+    """By which route `backend` comes to `source`.
+
+    to_quantize: for its `quantize` hook, which takes a dense model whatever the backend loads.
+    Raises CheckpointConflict for a checkpoint that it neither reads nor can make.
+    """
+    can, method = backend.info.capabilities, method_of(source)
+    reads = method in can.loads_prequantized
+    if method == "gguf" and can.makes_from == "gguf":
+        return "make first" if to_quantize else "as stored"
+    if method == "gguf" and (source.packaged or not reads):
+        return "dense first" if can.on_the_fly else _made_first(source, backend)
+    if to_quantize and method and method != "gguf":
+        raise CheckpointConflict(f"{source.name} is quantized already with {method!r}; give the dense model")
+    if method and not to_quantize:
+        if not reads:
+            raise CheckpointConflict(
+                f"{source.name} is quantized already with {method!r}; "
+                f"{backend.name} reads {', '.join(can.loads_prequantized) or 'no quantized checkpoints'}. "
+                "Leave the backend out to have it chosen, or give the dense model"
+            )
+        return "as stored"
+    return "on the fly" if can.on_the_fly else _made_first(source, backend)
+
+
+def _made_first(source: ModelSource, backend: Quantizer) -> Route:
+    can = backend.info.capabilities
+    if can.makes_from == "gguf" or backend.can("quantize"):
+        return "make first"
+    raise CheckpointConflict(
+        f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
+        f"({', '.join(can.loads_prequantized)}); it makes none: give one that was made elsewhere, or take another backend"
+    )
+
+
+def needs_dense_file(source: ModelSource, backend: Quantizer, route: Route) -> bool:
+    """Whether a dense checkpoint has to be made of a GGUF before the backend can begin."""
+    takes_it = backend.info.capabilities.makes_from == "gguf"
+    return bool(source.gguf_file) and route in ("dense first", "make first") and not takes_it
+
+
+def settle(
+    model: Model, backend: Quantizer, config: BackendOptions, given: Mapping[str, object], device: str, route: Route
+) -> Settled:
+    """Settle the load of `model` with `backend` on `device`.
+
+    config: the checked options; given: as the user wrote them. Raises CheckpointConflict where they contradict what is
+    stored, ConfigError for a skip pattern that matches nothing, ModelError where transformers cannot build the model.
+    """
+    source, notes = model.outline.source, list[str]()
+    stored = route == "as stored"
+    if stored:
+        config = reconcile(source, stored_options(source, backend.info, method_of(source)), config, given)
+    elif needs_dense_file(source, backend, route):
+        notes.append(f"{source.gguf_file} is dequantized to a float32 checkpoint first, then quantized again")
+    dtype = compute_dtype(config, backend.info, device)
+    config = msgspec.structs.replace(config, compute_dtype=dtype)
+    only_gguf = backend.info.capabilities.makes_from == "gguf"  # its runtime may know models that transformers does not
+    weights = () if only_gguf else model.weights(dtype)
+    if not (stored or only_gguf):
+        config = config.with_full_names(weights)
+    return Settled(
+        route=route, options=config, device=device, dtype=dtype, weights=weights,
+        checkpoint=_checkpoint(model, weights, route), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def make_command(model: str, backend: Quantizer, options: Mapping[str, object]) -> str:
+    """The command that makes the checkpoint which the route 'make first' needs."""
+    takes_dense = backend.info.capabilities.makes_from == "dense"
+    maker, own = (backend.name, options) if takes_dense else ("gguf", {})
+    return f"polyquant quantize {model} --backend {maker}{as_flags(own)} --out DIR"
+
+
+def as_flags(options: Mapping[str, object]) -> str:
+    """Options as the command line takes them, with a blank before each."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f" --{flag}" if value else f" --no-{flag}")
+        else:
+            words.append(f" --{flag} {','.join(value) if isinstance(value, (list, tuple)) else value}")
+    return "".join(words)
+
+
+def compute_dtype(config: BackendOptions, info: BackendInfo, device: str) -> Dtype:
+    """The one compute dtype of a load: as asked, else the backend's measured choice for the kind of device.
+
+    CUDA without a choice of the backend's: bfloat16 from compute capability 8.0, float16 below; a GPU that is not here
+    is taken to be one that has bfloat16.
+    """
+    kind = device.partition(":")[0]
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    if kind in info.compute_dtypes:
+        return info.compute_dtypes[kind]
+    if kind != "cuda":
+        return "bfloat16"
+    import torch
+
+    older = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    return "float16" if older else "bfloat16"
+
+
+def _checkpoint(model: Model, weights: tuple[WeightInfo, ...], route: Route) -> Checkpoint:
+    """What the load reads: the files as they are, or the dense checkpoint that they are made into first."""
+    outline = model.outline
+    if route == "as stored":
+        embeddings = (outline.tensors.get(weight.name) for weight in weights if weight.role == "embedding")
+        dtype = next((found.dtype for found in embeddings if found), outline.dtype)
+        return Checkpoint(nbytes=outline.checkpoint_bytes, dtype=dtype, quantized=True)
+    dtype = "float32" if outline.source.gguf_file else outline.dtype
+    return Checkpoint(nbytes=model.dense_file_bytes(weights), dtype=dtype, quantized=False)
