@@ -73,7 +73,8 @@ def hooks_page() -> str:
             for kind, names in hooks.items() for name in names]  # fmt: skip
     return "\n\n".join([
         "# Hooks", HEAD,
-        f"What a backend plugin answers: hook specification {hookspecs.VERSION}, `polyquant.contract.hookspecs.QuantBackend`. "
+        f"What a backend plugin answers: hook specification {hookspecs.VERSION}, "
+        "`polyquant.contract.hookspecs.QuantBackend`. "
         "A walk through: [for authors](../authors/index.md).",
         markdown(("hook", "kind", "answers"), rows),
         "::: polyquant.contract.hookspecs.QuantBackend\n    options:\n      show_root_full_path: false",

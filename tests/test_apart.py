@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from polyquant.plugin.process import run_apart
+from polyquant.plugin.process import run_in_process
 from polyquant.errors import BackendFailed
 
 WORKER = """
@@ -27,11 +27,11 @@ def test_a_job_runs_and_a_crash_is_an_error(tmp_path, monkeypatch, capfd):
     here.mkdir()
     monkeypatch.chdir(here)
     job = {"fails": False, "out": str(tmp_path / "out")}
-    run_apart("polyquant_worker", job, environment={"POLYQUANT_TEST": "1"})
+    run_in_process("polyquant_worker", job, environment={"POLYQUANT_TEST": "1"})
     assert json.loads((tmp_path / "out").read_text()) == [job, "1"]
     with pytest.raises(BackendFailed, match=r"polyquant_worker ended with code 3:\n  working\n  the last words"):
-        run_apart("polyquant_worker", job | {"fails": True})
+        run_in_process("polyquant_worker", job | {"fails": True})
     assert capfd.readouterr().out == ""
-    run_apart("polyquant_worker", job, shown=True, environment={"POLYQUANT_TEST": "1"})
+    run_in_process("polyquant_worker", job, shown=True, environment={"POLYQUANT_TEST": "1"})
     assert capfd.readouterr().out == "working\n"
     assert list(here.iterdir()) == []

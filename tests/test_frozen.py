@@ -4,8 +4,8 @@ import weakref
 
 import pytest
 import torch
-from polyquant.plugin import gradients
-from polyquant.plugin.gradients import differentiable, frozen_linear, rows_at_a_time, weight_rows
+from polyquant.plugin import layers
+from polyquant.plugin.layers import differentiable, frozen_linear, rows_at_a_time, weight_rows
 
 
 @pytest.fixture

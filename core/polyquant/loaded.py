@@ -34,7 +34,7 @@ class Owner(Protocol):
     def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path: ...
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LoadedModel:
     """A model with its tokenizer and everything known about how it was loaded.
 
@@ -42,7 +42,7 @@ class LoadedModel:
     """
 
     model: Any  # the plain transformers model, in eval mode
-    tokenizer: Any
+    tokenizer: Any = None  # None as a backend gives it: the core reads the model's
     config: BackendOptions  # the effective options
     kernel: str  # what multiplies with the quantized weights
     notes: list[str] = field(default_factory=list)  # what a user should know about this load

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from polyquant.types import WeightInfo
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
+"""How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are fitted
+to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text (AutoRound).
+codebook: groups of weights are entries of learned code books (AQLM)."""
 
 
 class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,12 +65,17 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return weight.name.rpartition(".")[0] in self.skip or by_default or bool(weight.tied_to)
 
     @property
+    def rounding_method(self) -> RoundingMethod:
+        """How weights become codes with these options."""
+        return "nearest"
+
+    @property
     def weight_bits(self) -> float:
         """Nominal bits of a quantized weight."""
         raise NotImplementedError
 
-    def native(self) -> Any:
-        """The library's own config object. May import the library."""
+    def to_stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint with these options; `from_stored` reads it back."""
         raise NotImplementedError
 
     @classmethod

@@ -205,10 +205,10 @@ def show(cells: dict[str, Cell]) -> None:
 
 
 def prepare(loaded: Any) -> Any:
-    from polyquant.plugin import gradients
+    from polyquant.plugin import layers
 
     return (
-        gradients.frozen_for_adapters(loaded.model)
+        layers.frozen_for_adapters(loaded.model)
         if loaded._backend is None
         else loaded.backend.prepare_for_training(loaded)
     )

@@ -46,7 +46,7 @@ class QuantBackend:
 
     @hookspec(firstresult=True)
     def build_config(self, options: Mapping[str, object]) -> BackendOptions:
-        """The options as the backend's typed, frozen, strict record; `native()` gives the library's own config.
+        """The options as the backend's typed, frozen, strict record.
 
         Raises ConfigError, with the allowed values, before any file is read.
         """
@@ -54,10 +54,12 @@ class QuantBackend:
 
     @hookspec(firstresult=True)
     def load(self, request: LoadRequest, config: BackendOptions) -> LoadedModel:
-        """The model in eval mode with its tokenizer, the effective config and the kernel in use.
+        """The model in eval mode, the effective config and the kernel in use.
 
-        The core has resolved everything in `request` and `config` (device map, compute dtype, skipped modules)
-        and has run `validate_environment`. Must not return a dense model unless `request.allow_dequantize`.
+        The core has resolved everything in `request` and `config` (device map, compute dtype, skipped modules, the
+        model's tensors by shape), has run `validate_environment`, and finishes what is returned: the tokenizer where
+        none is given, and the stored options where the model's config has none.
+        Must not return a dense model unless `request.allow_dequantize`.
         """
         raise NotImplementedError
 

@@ -63,8 +63,8 @@ def finetune(
     card = Card(
         base_model=loaded.request.source.name, base_hash=content_hash(loaded.request.source),
         architecture=type(loaded.model).__name__, backend=backend.name,
-        backend_options=msgspec.to_builtins(loaded.config), training=msgspec.to_builtins(options), data_hash=read.digest,
-        examples=len(learned), versions=this_machine(("peft",)).versions,
+        backend_options=msgspec.to_builtins(loaded.config), training=msgspec.to_builtins(options),
+        data_hash=read.digest, examples=len(learned), versions=this_machine(("peft",)).versions,
     )  # fmt: skip
     own_mapped_tensors(loaded.model, loaded.request.source.checkpoint_bytes)
     with quiet_libraries():

@@ -89,7 +89,8 @@ class RemoteBackend(Backend):
         return RemoteModel(
             model=worker, tokenizer=tokenizer, config=msgspec.convert(answer["config"], self.info.options),
             kernel=answer["kernel"], notes=[*answer["notes"], f"it runs in the environment {self.environment.name}"],
-            records=msgspec.convert(answer["records"], list[HookRecord]), request=request, settled=settled, _backend=self,
+            records=msgspec.convert(answer["records"], list[HookRecord]), request=request, settled=settled,
+            _backend=self,
         )  # fmt: skip
 
     def describe_layers(self, model: Worker) -> list[LayerInfo]:

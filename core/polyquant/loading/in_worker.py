@@ -1,4 +1,4 @@
-"""The worker: python -m polyquant.loading.in_worker BACKEND answers calls on its standard input, until that is closed."""
+"""A worker: python -m polyquant.loading.in_worker BACKEND answers calls on its standard input until that is closed."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class Server:
         return self.handle.problems(device)
 
     def load(self, request: Any, settled: Any) -> Any:
+        from polyquant.loading.load import load_settled
         from polyquant.loading.settle import Settled
 
         handle = self.handle
@@ -57,9 +58,8 @@ class Server:
         options = msgspec.convert(settled["options"], handle.info.options)
         known = protocol.record(Settled, {**settled, "options": {}})
         handle.require(asked.device)
-        loaded = handle.load(asked, msgspec.structs.replace(known, options=options))
+        loaded = load_settled(handle, asked, msgspec.structs.replace(known, options=options))
         loaded.requested = options
-        loaded.initial_layers = loaded.layers
         self._model = loaded
         return {"config": loaded.config, "kernel": loaded.kernel, "notes": loaded.notes, "records": loaded.records}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError
+from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, DenseModelError
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading.model import Model
@@ -83,15 +83,33 @@ def load_source(
         )
     request, settled = prepare(source, backend, config, given, how, route)
     with giving_back(settled) if how.return_freed_memory else nullcontext():
-        loaded = backend.load(request, settled)
+        loaded = load_settled(backend, request, settled)
     loaded.requested = config
     loaded.notes[:0] = settled.notes
-    loaded.initial_layers = loaded.layers
     _require_quantized(loaded, how.allow_dequantize)
     if how.adapter:
         from polyquant.loading.adapter import attach
 
         attach(loaded, how.adapter)
+    return loaded
+
+
+def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> LoadedModel:
+    """What the backend loads, finished: with its tokenizer, the options as a checkpoint stores them, and its layers."""
+    tokenizer = None
+    if backend.capabilities.runs_on_torch and not request.source.gguf_file:
+        from polyquant.models import hf
+
+        # before the weights: reading it takes more memory for a moment than it keeps
+        tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    loaded = backend.load(request, settled)
+    if loaded.tokenizer is None:
+        loaded.tokenizer = tokenizer
+    if loaded.tokenizer is None:
+        raise BrokenBackend(f"{backend.name}: load gave no tokenizer, and the core reads none of a GGUF: return one")
+    if backend.capabilities.runs_on_torch and getattr(loaded.model.config, "quantization_config", None) is None:
+        loaded.model.config.quantization_config = loaded.config.to_stored()
+    loaded.initial_layers = loaded.layers
     return loaded
 
 

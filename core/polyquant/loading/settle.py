@@ -1,7 +1,7 @@
 """Settles a load: by which route, with which options, in which dtype, of which weights. Decided here and nowhere else.
 
-`load`, `plan`, `verify`, `quantize`, `compare` and `recommend` read the record. What it says follows from the model, the
-backend's card and the options; never from what an earlier command left in a cache.
+`load`, `plan`, `verify`, `quantize`, `compare` and `recommend` read the record. What it says follows from the model,
+the backend's card and the options; never from what an earlier command left in a cache.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _made_first(source: ModelSource, backend: Quantizer) -> Route:
         return "make first"
     raise CheckpointConflict(
         f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
-        f"({', '.join(can.loads_prequantized)}); it makes none: give one that was made elsewhere, or take another backend"
+        f"({', '.join(can.loads_prequantized)}); it makes none: give one that was made elsewhere, or take another "
+        "backend"
     )
 
 

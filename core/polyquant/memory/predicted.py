@@ -50,9 +50,10 @@ def weights_of(
 ) -> Weights:
     """What the peaks of a load are made of.
 
-    A quantized checkpoint is read tensor by tensor (`polyquant.plugin.checkpoints`). Of a dense one, which is mapped, tensors
-    that are quantized are made anew, and the dense ones whose dtype changes; the others stay in the file's pages. A dense
-    checkpoint of a backend that does not quantize while loading stands for the quantized one that it makes first.
+    A quantized checkpoint is read tensor by tensor (`polyquant.plugin.checkpoints`). Of a dense one, which is mapped,
+    tensors that are quantized are made anew, and the dense ones whose dtype changes; the others stay in the file's
+    pages. A dense checkpoint of a backend that does not quantize while loading stands for the quantized one that it
+    makes first.
     """
     planned = sum(plan.stored_bytes for plan in plans)
     quantized = sum(plan.stored_bytes for plan in plans if plan.quantized)

@@ -1,1 +1,74 @@
-"""What a backend plugin is written with; plugins import this package, `polyquant.errors` and `polyquant.testing`."""
+"""What a backend plugin is written with: it imports this package, `polyquant.errors`, and in tests `polyquant.testing`.
+
+Here are the light names, for `plugin.py`, `options.py` and `planning.py`: importing them imports no torch. The modules
+beside are for files whose names begin with an underscore: `checkpoints` (reading and writing them), `layers` (quantized
+modules, their products and gradients), `calibration`, `process` (work in a process of its own), and light ones for the
+formats that several libraries share: `layouts` (GPTQ, AWQ) and `gguf`.
+"""
+
+from polyquant.contract.markers import hookimpl
+from polyquant.loaded import LoadedModel, Prompt
+from polyquant.measure.speed import Feed
+from polyquant.memory.planned import DTYPE_BYTES, is_linear, is_skipped, plan_dense, plan_linears, refuse_experts
+from polyquant.memory.roles import REASONS, TIED
+from polyquant.options import BackendOptions, Dtype, RoundingMethod, convert, resolved_dtype
+from polyquant.plugin.backend import PluginBackend
+from polyquant.plugin.planning import module_of, quantized_modules, unfit
+from polyquant.request import LoadRequest, ModelSource
+from polyquant.support.devices import device_problems
+from polyquant.support.libraries import contained, import_problems, library_problems, quiet_imports
+from polyquant.types import (
+    BackendInfo,
+    Capabilities,
+    DeviceMap,
+    DeviceSupport,
+    Isolated,
+    LayerInfo,
+    LayerPlan,
+    Library,
+    Problem,
+    Role,
+    WeightInfo,
+)
+
+__all__ = [
+    "DTYPE_BYTES",
+    "REASONS",
+    "TIED",
+    "BackendInfo",
+    "BackendOptions",
+    "Capabilities",
+    "DeviceMap",
+    "DeviceSupport",
+    "Dtype",
+    "Feed",
+    "Isolated",
+    "LayerInfo",
+    "LayerPlan",
+    "Library",
+    "LoadRequest",
+    "LoadedModel",
+    "ModelSource",
+    "PluginBackend",
+    "Problem",
+    "Prompt",
+    "Role",
+    "RoundingMethod",
+    "WeightInfo",
+    "contained",
+    "convert",
+    "device_problems",
+    "hookimpl",
+    "import_problems",
+    "is_linear",
+    "is_skipped",
+    "library_problems",
+    "module_of",
+    "plan_dense",
+    "plan_linears",
+    "quantized_modules",
+    "quiet_imports",
+    "refuse_experts",
+    "resolved_dtype",
+    "unfit",
+]

@@ -11,7 +11,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import accelerate
 import msgspec
@@ -27,11 +27,20 @@ from polyquant.errors import ConfigError, ModelError, PlacementError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
 from polyquant.models import hf, versions
+from polyquant.models.checks import check_folder
 from polyquant.models.headers import located_tensors
+from polyquant.models.hf import load_tokenizer, read_config
+from polyquant.models.versions import dtype_argument, forget_quantization, progress_bars, tied_tensors
 from polyquant.options import BackendOptions, Dtype
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
+__all__ = [
+    "check_folder", "complete", "dtype_argument", "empty_causal_lm", "fill", "forget_quantization", "load_causal_lm",
+    "load_tokenizer", "own_tensors", "packed_modules", "place", "progress_bars", "quantize_layers", "read_config",
+    "read_layers", "read_tensors", "require_linears", "save", "save_pretrained", "single_device", "tied_tensors",
+    "with_stored_skips",
+]  # fmt: skip
 OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 Options = TypeVar("Options", bound=BackendOptions)
 
@@ -118,7 +127,7 @@ def read_layers(
 
     make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place.
     owner: a tensor's module -> the module that it belongs to, where a packed one has parts. check: called with the name
-    and tensor of everything else. Raises ModelError, with the checkpoint's name, where `make` does.
+    and tensor of everything else. Raises ModelError, with the names of checkpoint and module, where `make` does.
     """
     source, wanted = request.source, getattr(torch, dtype)
     model = empty_causal_lm(request, dtype)
@@ -135,11 +144,42 @@ def read_layers(
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
             layer = make(name, model.get_submodule(name), layers.pop(name, {}))
-        except ModelError as error:
-            raise ModelError(f"{source.name}: {error}") from error
+        except (AttributeError, ModelError) as error:
+            raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
         model.set_submodule(name, layer)
     fill(model, dense, source)
     place(model, request)
+    return model
+
+
+def quantize_layers(
+    request: LoadRequest, dtype: Dtype, names: Sequence[str], make: Callable[[str, Any], Any], *, on_cpu: bool = True
+) -> Any:
+    """The dense model, its modules `names` replaced one by one by what is made of them; everything else in `dtype`.
+
+    The twin of `read_layers`. make: (name, dense module) -> the module in its place, whose tensors, but for a bias,
+    keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on the device of the request.
+    The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
+    Raises ModelError, with the checkpoint's name, where `make` does.
+    """
+    source, wanted = request.source, getattr(torch, dtype)
+    stored = source.config.get("dtype") or source.config.get("torch_dtype")
+    where = msgspec.structs.replace(request, device_map={"": "cpu"}) if on_cpu else request
+    model = load_causal_lm(where, stored if stored in get_args(Dtype) else dtype)
+    for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
+        try:
+            layer = make(name, model.get_submodule(name))
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {name} cannot be quantized: {error}") from error
+        model.set_submodule(name, layer)
+    made = set(names)
+    for name, parameter in model.named_parameters():
+        owner, _, short = name.rpartition(".")
+        if parameter.is_floating_point() and (owner not in made or short == "bias"):
+            parameter.data = parameter.data.to(wanted)
+    model.config.dtype = wanted
+    if on_cpu:
+        place(model, request)
     return model
 
 

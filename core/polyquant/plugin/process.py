@@ -14,7 +14,7 @@ from polyquant.errors import BackendFailed
 from polyquant.support.processes import SHOWN_LINES, import_path
 
 
-def run_apart(
+def run_in_process(
     module: str, job: Mapping[str, object], *, shown: bool = False, environment: Mapping[str, str] | None = None
 ) -> None:
     """`python -m module` in a fresh process with this one's import path; it reads `job` as JSON on its standard input.

@@ -18,15 +18,14 @@ from polyquant.errors import did_you_mean
 CURES: Mapping[str, str] = {
     "backend_info": "return a BackendInfo, and import nothing heavy for it",
     "validate_environment": "return a list of Problem, empty where the backend can run, and raise nothing: "
-    "polyquant.support.libraries has the usual checks",
-    "build_config": "return your options record: polyquant.options.convert(YourOptions, options) makes it, and raises "
+    "polyquant.plugin has the usual checks",
+    "build_config": "return your options record: polyquant.plugin.convert(YourOptions, options) makes it, and raises "
     "ConfigError",
     "load": "return LoadedModel(model=..., tokenizer=..., config=config, kernel=...)",
-    "describe_layers": "return a list of LayerInfo: polyquant.plugin.describe.describe makes it",
-    "plan_layers": "return a list with one LayerPlan for each of `weights`: polyquant.memory.planned.plan_linears "
-    "makes it",
+    "describe_layers": "return a list of LayerInfo: polyquant.plugin.layers.describe makes it",
+    "plan_layers": "return a list with one LayerPlan for each of `weights`: polyquant.plugin.plan_linears makes it",
     "quantize": "write the checkpoint into `out` and return `out`, a Path",
-    "prepare_for_training": "return the model: polyquant.plugin.gradients.frozen_for_adapters(loaded.model) does for most",
+    "prepare_for_training": "return the model: polyquant.plugin.layers.frozen_for_adapters(loaded.model) does for most",
     "save": "write the checkpoint into `out` and return `out`, a Path",
 }
 """hook -> what it must do."""
@@ -116,6 +115,8 @@ def _asked(method: Any) -> tuple[str, ...]:
 def place(thing: Any) -> str:
     """Where a function or class is defined, from its top package on: polyquant_acme/plugin.py:57."""
     thing = inspect.unwrap(thing)
+    if (elsewhere := getattr(thing, "forwards_to", "")) and (spec := find_spec(elsewhere)) and spec.origin:
+        return short(spec.origin)
     try:
         code = getattr(thing, "__code__", None)
         line = code.co_firstlineno if code else inspect.getsourcelines(thing)[1]

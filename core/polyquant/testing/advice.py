@@ -14,12 +14,12 @@ CURES: Mapping[str, tuple[str, str]] = {
     "imports_nothing_heavy": ("backend_info", "import torch and your library inside the hooks, from _load.py"),
     "card_is_complete": ("backend_info", "complete the BackendInfo that it returns"),
     "capabilities_have_their_hooks": ("backend_info", "declare what is implemented, and implement what is declared"),
-    "hooks_fit_the_specification": ("backend_info", "write arguments as polyquant.contract.hookspecs does, without defaults"),
-    "no_device_is_a_problem": ("validate_environment", "return polyquant.support.devices.device_problems(device, ...)"),
+    "hooks_fit_the_specification": ("backend_info", "write its arguments as contract.hookspecs does, without defaults"),
+    "no_device_is_a_problem": ("validate_environment", "return polyquant.plugin.device_problems(device, ...)"),
     "environment_check_is_quiet": (
-        "validate_environment", "print and change nothing; wrap what a library does in polyquant.support.libraries.contained",
+        "validate_environment", "print and change nothing; wrap what a library does in polyquant.plugin.contained",
     ),
-    "unknown_options_are_refused": ("build_config", "return polyquant.options.convert(YourOptions, options)"),
+    "unknown_options_are_refused": ("build_config", "return polyquant.plugin.convert(YourOptions, options)"),
     "wrong_values_are_refused": (
         "build_config", "give each option a strict type, Literal for a choice, and let polyquant.options.convert check",
     ),

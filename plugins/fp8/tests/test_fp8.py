@@ -5,7 +5,7 @@ import json
 import polyquant
 import pytest
 import torch
-from polyquant.plugin import gradients
+from polyquant.plugin import layers
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
@@ -146,7 +146,7 @@ def test_bytes_are_those_of_transformers(scale_fmt):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("model", ["qwen2", "llama-tied", "odd"])
 def test_logits_are_those_of_the_dequantized_weights(folder, tmp_path, monkeypatch, model, name, chunk):
-    monkeypatch.setitem(gradients.CHUNK_WEIGHTS, "cpu", chunk)
+    monkeypatch.setitem(layers.CHUNK_WEIGHTS, "cpu", chunk)
     path = tiny_model(model, folder)
     loaded = load(path, **FORMATS[name])
     twin = dense_twin(path, loaded)
@@ -368,7 +368,7 @@ def test_progress_is_drawn_only_where_asked(folder, capfd):
 def test_adapters_get_the_gradients_of_the_dequantized_model(folder, monkeypatch, chunk):
     from peft import LoraConfig, get_peft_model
 
-    monkeypatch.setitem(gradients.CHUNK_WEIGHTS, "cpu", chunk)
+    monkeypatch.setitem(layers.CHUNK_WEIGHTS, "cpu", chunk)
     path = tiny_model("qwen2", folder)
     loaded = load(path)
     twin = dense_twin(path, loaded)

@@ -4,7 +4,7 @@ import polyquant
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from polyquant.plugin import gradients
+from polyquant.plugin import layers
 from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError, ModelError, SaveError
 from polyquant.testing.models import tiny_model
 from polyquant_gguf import metadata, modules
@@ -109,7 +109,7 @@ def test_a_matrix_in_pieces_multiplies_as_a_whole(monkeypatch):
     layer = modules.PackedLinear(weight, TYPES["Q4_1"], bias)
     x = torch.randn(2, 5, 64, requires_grad=True)
     whole = layer(x)
-    monkeypatch.setitem(gradients.CHUNK_WEIGHTS, "cpu", 64 * 16)
+    monkeypatch.setitem(layers.CHUNK_WEIGHTS, "cpu", 64 * 16)
     torch.testing.assert_close(layer(x), whole)
     layer(x).sum().backward()
     assert x.grad is not None

@@ -8,8 +8,8 @@ from typing import Any
 import aqlm
 import torch
 from polyquant.errors import ModelError
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe
 from torch import Tensor
 
 from polyquant_aqlm.kernels import DEQUANTIZE, LOOKUP, multiply

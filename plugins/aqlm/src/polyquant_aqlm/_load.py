@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest, ModelSource
+from polyquant.plugin import LoadedModel, LoadRequest, ModelSource, checkpoints, layers, resolved_dtype
 
 from polyquant_aqlm._layers import TENSORS, chosen_kernel, linear_from_tensors
 from polyquant_aqlm.kernels import LOOKUP
@@ -24,7 +21,7 @@ COMPILES = "the first token waits a second or two: numba compiles its kernel the
 
 def load(request: LoadRequest, config: AqlmOptions) -> LoadedModel:
     kernel = chosen_kernel(config, request.device)
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     model = _read(request, config, kernel)
     model.config.quantization_config = config.stored()
     notes = [COMPILES] if kernel == LOOKUP else []
@@ -39,7 +36,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)
 
 
 def _read(request: LoadRequest, config: AqlmOptions, kernel: str) -> Any:

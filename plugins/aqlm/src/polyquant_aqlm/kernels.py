@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from aqlm.utils import _dequantize_weight, unpack_int_data
-from polyquant.plugin.gradients import frozen_linear, needs_gradient, rows_at_a_time
+from polyquant.plugin.layers import frozen_linear, needs_gradient, rows_at_a_time
 from torch import Tensor
 
 LOOKUP, DEQUANTIZE = "numba lookup table", "torch dequantize and matmul"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 DEFAULTS: Mapping[str, int] = {"num_codebooks": 1, "nbits_per_codebook": 16, "in_group_size": 8, "out_group_size": 1}
 """What a checkpoint means that does not say."""

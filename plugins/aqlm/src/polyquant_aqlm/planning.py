@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import DTYPE_BYTES, is_skipped, plan_linears
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_skipped, plan_linears
 
 from polyquant_aqlm.options import AqlmOptions
 

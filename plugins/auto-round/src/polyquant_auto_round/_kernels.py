@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from polyquant.errors import EnvironmentProblem, ModelError
-from polyquant.support.libraries import contained
+from polyquant.plugin import contained
 
 from polyquant_auto_round.options import AutoRoundOptions
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from polyquant.support.libraries import contained
+from polyquant.plugin import contained
 from transformers import core_model_loading, modeling_rope_utils, modeling_utils
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 

@@ -7,12 +7,8 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
-from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
-from polyquant.request import LoadRequest, ModelSource
+from polyquant.plugin import LoadedModel, LoadRequest, ModelSource, checkpoints, resolved_dtype
 from tqdm import tqdm
 
 from polyquant_auto_round import _kernels
@@ -23,7 +19,7 @@ from polyquant_auto_round.planning import plan_layers
 
 def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
     quantized = checkpoints.packed_modules(source, ("qweight", "qzeros", "scales"))

@@ -10,12 +10,10 @@ from typing import Any
 from polyquant.errors import ConfigError, SaveError
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.models.checks import check_folder
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import LoadRequest, checkpoints, resolved_dtype
 from polyquant.plugin.calibration import token_windows
-from polyquant.plugin.process import run_apart
-from polyquant.request import LoadRequest
+from polyquant.plugin.checkpoints import check_folder
+from polyquant.plugin.process import run_in_process
 
 from polyquant_auto_round.options import AutoRoundOptions
 from polyquant_auto_round.planning import plan_layers
@@ -30,7 +28,7 @@ def quantize(request: LoadRequest, config: AutoRoundOptions, calibration: Sequen
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
     plans = [(plan.name.rpartition(".")[0], plan) for plan in plan_layers(weights, config)]
     quantized = [name for name, plan in plans if plan.quantized]
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     job = {
         "model": str(source.path.absolute()), "device": request.device, "trusted": trusted, "options": config,
         "windows": _windows(tokenizer, calibration, config) if config.iters else [],
@@ -38,7 +36,7 @@ def quantize(request: LoadRequest, config: AutoRoundOptions, calibration: Sequen
         "head": any(plan.role == "head" and plan.quantized for _, plan in plans),
         "out": str((out / "export").absolute()),
     }  # fmt: skip
-    run_apart("polyquant_auto_round._worker", job, shown=request.progress)
+    run_in_process("polyquant_auto_round._worker", job, shown=request.progress)
     _complete(out, config)
     written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
     if left := [name for name in quantized if name not in written]:

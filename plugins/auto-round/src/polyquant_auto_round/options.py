@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 METHODS = {"auto_round": "auto-round", "auto_gptq": "gptq", "auto_awq": "awq"}  # format -> quant_method
 SAMPLES, SAMPLE_TOKENS = 32, 256

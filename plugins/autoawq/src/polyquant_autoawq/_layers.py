@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe
 
 from polyquant_autoawq._library import WQLinear_GEMM
 from polyquant_autoawq.options import AutoawqOptions

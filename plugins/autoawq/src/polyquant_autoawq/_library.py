@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyquant.support.libraries import contained
+from polyquant.plugin import contained
 
 with contained():
     from awq import AutoAWQForCausalLM

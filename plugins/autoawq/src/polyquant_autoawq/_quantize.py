@@ -11,11 +11,9 @@ import torch
 from polyquant.errors import SaveError
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.models.checks import check_folder
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import LoadRequest, checkpoints, resolved_dtype
 from polyquant.plugin.calibration import token_windows
-from polyquant.request import LoadRequest
+from polyquant.plugin.checkpoints import check_folder
 
 from polyquant_autoawq._library import AutoAWQForCausalLM, AwqQuantizer, contained
 from polyquant_autoawq.options import AutoawqOptions
@@ -50,7 +48,7 @@ def quantize(request: LoadRequest, config: AutoawqOptions, calibration: Sequence
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
     checkpoints.require_linears(weights, config)
     planned = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     with nullcontext() if request.progress else contained():
         model = AutoAWQForCausalLM.from_pretrained(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 VERSION = "gemm"  # how weights are ordered in the words; the library multiplies the other orders on GPUs only
 

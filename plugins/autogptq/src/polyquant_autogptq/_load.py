@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
-from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
-from polyquant.request import LoadRequest, ModelSource
+from polyquant.plugin import LoadedModel, LoadRequest, ModelSource, checkpoints, resolved_dtype
 
 from polyquant_autogptq._layers import empty_layer, kernel, settle
 from polyquant_autogptq.options import AutogptqOptions
@@ -37,7 +33,7 @@ def load(request: LoadRequest, config: AutogptqOptions) -> LoadedModel:
     for name in quantized:
         settle(model.get_submodule(name))
     model.config.quantization_config = config.stored()
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     named = ", ".join(sorted({kernel(model.get_submodule(name)) for name in quantized}))
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=named, notes=notes)
 

@@ -10,12 +10,9 @@ import torch
 from polyquant.errors import ConfigError, SaveError
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.models.checks import check_folder
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import LoadRequest, checkpoints, contained, resolved_dtype
 from polyquant.plugin.calibration import token_windows
-from polyquant.request import LoadRequest
-from polyquant.support.libraries import contained
+from polyquant.plugin.checkpoints import check_folder
 
 from polyquant_autogptq._library import GPTQ_CAUSAL_LM_MODEL_MAP, base
 from polyquant_autogptq.options import AutogptqOptions
@@ -39,7 +36,7 @@ def quantize(request: LoadRequest, config: AutogptqOptions, calibration: Sequenc
     if kind is None:
         known = ", ".join(GPTQ_CAUSAL_LM_MODEL_MAP)
         raise ConfigError(f"auto-gptq does not quantize models of the type {model_type}, only {known}")
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows]
     with nullcontext() if request.progress else contained():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from polyquant.support.libraries import contained
+from polyquant.plugin import contained
 
 with contained():
     from gptqmodel import GPTQModel

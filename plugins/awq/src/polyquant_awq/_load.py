@@ -7,12 +7,8 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
-from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
-from polyquant.request import LoadRequest, ModelSource
+from polyquant.plugin import LoadedModel, LoadRequest, ModelSource, checkpoints, resolved_dtype
 
 from polyquant_awq._layers import empty_layer, select_kernel, settle
 from polyquant_awq._library import contained, hf_gptqmodel_post_init
@@ -24,7 +20,7 @@ PARTS = ("qweight", "qzeros", "scales")
 
 def load(request: LoadRequest, config: AwqOptions) -> LoadedModel:
     source, dtype = request.source, getattr(torch, resolved_dtype(config))
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     weights = list_weights(model)
     quantized = checkpoints.packed_modules(source, PARTS)

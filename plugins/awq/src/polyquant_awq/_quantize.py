@@ -9,12 +9,10 @@ from pathlib import Path
 from polyquant.errors import SaveError
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.models.checks import check_folder
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import LoadRequest, ModelSource, checkpoints, resolved_dtype
 from polyquant.plugin.calibration import token_windows
-from polyquant.plugin.process import run_apart
-from polyquant.request import LoadRequest, ModelSource
+from polyquant.plugin.checkpoints import check_folder
+from polyquant.plugin.process import run_in_process
 
 from polyquant_awq.options import AwqOptions
 from polyquant_awq.planning import plan_layers
@@ -28,13 +26,13 @@ def quantize(request: LoadRequest, config: AwqOptions, calibration: Sequence[str
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
     checkpoints.require_linears(weights, config)
     planned = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     job = {
         "model": str(source.path.absolute()), "device": request.device, "dtype": _dtype(source),
         "trusted": trusted, "options": config, "windows": windows, "out": str(out.absolute()),
     }  # fmt: skip
-    run_apart("polyquant_awq._worker", job, shown=request.progress, environment={"GPTQMODEL_CPU_WORKERS": WORKERS})
+    run_in_process("polyquant_awq._worker", job, shown=request.progress, environment={"GPTQMODEL_CPU_WORKERS": WORKERS})
     checkpoints.complete(out, source, config.skip, tokenizer)
     (out / "quant_log.csv").unlink(missing_ok=True)
     written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))

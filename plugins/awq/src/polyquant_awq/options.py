@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 VERSION = "gemm"  # how weights are ordered in the words; gptqmodel has kernels for the other orders on GPUs only
 PER_LAYER = ("bits", "group_size", "sym", "zero_point")  # what a rule of gptqmodel's `dynamic` may change for a layer

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

@@ -10,12 +10,9 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, layers, resolved_dtype
 
 from polyquant_bitnet._layers import linear_from_tensors
 from polyquant_bitnet.modules import FLOAT, INT8
@@ -36,7 +33,7 @@ def load(request: LoadRequest, config: BitnetOptions) -> LoadedModel:
         notes = [ONLINE]
     else:
         notes = [SCALED_BIAS] if biases and config.linear_class == "autobitlinear" else []
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     model = _read(request, config, names)
     config = msgspec.structs.replace(config, quantization_mode="offline")
     model.config.quantization_config = config.stored()
@@ -52,7 +49,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass; gradients pass the rounding of activations unchanged."""
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)
 
 
 def _read(request: LoadRequest, config: BitnetOptions, names: list[str]) -> Any:

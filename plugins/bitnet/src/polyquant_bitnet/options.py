@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 OWN = ("linear_class", "quantization_mode", "use_rms_norm", "rms_norm_eps")
 READ = {"quant_method", "modules_to_not_convert", "compute_dtype", *OWN}

@@ -7,8 +7,7 @@ from math import prod
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import DTYPE_BYTES, is_skipped, plan_linears
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_skipped, plan_linears
 
 from polyquant_bitnet.options import BitnetOptions
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bitsandbytes import nn as bnb
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe
 
 from polyquant_bitsandbytes._load import kernel
 

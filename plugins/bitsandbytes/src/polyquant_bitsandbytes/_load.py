@@ -11,12 +11,7 @@ import bitsandbytes
 import torch
 from bitsandbytes import cextension
 from polyquant.errors import ConfigError, SaveError
-from polyquant.loaded import LoadedModel
-from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
-from polyquant.request import LoadRequest
-from polyquant.types import Problem
+from polyquant.plugin import LoadedModel, LoadRequest, Problem, checkpoints, resolved_dtype
 
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
@@ -41,7 +36,7 @@ def load(request: LoadRequest, config: BitsAndBytesOptions) -> LoadedModel:
         notes.append(
             "on this CPU the first forward pass repacks 4-bit weights for AVX512 and rounds their scales to bfloat16"
         )
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel(request.device), notes=notes)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 FOUR_BIT = {"quant_type": "nf4", "double_quant": False, "quant_storage": "uint8"}
 EIGHT_BIT = {"int8_threshold": 6.0}

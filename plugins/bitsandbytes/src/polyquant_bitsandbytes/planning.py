@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.memory.planned import is_skipped, plan_linears
-from polyquant.options import BackendOptions
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import BackendOptions, LayerPlan, WeightInfo, is_skipped, plan_linears
 
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 

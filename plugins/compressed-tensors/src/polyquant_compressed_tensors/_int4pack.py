@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from polyquant.plugin.gradients import differentiable, weight_rows
+from polyquant.plugin.layers import differentiable, weight_rows
 
 from polyquant_compressed_tensors._decode import code_values
 from polyquant_compressed_tensors._layers import PackedLinear

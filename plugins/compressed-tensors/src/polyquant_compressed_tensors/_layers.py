@@ -10,9 +10,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from polyquant.errors import ModelError
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.plugin.gradients import frozen_linear, needs_gradient
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe, frozen_linear, needs_gradient
 
 from polyquant_compressed_tensors._decode import decode
 from polyquant_compressed_tensors.options import CompressedTensorsOptions

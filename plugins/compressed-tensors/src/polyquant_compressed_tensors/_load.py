@@ -8,12 +8,9 @@ from typing import Any
 import msgspec
 import torch
 from polyquant.errors import ModelError, UnsupportedOperation
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, layers, resolved_dtype
 
 from polyquant_compressed_tensors._int4pack import Int4PackLinear
 from polyquant_compressed_tensors._layers import PackedLinear, packed_linear
@@ -26,7 +23,7 @@ def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
     config = config.with_kernel(torch.device(request.device).type, wanted)
     plain = plain_format(source.stored_quantization)
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
 
     def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
         try:
@@ -68,4 +65,4 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
         raise UnsupportedOperation(
             "no gradient passes through dynamic_activations; train on a checkpoint whose activations are not rounded"
         )
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)

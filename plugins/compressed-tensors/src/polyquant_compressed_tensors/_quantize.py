@@ -14,12 +14,9 @@ from llmcompressor.core import create_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from polyquant.memory.weights import list_weights
-from polyquant.models import hf, versions
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.models import hf
+from polyquant.plugin import Dtype, LoadRequest, checkpoints, resolved_dtype
 from polyquant.plugin.calibration import token_windows
-from polyquant.request import LoadRequest
-from polyquant.types import Dtype
 from torch.utils.data import DataLoader
 
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
@@ -32,12 +29,12 @@ def quantize(request: LoadRequest, config: CompressedTensorsOptions, calibration
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
     checkpoints.require_linears(weights, config)
     plan_layers(weights, config)  # both refuse what does not fit before a weight is read
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     batches = _batches(tokenizer, config, calibration) if config.method == "gptq" else None
     modifier = GPTQModifier if config.method == "gptq" else QuantizationModifier
     recipe = modifier(config_groups={"group_0": config.native()}, ignore=ignored_modules(weights, config))
     model = checkpoints.load_causal_lm(request, _dtype(request, config))
-    with create_session(), versions.progress_bars(request.progress):
+    with create_session(), checkpoints.progress_bars(request.progress):
         oneshot(
             model=model, tokenizer=tokenizer, recipe=recipe, dataset=batches, output_dir=str(out),
             shuffle_calibration_samples=False,

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 
 import torch
 from loguru import logger
-from polyquant.support.libraries import contained
+from polyquant.plugin import contained
 
 NAMES = ("llmcompressor", "compressed_tensors")
 DISABLED = "LLM_COMPRESSOR_LOG_DISABLED"  # read at its import: it then leaves loguru's handlers alone

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from msgspec import Meta
 from polyquant.errors import ConfigError
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 from polyquant_compressed_tensors.stored import read_stored
 

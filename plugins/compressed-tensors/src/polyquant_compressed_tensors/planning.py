@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import DTYPE_BYTES, is_linear, plan_linears
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_linear, plan_linears
 
 from polyquant_compressed_tensors.options import BLOCK, CompressedTensorsOptions
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyquant.errors import ConfigError, EnvironmentProblem
-from polyquant.request import LoadRequest
-from polyquant.support.libraries import import_problems, library_problems
-from polyquant.types import Library
+from polyquant.plugin import Library, LoadRequest, import_problems, library_problems
 
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 

@@ -12,14 +12,9 @@ from typing import Any, get_args
 import msgspec
 import torch
 from polyquant.errors import ModelError
-from polyquant.loaded import LoadedModel
-from polyquant.memory.planned import is_linear
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest
-from polyquant.types import Dtype, WeightInfo
+from polyquant.plugin import Dtype, LoadedModel, LoadRequest, WeightInfo, checkpoints, is_linear, layers, resolved_dtype
 from tqdm import tqdm
 
 from polyquant_fouroversix._layers import kernel, linear_from_tensors, quantized_linear, stored_tensors
@@ -32,7 +27,7 @@ CODES = STORED_NAMES["weight"]
 
 def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
     source = request.source
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=request.trust_remote_code))
     notes: list[str] = []
     if source.stored_quantization:
@@ -60,7 +55,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)
 
 
 def _names(weights: list[WeightInfo], config: FouroversixOptions) -> list[str]:

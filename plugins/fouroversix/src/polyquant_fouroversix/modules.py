@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from polyquant.plugin.gradients import frozen_linear
+from polyquant.plugin.layers import frozen_linear
 from torch import Tensor, nn
 
 from polyquant_fouroversix.numbers import dequantize, rounded

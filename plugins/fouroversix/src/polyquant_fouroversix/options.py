@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 from polyquant_fouroversix.formats import RULES
 

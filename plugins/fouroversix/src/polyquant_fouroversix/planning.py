@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from polyquant.memory.planned import plan_linears, refuse_experts
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import LayerPlan, WeightInfo, plan_linears, refuse_experts
 
 from polyquant_fouroversix.formats import BLOCK, padded
 from polyquant_fouroversix.options import FouroversixOptions

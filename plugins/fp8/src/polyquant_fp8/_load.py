@@ -8,13 +8,9 @@ from typing import Any, get_args
 import msgspec
 import torch
 from polyquant.errors import ConfigError, ModelError
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest
-from polyquant.types import Dtype, WeightInfo
+from polyquant.plugin import Dtype, LoadedModel, LoadRequest, WeightInfo, checkpoints, layers, resolved_dtype
 from tqdm import tqdm
 
 from polyquant_fp8._layers import linear_from_tensors, quantized_linear
@@ -27,7 +23,7 @@ ACTIVATIONS = "activations stay in {}: the checkpoint asks for {} FP8 activation
 
 def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
     wanted: Dtype = resolved_dtype(config)
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     weights = list_weights(hf.skeleton(request.source, wanted, trust_remote_code=request.trust_remote_code))
     if request.source.stored_quantization:
         stored = checkpoints.packed_modules(request.source, ("weight_scale_inv",))
@@ -48,7 +44,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)
 
 
 def _names(weights: list[WeightInfo], config: Fp8Options) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from polyquant.plugin.gradients import frozen_linear, rows_at_a_time
+from polyquant.plugin.layers import frozen_linear, rows_at_a_time
 from torch import Tensor, nn
 
 from polyquant_fp8.blocks import Block, dequantize

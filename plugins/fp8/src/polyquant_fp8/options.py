@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 BLOCK = (128, 128)
 E4M3 = ("e4m3", "e4m3fn", "float8_e4m3fn")

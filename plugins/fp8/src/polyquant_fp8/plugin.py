@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyquant import hookimpl
-from polyquant.loaded import LoadedModel
-from polyquant.options import convert
-from polyquant.request import LoadRequest
-from polyquant.support.devices import device_problems
-from polyquant.support.libraries import import_problems, library_problems
-from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, LayerPlan, Library, Problem, WeightInfo
+from polyquant.plugin import (
+    BackendInfo,
+    Capabilities,
+    DeviceSupport,
+    LayerInfo,
+    LayerPlan,
+    Library,
+    LoadedModel,
+    LoadRequest,
+    Problem,
+    WeightInfo,
+    convert,
+    device_problems,
+    hookimpl,
+    import_problems,
+    library_problems,
+)
 
 from polyquant_fp8.options import Fp8Options
 

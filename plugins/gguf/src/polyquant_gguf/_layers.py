@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from polyquant.memory.roles import TIED
-from polyquant.models.gguf_types import FLOAT_DTYPES
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.types import LayerInfo, Role
+from polyquant.plugin import TIED, LayerInfo, Role
+from polyquant.plugin.gguf import FLOAT_DTYPES
+from polyquant.plugin.layers import Quantized, describe
 
 from polyquant_gguf._load import KERNEL
 from polyquant_gguf.modules import Packed, PackedEmbedding

@@ -7,13 +7,10 @@ from typing import Any
 import msgspec
 import torch
 from polyquant.errors import ModelError
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
-from polyquant.models import hf, versions
-from polyquant.models.gguf_header import read_header
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
-from polyquant.request import LoadRequest
+from polyquant.models import hf
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin.gguf import read_header
 
 from polyquant_gguf import modules, quantizing
 from polyquant_gguf.from_file import build, tokenizer_of
@@ -56,7 +53,7 @@ def _on_the_fly(request: LoadRequest, config: GgufOptions) -> tuple[Any, Any, Gg
     model = checkpoints.load_causal_lm(
         on_cpu, stored if stored in ("float32", "bfloat16", "float16") else resolved_dtype(config)
     )
-    tied = versions.tied_tensors(model)
+    tied = checkpoints.tied_tensors(model)
     for name, block in types.items():
         packed = quantizing.quantize(name, model.get_parameter(name), block)
         modules.replace(model, name, packed, block, dtype)
@@ -65,7 +62,7 @@ def _on_the_fly(request: LoadRequest, config: GgufOptions) -> tuple[Any, Any, Gg
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    return model, hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code), config
+    return model, checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code), config
 
 
 def _dispatch(model: Any, request: LoadRequest) -> None:

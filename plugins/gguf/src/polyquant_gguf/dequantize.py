@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from polyquant.models.gguf_types import BlockType
+from polyquant.plugin.gguf import BlockType
 from torch import Tensor
 
 from polyquant_gguf import grids

@@ -8,12 +8,9 @@ import msgspec
 import torch
 from polyquant.errors import ModelError, PolyquantError
 from polyquant.memory.weights import list_weights
-from polyquant.models import hf, versions
-from polyquant.models.gguf_header import Entry, Header
-from polyquant.models.gguf_types import FLOAT_DTYPES
-from polyquant.options import resolved_dtype
+from polyquant.plugin import LoadRequest, checkpoints, resolved_dtype
 from polyquant.plugin.checkpoints import empty_causal_lm
-from polyquant.request import LoadRequest
+from polyquant.plugin.gguf import FLOAT_DTYPES, Entry, Header
 from torch import Tensor, nn
 
 from polyquant_gguf import modules
@@ -43,7 +40,7 @@ def build(request: LoadRequest, header: Header, config: GgufOptions) -> Any:
             f"{file_name} rotates {stated} dimensions of each head, and transformers' {rules.model_type}, "
             f"which does not read that, {2 * frequencies}; load the original model instead"
         )
-    tied, places = versions.tied_tensors(model), places_of(model, header)
+    tied, places = checkpoints.tied_tensors(model), places_of(model, header)
     if config.type != "file":
         _check_types(model, header, places, config)
     with header.path.open("rb") as file:
@@ -57,7 +54,7 @@ def build(request: LoadRequest, header: Header, config: GgufOptions) -> Any:
 
 def places_of(model: Any, header: Header) -> dict[str, Placed]:
     """The file's tensor for each parameter of `model`, dense or packed."""
-    tied, shapes = versions.tied_tensors(model), {}
+    tied, shapes = checkpoints.tied_tensors(model), {}
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         packed = isinstance(owner, modules.Packed) and parameter is owner.weight
@@ -71,7 +68,7 @@ def tokenizer_of(request: LoadRequest, header: Header) -> Any:
     source = request.source
     if "tokenizer.ggml.model" not in header.metadata:
         source = msgspec.structs.replace(source, gguf_file="")
-    return hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    return checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
 
 
 def is_kept(placed: Placed, config: GgufOptions) -> bool:

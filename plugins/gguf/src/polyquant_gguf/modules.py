@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from polyquant.models.gguf_types import BlockType
-from polyquant.plugin.gradients import frozen_linear, rows_at_a_time
+from polyquant.plugin.gguf import BlockType
+from polyquant.plugin.layers import frozen_linear, rows_at_a_time
 from torch import Tensor, nn
 
 from polyquant_gguf.dequantize import dequantize

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from polyquant.errors import ModelError
-from polyquant.models.gguf_header import Entry, Header
+from polyquant.plugin.gguf import Entry, Header
 
 
 class Rules(NamedTuple):

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.models.gguf_header import read_header
-from polyquant.models.gguf_types import TYPES
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
+from polyquant.plugin.gguf import TYPES, read_header
 
 OPTIONS_KEY = "polyquant.options"  # metadata of a GGUF that polyquant wrote: the options it was made with, as JSON
 Quantizable = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]

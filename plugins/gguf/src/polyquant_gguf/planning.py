@@ -8,10 +8,8 @@ from pathlib import Path
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import is_skipped, plan_dense
-from polyquant.models.gguf_header import read_header
-from polyquant.models.gguf_types import FLOAT_DTYPES, TYPES, BlockType
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import LayerPlan, WeightInfo, is_skipped, plan_dense
+from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES, BlockType, read_header
 
 from polyquant_gguf.names import place
 from polyquant_gguf.options import GgufOptions

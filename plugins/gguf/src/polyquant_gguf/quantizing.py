@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
 from polyquant.errors import ModelError
-from polyquant.models.gguf_types import BlockType
+from polyquant.plugin.gguf import BlockType
 from torch import Tensor
 
 ROWS_AT_A_TIME = 2048  # bounds the float32 copies

@@ -12,11 +12,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from polyquant.errors import SaveError
-from polyquant.loaded import LoadedModel
-from polyquant.models import hf, versions
-from polyquant.models.gguf_header import read_header
-from polyquant.models.gguf_types import FLOAT_DTYPES
-from polyquant.request import ModelSource
+from polyquant.plugin import LoadedModel, ModelSource, checkpoints
+from polyquant.plugin.gguf import FLOAT_DTYPES, read_header
 from torch import Tensor
 
 from polyquant_gguf import metadata, vocabulary
@@ -80,8 +77,8 @@ def _write_new(loaded: LoadedModel, out: Path) -> None:
     tokens = vocabulary.express(loaded.tokenizer, architecture, int(model.config.vocab_size))
     _write(path, architecture, keys | metadata.token_ids(model.config) | (tokens or {}), model, rules)
     source = ModelSource(name=str(path), path=out, gguf_file=path.name, weight_files=(path.name,))
-    metadata.require_same(model.config, hf.read_config(source))
-    if tokens is None or not vocabulary.same(loaded.tokenizer, hf.load_tokenizer(source)):
+    metadata.require_same(model.config, checkpoints.read_config(source))
+    if tokens is None or not vocabulary.same(loaded.tokenizer, checkpoints.load_tokenizer(source)):
         if tokens is not None:
             _write(path, architecture, keys | metadata.token_ids(model.config), model, rules)
         loaded.tokenizer.save_pretrained(out)
@@ -110,7 +107,7 @@ def _new_tensors(
     model: Any, architecture: str, rules: Rules
 ) -> Iterator[tuple[str, np.ndarray[Any, Any], GGMLQuantizationType]]:
     """(GGUF name, bytes, type): vectors in F32 as llama.cpp has them, dense matrices in their own dtype."""
-    tied, config = versions.tied_tensors(model), model.config.get_text_config()
+    tied, config = checkpoints.tied_tensors(model), model.config.get_text_config()
     parameters = {name: tensor for name, tensor in model.named_parameters() if name not in tied}
     names = gguf_names(architecture, config.num_hidden_layers, parameters)
     if homeless := [name for name in parameters if name not in names]:

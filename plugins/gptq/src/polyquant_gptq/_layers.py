@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 from polyquant.errors import ConfigError
-from polyquant.loaded import LoadedModel
-from polyquant.plugin import gradients
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.plugin.gradients import differentiable
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo, LoadedModel, layers
+from polyquant.plugin.layers import Quantized, describe, differentiable
 
 from polyquant_gptq._library import (
     BaseQuantLinear,
@@ -92,7 +89,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
     for module in loaded.model.modules():
         if isinstance(module, TorchAtenLinear):
             module._fused_op_forward = partial(differentiable, module._fused_op_forward)
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -10,12 +10,10 @@ from typing import get_args
 from polyquant.errors import SaveError
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.models.checks import check_folder
-from polyquant.options import Dtype, resolved_dtype
-from polyquant.plugin import checkpoints
+from polyquant.plugin import Dtype, LoadRequest, ModelSource, checkpoints, resolved_dtype
 from polyquant.plugin.calibration import token_windows
-from polyquant.plugin.process import run_apart
-from polyquant.request import LoadRequest, ModelSource
+from polyquant.plugin.checkpoints import check_folder
+from polyquant.plugin.process import run_in_process
 
 from polyquant_gptq.options import GptqOptions
 from polyquant_gptq.planning import plan_layers
@@ -29,13 +27,15 @@ def quantize(request: LoadRequest, config: GptqOptions, calibration: Sequence[st
     weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
     checkpoints.require_linears(weights, config)
     planned = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=trusted)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     job = {
         "model": str(source.path.absolute()), "device": request.device, "dtype": _dtype(source, config),
         "trusted": trusted, "options": config, "windows": windows, "out": str(out.absolute()),
     }  # fmt: skip
-    run_apart("polyquant_gptq._worker", job, shown=request.progress, environment={"GPTQMODEL_CPU_WORKERS": WORKERS})
+    run_in_process(
+        "polyquant_gptq._worker", job, shown=request.progress, environment={"GPTQMODEL_CPU_WORKERS": WORKERS}
+    )
     checkpoints.complete(out, source, config.skip, tokenizer)
     (out / "quant_log.csv").unlink(missing_ok=True)
     written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))

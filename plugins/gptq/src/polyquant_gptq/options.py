@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 FORMATS = ("gptq", "gptq_v2")  # zero points are stored less one in the first
 PER_LAYER = ("bits", "group_size", "sym", "desc_act")  # what a rule of gptqmodel's `dynamic` may change for a layer

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import DTYPE_BYTES, plan_linears
-from polyquant.plugin import layouts
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, layouts, plan_linears
 
 from polyquant_gptq.options import GptqOptions
 

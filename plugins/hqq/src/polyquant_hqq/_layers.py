@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 from polyquant.errors import ModelError
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe, prepare_for_training
 
 from polyquant_hqq.options import HqqOptions
 from polyquant_hqq.planning import packed_shape
 
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "hqq dequantize and torch matmul"
 
 
@@ -23,7 +24,7 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 def quantized_linear(linear: torch.nn.Linear, config: HqqOptions, dtype: torch.dtype) -> HQQLinear:
     """A layer that takes the place of `linear`, whose own weight is let go."""
-    layer = HQQLinear(linear, config.native(), compute_dtype=dtype, device=str(linear.weight.device))
+    layer = HQQLinear(linear, config.quantize_config(), compute_dtype=dtype, device=str(linear.weight.device))
     return _with_parameters(layer)
 
 
@@ -44,7 +45,9 @@ def linear_from_tensors(
         if name not in tensors or tuple(tensors[name].shape) != wanted:
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             raise ModelError(f"{name} of an HQQ layer {shape} should have shape {wanted}, and is {found}")
-    layer = HQQLinear(None, config.native(), compute_dtype=dtype, device=str(tensors["W_q"].device), initialize=False)
+    layer = HQQLinear(
+        None, config.quantize_config(), compute_dtype=dtype, device=str(tensors["W_q"].device), initialize=False
+    )
     layer.W_q = torch.nn.Parameter(tensors["W_q"], requires_grad=False)
     packing = Quantizer.bit_to_packing[config.bits]
     layer.meta = {

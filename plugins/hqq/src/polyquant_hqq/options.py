@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions, RoundingMethod
 
 
 class HqqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,6 +26,10 @@ class HqqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_field
     ] = True
 
     @property
+    def rounding_method(self) -> RoundingMethod:
+        return "fitted" if self.optimize else "nearest"
+
+    @property
     def weight_bits(self) -> float:
         return self.bits
 
@@ -34,18 +38,18 @@ class HqqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_field
         """hqq1 to hqq8."""
         return f"hqq{self.bits}"
 
-    def native(self) -> dict[str, Any]:
-        """hqq's own BaseQuantizeConfig, a dict."""
+    def quantize_config(self) -> dict[str, Any]:
+        """hqq's own BaseQuantizeConfig, a dict. Imports hqq."""
         from hqq.core.quantize import BaseQuantizeConfig
 
         config: dict[str, Any] = BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=self.axis)
         config["weight_quant_params"]["optimize"] = self.optimize
         return config
 
-    def stored(self) -> dict[str, Any]:
+    def to_stored(self) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint, as transformers 4 wrote it, with full names of dense modules."""
         extra = {"compute_dtype": self.compute_dtype, "skip_defaults": self.skip_defaults}
-        return {"quant_method": "hqq", "quant_config": self.native(), "skip_modules": list(self.skip), **extra}
+        return {"quant_method": "hqq", "quant_config": self.quantize_config(), "skip_modules": list(self.skip), **extra}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

@@ -6,10 +6,8 @@ import re
 from collections import Counter
 from math import prod
 
-from polyquant.memory.roles import REASONS
-from polyquant.models.gguf_header import Entry
-from polyquant.models.gguf_types import FLOAT_DTYPES
-from polyquant.types import LayerInfo, Role
+from polyquant.plugin import REASONS, LayerInfo, Role
+from polyquant.plugin.gguf import FLOAT_DTYPES, Entry
 
 from polyquant_llama_cpp.runtime import LlamaModel
 

@@ -11,10 +11,9 @@ import msgspec
 import psutil
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ConfigError, ModelError, PlacementError
-from polyquant.loaded import LoadedModel, Prompt
 from polyquant.measure.speed import Feed
-from polyquant.models.gguf_header import Header, read_header
-from polyquant.request import LoadRequest
+from polyquant.plugin import LoadedModel, LoadRequest, Prompt
+from polyquant.plugin.gguf import Header, read_header
 
 from polyquant_llama_cpp import _layers, sampling
 from polyquant_llama_cpp.checking import require_bytes, require_sound

@@ -11,7 +11,7 @@ from math import isfinite
 
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ModelError
-from polyquant.models.gguf_header import Header, read_strings
+from polyquant.plugin.gguf import Header, read_strings
 
 MAX_BLOCKS = MAX_EXPERTS = 512  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 SENTENCEPIECE, BYTE, BYTES = 1, 1 << 5, 256  # enum llama_vocab_type, llama_token_attr

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.models.gguf_header import read_header
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
+from polyquant.plugin.gguf import read_header
 
 from polyquant_llama_cpp.file_types import Quantizable, ReadOnly, bits_of, name_of
 

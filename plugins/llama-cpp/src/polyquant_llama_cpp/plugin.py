@@ -6,14 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyquant import hookimpl
-from polyquant.loaded import LoadedModel
-from polyquant.models.gguf_types import TYPES
-from polyquant.options import convert
-from polyquant.request import LoadRequest
-from polyquant.support.devices import device_problems
-from polyquant.support.libraries import import_problems, library_problems
-from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, Library, Problem
+from polyquant.plugin import (
+    BackendInfo,
+    Capabilities,
+    DeviceSupport,
+    LayerInfo,
+    Library,
+    LoadedModel,
+    LoadRequest,
+    Problem,
+    convert,
+    device_problems,
+    hookimpl,
+    import_problems,
+    library_problems,
+)
+from polyquant.plugin.gguf import TYPES
 
 from polyquant_llama_cpp.options import LlamaCppOptions
 

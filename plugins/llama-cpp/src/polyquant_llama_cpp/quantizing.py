@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import BackendFailed, ConfigError, ModelError
-from polyquant.models.gguf_header import Header, read_header
-from polyquant.request import LoadRequest
+from polyquant.plugin import LoadRequest
+from polyquant.plugin.gguf import Header, read_header
 from tqdm import tqdm
 
 from polyquant_llama_cpp._layers import EMBEDDING, HEAD

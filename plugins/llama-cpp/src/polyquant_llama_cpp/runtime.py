@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import BackendFailed, ConfigError, ModelError
-from polyquant.models.gguf_header import Header
+from polyquant.plugin.gguf import Header
 
 from polyquant_llama_cpp.log import captured
 from polyquant_llama_cpp.options import LlamaCppOptions

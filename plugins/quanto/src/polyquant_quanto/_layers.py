@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from optimum.quanto import QLinear, QTensor, WeightQBitsTensor
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe
 
 NAMES = {"qint8": "int8", "qint4": "int4", "qint2": "int2", "qfloat8_e4m3fn": "float8", "qfloat8": "float8"}
 

@@ -13,12 +13,7 @@ import torch
 from optimum import quanto
 from optimum.quanto.library.extensions import get_extension
 from polyquant.errors import ModelError
-from polyquant.loaded import LoadedModel
-from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest
-from polyquant.types import Problem
+from polyquant.plugin import LoadedModel, LoadRequest, Problem, checkpoints, layers, resolved_dtype
 
 from polyquant_quanto._layers import kernel, make_safe
 from polyquant_quanto.options import QuantoOptions
@@ -49,7 +44,7 @@ def load(request: LoadRequest, config: QuantoOptions) -> LoadedModel:
             "int2 rounds to four levels a group and fits nothing: a small model becomes noise (SmolLM2-135M does)"
         )
     kernels = {kernel(module.weight): None for module in model.modules() if _is_frozen(module)}
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=" + ".join(kernels), notes=notes)
 
 
@@ -66,7 +61,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
     PEFT's prepare_model_for_kbit_training casts every 16-bit parameter to float32, which quanto's tensors refuse.
     """
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)
 
 
 def _read(request: LoadRequest, config: QuantoOptions) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.memory.planned import DTYPE_BYTES, plan_linears
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears
 
 from polyquant_quanto.options import QuantoOptions
 

@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, layers, resolved_dtype
 
 from polyquant_quark._layers import KERNEL, quark_linear
 from polyquant_quark.options import QuarkOptions
@@ -23,7 +20,7 @@ def load(request: LoadRequest, config: QuarkOptions) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
     stored = source.stored_quantization
     packing = stored["export"].get("pack_method", "reorder")
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
 
     def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> Any:
         try:
@@ -52,4 +49,4 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)

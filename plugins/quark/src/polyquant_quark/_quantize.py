@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
-from polyquant.request import LoadRequest
-from polyquant.types import Dtype, WeightInfo
+from polyquant.plugin import Dtype, LoadRequest, WeightInfo, checkpoints, resolved_dtype
 from quark.torch import ModelQuantizer, export_safetensors
 from quark.torch.quantization.config.config import QConfig, QLayerConfig
 
@@ -29,5 +25,5 @@ def quantize(request: LoadRequest, config: QuarkOptions, weights: Sequence[Weigh
     with torch.no_grad():
         model = quantizer.freeze(quantizer.quantize_model(model, None))
         export_safetensors(model, str(out))
-    hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code).save_pretrained(out)
+    checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code).save_pretrained(out)
     return out

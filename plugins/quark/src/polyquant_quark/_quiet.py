@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 import torch
 import torch._dynamo
-from polyquant.models import versions
-from polyquant.support.libraries import quiet_imports
+from polyquant.plugin import checkpoints, quiet_imports
 from tqdm import tqdm
 
 LIMITS = ("recompile_limit", "accumulated_recompile_limit")  # raised at its import, for the whole process
@@ -28,7 +27,7 @@ def quiet_quark(*, progress: bool) -> Iterator[None]:
         tqdm.__init__ = lambda self, *args, **kwargs: draw(self, *args, **{**kwargs, "disable": True})
     try:
         with (
-            torch.random.fork_rng(), warnings.catch_warnings(), quiet_imports(), versions.progress_bars(progress),
+            torch.random.fork_rng(), warnings.catch_warnings(), quiet_imports(), checkpoints.progress_bars(progress),
             torch.compiler.set_stance("force_eager"),
         ):  # fmt: skip
             warnings.simplefilter("ignore")

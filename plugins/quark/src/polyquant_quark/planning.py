@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import DTYPE_BYTES, is_linear, plan_linears
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_linear, plan_linears
 
 from polyquant_quark.options import QuarkOptions
 

@@ -8,10 +8,7 @@ from pathlib import Path
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.request import LoadRequest
-from polyquant.support.libraries import import_problems, library_problems
-from polyquant.types import Library
+from polyquant.plugin import Library, LoadRequest, import_problems, library_problems, resolved_dtype
 
 from polyquant_quark._quiet import quiet_quark
 from polyquant_quark.options import QuarkOptions

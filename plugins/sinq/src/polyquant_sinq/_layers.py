@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.plugin.gradients import frozen_linear
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe, frozen_linear
 from sinq.quantizer import Quantizer
 from torch import Tensor
 

@@ -13,13 +13,9 @@ from typing import Any, get_args
 
 import torch
 from polyquant.errors import ConfigError, ModelError
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest
-from polyquant.types import Dtype
+from polyquant.plugin import Dtype, LoadedModel, LoadRequest, checkpoints, layers, resolved_dtype
 from tqdm import tqdm
 
 from polyquant_sinq._layers import KERNEL, SinqLinear, linear_from_tensors, quantized_linear, rounded_plainly
@@ -36,7 +32,7 @@ PATCHED = (
 def load(request: LoadRequest, config: SinqOptions) -> LoadedModel:
     source, stored = request.source, request.source.stored_quantization
     notes = [PATCHED] if getattr(sys.modules.get("sinq._autopatch"), "_ALREADY", False) else []
-    tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     model = _read(request, config) if stored else _quantize(request, config)
     if stored and "skip_defaults" not in stored:  # by another tool, whose patterns are not polyquant's
         packed_layers = checkpoints.packed_modules(source, ("W_q",))
@@ -61,7 +57,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, and recompute activations in the backward pass."""
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)
 
 
 def _quantize(request: LoadRequest, config: SinqOptions) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 
 class SinqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil, prod
 
 from polyquant.errors import ConfigError
-from polyquant.memory.planned import DTYPE_BYTES, plan_linears
-from polyquant.types import LayerPlan, WeightInfo
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears
 
 from polyquant_sinq.options import SinqOptions
 

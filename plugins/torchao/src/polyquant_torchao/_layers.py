@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe
 from torchao.utils import TorchAOBaseTensor
 
 NAMES = {"IntxUnpackedToInt8Tensor": "int4-in-int8", "Int8Tensor": "int8", "Float8Tensor": "float8"}

@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 from polyquant.errors import CheckpointConflict, UnsupportedOperation
-from polyquant.loaded import LoadedModel
 from polyquant.memory.weights import list_weights
 from polyquant.models import hf
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints, gradients
-from polyquant.request import LoadRequest
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, layers, resolved_dtype
 from torchao.utils import TorchAOBaseTensor
 
 from polyquant_torchao._layers import kernel
@@ -35,7 +32,7 @@ def load(request: LoadRequest, config: TorchAoOptions) -> LoadedModel:
         notes.append(
             "weights have 4-bit values but are stored in int8, a byte each: torchao 0.18 has no int4 packing for CPU"
         )
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=trusted)
+    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=trusted)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel(config.scheme), notes=notes)
 
 
@@ -52,7 +49,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
         raise UnsupportedOperation(
             "no gradient passes through dynamic_activations; load with weights='int8' alone to train"
         )
-    return gradients.frozen_for_adapters(loaded.model)
+    return layers.frozen_for_adapters(loaded.model)
 
 
 def _require_dtype(model: Any, dtype: torch.dtype, name: str) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.plugin.describe import Quantized, describe
-from polyquant.plugin.gradients import frozen_linear
-from polyquant.types import LayerInfo
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe, frozen_linear
 
 from polyquant_rowwise.planning import SCHEME
 

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polyquant import LoadedModel
-from polyquant.models import hf, versions
-from polyquant.options import resolved_dtype
-from polyquant.plugin import checkpoints
-from polyquant.request import LoadRequest
+from polyquant.models import versions
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 
 from polyquant_rowwise._layers import KERNEL, RowwiseLinear
 from polyquant_rowwise.options import RowwiseOptions
@@ -20,7 +17,7 @@ def load(request: LoadRequest, config: RowwiseOptions) -> LoadedModel:
     """The model, quantized on the way or read as it was saved, with its tokenizer."""
     model = _read(request, config) if request.source.stored_quantization else _quantize(request, config)
     model.config.quantization_config = config.native()
-    tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=KERNEL)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.options import BackendOptions
+from polyquant.plugin import BackendOptions
 
 QUANT_METHOD = "rowwise"  # how config.json names the format
 

@@ -6,11 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyquant import LoadedModel, hookimpl
-from polyquant.options import convert
-from polyquant.request import LoadRequest
-from polyquant.support.devices import device_problems
-from polyquant.types import BackendInfo, Capabilities, DeviceSupport, LayerInfo, LayerPlan, Problem, WeightInfo
+from polyquant.plugin import (
+    BackendInfo,
+    Capabilities,
+    DeviceSupport,
+    LayerInfo,
+    LayerPlan,
+    LoadedModel,
+    LoadRequest,
+    Problem,
+    WeightInfo,
+    convert,
+    device_problems,
+    hookimpl,
+)
 
 from polyquant_rowwise.options import QUANT_METHOD, RowwiseOptions
 from polyquant_rowwise.planning import SCHEME

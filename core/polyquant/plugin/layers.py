@@ -1,4 +1,4 @@
-"""Products with frozen weights that stay packed, and their gradients, as adapters below them need. Imports torch.
+"""Quantized modules: how they are described, their products with packed weights, and the gradients. Imports torch.
 
 Left to itself, autograd would keep each dequantized weight until the backward pass: a dense model again.
 """
@@ -11,6 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from polyquant.loaded import LoadedModel
+from polyquant.plugin.describe import Quantized, describe
+
+__all__ = [
+    "Quantized", "describe", "differentiable", "frozen_for_adapters", "frozen_linear", "needs_gradient",
+    "prepare_for_training", "rows_at_a_time", "weight_rows",
+]  # fmt: skip
 
 Multiply = Callable[[Tensor], Tensor]
 Pieces = Callable[[], Iterable[Tensor]]
@@ -102,6 +110,11 @@ class _Multiplied(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return torch.cat([gradient @ rows.T for rows in weight_rows(context.multiply, context.like)], -1), None
+
+
+def prepare_for_training(loaded: LoadedModel) -> Any:
+    """The hook, for layers whose products have gradients: the base frozen, activations recomputed."""
+    return frozen_for_adapters(loaded.model)
 
 
 def frozen_for_adapters(model: Any) -> Any:

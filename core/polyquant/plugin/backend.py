@@ -1,0 +1,108 @@
+"""A plugin object whose hooks are functions of its package's files, which are imported when they are first called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from polyquant.contract.markers import hookimpl
+from polyquant.loaded import LoadedModel
+from polyquant.options import BackendOptions, convert
+from polyquant.request import LoadRequest
+from polyquant.support.devices import device_problems
+from polyquant.support.libraries import import_problems, library_problems
+from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Library, Problem, WeightInfo
+
+FILES: Mapping[str, str] = {
+    "load": "_load",
+    "save": "_load",
+    "describe_layers": "_layers",
+    "prepare_for_training": "_layers",
+    "plan_layers": "planning",
+    "quantize": "_quantize",
+}
+"""hook -> the file of the package whose function of that name answers it."""
+REQUIRED = ("load", "describe_layers")
+
+
+class PluginBackend:
+    """The hooks of a backend, from its card and the files of its package.
+
+    `load` is answered by `_load.load`, `plan_layers` by `planning.plan_layers`, and so on: see FILES. A subclass may
+    write out any of them instead.
+    """
+
+    def __init__(
+        self,
+        info: BackendInfo,
+        hooks: Collection[str] = (),
+        *,
+        imports: Sequence[Library] = (),
+        native_problems: bool = False,
+    ) -> None:
+        """info: the card; its options record lies in the plugin's package. hooks: the optional ones that it has.
+
+        imports: libraries that the environment's check imports, to see that they work. native_problems: whether
+        `_library.native_problems(device)` says what else is wrong, where nothing else is.
+        """
+        self.info, self.imports, self.native_problems = info, tuple(imports), native_problems
+        self.package = info.options.__module__.rpartition(".")[0]
+        for hook, function in _forwarding(self._answer).items():
+            if hook in (*REQUIRED, *hooks) and not hasattr(type(self), hook):
+                function.forwards_to = f"{self.package}.{FILES[hook]}"  # type: ignore[attr-defined]  # read by messages
+                setattr(self, hook, hookimpl(function))
+
+    @hookimpl
+    def backend_info(self) -> BackendInfo:
+        return self.info
+
+    @hookimpl
+    def validate_environment(self, device: str) -> list[Problem]:
+        problems = self.library_problems()
+        problems += [] if problems else import_problems(self.imports)
+        problems += device_problems(device, self.info.capabilities)
+        if self.native_problems and not problems:
+            problems += self._function("_library", "native_problems")(device)
+        return problems
+
+    @hookimpl
+    def build_config(self, options: Mapping[str, object]) -> BackendOptions:
+        return convert(self.info.options, options)
+
+    def library_problems(self) -> list[Problem]:
+        """Libraries of the card that are missing or of another version."""
+        return library_problems(self.info.libraries)
+
+    def _answer(self, hook: str, *arguments: Any) -> Any:
+        return self._function(FILES[hook], hook)(*arguments)
+
+    def _function(self, file: str, name: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(import_module(f"{self.package}.{file}"), name)
+        return function
+
+
+def _forwarding(answer: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """hook -> a function with the hook's arguments, by which pluggy knows it."""
+
+    def load(request: LoadRequest, config: BackendOptions) -> LoadedModel:
+        return answer("load", request, config)  # type: ignore[no-any-return]
+
+    def describe_layers(model: Any) -> list[LayerInfo]:
+        return answer("describe_layers", model)  # type: ignore[no-any-return]
+
+    def plan_layers(weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]:
+        return answer("plan_layers", weights, config)  # type: ignore[no-any-return]
+
+    def quantize(request: LoadRequest, config: BackendOptions, calibration: Sequence[str], out: Path) -> Path:
+        return answer("quantize", request, config, calibration, out)  # type: ignore[no-any-return]
+
+    def prepare_for_training(loaded: LoadedModel) -> Any:
+        return answer("prepare_for_training", loaded)
+
+    def save(loaded: LoadedModel, out: Path) -> Path:
+        return answer("save", loaded, out)  # type: ignore[no-any-return]
+
+    functions = (load, describe_layers, plan_layers, quantize, prepare_for_training, save)
+    return {function.__name__: function for function in functions}

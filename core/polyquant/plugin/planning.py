@@ -1,0 +1,29 @@
+"""What plans have in common: names of modules, and refusals that say what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from polyquant.errors import ConfigError
+from polyquant.types import LayerPlan, WeightInfo
+
+
+def module_of(weight: WeightInfo | LayerPlan) -> str:
+    """The name of the module that owns a tensor."""
+    return weight.name.rpartition(".")[0]
+
+
+def quantized_modules(plans: Iterable[LayerPlan]) -> list[str]:
+    """Names of the modules that are planned quantized, in their order."""
+    return [module_of(plan) for plan in plans if plan.quantized]
+
+
+def unfit(weight: WeightInfo, what: str, fixes: Sequence[str] = ()) -> ConfigError:
+    """The error for a tensor that the options do not fit.
+
+    what: what does not fit, such as 'group_size 128 does not divide in_features 576'. fixes: options that would, such
+    as 'group_size=64'; leaving the module dense is always named last.
+    """
+    short = module_of(weight).rpartition(".")[2]
+    ways = " or ".join([*fixes, f"skip=({short!r},)"])
+    return ConfigError(f"{what} in {weight.name} {tuple(weight.shape)}; use {ways}")
