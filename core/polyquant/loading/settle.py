@@ -78,8 +78,8 @@ def _made_first(source: ModelSource, backend: Quantizer) -> Route:
         return "make first"
     raise CheckpointConflict(
         f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
-        f"({', '.join(can.loads_prequantized)}); it makes none: give one that was made elsewhere, or take another "
-        "backend"
+        f"({', '.join(can.loads_prequantized)}); it makes none of a dense model: give one that "
+        "was made elsewhere, or take another backend"
     )
 
 
