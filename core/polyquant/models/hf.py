@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +24,6 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     Raises ModelError where it needs remote code that was not allowed, or is not a causal language model.
     """
     source = versions.readable(source)
-    gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     needs_code = "auto_map" in source.config and source.config.get("model_type") not in CONFIG_MAPPING
     if needs_code and not trust_remote_code:
         raise ModelError(
@@ -29,7 +31,9 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
             "read that code first, then allow it with trust_remote_code=True (--trust-remote-code)"
         )
     try:
-        config = AutoConfig.from_pretrained(str(source.path), trust_remote_code=trust_remote_code, **gguf)
+        lone = source.path.is_file()  # a config.json without a model
+        file = (source.path if lone else source.path / (source.gguf_file or "config.json")).stat()
+        config = deepcopy(_config(source.path, source.gguf_file, trust_remote_code, file.st_size, file.st_mtime_ns))
     except Exception as error:
         raise ModelError(f"{source.name}: transformers cannot read its config: {error}") from error
     config = versions.choosing_attention(config)
@@ -39,6 +43,13 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
             "has no causal language model class in transformers"
         )
     return config
+
+
+@lru_cache(maxsize=4)
+def _config(path: Path, gguf_file: str, trust_remote_code: bool, size: int, mtime_ns: int) -> Any:
+    """size, mtime_ns: of the file, so that one that was changed is read again. Reading a GGUF's takes seconds."""
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **gguf)
 
 
 def skeleton(source: ModelSource, dtype: Dtype, *, trust_remote_code: bool = False) -> Any:
