@@ -9,11 +9,19 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from polyquant.errors import ModelError
-from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, frozen_linear, needs_gradient
+from polyquant.errors import ModelError, UnsupportedOperation
+from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.plugin.layers import (
+    Quantized,
+    describe,
+    frozen_for_adapters,
+    frozen_linear,
+    layer_tensors,
+    needs_gradient,
+)
 
 from polyquant_compressed_tensors._decode import decode
+from polyquant_compressed_tensors._library import quantization_scheme
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, is_ignored, uses_int8pack
 
@@ -36,7 +44,7 @@ class PackedLinear(torch.nn.Linear):
     ) -> None:  # fmt: skip
         torch.nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.out_features, self.in_features = shape
-        self.compute_dtype, self.options, self.scheme = dtype, config, config.native()
+        self.compute_dtype, self.options, self.scheme = dtype, config, quantization_scheme(config)
         self.int8pack = uses_int8pack(shape, config)
         self.kernel = INT8_KERNEL if self.int8pack else kernel(config)
         self.register_parameter("weight", None)
@@ -94,21 +102,7 @@ def packed_linear(
 ) -> PackedLinear:  # fmt: skip
     """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen."""
     shape = (linear.out_features, linear.in_features)
-    expected = checkpoint_tensors(shape, config, plain=plain)
-    wanted = {*expected, *(["bias"] if linear.bias is not None else [])}
-    if missing := wanted - set(tensors):
-        raise ModelError(f"{', '.join(sorted(missing))} is missing; it has {', '.join(sorted(tensors)) or 'nothing'}")
-    if astray := set(tensors) - wanted:
-        raise ModelError(f"{', '.join(sorted(astray))} has no place in a layer of {config.scheme} weights")
-    held = dict(tensors)
-    for name, (size, kind) in expected.items():
-        tensor = tensors[name]
-        if name == "weight_scale" and tensor.numel() == torch.Size(size).numel():
-            held[name] = tensor = tensor.reshape(size)
-        right = tensor.is_floating_point() if kind == SCALE else tensor.dtype == getattr(torch, kind)
-        if tuple(tensor.shape) != size or not right:
-            found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            raise ModelError(f"{name} of a layer {shape} should be {size} {kind}, and is {found}")
+    held = layer_tensors(linear, tensors, checkpoint_tensors(shape, config, plain=plain))
     if "weight_shape" in held and held.pop("weight_shape").tolist() != list(shape):
         raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {list(shape)}")
     bias = held.pop("bias", None)
@@ -143,6 +137,15 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     head = model.get_output_embeddings()
     skipped = [name for name, module in model.named_modules() if module is not head and is_ignored(name, ignore)]
     return describe(model, _quantized, skipped=skipped)
+
+
+def prepare_for_training(loaded: LoadedModel) -> Any:
+    """Raises UnsupportedOperation for rounded activations: no gradient passes through them to the adapters below."""
+    if getattr(loaded.config, "dynamic_activations", False):
+        raise UnsupportedOperation(
+            "no gradient passes through dynamic_activations; train on a checkpoint whose activations are not rounded"
+        )
+    return frozen_for_adapters(loaded.model)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:
