@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import torch
-from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, frozen_linear
+from polyquant.plugin.layers import Quantized, describe, frozen_linear, layer_tensors, prepare_for_training
 from torch import Tensor
 
 from polyquant_quark.options import QuarkOptions
 from polyquant_quark.planning import layout
 
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "dequantize and torch matmul"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # fp8 weights are codes
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NIBBLES = {"order": (0, 1, 2, 3, 4, 5, 6, 7), "reorder": (0, 4, 1, 5, 2, 6, 3, 7)}
 """Packing -> where in a word the codes of eight neighbours are, in units of four bits from the lowest."""
@@ -85,22 +85,14 @@ def quark_linear(
     linear: torch.nn.Linear, config: QuarkOptions, dtype: torch.dtype, packing: str, tensors: Mapping[str, Tensor]
 ) -> QuarkLinear:
     """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen."""
-    shape = (linear.out_features, linear.in_features)
-    expected = layout(shape, config)
-    wanted = {*expected, *(["bias"] if linear.bias is not None else [])}
-    if missing := wanted - set(tensors):
-        raise ModelError(f"{', '.join(sorted(missing))} is missing; it has {', '.join(sorted(tensors)) or 'nothing'}")
-    if astray := set(tensors) - wanted:
-        raise ModelError(f"{', '.join(sorted(astray))} has no place in a layer of {config.weights} weights")
-    held = dict(tensors)
-    for name, (size, kind) in expected.items():
-        tensor = tensors[name]
-        right = tensor.is_floating_point() if kind == "float32" else tensor.dtype == getattr(torch, kind)
-        same = tensor.numel() == 1 if not size else tuple(tensor.shape) == size
-        if not right or not same or tensor.numel() != prod(size):
-            found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-            raise ModelError(f"{name} of a layer {shape} should be {kind} {size}, and is {found}")
-        held[name] = (tensor.float() if kind == "float32" else tensor).reshape(size).contiguous()
+    stored = {
+        name: (shape, "float" if dtype == "float32" else dtype)
+        for name, (shape, dtype) in layout((linear.out_features, linear.in_features), config).items()
+    }
+    held = {
+        name: (tensor.float() if tensor.dtype in FLOATS else tensor).contiguous()
+        for name, tensor in layer_tensors(linear, tensors, stored).items()
+    }
     if "bias" in held:
         held["bias"] = held["bias"].to(dtype)
     return QuarkLinear(linear, config, dtype, packing, held)
