@@ -15,7 +15,6 @@ from polyquant_quark.planning import layout
 
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "dequantize and torch matmul"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # fp8 weights are codes
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NIBBLES = {"order": (0, 1, 2, 3, 4, 5, 6, 7), "reorder": (0, 4, 1, 5, 2, 6, 3, 7)}
 """Packing -> where in a word the codes of eight neighbours are, in units of four bits from the lowest."""
@@ -85,16 +84,11 @@ def quark_linear(
     linear: torch.nn.Linear, config: QuarkOptions, dtype: torch.dtype, packing: str, tensors: Mapping[str, Tensor]
 ) -> QuarkLinear:
     """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen."""
-    stored = {
-        name: (shape, "float" if dtype == "float32" else dtype)
-        for name, (shape, dtype) in layout((linear.out_features, linear.in_features), config).items()
-    }
-    held = {
-        name: (tensor.float() if tensor.dtype in FLOATS else tensor).contiguous()
-        for name, tensor in layer_tensors(linear, tensors, stored).items()
-    }
-    if "bias" in held:
-        held["bias"] = held["bias"].to(dtype)
+    own = layout((linear.out_features, linear.in_features), config)
+    stored = {name: (shape, "float" if kind == "float32" else kind) for name, (shape, kind) in own.items()}
+    dtypes = {"bias": dtype, **{name: getattr(torch, kind) for name, (_, kind) in own.items()}}
+    found = layer_tensors(linear, tensors, stored)
+    held = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in found.items()}
     return QuarkLinear(linear, config, dtype, packing, held)
 
 

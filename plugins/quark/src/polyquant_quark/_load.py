@@ -9,7 +9,7 @@ import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 
-from polyquant_quark._layers import FLOATS, KERNEL, QuarkLinear, quark_linear
+from polyquant_quark._layers import KERNEL, QuarkLinear, quark_linear
 from polyquant_quark.options import QuarkOptions
 from polyquant_quark.planning import plan_layers
 
@@ -23,7 +23,7 @@ def load(request: LoadRequest, config: QuarkOptions) -> LoadedModel:
         return quark_linear(linear, config, getattr(torch, wanted), packing, tensors)
 
     def check(name: str, tensor: torch.Tensor) -> None:
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(f"{source.name}: {name} is {kind}, and there is no weight_scale beside it")
 
