@@ -17,7 +17,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.plugin.describe import Quantized, describe
 
 __all__ = [
-    "Quantized", "describe", "differentiable", "frozen_for_adapters", "frozen_linear", "layer_tensors",
+    "PackedLinear", "Quantized", "describe", "differentiable", "frozen_for_adapters", "frozen_linear", "layer_tensors",
     "needs_gradient", "prepare_for_training", "rows_at_a_time", "weight_rows",
 ]  # fmt: skip
 
@@ -28,6 +28,31 @@ CHUNK_WEIGHTS = {"cpu": 2**20, "other": 2**26}
 """Weights dequantized at a time. CPU: 4 MiB of float32, so that an output head never stands in memory whole."""
 IDENTITY_ROWS = 256
 """Rows of the identity matrix that `weight_rows` multiplies at a time."""
+
+
+class PackedLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not typed here
+    """`torch.nn.Linear` with packed tensors as its parameters, whose weight is dequantized anew for each product.
+
+    A subclass says what they stand for in `dequantize`, and takes a faster product where it has one in `forward`.
+    """
+
+    def __init__(self, linear: Any, tensors: Mapping[str, Tensor]) -> None:
+        """linear: the layer whose place it takes; only its sizes are read. tensors: by name, a bias among them."""
+        torch.nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name in ("weight", "bias"):
+            self.register_parameter(name, None)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (..., in_features). Returns (..., out_features)."""
+        return frozen_linear(input, lambda: [self.dequantize()], self.bias)
+
+    def dequantize(self) -> Tensor:
+        """The weight, (out_features, in_features)."""
+        raise NotImplementedError
 
 
 def layer_tensors(

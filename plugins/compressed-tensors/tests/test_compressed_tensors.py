@@ -11,7 +11,7 @@ from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
 from polyquant.testing.state import differences, snapshot
 from polyquant.testing.texts import CALIBRATION
-from polyquant_compressed_tensors._layers import PackedLinear
+from polyquant_compressed_tensors._layers import CompressedLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -331,7 +331,7 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(checkpoint, folder,
     loaded = load(checkpoint("qwen2", compute_dtype="float32", **options), compute_dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2", folder / "dense"))
     for name, module in loaded.model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, CompressedLinear):
             dense.get_submodule(name).weight.data = module.dequantize()
 
     def gradients(model):

@@ -9,7 +9,7 @@ import torch
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 
 from polyquant_compressed_tensors._kernels import Int4PackLinear
-from polyquant_compressed_tensors._layers import PackedLinear, packed_linear
+from polyquant_compressed_tensors._layers import CompressedLinear, packed_linear
 from polyquant_compressed_tensors.options import OWN, CompressedTensorsOptions, plain_format
 from polyquant_compressed_tensors.planning import plan_layers, uses_int4pack
 
@@ -19,7 +19,7 @@ def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
     config = config.with_kernel(torch.device(request.device).type, wanted)
     plain = plain_format(stored)
 
-    def make(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> PackedLinear:
+    def make(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> CompressedLinear:
         layer = packed_linear(linear, config, getattr(torch, wanted), tensors, plain=plain)
         return Int4PackLinear(layer) if uses_int4pack((layer.out_features, layer.in_features), config) else layer
 
@@ -34,7 +34,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     """The tensors in the format they were read in, and the quantization_config with the compute dtype."""
     stored, tensors = dict(loaded.model.config.quantization_config), dict(loaded.model.state_dict())
     for name, module in loaded.model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, CompressedLinear):
             for key in module.state_dict():
                 del tensors[f"{name}.{key}"]
             own = module.checkpoint_tensors(plain=plain_format(stored))
