@@ -3,9 +3,12 @@
 import logging
 import os
 import random
+import sys
 import warnings
 
-from polyquant.support.libraries import contained, library_problems
+import pytest
+from polyquant.errors import EnvironmentProblem
+from polyquant.support.libraries import contained, library_problems, require_library
 from polyquant.types import Library
 
 
@@ -25,6 +28,24 @@ def test_what_a_library_changes_is_put_back(capfd):
     )  # fmt: skip
     assert capfd.readouterr() == ("", "")
     del os.environ["POLYQUANT_TEST_KEPT"]
+
+
+def test_bars_may_stay(capfd):
+    with contained(progress=True):
+        print("a banner")
+        print("a bar", file=sys.stderr)
+    assert capfd.readouterr() == ("", "a bar\n")
+
+
+def test_a_library_for_one_hook_is_refused_with_its_fix():
+    require_library(Library(distribution="msgspec", versions=">=0.18"), "Checkpoints are made with msgspec")
+    missing = Library(distribution="polyquant-nowhere", versions=">=2")
+    words = r"^Made with it:\n  - polyquant-nowhere is not installed\n    fix: pip install 'polyquant-nowhere>=2'$"
+    with pytest.raises(EnvironmentProblem, match=words):
+        require_library(missing, "Made with it")
+    broken = Library(distribution="msgspec", module="msgspec.nowhere")
+    with pytest.raises(EnvironmentProblem, match="msgspec is installed but fails to import: ModuleNotFoundError"):
+        require_library(broken, "Made with it")
 
 
 def test_a_fix_says_what_to_know_before_installing():

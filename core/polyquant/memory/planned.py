@@ -33,6 +33,15 @@ def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:
     return weight.role in ("linear", "head") and "Linear" in weight.module and not is_skipped(weight, config)
 
 
+def dense_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> list[str]:
+    """Names of the Linear modules that stay dense: what a checkpoint lists as ignored or excluded."""
+    return [
+        weight.name.rpartition(".")[0]
+        for weight in weights
+        if weight.role in ("linear", "head") and "Linear" in weight.module and not is_linear(weight, config)
+    ]
+
+
 def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> None:
     """Raises ConfigError where experts are fused into one tensor that is to be quantized."""
     for weight in weights:

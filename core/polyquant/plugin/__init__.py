@@ -9,14 +9,22 @@ formats that several libraries share: `layouts` (GPTQ, AWQ) and `gguf`.
 from polyquant.contract.markers import hookimpl
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.measure.speed import Feed
-from polyquant.memory.planned import DTYPE_BYTES, is_linear, is_skipped, plan_dense, plan_linears, refuse_experts
+from polyquant.memory.planned import (
+    DTYPE_BYTES,
+    dense_linears,
+    is_linear,
+    is_skipped,
+    plan_dense,
+    plan_linears,
+    refuse_experts,
+)
 from polyquant.memory.roles import REASONS, TIED
 from polyquant.options import BackendOptions, Dtype, RoundingMethod, convert, resolved_dtype
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import module_of, quantized_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.support.devices import device_problems
-from polyquant.support.libraries import contained, import_problems, library_problems, quiet_imports
+from polyquant.support.libraries import contained, import_problems, library_problems, quiet_imports, require_library
 from polyquant.types import (
     BackendInfo,
     Capabilities,
@@ -57,6 +65,7 @@ __all__ = [
     "WeightInfo",
     "contained",
     "convert",
+    "dense_linears",
     "device_problems",
     "hookimpl",
     "import_problems",
@@ -69,6 +78,7 @@ __all__ = [
     "quantized_modules",
     "quiet_imports",
     "refuse_experts",
+    "require_library",
     "resolved_dtype",
     "unfit",
 ]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyquant.errors import EnvironmentProblem
 from polyquant.options import BackendOptions
 from polyquant.registry.observers import Recorder
 from polyquant.registry.registry import Registry
 from polyquant.support.files import atomic_folder
+from polyquant.support.libraries import refuse_problems
 from polyquant.types import BackendInfo, Capabilities, LayerInfo, LayerPlan, Problem, WeightInfo
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ class Backend:
 
     def require(self, device: str) -> None:
         """Raises EnvironmentProblem with every problem and its fix."""
-        problems = self.problems(device)
-        if problems:
-            lines = [f"  - {problem.what}\n    fix: {problem.fix}" for problem in problems]
-            raise EnvironmentProblem(f"{self.name} cannot run on {device} here:\n" + "\n".join(lines))
+        refuse_problems(self.problems(device), f"{self.name} cannot run on {device} here")
 
     def load(self, request: LoadRequest, settled: Settled) -> LoadedModel:
         """Load what is settled; time and peak memory are recorded in the result."""

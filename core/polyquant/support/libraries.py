@@ -10,10 +10,11 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
 
+from polyquant.errors import EnvironmentProblem
 from polyquant.types import Library, Problem
 
 
@@ -52,11 +53,11 @@ def quiet_imports() -> Iterator[None]:
 
 
 @contextmanager
-def contained() -> Iterator[None]:
+def contained(*, progress: bool = False) -> Iterator[None]:
     """What a library changes of the process in the block is put back, and what it prints is dropped.
 
     For libraries that set environment variables, the root logger, warning filters and torch's use of TF32 when they
-    are imported or used.
+    are imported or used. progress: leave standard error alone, on which they draw their bars.
     """
     variables, state, precision = dict(os.environ), random.getstate(), _precision()
     root, level, handlers = logging.root, logging.root.level, logging.root.handlers[:]
@@ -64,7 +65,8 @@ def contained() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(quiet_imports())
         stack.enter_context(redirect_stdout(io.StringIO()))
-        stack.enter_context(redirect_stderr(io.StringIO()))
+        if not progress:
+            stack.enter_context(redirect_stderr(io.StringIO()))
         warnings.simplefilter("ignore")
         try:
             yield
@@ -115,3 +117,18 @@ def import_problems(libraries: Iterable[Library]) -> list[Problem]:
                 )
             )
     return problems
+
+
+def require_library(library: Library, what: str) -> None:
+    """For a library that only one of a backend's hooks needs.
+
+    Raises EnvironmentProblem, which begins with `what`, where it is missing, of another version, or fails to import.
+    """
+    refuse_problems(library_problems((library,)) or import_problems((library,)), what)
+
+
+def refuse_problems(problems: Sequence[Problem], what: str) -> None:
+    """Raises EnvironmentProblem, which begins with `what`, with every problem and its fix, where there are any."""
+    if problems:
+        lines = [f"  - {problem.what}\n    fix: {problem.fix}" for problem in problems]
+        raise EnvironmentProblem(f"{what}:\n" + "\n".join(lines))

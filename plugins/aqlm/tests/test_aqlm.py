@@ -12,7 +12,7 @@ from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
 from polyquant_aqlm._layers import QuantizedLinear
-from polyquant_aqlm.kernels import DEQUANTIZE, LOOKUP
+from polyquant_aqlm._kernels import DEQUANTIZE, LOOKUP
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -150,23 +150,29 @@ def replaced(name, how):
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        (without(f"{LAYER}.codes"), f"{LAYER} has no codes; it has codebooks, scales"),
-        (without(f"{LAYER}.codebooks"), f"{LAYER} has no codebooks"),
-        (without(f"{LAYER}.scales"), f"{LAYER} has no scales"),
-        (without("model.layers.1.self_attn.q_proj.bias"), r"q_proj has no bias"),
+        (without(f"{LAYER}.codes"), f"{LAYER} cannot be read: codes is missing; it has codebooks, scales"),
+        (without(f"{LAYER}.codebooks"), f"{LAYER} cannot be read: codebooks is missing"),
+        (without(f"{LAYER}.scales"), f"{LAYER} cannot be read: scales is missing"),
+        (without("model.layers.1.self_attn.q_proj.bias"), r"q_proj cannot be read: bias is missing"),
         (without("model.norm.weight"), r"missing or have no place in the model: model\.norm\.weight"),
-        (replaced(f"{LAYER}.codes", lambda codes: codes[:-1]), rf"codes of {LAYER} should have shape \(512, 32, 2\)"),
+        (
+            replaced(f"{LAYER}.codes", lambda codes: codes[:-1]),
+            rf"{LAYER} cannot be read: codes of .* should be \(512, 32, 2\) int8",
+        ),
         (
             replaced(f"{LAYER}.codes", lambda codes: codes.swapaxes(0, 1).contiguous()),
-            r"and has \(32, 512, 2\)",
+            r"and is \(32, 512, 2\) int8",
         ),
         (
             replaced(f"{LAYER}.codebooks", lambda books: books[:1]),
-            rf"codebooks of {LAYER} should have shape \(2, 256, 1, 8\), and has \(1, 256, 1, 8\)",
+            r"codebooks of .* should be \(2, 256, 1, 8\) float, and is \(1, 256, 1, 8\) float32",
         ),
-        (replaced(f"{LAYER}.codes", lambda codes: codes.short()), "should be torch.int8, and is torch.int16"),
-        (replaced(f"{LAYER}.scales", lambda scales: scales.int()), "should be a float type, and is torch.int32"),
-        (lambda found: found.update({f"{LAYER}.weight": torch.zeros(512, 256)}), f"{LAYER} has weight, where codes"),
+        (replaced(f"{LAYER}.codes", lambda codes: codes.short()), "int8, and is .* int16"),
+        (replaced(f"{LAYER}.scales", lambda scales: scales.int()), "float, and is .* int32"),
+        (
+            lambda found: found.update({f"{LAYER}.weight": torch.zeros(512, 256)}),
+            f"{LAYER} cannot be read: weight has no place beside codebooks, codes, scales",
+        ),
         (
             lambda found: found.update({"lm_head.codes": torch.zeros(1, dtype=torch.int8)}),
             "1 modules have codes, and should be dense .* lm_head",
@@ -184,7 +190,7 @@ def test_a_dense_layer_that_the_config_calls_quantized_is_refused(changed):
             del tensors[f"{LAYER}.{key}"]
         tensors[f"{LAYER}.weight"] = torch.zeros(512, 256)
 
-    with pytest.raises(ModelError, match=f"{LAYER} has weight, where codes, codebooks, scales were expected"):
+    with pytest.raises(ModelError, match=f"{LAYER} cannot be read: codebooks, codes, scales is missing; it has weight"):
         load(changed(dense))
     listed = changed(dense, lambda stored: stored["linear_weights_not_to_quantize"].append(f"{LAYER}.weight"))
     layer = next(layer for layer in load(listed).layers if layer.name == f"{LAYER}.weight")
@@ -194,11 +200,14 @@ def test_a_dense_layer_that_the_config_calls_quantized_is_refused(changed):
 @pytest.mark.parametrize(
     ("stored", "words"),
     [
-        (lambda stored: stored.update(in_group_size=16), r"codes of .* should have shape \(256, 16, 2\)"),
+        (lambda stored: stored.update(in_group_size=16), r"codes of .* should be \(256, 16, 2\)"),
         (lambda stored: stored.update(in_group_size="8"), "cannot read its quantization_config"),
         (lambda stored: stored.update(rotation="hadamard"), "it has rotation, which is not read"),
-        (lambda stored: stored.update(linear_weights_not_to_quantize=None), "lm_head has weight, where codes"),
-        (lambda stored: stored.pop("num_codebooks"), r"codes of .* should have shape \(256, 32, 1\)"),
+        (
+            lambda stored: stored.update(linear_weights_not_to_quantize=None),
+            "lm_head cannot be read: codebooks, codes, scales is missing; it has weight",
+        ),
+        (lambda stored: stored.pop("num_codebooks"), r"codes of .* should be \(256, 32, 1\)"),
     ],
 )
 def test_configs_that_do_not_fit_the_tensors(changed, stored, words):

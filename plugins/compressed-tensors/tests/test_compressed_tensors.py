@@ -11,7 +11,7 @@ from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
 from polyquant.testing.state import differences, snapshot
 from polyquant.testing.texts import CALIBRATION
-from polyquant_compressed_tensors._layers import PackedLinear
+from polyquant_compressed_tensors._layers import CompressedLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -133,7 +133,7 @@ def test_odd_sizes(checkpoint, folder):
     assert_verified(load(checkpoint("odd", strategy="channel")))
     with pytest.raises(
         ConfigError,
-        match=r"64 do not divide in_features 90 of model\.layers\.0\.self_attn\.q_proj\.weight; use strategy",
+        match=r"64 do not divide in_features 90 in model\.layers\.0\.self_attn\.q_proj\.weight \(90, 90\); use strategy",
     ):
         checkpoint("odd")
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_run_is_refused(changed, change, words):
         (lambda t: t.update({f"{UP}.weight_packed": t[f"{UP}.weight_packed"][:, :-1].contiguous()}),
          r"weight_packed of a layer \(512, 256\) should be \(512, 32\) int32, and is \(512, 31\) int32"),
         (lambda t: t.update({f"{UP}.weight_scale": t[f"{UP}.weight_scale"][:, :2].contiguous()}),
-         r"weight_scale of a layer \(512, 256\) should be \(512, 4\) scale"),
+         r"weight_scale of a layer \(512, 256\) should be \(512, 4\) float"),
         (lambda t: t.update({f"{UP}.weight_packed": t[f"{UP}.weight_packed"].long()}), "and is .* int64"),
         (lambda t: t.update({f"{UP}.weight_shape": torch.tensor([512, 255])}), r"weight_shape says \[512, 255\]"),
         (lambda t: t.update({f"{UP}.weight_g_idx": torch.zeros(256)}), f"{UP} cannot be read: weight_g_idx has no place"),
@@ -269,11 +269,11 @@ def test_gptq_follows_its_text(checkpoint, folder):
 
 
 def test_without_llm_compressor_checkpoints_load_and_are_not_made(checkpoint, monkeypatch):
-    from polyquant.support import environment
+    from polyquant.support import libraries
 
-    path, installed = checkpoint(), environment.installed_version
+    path, installed = checkpoint(), libraries.installed_version
     monkeypatch.setattr(
-        environment, "installed_version", lambda name: None if name == "llmcompressor" else installed(name)
+        libraries, "installed_version", lambda name: None if name == "llmcompressor" else installed(name)
     )
     assert_verified(load(path))
     with pytest.raises(
@@ -331,7 +331,7 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(checkpoint, folder,
     loaded = load(checkpoint("qwen2", compute_dtype="float32", **options), compute_dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2", folder / "dense"))
     for name, module in loaded.model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, CompressedLinear):
             dense.get_submodule(name).weight.data = module.dequantize()
 
     def gradients(model):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from polyquant.errors import ConfigError
-from polyquant_compressed_tensors._int4pack import Int4PackLinear
+from polyquant_compressed_tensors._kernels import Int4PackLinear
 from polyquant_compressed_tensors._layers import packed_linear
+from polyquant_compressed_tensors._library import quantization_scheme
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
-from polyquant_compressed_tensors.planning import checkpoint_tensors, held_tensors, quantized_bytes
+from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, held_tensors, quantized_bytes
 from polyquant.types import WeightInfo
 
 LAYOUTS = {
@@ -38,7 +39,7 @@ def random_tensors(shape, options, dtype, plain):
     for name, (size, kind) in checkpoint_tensors(shape, options, plain=plain).items():
         if name == "weight_shape":
             tensors[name] = torch.tensor(shape)
-        elif kind == "scale":
+        elif kind == SCALE:
             tensors[name] = (torch.rand(size, generator=generator) * 0.01 + 0.001).to(dtype)
         elif kind == "float32":
             tensors[name] = torch.tensor([37.5])
@@ -72,7 +73,7 @@ def test_the_weight_is_what_compressed_tensors_decompresses(name, shape, dtype):
         tensors = random_tensors(shape, options, dtype, plain)
         layer = packed_linear(linear(shape), options, dtype, tensors, plain=plain)
         library = BaseCompressor.get_value_from_registry("naive-quantized" if plain else options.packed_format)
-        expected = library.decompress(tensors, options.native())["weight"]
+        expected = library.decompress(tensors, quantization_scheme(options))["weight"]
         if name == "nvfp4" and dtype == torch.float16:  # the library goes through bfloat16
             torch.testing.assert_close(layer.dequantize().bfloat16(), expected, rtol=2**-7, atol=0)
         else:

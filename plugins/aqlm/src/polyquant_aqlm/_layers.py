@@ -9,13 +9,14 @@ import aqlm
 import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe
+from polyquant.plugin.layers import Quantized, describe, layer_tensors, prepare_for_training
 from torch import Tensor
 
-from polyquant_aqlm.kernels import DEQUANTIZE, LOOKUP, multiply
+from polyquant_aqlm._kernels import DEQUANTIZE, LOOKUP, multiply
 from polyquant_aqlm.options import AqlmOptions
 from polyquant_aqlm.planning import SCHEME, packed_shapes
 
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need
 TENSORS = ("codes", "codebooks", "scales")
 
 
@@ -57,31 +58,19 @@ def chosen_kernel(config: AqlmOptions, device: str) -> str:
 
 
 def linear_from_tensors(
-    name: str, linear: Any, config: AqlmOptions, dtype: torch.dtype, tensors: Mapping[str, Tensor], kernel: str
+    linear: Any, config: AqlmOptions, dtype: torch.dtype, tensors: Mapping[str, Tensor], kernel: str
 ) -> QuantizedLinear:
     """A layer from the stored codes, codebooks, scales and bias.
 
     Raises ModelError where a tensor is missing, or has another shape or type.
     """
-    shapes = packed_shapes(name, (linear.out_features, linear.in_features), config)
-    shapes |= {"bias": (linear.out_features,)} if linear.bias is not None else {}
-    if extra := sorted(set(tensors) - set(shapes)):
-        raise ModelError(f"{name} has {', '.join(extra)}, where {', '.join(shapes)} were expected")
-    codes = torch.int8 if config.nbits_per_codebook <= 8 else torch.int16
-    for key, shape in shapes.items():
-        found = tensors.get(key)
-        if found is None:
-            raise ModelError(f"{name} has no {key}; it has {', '.join(tensors) or 'no tensors'}")
-        if tuple(found.shape) != shape:
-            raise ModelError(f"{key} of {name} should have shape {shape}, and has {tuple(found.shape)}")
-        fits = found.dtype == codes if key == "codes" else found.is_floating_point()
-        if not fits:
-            wanted = codes if key == "codes" else "a float type"
-            raise ModelError(f"{key} of {name} should be {wanted}, and is {found.dtype}")
+    kinds = {"codes": "int8" if config.nbits_per_codebook <= 8 else "int16"}
+    shapes = packed_shapes((linear.out_features, linear.in_features), config)
+    expected = {name: (shape, kinds.get(name, "float")) for name, shape in shapes.items()}
     layer = QuantizedLinear(linear, config, kernel)
-    for key in shapes:
-        tensor = tensors[key] if key == "codes" else tensors[key].to(dtype)
-        setattr(layer, key, torch.nn.Parameter(tensor, requires_grad=False))
+    for name, tensor in layer_tensors(linear, tensors, expected).items():
+        held = tensor if name == "codes" else tensor.to(dtype)
+        setattr(layer, name, torch.nn.Parameter(held, requires_grad=False))
     return layer.eval()
 
 

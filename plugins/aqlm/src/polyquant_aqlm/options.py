@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, RoundingMethod
 
 DEFAULTS: Mapping[str, int] = {"num_codebooks": 1, "nbits_per_codebook": 16, "in_group_size": 8, "out_group_size": 1}
 """What a checkpoint means that does not say."""
@@ -47,6 +47,10 @@ class AqlmOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
             )
 
     @property
+    def rounding_method(self) -> RoundingMethod:
+        return "codebook"
+
+    @property
     def code_bits(self) -> float:
         """Bits of codes for each weight, without codebooks and scales."""
         return self.num_codebooks * self.nbits_per_codebook / (self.in_group_size * self.out_group_size)
@@ -56,18 +60,14 @@ class AqlmOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
         """`code_bits` to the nearest whole number, at least 1."""
         return max(1, round(self.code_bits))
 
-    def native(self) -> Any:
-        """transformers' AqlmConfig; dense modules with and without .weight, as version 5 heeds only the latter."""
-        from transformers import AqlmConfig
+    def to_stored(self) -> dict[str, Any]:
+        """As transformers writes it; `compute_dtype` is polyquant's addition.
 
-        return AqlmConfig(
-            **{name: getattr(self, name) for name in DEFAULTS},
-            linear_weights_not_to_quantize=[name + suffix for name in self.skip for suffix in (".weight", "")],
-        )
-
-    def stored(self) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint; `compute_dtype` is polyquant's addition."""
-        return {**self.native().to_dict(), "compute_dtype": self.compute_dtype}
+        Dense modules stand there with and without .weight: transformers 5 heeds only the latter.
+        """
+        dense = [name + suffix for name in self.skip for suffix in (".weight", "")]
+        sizes = {name: getattr(self, name) for name in DEFAULTS}
+        return {"quant_method": "aqlm", **sizes, DENSE: dense, "compute_dtype": self.compute_dtype}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_skipped, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_skipped, module_of, plan_linears
 
 from polyquant_aqlm.options import AqlmOptions
 
@@ -25,29 +25,28 @@ def plan_layers(weights: Sequence[WeightInfo], config: AqlmOptions) -> list[Laye
 
 
 def quantized_bytes(weight: WeightInfo, config: AqlmOptions) -> int:
-    """Codes, and codebooks and scales in the compute dtype."""
-    shapes = packed_shapes(weight.name.rpartition(".")[0], weight.shape, config)
+    """Codes, and codebooks and scales in the compute dtype. Raises ConfigError where groups do not come out even."""
+    sizes = zip(
+        ("out_features", "in_features"), weight.shape, (config.out_group_size, config.in_group_size), strict=True
+    )
+    for dimension, length, size in sizes:
+        if length % size:
+            raise ConfigError(
+                f"{module_of(weight)} has {dimension} {length}, which groups of {size} do not divide; keep it dense"
+            )
     dtype_bytes = DTYPE_BYTES[weight.dtype]
     code_bytes = 1 if config.nbits_per_codebook <= 8 else 2
-    sizes = {"codes": code_bytes, "codebooks": dtype_bytes, "scales": dtype_bytes}
-    return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
+    element_bytes = {"codes": code_bytes, "codebooks": dtype_bytes, "scales": dtype_bytes}
+    return sum(prod(shape) * element_bytes[name] for name, shape in packed_shapes(weight.shape, config).items())
 
 
-def packed_shapes(name: str, shape: tuple[int, ...], config: AqlmOptions) -> dict[str, tuple[int, ...]]:
-    """Shapes of the layer's codes, codebooks and scales. Raises ConfigError where the groups do not come out even.
-
-    shape: (out_features, in_features).
-    """
-    groups = []
-    for dimension, length, size in zip(
-        ("out_features", "in_features"), shape, (config.out_group_size, config.in_group_size), strict=True
-    ):
-        if length % size:
-            raise ConfigError(f"{name} has {dimension} {length}, which groups of {size} do not divide; keep it dense")
-        groups.append(length // size)
-    vector = (config.out_group_size, config.in_group_size)
+def packed_shapes(shape: tuple[int, ...], config: AqlmOptions) -> dict[str, tuple[int, ...]]:
+    """Shapes of the codes, codebooks and scales of a layer. shape: (out_features, in_features)."""
+    rows, columns = shape[0] // config.out_group_size, shape[1] // config.in_group_size
     return {
-        "codes": (*groups, config.num_codebooks),
-        "codebooks": (config.num_codebooks, 2**config.nbits_per_codebook, *vector),
-        "scales": (groups[0], 1, 1, 1),
-    }
+        "codes": (rows, columns, config.num_codebooks),
+        "codebooks": (
+            config.num_codebooks, 2**config.nbits_per_codebook, config.out_group_size, config.in_group_size,
+        ),
+        "scales": (rows, 1, 1, 1),
+    }  # fmt: skip

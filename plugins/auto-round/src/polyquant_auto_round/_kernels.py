@@ -81,14 +81,14 @@ def empty_layer(linear: Any, layout: Literal["plain", "gptq", "awq"], config: Au
     return layer
 
 
-def settle(layer: Any, name: str) -> None:
+def settle(layer: Any) -> None:
     """Bring a layer with its weights into the form that it keeps.
 
     Raises ModelError where zero points, which a symmetric layer of auto-round-lib does not read, are not the middle.
     """
     if is_fast(layer.bits):
         if not layer.asym and not _are_middle(layer.qzeros, layer.bits):
-            raise ModelError(f"zero points of {name} are fitted, and its config says that they are symmetric")
+            raise ModelError("its zero points are fitted, and the checkpoint's config says that they are symmetric")
         layer.post_init()
     if layer.bias is not None and layer.bias.numel():
         layer.register_parameter("bias", torch.nn.Parameter(layer._buffers.pop("bias"), requires_grad=False))

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from polyquant.plugin import LayerInfo, LoadedModel, layers
-from polyquant.plugin.layers import Quantized, describe, differentiable
+from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.plugin.layers import Quantized, describe, differentiable, frozen_for_adapters
 
 from polyquant_auto_round._kernels import is_fast, multiply, name
 
@@ -21,7 +21,7 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
     for module in loaded.model.modules():
         if hasattr(module, "polyquant_scheme") and is_fast(module.bits):
             module.forward = partial(_forward, module)
-    return layers.frozen_for_adapters(loaded.model)
+    return frozen_for_adapters(loaded.model)
 
 
 def _forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:

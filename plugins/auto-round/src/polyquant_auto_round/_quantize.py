@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polyquant.errors import ConfigError, SaveError
-from polyquant.memory.weights import list_weights
-from polyquant.models import hf
-from polyquant.plugin import LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin import LoadRequest, checkpoints, module_of, quantized_modules
 from polyquant.plugin.calibration import token_windows
 from polyquant.plugin.checkpoints import check_folder
 from polyquant.plugin.process import run_in_process
@@ -25,20 +23,19 @@ def quantize(request: LoadRequest, config: AutoRoundOptions, calibration: Sequen
             "with iters=0 weights are rounded without calibration text; leave it out, or tune with it: iters=200"
         )
     source, trusted = request.source, request.trust_remote_code
-    weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    plans = [(plan.name.rpartition(".")[0], plan) for plan in plan_layers(weights, config)]
-    quantized = [name for name, plan in plans if plan.quantized]
+    plans = plan_layers(request.weights, config)
     tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     job = {
         "model": str(source.path.absolute()), "device": request.device, "trusted": trusted, "options": config,
         "windows": _windows(tokenizer, calibration, config) if config.iters else [],
-        "dense": [name for name, plan in plans if plan.role == "linear" and not plan.quantized],
-        "head": any(plan.role == "head" and plan.quantized for _, plan in plans),
+        "dense": [module_of(plan) for plan in plans if plan.role == "linear" and not plan.quantized],
+        "head": any(plan.role == "head" and plan.quantized for plan in plans),
         "out": str((out / "export").absolute()),
     }  # fmt: skip
     run_in_process("polyquant_auto_round._worker", job, shown=request.progress)
     _complete(out, config)
     written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
+    quantized = quantized_modules(plans)
     if left := [name for name in quantized if name not in written]:
         raise SaveError(f"auto-round left {len(left)} of {len(quantized)} layers dense: {', '.join(left[:3])}")
     return out
@@ -60,5 +57,5 @@ def _complete(out: Path, config: AutoRoundOptions) -> None:
     folder.rmdir()
     (out / "export").rmdir()
     content = json.loads((out / "config.json").read_text())
-    content["quantization_config"] |= config.stored()
+    content["quantization_config"] |= config.to_stored()
     (out / "config.json").write_text(json.dumps(content, indent=2) + "\n")

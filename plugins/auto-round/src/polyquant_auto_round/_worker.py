@@ -10,6 +10,7 @@ import torch
 from auto_round import AutoRound, QuantizationScheme
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from polyquant_auto_round._library import algorithm
 from polyquant_auto_round.options import AutoRoundOptions
 
 BATCH = 8
@@ -25,7 +26,7 @@ def main(job: dict[str, Any]) -> None:
         AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, **where),
         AutoTokenizer.from_pretrained(job["model"], **where),
         scheme=QuantizationScheme(bits=config.bits, group_size=config.group_size, sym=config.sym),
-        alg_configs=config.native(),
+        alg_configs=algorithm(config),
         layer_config={name: dict(DENSE) for name in job["dense"]},
         quant_lm_head=job["head"],
         dataset=[{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in ids] or None,

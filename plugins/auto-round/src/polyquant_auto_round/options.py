@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, RoundingMethod
 
 METHODS = {"auto_round": "auto-round", "auto_gptq": "gptq", "auto_awq": "awq"}  # format -> quant_method
 SAMPLES, SAMPLE_TOKENS = 32, 256
@@ -53,6 +53,10 @@ class AutoRoundOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown
                     msgspec.structs.force_setattr(self, name, value)
 
     @property
+    def rounding_method(self) -> RoundingMethod:
+        return "tuned" if self.iters else "nearest"
+
+    @property
     def weight_bits(self) -> float:
         return self.bits
 
@@ -61,13 +65,7 @@ class AutoRoundOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown
         """int4 or, with fitted zero points, uint4; the same for 2, 3 and 8 bits."""
         return f"int{self.bits}" if self.sym else f"uint{self.bits}"
 
-    def native(self) -> Any:
-        """auto-round's own algorithm config: RTNConfig or SignRoundConfig."""
-        from polyquant_auto_round._library import algorithm
-
-        return algorithm(self)
-
-    def stored(self) -> dict[str, Any]:
+    def to_stored(self) -> dict[str, Any]:
         """What this package adds to a checkpoint's `quantization_config`, and all that a loaded model's holds."""
         tuning: dict[str, Any] = {"iters": self.iters}
         if self.iters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, layouts, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, layouts, plan_linears, unfit
 
 from polyquant_auto_round.options import AutoRoundOptions
 
@@ -43,5 +43,4 @@ def require_packable(weight: WeightInfo, config: AutoRoundOptions) -> None:
     elif config.group_size != -1 and in_features % config.group_size:
         what = f"group_size {config.group_size} does not divide in_features {in_features}"
     if what:
-        short = weight.name.rpartition(".")[0].rpartition(".")[2]
-        raise ConfigError(f"{what} of {weight.name}; use another group_size, or skip=({short!r},)")
+        raise unfit(weight, what, ("another group_size",))

@@ -9,11 +9,19 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from polyquant.errors import ModelError
-from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, frozen_linear, needs_gradient
+from polyquant.errors import ModelError, UnsupportedOperation
+from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.plugin.layers import (
+    PackedLinear,
+    Quantized,
+    describe,
+    frozen_for_adapters,
+    layer_tensors,
+    needs_gradient,
+)
 
 from polyquant_compressed_tensors._decode import decode
+from polyquant_compressed_tensors._library import quantization_scheme
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, is_ignored, uses_int8pack
 
@@ -23,27 +31,20 @@ INT8_KERNEL = f"torch._weight_int8pack_mm, above 8 rows {KERNEL}"
 INT8_ROWS = 8  # for more rows one decoding of the weight is faster
 
 
-class PackedLinear(torch.nn.Linear):
-    """`torch.nn.Linear` whose weight is unpacked anew in each forward pass, and never kept.
+class CompressedLinear(PackedLinear):
+    """A Linear module whose weight is unpacked anew in each forward pass, and never kept.
 
     transformers and compressed-tensors themselves decompress the whole model in its first forward pass.
     weight_packed: int4 in int32 words, fp4 two a byte, int8 and fp8 a byte each; (out_features, ...).
     """
 
     def __init__(
-        self, config: CompressedTensorsOptions, shape: tuple[int, int], dtype: torch.dtype,
-        tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        torch.nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
-        self.out_features, self.in_features = shape
-        self.compute_dtype, self.options, self.scheme = dtype, config, config.native()
-        self.int8pack = uses_int8pack(shape, config)
-        self.kernel = INT8_KERNEL if self.int8pack else kernel(config)
-        self.register_parameter("weight", None)
-        for name, tensor in {**tensors, "bias": bias}.items():
-            held = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
-            self.register_parameter(name, held)
-        self.eval()
+        self, linear: Any, config: CompressedTensorsOptions, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        super().__init__(linear, tensors)
+        self.compute_dtype, self.options, self.scheme = dtype, config, quantization_scheme(config)
+        self.int8pack = uses_int8pack((self.out_features, self.in_features), config)
+        self.kernel = INT8_KERNEL if self.int8pack else DYNAMIC_KERNEL if config.dynamic_activations else KERNEL
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -61,7 +62,7 @@ class PackedLinear(torch.nn.Linear):
             output = torch._weight_int8pack_mm(flat, self.weight_packed, self.weight_scale.flatten())
             output = output if self.bias is None else output + self.bias
             return output.view(*input.shape[:-1], self.out_features)
-        return frozen_linear(input, lambda: [self.dequantize()], self.bias)
+        return super().forward(input)
 
     def dequantize(self) -> torch.Tensor:
         """The weight in the compute dtype, (out_features, in_features)."""
@@ -91,35 +92,19 @@ class PackedLinear(torch.nn.Linear):
 def packed_linear(
     linear: torch.nn.Linear, config: CompressedTensorsOptions, dtype: torch.dtype,
     tensors: Mapping[str, torch.Tensor], *, plain: bool,
-) -> PackedLinear:  # fmt: skip
+) -> CompressedLinear:  # fmt: skip
     """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen."""
     shape = (linear.out_features, linear.in_features)
-    expected = checkpoint_tensors(shape, config, plain=plain)
-    wanted = {*expected, *(["bias"] if linear.bias is not None else [])}
-    if missing := wanted - set(tensors):
-        raise ModelError(f"{', '.join(sorted(missing))} is missing; it has {', '.join(sorted(tensors)) or 'nothing'}")
-    if astray := set(tensors) - wanted:
-        raise ModelError(f"{', '.join(sorted(astray))} has no place in a layer of {config.scheme} weights")
-    held = dict(tensors)
-    for name, (size, kind) in expected.items():
-        tensor = tensors[name]
-        if name == "weight_scale" and tensor.numel() == torch.Size(size).numel():
-            held[name] = tensor = tensor.reshape(size)
-        right = tensor.is_floating_point() if kind == SCALE else tensor.dtype == getattr(torch, kind)
-        if tuple(tensor.shape) != size or not right:
-            found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            raise ModelError(f"{name} of a layer {shape} should be {size} {kind}, and is {found}")
+    held = layer_tensors(linear, tensors, checkpoint_tensors(shape, config, plain=plain))
     if "weight_shape" in held and held.pop("weight_shape").tolist() != list(shape):
         raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {list(shape)}")
-    bias = held.pop("bias", None)
-    bias = None if bias is None else bias.to(dtype)
-    return PackedLinear(config, shape, dtype, _held(held, config, shape, dtype), bias)
+    return CompressedLinear(linear, config, dtype, _held(held, config, shape, dtype))
 
 
 def _held(
     tensors: Mapping[str, torch.Tensor], config: CompressedTensorsOptions, shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors as they are kept in memory: 8-bit weights out of their words, scales in `dtype`."""
+    """A checkpoint's tensors as they are kept: 8-bit weights out of their words, scales and bias in `dtype`."""
     held = dict(tensors)
     if "weight" in held:
         held["weight_packed"] = held.pop("weight")
@@ -129,13 +114,8 @@ def _held(
             zeros = torch.Size((shape[0], held["weight_scale"].shape[1]))
             held["weight_zero_point"] = unpack_from_int32(held["weight_zero_point"], 8, zeros, packed_dim=0)
     floating = checkpoint_tensors(shape, config, plain=True)["weight_scale"].dtype == SCALE
-    held["weight_scale"] = held["weight_scale"].to(dtype) if floating else held["weight_scale"]
-    return {name: tensor.contiguous() for name, tensor in held.items()}
-
-
-def kernel(config: CompressedTensorsOptions) -> str:
-    """What multiplies where torch has no matmul for the packed weights."""
-    return DYNAMIC_KERNEL if config.dynamic_activations else KERNEL
+    cast = ("bias", "weight_scale") if floating else ("bias",)
+    return {name: (tensor.to(dtype) if name in cast else tensor).contiguous() for name, tensor in held.items()}
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
@@ -145,8 +125,17 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     return describe(model, _quantized, skipped=skipped)
 
 
+def prepare_for_training(loaded: LoadedModel) -> Any:
+    """Raises UnsupportedOperation for rounded activations: no gradient passes through them to the adapters below."""
+    if getattr(loaded.config, "dynamic_activations", False):
+        raise UnsupportedOperation(
+            "no gradient passes through dynamic_activations; train on a checkpoint whose activations are not rounded"
+        )
+    return frozen_for_adapters(loaded.model)
+
+
 def _quantized(name: str, module: Any) -> Quantized | None:
-    if not isinstance(module, PackedLinear):
+    if not isinstance(module, CompressedLinear):
         return None
     options = module.options
     return Quantized(

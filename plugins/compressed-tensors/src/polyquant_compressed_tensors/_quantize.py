@@ -1,4 +1,4 @@
-"""Runs llm-compressor's oneshot and notes in the checkpoint what compressed-tensors has no field for."""
+"""Makes checkpoints with llm-compressor, and notes in them what compressed-tensors has no field for."""
 
 from __future__ import annotations
 
@@ -7,40 +7,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
-from llmcompressor import oneshot
-from llmcompressor.core import create_session
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from polyquant.memory.weights import list_weights
-from polyquant.models import hf
-from polyquant.plugin import Dtype, LoadRequest, checkpoints, resolved_dtype
+from polyquant.errors import ConfigError
+from polyquant.plugin import Dtype, LoadRequest, checkpoints, dense_linears, require_library, resolved_dtype
 from polyquant.plugin.calibration import token_windows
 from torch.utils.data import DataLoader
 
-from polyquant_compressed_tensors.options import CompressedTensorsOptions
-from polyquant_compressed_tensors.planning import ignored_modules, plan_layers
-from polyquant_compressed_tensors.stored import OWN, own_fields
+from polyquant_compressed_tensors._library import LLM_COMPRESSOR, quantization_scheme, quiet_llm_compressor
+from polyquant_compressed_tensors.options import OWN, CompressedTensorsOptions
+from polyquant_compressed_tensors.planning import plan_layers
 
 
 def quantize(request: LoadRequest, config: CompressedTensorsOptions, calibration: Sequence[str], out: Path) -> Path:
-    source, trusted = request.source, request.trust_remote_code
-    weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    checkpoints.require_linears(weights, config)
-    plan_layers(weights, config)  # both refuse what does not fit before a weight is read
-    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
+    """Raises ConfigError for what makes no checkpoint, EnvironmentProblem where llm-compressor is not there."""
+    if config.method == "unknown":
+        raise ConfigError("method 'unknown' is for checkpoints that do not say theirs; quantize with 'rtn' or 'gptq'")
+    if config.method == "rtn" and calibration:
+        raise ConfigError(
+            "method 'rtn' rounds to nearest and uses no calibration text; leave calibration (--calibration) out, "
+            "or choose method='gptq'"
+        )
+    checkpoints.require_linears(request.weights, config)
+    plan_layers(request.weights, config)  # both refuse what does not fit before a weight is read
+    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     batches = _batches(tokenizer, config, calibration) if config.method == "gptq" else None
+    with quiet_llm_compressor(progress=request.progress):
+        require_library(LLM_COMPRESSOR, "llm-compressor, which makes these checkpoints, cannot run")
+        _run(request, config, tokenizer, batches, out)
+    _note_own_fields(out / "config.json", config)
+    return out
+
+
+def _run(
+    request: LoadRequest, config: CompressedTensorsOptions, tokenizer: Any, batches: DataLoader[Any] | None, out: Path
+) -> None:
+    from llmcompressor import oneshot
+    from llmcompressor.core import create_session
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
     modifier = GPTQModifier if config.method == "gptq" else QuantizationModifier
-    recipe = modifier(config_groups={"group_0": config.native()}, ignore=ignored_modules(weights, config))
+    groups = {"group_0": quantization_scheme(config)}
+    recipe = modifier(config_groups=groups, ignore=dense_linears(request.weights, config))
     model = checkpoints.load_causal_lm(request, _dtype(request, config))
-    with create_session(), checkpoints.progress_bars(request.progress):
+    with create_session():
         oneshot(
             model=model, tokenizer=tokenizer, recipe=recipe, dataset=batches, output_dir=str(out),
             shuffle_calibration_samples=False,
         )  # fmt: skip
-    _note_own_fields(out / "config.json", config)
-    return out
 
 
 def _dtype(request: LoadRequest, config: CompressedTensorsOptions) -> Dtype:
@@ -61,6 +75,6 @@ def _batches(tokenizer: Any, config: CompressedTensorsOptions, calibration: Sequ
 def _note_own_fields(path: Path, config: CompressedTensorsOptions) -> None:
     """Which method, with how much text. The compute dtype is left to each load."""
     content = json.loads(path.read_text())
-    own = own_fields(msgspec.structs.asdict(config))
+    own = config.own_fields()
     content["quantization_config"][OWN] = {name: value for name, value in own.items() if name != "compute_dtype"}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

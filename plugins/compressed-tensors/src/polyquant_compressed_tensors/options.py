@@ -1,16 +1,15 @@
-"""Options of the compressed-tensors backend."""
+"""Options of the compressed-tensors backend, and what a checkpoint's quantization_config stands for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
 from polyquant.errors import ConfigError
-from polyquant.plugin import BackendOptions
-
-from polyquant_compressed_tensors.stored import read_stored
+from polyquant.plugin import BackendOptions, RoundingMethod
 
 Weights = Literal["int4", "int8", "fp8", "mxfp4", "nvfp4"]
 Strategy = Literal["tensor", "channel", "group", "block", "tensor_group"]
@@ -26,6 +25,17 @@ FIXED_GROUPS: Mapping[Weights, int] = {"mxfp4": 32, "nvfp4": 16}
 DEFAULT_GROUP, BLOCK = 64, (128, 128)
 PACK_GROUPS = (32, 64, 128, 256)  # that torch's int4 matmul has
 SAMPLES, LENGTH = 64, 512
+
+OWN = "polyquant"  # key for what compressed-tensors has no field for
+OWN_FIELDS = ("method", "samples", "length", "compute_dtype")
+PLAIN = ("int-quantized", "float-quantized", "naive-quantized")  # weights a byte each
+UNREAD = {"kv_cache_scheme": "quantizes the key-value cache", "transform_config": "rotates activations"}
+FORMATS: Mapping[tuple[str, int], Mapping[str, tuple[str, ...]]] = {  # (type, bits) -> option -> its formats
+    ("int", 4): {"int4": ("pack-quantized",)},
+    ("int", 8): {"int8": ("pack-quantized", *PLAIN)},
+    ("float", 8): {"fp8": PLAIN},
+    ("float", 4): {"mxfp4": ("mxfp4-pack-quantized",), "nvfp4": ("nvfp4-pack-quantized",)},
+}
 
 
 class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +105,11 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
             msgspec.structs.force_setattr(self, name, value)
 
     @property
+    def rounding_method(self) -> RoundingMethod:
+        """Of a checkpoint that does not say, the least: to nearest."""
+        return "calibrated" if self.method == "gptq" else "nearest"
+
+    @property
     def weight_bits(self) -> float:
         return BITS[self.weights]
 
@@ -127,12 +142,102 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
         chosen = self.kernel if self.kernel != "auto" else "pack_mm" if there else "decode"
         return msgspec.structs.replace(self, kernel=chosen)
 
-    def native(self) -> Any:
-        """compressed-tensors' own QuantizationScheme."""
-        from polyquant_compressed_tensors.native import scheme
-
-        return scheme(self)
+    def own_fields(self) -> dict[str, Any]:
+        """What compressed-tensors has no field for; a checkpoint's config has it under OWN."""
+        return {name: getattr(self, name) for name in OWN_FIELDS}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        return msgspec.convert(read_stored(stored), cls)
+        return msgspec.convert(_read_stored(stored), cls)
+
+
+def _read_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as plain values.
+
+    Raises ValueError or TypeError, saying which part, for what cannot be run as it was meant.
+    """
+    groups = _mapping(stored, "config_groups")
+    for name, what in UNREAD.items():
+        if stored.get(name):
+            raise ValueError(f"it {what} ({name}), which is not run")
+    sparse = _mapping(stored, "sparsity_config").get("format", "dense")
+    if sparse != "dense":
+        raise ValueError(f"its weights are sparse ({sparse}), which is not read")
+    if len(groups) != 1:
+        raise ValueError(f"it has {len(groups)} config_groups ({', '.join(groups)}); one for all layers is read")
+    group = _mapping(groups, *groups)
+    if list(group.get("targets") or ()) != ["Linear"]:
+        raise ValueError(f"it targets {group.get('targets')}; ['Linear'] is read, with layers left out by ignore")
+    if group.get("output_activations"):
+        raise ValueError("it quantizes output activations (output_activations), which is not run")
+    values = _weights(_mapping(group, "weights"), group.get("format") or stored.get("format"))
+    activations = _mapping(group, "input_activations")
+    values["dynamic_activations"] = _activations(activations, values["weights"], values["strategy"])
+    noted = _mapping(stored, OWN) or {"method": "unknown"}
+    own = {name: noted[name] for name in OWN_FIELDS if name in noted}
+    return {**values, **own, "skip": _ignored(stored.get("ignore") or ()), "skip_defaults": False}
+
+
+def _mapping(holder: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = holder.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"its {name} is {value!r}, no mapping")
+    return value
+
+
+def _ignored(patterns: Sequence[str]) -> tuple[str, ...]:
+    for pattern in patterns:
+        try:
+            re.compile(str(pattern).removeprefix("re:") if str(pattern).startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} in its ignore is no regular expression: {error}") from error
+    return tuple(patterns)
+
+
+def plain_format(stored: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint keeps each weight in a byte, under the name `weight`."""
+    group = next(iter(stored["config_groups"].values()))
+    return (group.get("format") or stored.get("format")) in PLAIN
+
+
+def _weights(arguments: Mapping[str, Any], packed_format: str | None) -> dict[str, Any]:
+    kind = (str(arguments.get("type", "int")), int(arguments.get("num_bits", 8)))
+    fitting = FORMATS.get(kind, {})
+    name = next((name for name, formats in fitting.items() if packed_format in formats), None)
+    if name is None:
+        readable = [f"{word} of {bits} bits as {' or '.join(sum(formats.values(), ()))}"
+                    for (word, bits), formats in FORMATS.items()]  # fmt: skip
+        raise ValueError(
+            f"its weights are {kind[0]} of {kind[1]} bits in format {packed_format!r}; read are {'; '.join(readable)}"
+        )
+    if arguments.get("dynamic"):
+        raise ValueError("its weights are quantized dynamically, which is not read")
+    if str(arguments.get("actorder")) in ("group", "dynamic", "True"):
+        raise ValueError("it orders weights by activation (actorder 'group', weight_g_idx), which 0.19 no longer reads")
+    size = arguments.get("group_size")
+    strategy = arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    if strategy == "block" and list(arguments.get("block_structure") or ()) != [128, 128]:
+        raise ValueError(f"its blocks are {arguments.get('block_structure')}; [128, 128] is read")
+    symmetric = bool(arguments.get("symmetric", True))
+    grouped = strategy in ("group", "tensor_group")
+    return {
+        "weights": name, "strategy": strategy, "group_size": size if grouped else None, "symmetric": symmetric,
+    }  # fmt: skip
+
+
+def _activations(arguments: Mapping[str, Any], weights: str, strategy: str) -> bool:
+    """Whether activations are rounded while running. Raises ValueError for a way that is not run."""
+    if not arguments:
+        return False
+    kind = {"int": "int", "float": "fp"}.get(str(arguments.get("type", "int")), "?")
+    found = f"{kind}{arguments.get('num_bits', 8)}"
+    if arguments.get("dynamic") is not True:
+        raise ValueError(f"it quantizes activations to {found} with stored scales (static or local), which is not run")
+    how = (arguments.get("strategy"), arguments.get("group_size"), bool(arguments.get("symmetric", True)))
+    wanted = ("group", 128, True) if strategy == "block" else ("token", None, True)
+    if found != weights or how != wanted:
+        raise ValueError(
+            f"it rounds activations to {found} ({how[0]}, group {how[1]}, symmetric {how[2]}) for {weights}; "
+            f"{weights} ({wanted[0]}, group {wanted[1]}, symmetric) is run, for int8 and fp8"
+        )
+    return True

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_linear, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, module_of, plan_linears, unfit
 
 from polyquant_compressed_tensors.options import BLOCK, CompressedTensorsOptions
 
-SCALE = "scale"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
+SCALE = "float"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
 WORD_BITS = 32
 
 
@@ -27,29 +27,15 @@ class Tensor(NamedTuple):
 def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[LayerPlan]:
     """With the kernel still 'auto', for the CPU. Raises ConfigError where groups do not fit, or experts are fused."""
     config = config if config.kernel != "auto" else config.with_kernel("cpu", config.compute_dtype)
-    names = dict.fromkeys(weight.name.rpartition(".")[0] for weight in weights)
+    names = dict.fromkeys(module_of(weight) for weight in weights)
     config = msgspec.structs.replace(config, skip=tuple(name for name in names if is_ignored(name, config.skip)))
     fused = next((weight.name for weight in weights if weight.role == "experts"), None)
     if fused:
         raise ConfigError(
             f"{fused} holds fused experts, which compressed-tensors has no layout for here; "
-            "choose a model without experts, or a backend that leaves them dense (polyquant list)"
+            "choose a model without experts, or a backend that leaves them dense (polyquant backends)"
         )
     return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
-
-
-def quantized_modules(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[str]:
-    """Names of the modules that are packed."""
-    return [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
-
-
-def ignored_modules(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[str]:
-    """Names of the Linear modules that stay dense: what a checkpoint's `ignore` lists."""
-    return [
-        weight.name.rpartition(".")[0]
-        for weight in weights
-        if weight.role in ("linear", "head") and "Linear" in weight.module and not is_linear(weight, config)
-    ]
 
 
 def is_ignored(module: str, patterns: Sequence[str]) -> bool:
@@ -72,14 +58,11 @@ def require_fit(weight: WeightInfo, config: CompressedTensorsOptions) -> None:
     size = BLOCK[1] if config.strategy == "block" else config.group_size
     if size is None or columns % size == 0:
         return
-    fitting = [each for each in (32, 64, 128, 256) if columns % each == 0]
+    fitting = [other for other in (32, 64, 128, 256) if columns % other == 0]
     free = config.strategy == "group" and config.weights in ("int4", "int8")
     fixes = [f"group_size={max(fitting)}"] if fitting and free else []
     fixes += ["strategy='channel'"] if config.weights in ("int4", "int8", "fp8") else []
-    fixes += [f"skip=({weight.name.rpartition('.')[0].rpartition('.')[2]!r},)"]
-    raise ConfigError(
-        f"groups of {size} do not divide in_features {columns} of {weight.name}; use {' or '.join(fixes)}"
-    )
+    raise unfit(weight, f"groups of {size} do not divide in_features {columns}", fixes)
 
 
 def held_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions) -> dict[str, Tensor]:

@@ -3,65 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import torch
-from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, frozen_linear
+from polyquant.plugin.layers import PackedLinear, Quantized, describe, layer_tensors, prepare_for_training
 from torch import Tensor
 
 from polyquant_quark.options import QuarkOptions
 from polyquant_quark.planning import layout
 
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "dequantize and torch matmul"
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NIBBLES = {"order": (0, 1, 2, 3, 4, 5, 6, 7), "reorder": (0, 4, 1, 5, 2, 6, 3, 7)}
 """Packing -> where in a word the codes of eight neighbours are, in units of four bits from the lowest."""
 
 
-class QuarkLinear(torch.nn.Linear):
-    """`torch.nn.Linear` whose packed weight is dequantized anew in each forward pass, and never kept.
+class QuarkLinear(PackedLinear):
+    """A Linear module whose packed weight is dequantized anew in each forward pass, and never kept.
 
     weight, weight_scale, weight_zero_point: as `planning.layout` has them.
     """
 
     def __init__(
-        self,
-        linear: torch.nn.Linear,
-        config: QuarkOptions,
-        dtype: torch.dtype,
-        packing: str,
-        tensors: Mapping[str, Any],
+        self, linear: Any, config: QuarkOptions, dtype: torch.dtype, packing: str, tensors: Mapping[str, Tensor]
     ) -> None:
-        torch.nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear, tensors)
         self.options, self.compute_dtype, self.packing = config, dtype, packing
-        for name, tensor in tensors.items():
-            self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-        if linear.bias is None:
-            self.register_parameter("bias", None)
-        self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, lambda: [self.dequantize(x.dtype)], self.bias)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, (out_features, in_features); computed in float32."""
+    def dequantize(self) -> Tensor:
+        """The weight in the compute dtype, (out_features, in_features); computed in float32."""
         weights, size = self.options.weights, self.options.group_size
         if weights == "mxfp4":
             values = self.weight.new_tensor(FP4, dtype=torch.float32)[_fp4_codes(self.weight).long()]
             exponents = self.weight_scale.int() - 127
-            return self._scaled(values, torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents), dtype)
+            return self._scaled(values, torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents))
         if weights == "fp8":
-            return self._scaled(self.weight.float(), self.weight_scale.reshape(-1, 1), dtype)
+            return self._scaled(self.weight.float(), self.weight_scale.reshape(-1, 1))
         codes, zeros, scale = self._codes(self.weight), self._codes(self.weight_zero_point), self.weight_scale
         if size is None:
-            return self._scaled(codes.sub_(zeros.view(-1, 1)), scale.view(-1, 1), dtype)
+            return self._scaled(codes.sub_(zeros.view(-1, 1)), scale.view(-1, 1))
         groups = self.in_features // size
         codes.view(groups, size, self.out_features).sub_(zeros.view(groups, 1, self.out_features))
-        return self._scaled(codes.t(), scale.t(), dtype)
+        return self._scaled(codes.t(), scale.t())
 
     def _codes(self, tensor: Tensor) -> Tensor:
         """Stored integers as float32; eight of 4 bit out of each word of the last axis."""
@@ -71,10 +56,10 @@ class QuarkLinear(torch.nn.Linear):
         codes = torch.stack([((tensor >> 4 * place) & 15).to(torch.int8) for place in places], dim=-1).flatten(-2)
         return ((codes ^ 8) - 8 if self.options.weights == "int4" else codes).float()
 
-    def _scaled(self, values: Tensor, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _scaled(self, values: Tensor, scale: Tensor) -> Tensor:
         """values: (out_features, in_features), float32, overwritten; scale: the same rows, a column for each group."""
         grouped = values.reshape(self.out_features, scale.shape[-1], -1).mul_(scale.unsqueeze(-1))
-        return grouped.reshape(self.out_features, self.in_features).to(dtype or self.compute_dtype)
+        return grouped.reshape(self.out_features, self.in_features).to(self.compute_dtype)
 
 
 def _fp4_codes(packed: Tensor) -> Tensor:
@@ -85,24 +70,11 @@ def quark_linear(
     linear: torch.nn.Linear, config: QuarkOptions, dtype: torch.dtype, packing: str, tensors: Mapping[str, Tensor]
 ) -> QuarkLinear:
     """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen."""
-    shape = (linear.out_features, linear.in_features)
-    expected = layout(shape, config)
-    wanted = {*expected, *(["bias"] if linear.bias is not None else [])}
-    if missing := wanted - set(tensors):
-        raise ModelError(f"{', '.join(sorted(missing))} is missing; it has {', '.join(sorted(tensors)) or 'nothing'}")
-    if astray := set(tensors) - wanted:
-        raise ModelError(f"{', '.join(sorted(astray))} has no place in a layer of {config.weights} weights")
-    held = dict(tensors)
-    for name, (size, kind) in expected.items():
-        tensor = tensors[name]
-        right = tensor.is_floating_point() if kind == "float32" else tensor.dtype == getattr(torch, kind)
-        same = tensor.numel() == 1 if not size else tuple(tensor.shape) == size
-        if not right or not same or tensor.numel() != prod(size):
-            found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-            raise ModelError(f"{name} of a layer {shape} should be {kind} {size}, and is {found}")
-        held[name] = (tensor.float() if kind == "float32" else tensor).reshape(size).contiguous()
-    if "bias" in held:
-        held["bias"] = held["bias"].to(dtype)
+    own = layout((linear.out_features, linear.in_features), config)
+    stored = {name: (shape, "float" if kind == "float32" else kind) for name, (shape, kind) in own.items()}
+    dtypes = {"bias": dtype, **{name: getattr(torch, kind) for name, (_, kind) in own.items()}}
+    found = layer_tensors(linear, tensors, stored)
+    held = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in found.items()}
     return QuarkLinear(linear, config, dtype, packing, held)
 
 

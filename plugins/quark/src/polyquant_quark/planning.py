@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_linear, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears, unfit
 
 from polyquant_quark.options import QuarkOptions
 
@@ -17,16 +16,6 @@ BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1}
 def plan_layers(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[LayerPlan]:
     """Raises ConfigError where a layer does not fit."""
     return plan_linears(weights, config, config.weights, lambda weight: quantized_bytes(weight, config))
-
-
-def quantized_modules(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[str]:
-    return [weight.name.rpartition(".")[0] for weight in weights if is_linear(weight, config)]
-
-
-def dense_linears(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[str]:
-    """Names of the Linear modules that stay as they are."""
-    linear = (weight for weight in weights if weight.role in ("linear", "head"))
-    return [weight.name.rpartition(".")[0] for weight in linear if not is_linear(weight, config)]
 
 
 def quantized_bytes(weight: WeightInfo, config: QuarkOptions) -> int:
@@ -57,15 +46,14 @@ def layout(shape: Sequence[int], config: QuarkOptions) -> Mapping[str, tuple[tup
 
 
 def _require_fit(weight: WeightInfo, config: QuarkOptions) -> None:
-    (rows, columns), size, what, fix = weight.shape, config.group_size, "", ""
+    (rows, columns), size, what, fixes = weight.shape, config.group_size, "", list[str]()
     if size is not None and columns % size:
         what = f"group_size {size} does not divide in_features {columns}"
-        fitting = [each for each in (16, 32, 64, 128, 256) if columns % each == 0]
-        fix = f"group_size={max(fitting)} or " if fitting and config.weights != "mxfp4" else ""
+        fitting = [other for other in (16, 32, 64, 128, 256) if columns % other == 0]
+        fixes = [f"group_size={max(fitting)}"] if fitting and config.weights != "mxfp4" else []
     elif config.weights in ("int4", "uint4") and rows % PER_WORD:
         what = f"{PER_WORD} 4-bit weights share a word, and do not divide out_features {rows}"
     elif config.weights in ("int4", "uint4") and size is None and columns % PER_WORD:
         what = f"{PER_WORD} 4-bit weights share a word, and do not divide in_features {columns}"
     if what:
-        short = weight.name.rpartition(".")[0].rpartition(".")[2]
-        raise ConfigError(f"{what} of {weight.name}; use {fix}skip=({short!r},)")
+        raise unfit(weight, what, fixes)

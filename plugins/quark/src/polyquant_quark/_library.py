@@ -1,16 +1,25 @@
-"""Quark's own config of a weight. Imports amd-quark."""
+"""amd-quark's own config of a weight, and amd-quark without its talk. Reading checkpoints needs none of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from quark.torch.quantization.config import config as quark
+import torch
+import torch._dynamo
+from polyquant.plugin import Library, contained
 
 from polyquant_quark.options import QuarkOptions
 
+AMD_QUARK = Library(distribution="amd-quark", versions=">=0.13,<0.14", module="quark.torch")
+LIMITS = ("recompile_limit", "accumulated_recompile_limit")  # raised at its import, for the whole process
+
 
 def tensor_config(options: QuarkOptions) -> Any:
-    """The QTensorConfig of the weights."""
+    """The QTensorConfig of the weights. Imports amd-quark, for many seconds."""
+    from quark.torch.quantization.config import config as quark
+
     group: dict[str, Any] = {"ch_axis": -1, "group_size": options.group_size}
     channel: dict[str, Any] = {"ch_axis": 0}
     rounding: dict[str, Any] = {"symmetric": True, "scale_type": "float", "round_method": "half_even"}
@@ -28,3 +37,20 @@ def tensor_config(options: QuarkOptions) -> Any:
         ("mxfp4", "group"): lambda: quark.OCP_MXFP4Spec(ch_axis=-1, **static),
     }
     return makers[options.weights, options.granularity or ""]().to_quantization_spec()
+
+
+@contextmanager
+def quiet_quark(*, progress: bool) -> Iterator[None]:
+    """In the block Quark says nothing, and draws its bars only where `progress`; nothing is compiled by torch.
+
+    Random state, environment, warning filters and dynamo's limits are afterwards what they were before.
+    """
+    limits = {name: getattr(torch._dynamo.config, name) for name in LIMITS}
+    try:
+        with (
+            contained(progress=progress), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"),
+        ):  # fmt: skip
+            yield
+    finally:
+        for name, value in limits.items():
+            setattr(torch._dynamo.config, name, value)

@@ -9,27 +9,29 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from polyquant.plugin.layers import differentiable, weight_rows
 
 from polyquant_compressed_tensors._decode import code_values
-from polyquant_compressed_tensors._layers import PackedLinear
+from polyquant_compressed_tensors._layers import CompressedLinear
 
 KERNEL = "torch._weight_int4pack_mm_for_cpu"
 ZERO = 8  # the code that stands for 0
 
 
-class Int4PackLinear(PackedLinear):
+class Int4PackLinear(CompressedLinear):
     """weight_packed: uint8 (out_features, in_features / 2), torch's order; weight_scale: (groups, out_features, 2).
 
     Of each pair the first is the scale, the second what is added: 0.
     """
 
-    def __init__(self, layer: PackedLinear) -> None:
+    def __init__(self, layer: CompressedLinear) -> None:
         shape = (layer.out_features, layer.in_features)
         codes = code_values("int4", layer.weight_packed.detach(), torch.float32)[:, : shape[1]].int() + ZERO
         scale = layer.weight_scale.detach()
+        bias = {} if layer.bias is None else {"bias": layer.bias.detach()}
         tensors = {
+            **bias,
             "weight_packed": torch._convert_weight_to_int4pack_for_cpu(codes, 1),
             "weight_scale": torch.stack((scale, torch.zeros_like(scale)), -1).transpose(0, 1).contiguous(),
         }
-        super().__init__(layer.options, shape, layer.compute_dtype, tensors, layer.bias)
+        super().__init__(layer, layer.options, layer.compute_dtype, tensors)
         self.kernel = KERNEL
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
