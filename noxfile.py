@@ -130,7 +130,7 @@ def plugin(session: nox.Session, name: str) -> None:
 def compatibility(session: nox.Session, end: str) -> None:
     """The core's tests against one end of the versions that it supports; some use bitsandbytes, or others' cards."""
     session.install(*ENDS[end], "-e", str(ROOT), "-e", str(PLUGINS["bitsandbytes"]), "gguf", *CORE_TESTS)
-    cards = (word for name in ("gguf", "gptq", "hqq") for word in ("-e", str(PLUGINS[name])))
+    cards = (word for name in ("gguf", "gptqmodel", "hqq") for word in ("-e", str(PLUGINS[name])))
     session.install("--no-deps", BUILTIN_MODEL, *cards)
     session.env.update(variables(session) | {"POLYQUANT_CACHE": str(cache(session) / end)})
     whole = [f"--ignore=tests/test_{name}.py" for name in ("docs", "repository")]  # of the repository with all plugins

@@ -29,7 +29,7 @@ MEASURED = DOCS / "reference" / "measured.json"
 def main() -> None:
     wanted = pages()
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    known = {"index", *(path.name for path in (ROOT / "plugins").iterdir())}
+    known = {"index", *folders()}
     stale += [path for path in (DOCS / "backends").glob("*.md") if path.stem not in known]
     if "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(str(path.relative_to(ROOT)) for path in stale)}" if stale else 0)
@@ -61,17 +61,32 @@ def page_of(info: BackendInfo, results: dict[str, Result]) -> str:
     """The page of one backend, with its rows of the measured table."""
     names = [name for preset in info.presets if (name := f"{info.name}:{preset}") in results]
     rows = [measured_row(name, results[name]) for name in names]
-    return backend_page(info, markdown(MEASURES, rows) if rows else "", conditions(results))
+    return backend_page(info, folders()[info.name].name, markdown(MEASURES, rows) if rows else "", conditions(results))
+
+
+@cache
+def folders() -> dict[str, Path]:
+    """Each backend of this repository with the folder of the plugin that brings it, by the backends' names."""
+    found = {}
+    for path in (ROOT / "plugins").glob("*/pyproject.toml"):
+        found |= dict.fromkeys(entry_points(path.parent), path.parent)
+    return dict(sorted(found.items()))
+
+
+def entry_points(folder: Path) -> dict[str, str]:
+    """The backends of a plugin: name -> module:object."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    points: dict[str, str] = project["entry-points"]["polyquant.backends"]
+    return points
 
 
 @cache
 def ours() -> list[BackendInfo]:
     """The cards of this repository's backends, read from its folders, whatever is installed and runs here."""
     cards = []
-    for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
-        points = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["entry-points"]["polyquant.backends"]
-        module, _, name = points[path.parent.name].partition(":")
-        sys.path.insert(0, str(path.parent / "src"))
+    for backend, folder in folders().items():
+        module, _, name = entry_points(folder)[backend].partition(":")
+        sys.path.insert(0, str(folder / "src"))
         cards.append(getattr(importlib.import_module(module), name).backend_info())
     return cards
 
@@ -85,7 +100,7 @@ def with_table(readme: str) -> str:
     for info in ours():
         libraries = ", ".join(f"{library.distribution} {library.versions}".strip() for library in info.libraries)
         name, *cells = card_cells(info)
-        rows.append((f"[{name}](plugins/{name}/README.md)", *cells, libraries))
+        rows.append((f"[{name}](plugins/{folders()[name].name}/README.md)", *cells, libraries))
     return f"{head}{START}{marker}\n{markdown(HEADINGS, rows)}\n{END}{tail}"
 
 
@@ -121,7 +136,7 @@ def verified_rows(results: dict[str, Result]) -> Iterator[tuple[str, ...]]:
         named = [f"{library.distribution} {versions[library.distribution]}" for library in info.libraries
                  if library.distribution in versions]  # fmt: skip
         rest = [device.type for device in info.capabilities.devices if device.type not in on]
-        link = f"[{info.name}](../../plugins/{info.name}/README.md)"
+        link = f"[{info.name}](../../plugins/{folders()[info.name].name}/README.md)"
         yield (
             link,
             " ".join(on),

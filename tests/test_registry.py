@@ -128,7 +128,7 @@ def test_observers_see_every_addressed_call(make_plugin):
     [
         ("autogptq", "gptq", r"gptq \(gptqmodel\) reads these checkpoints too: take that, or run: pip install polyquant-autogptq"),
         ("auto_gptq", "gptq", r"gptq \(gptqmodel\) reads these checkpoints too"),
-        ("gptq", "autogptq", r"autogptq \(auto-gptq\) reads these checkpoints too: .* pip install polyquant-gptq"),
+        ("gptq", "autogptq", r"autogptq \(auto-gptq\) reads these checkpoints too: .* pip install polyquant-gptqmodel"),
         ("awq", "autoawq", r"autoawq \(AutoAWQ\) reads these checkpoints too"),
         ("auto-awq", "autoawq", "'auto-awq' is called 'autoawq' here"),
         ("autoawq", "acme", "Run: pip install polyquant-autoawq"),

@@ -1,6 +1,6 @@
 """For mkdocs: what lies outside docs/ becomes pages of the site, so that links into the repository lead somewhere.
 
-A link to a plugin's README leads to its backend's page, which ends with that README; a link to any other file leads
+A link to a plugin's README leads to its first backend's page, which ends with that README; a link to any other file leads
 to a page that shows the file.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent.parent
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(#[^)]*)?(?=\))")
 FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
+PROJECTS = {
+    path.parent.name: tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))
+}
+PLUGINS = {plugin: list(project["entry-points"]["polyquant.backends"]) for plugin, project in PROJECTS.items()}
+"""folder of a plugin -> the backends that it brings."""
 NAMES = sorted(path.stem for path in ROOT.glob("docs/backends/*.md") if path.stem != "index")
 
 
@@ -58,11 +65,12 @@ def expanded(uri: str, text: str) -> str:
     folder, _, name = uri.removesuffix(".md").partition("/")
     if folder != "backends" or name not in NAMES:
         return text
-    readme = (ROOT / "plugins" / name / "README.md").read_text(encoding="utf-8").partition("\n")[2]
+    (plugin,) = (plugin for plugin, backends in PLUGINS.items() if name in backends)
+    readme = (ROOT / "plugins" / plugin / "README.md").read_text(encoding="utf-8").partition("\n")[2]
     parts = FENCE.split(readme)
     for index in range(0, len(parts), 2):
         text_part = re.sub(r"^#", "##", parts[index], flags=re.MULTILINE)
-        parts[index] = re.sub(LINK, lambda found: f"../../plugins/{name}/{found[0]}", text_part)
+        parts[index] = re.sub(LINK, lambda found: f"../../plugins/{plugin}/{found[0]}", text_part)
     head = text.partition("<!-- notes -->")[0]
     return f"{head}\n## The package\n{''.join(parts)}"
 
@@ -75,9 +83,9 @@ def outside(home: str, link: str) -> str:
 
 
 def readme_of(target: str) -> str:
-    """The backend whose README it is, or the empty string."""
+    """The first backend of the plugin whose README it is, or the empty string."""
     found = re.fullmatch(r"plugins/([^/]+)(?:/README\.md)?", target)
-    return found[1] if found else ""
+    return PLUGINS[found[1]][0] if found else ""
 
 
 def page_of(target: str) -> str:

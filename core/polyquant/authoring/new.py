@@ -12,14 +12,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from polyquant.errors import ConfigError, SaveError
-from polyquant.registry.catalogue import READERS
+from polyquant.registry.catalogue import BACKENDS, PACKAGES
 from polyquant.support.files import atomic_folder
 
 TEMPLATE = Path(__file__).parent / "template"
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST_NAME = 40
-TAKEN = {"polyquant", "dense", *(package.removeprefix("polyquant-") for package in READERS.values())}
-"""polyquant's own words, and the backends it knows by name."""
+TAKEN = {"polyquant", "dense", *BACKENDS, *(package.removeprefix("polyquant-") for package in PACKAGES)}
+"""polyquant's own words, and the backends and packages it knows by name."""
 
 
 def package_of(name: str) -> str:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from polyquant.errors import ConfigError, ModelError, PlacementError
+from polyquant.errors import ConfigError, ModelError, PlacementError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
 from polyquant.models import hf, versions
@@ -32,14 +32,15 @@ from polyquant.models.headers import located_tensors
 from polyquant.models.hf import load_tokenizer, read_config
 from polyquant.models.versions import dtype_argument, forget_quantization, progress_bars, tied_tensors
 from polyquant.options import BackendOptions, Dtype
+from polyquant.plugin.layers import fill_empty
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 __all__ = [
     "check_folder", "complete", "dtype_argument", "empty_causal_lm", "fill", "forget_quantization", "load_causal_lm",
     "load_tokenizer", "own_tensors", "packed_modules", "place", "progress_bars", "quantize_layers", "read_config",
-    "read_layers", "read_tensors", "require_linears", "save", "save_pretrained", "single_device", "tied_tensors",
-    "with_stored_skips",
+    "read_layers", "read_tensors", "require_linears", "require_packed", "save", "save_pretrained", "single_device",
+    "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 Options = TypeVar("Options", bound=BackendOptions)
@@ -241,6 +242,13 @@ def complete(out: Path, source: ModelSource, skip: Sequence[str], tokenizer: Any
         shutil.copy(source.path / "generation_config.json", out)
 
 
+def require_packed(out: Path, modules: Sequence[str], library: str) -> None:
+    """Raises SaveError where one of `modules` has no `qweight` in the checkpoint that `library` wrote."""
+    packed = packed_modules(check_folder(out, str(out)), ("qweight",))
+    if left := [name for name in modules if name not in packed]:
+        raise SaveError(f"{library} left {len(left)} of {len(modules)} layers dense: {', '.join(left[:3])}")
+
+
 def _module(weight: WeightInfo) -> str:
     return weight.name.rpartition(".")[0]
 
@@ -259,24 +267,10 @@ def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -
 
     Raises ModelError where a parameter is left on the meta device, or a tensor fits nothing.
     """
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    missing = (
-        {name for name, tensor in own.items() if tensor.is_meta} - set(versions.tied_tensors(model)) - set(tensors)
-    )
-    astray = sorted(missing | set(tensors).difference(own))
-    if astray:
-        named = ", ".join(astray[:3])
-        raise ModelError(f"{source.name}: {len(astray)} tensors are missing or have no place in the model: {named}")
-    for name, tensor in tensors.items():
-        module_name, _, short = name.rpartition(".")
-        wanted = own[name]
-        if wanted.shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, {tuple(wanted.shape)} was expected"
-            raise ModelError(f"{source.name}: {name} has shape {shapes}")
-        parameter = (
-            torch.nn.Parameter(tensor, wanted.requires_grad) if isinstance(wanted, torch.nn.Parameter) else tensor
-        )
-        setattr(model.get_submodule(module_name), short, parameter)
+    try:
+        fill_empty(model, tensors, tied=versions.tied_tensors(model))
+    except ModelError as error:
+        raise ModelError(f"{source.name}: {error}") from error
     model.tie_weights()
 
 

@@ -1,11 +1,13 @@
-"""Quantized modules: how they are described, their products with packed weights, and the gradients. Imports torch.
+"""Quantized modules: how they are filled and described, their products with packed weights, and the gradients.
+
+Imports torch.
 
 Left to itself, autograd would keep each dequantized weight until the backward pass: a dense model again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +19,21 @@ from polyquant.loaded import LoadedModel
 from polyquant.plugin.describe import Quantized, describe
 
 __all__ = [
-    "PackedLinear", "Quantized", "describe", "differentiable", "frozen_for_adapters", "frozen_linear", "layer_tensors",
-    "needs_gradient", "prepare_for_training", "rows_at_a_time", "weight_rows",
-]  # fmt: skip
+    "PackedLinear",
+    "Quantized",
+    "bias_as_parameter",
+    "describe",
+    "differentiable",
+    "fill_empty",
+    "frozen_for_adapters",
+    "frozen_linear",
+    "gptq_tensors",
+    "layer_tensors",
+    "needs_gradient",
+    "prepare_for_training",
+    "rows_at_a_time",
+    "weight_rows",
+]
 
 Multiply = Callable[[Tensor], Tensor]
 Pieces = Callable[[], Iterable[Tensor]]
@@ -81,6 +95,48 @@ def layer_tensors(
 
 def _without_ones(shape: Iterable[int]) -> list[int]:
     return [length for length in shape if length != 1]
+
+
+def fill_empty(module: Any, tensors: Mapping[str, Tensor], *, tied: Collection[str] = ()) -> None:
+    """Assign `tensors` to the parameters and buffers of `module`, by their names in it.
+
+    tied: names that stay empty. Raises ModelError where something else is left on the meta device, or a tensor fits
+    nothing or has another shape.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    empty = {name for name, tensor in own.items() if tensor.is_meta}
+    if astray := sorted((empty - set(tied) - set(tensors)) | (set(tensors) - set(own))):
+        named = ", ".join(astray[:3])
+        raise ModelError(f"{len(astray)} tensors are missing or have no place in the model: {named}")
+    for name, tensor in tensors.items():
+        owner, _, short = name.rpartition(".")
+        wanted = own[name]
+        if wanted.shape != tensor.shape:
+            raise ModelError(f"{name} has shape {tuple(tensor.shape)}, {tuple(wanted.shape)} was expected")
+        is_parameter = isinstance(wanted, torch.nn.Parameter)
+        value = torch.nn.Parameter(tensor, wanted.requires_grad) if is_parameter else tensor
+        setattr(module.get_submodule(owner), short, value)
+
+
+def bias_as_parameter(layer: Any) -> None:
+    """Make the bias a parameter, which is seen and moved like any other; libraries keep it as a buffer or attribute."""
+    bias = layer.bias
+    if bias is not None:
+        del layer.bias
+        layer.register_parameter("bias", torch.nn.Parameter(bias.detach(), requires_grad=False))
+
+
+def gptq_tensors(linear: Any, tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+    """The tensors of a GPTQ layer, with each column's group, and without the bias of zeros that auto-gptq writes.
+
+    linear: the dense module, which says whether there is a bias. group_size: -1 is all of in_features.
+    """
+    whole = dict(tensors)
+    if linear.bias is None and "bias" in whole and not whole["bias"].any():
+        del whole["bias"]
+    size = linear.in_features if group_size == -1 else group_size
+    whole.setdefault("g_idx", torch.arange(linear.in_features, dtype=torch.int32) // size)  # columns in their order
+    return whole
 
 
 def rows_at_a_time(columns: int, device: torch.device) -> int:

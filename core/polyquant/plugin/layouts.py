@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from math import ceil, prod
 from typing import NamedTuple
 
+from polyquant.plugin.planning import unfit
+from polyquant.types import WeightInfo
+
 WORD_BITS = 32  # packed values lie in int32 words
 
 
@@ -80,3 +83,30 @@ def awq_bytes(shape: tuple[int, ...], bits: int, group_size: int, *, scale_bytes
 def int4pack_bytes(shape: tuple[int, ...], group_size: int) -> int:
     """Bytes of a layer in torch's int4 matmul on the CPU."""
     return total_bytes(int4pack_tensors(shape, group_size))
+
+
+def require_gptq(weight: WeightInfo, bits: int, group_size: int) -> None:
+    """Raises ConfigError where the groups or the packed words of a GPTQ layer do not come out even."""
+    out_features, in_features = weight.shape
+    require_groups(weight, group_size)
+    word = WORD_BITS if bits == 3 else WORD_BITS // bits  # weights that fill whole words
+    if in_features % word or out_features % word:
+        what = f"{bits}-bit words hold {word} weights, which does not divide {out_features} x {in_features}"
+        raise unfit(weight, what)
+
+
+def require_awq(weight: WeightInfo, bits: int, group_size: int) -> None:
+    """Raises ConfigError where the groups or the packed words of an AWQ layer do not come out even."""
+    out_features, word = weight.shape[0], WORD_BITS // bits
+    require_groups(weight, group_size)
+    if out_features % word:
+        raise unfit(weight, f"words hold {word} weights, which does not divide out_features {out_features}")
+
+
+def require_groups(weight: WeightInfo, group_size: int) -> None:
+    """Raises ConfigError where in_features is no whole number of groups."""
+    in_features = weight.shape[1]
+    if group_size != -1 and in_features % group_size:
+        raise unfit(
+            weight, f"group_size {group_size} does not divide in_features {in_features}", ["another group_size"]
+        )

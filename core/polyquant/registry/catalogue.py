@@ -14,8 +14,8 @@ SAME_CHECKPOINTS: Mapping[str, tuple[str, ...]] = {
 }
 """backend -> those that read the same checkpoints."""
 READERS: Mapping[str, str] = {
-    "awq": "polyquant-awq",
-    "gptq": "polyquant-gptq",
+    "awq": "polyquant-gptqmodel",
+    "gptq": "polyquant-gptqmodel",
     "hqq": "polyquant-hqq",
     "quanto": "polyquant-quanto",
     "torchao": "polyquant-torchao",
@@ -31,8 +31,8 @@ READERS: Mapping[str, str] = {
     "fouroversix": "polyquant-fouroversix",
 }
 """quant_method -> the plugin package that reads it."""
-PACKAGES = tuple(sorted({*READERS.values(), "polyquant-llama-cpp", "polyquant-autoawq", "polyquant-autogptq"}))
-"""Every plugin package of this repository; the last three read what gguf, awq and gptq read."""
+BACKENDS = tuple(sorted({*READERS, "llama-cpp", "autoawq", "autogptq"}))
+"""Every backend of this repository; the last three read what gguf, awq and gptq read."""
 OTHER_NAMES: Mapping[str, str] = {
     "auto-gptq": "autogptq", "auto_gptq": "autogptq", "gptqmodel": "gptq", "auto-awq": "autoawq", "auto_awq": "autoawq",
     "bnb": "bitsandbytes", "autoround": "auto-round", "auto_round": "auto-round", "optimum-quanto": "quanto",
@@ -40,6 +40,15 @@ OTHER_NAMES: Mapping[str, str] = {
     "llama_cpp": "llama-cpp", "amd-quark": "quark", "ao": "torchao",
 }  # fmt: skip
 """what a library or transformers calls it -> the backend's name here."""
+
+
+def package_of(backend: str) -> str:
+    """The plugin package that a backend of this repository comes with."""
+    return READERS.get(backend, f"polyquant-{backend}")
+
+
+PACKAGES = tuple(sorted({package_of(backend) for backend in BACKENDS}))
+"""Every plugin package of this repository."""
 
 
 def hint(name: str, installed: Collection[str]) -> str:
@@ -50,6 +59,7 @@ def hint(name: str, installed: Collection[str]) -> str:
     others = [each for each in SAME_CHECKPOINTS.get(own, ()) if each in installed]
     if others:
         library = LIBRARY[others[0]]
-        return f" {others[0]} ({library}) reads these checkpoints too: take that, or run: pip install polyquant-{own}."
+        command = f"pip install {package_of(own)}"
+        return f" {others[0]} ({library}) reads these checkpoints too: take that, or run: {command}."
     known = own in OTHER_NAMES.values() or own in SAME_CHECKPOINTS
-    return f" Run: pip install polyquant-{own}." if known else ""
+    return f" Run: pip install {package_of(own)}." if known else ""

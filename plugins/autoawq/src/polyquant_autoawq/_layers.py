@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import Quantized, describe
 
 from polyquant_autoawq._library import WQLinear_GEMM
 from polyquant_autoawq.options import AutoawqOptions
-from polyquant_autoawq.planning import SCHEME
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
@@ -23,12 +21,6 @@ def empty_layer(linear: Any, config: AutoawqOptions) -> WQLinear_GEMM:
     return WQLinear_GEMM(*sizes, linear.bias is not None, "meta").eval()
 
 
-def settle(layer: WQLinear_GEMM) -> None:
-    """The bias as a parameter, like any other layer's."""
-    if layer.bias is not None:
-        layer.register_parameter("bias", torch.nn.Parameter(layer._buffers.pop("bias"), requires_grad=False))
-
-
 def kernel(device: str) -> str:
     """What multiplies on `device`."""
     return "autoawq WQLinear_GEMM" + (", dequantized to float16 in each pass" if device == "cpu" else "")
@@ -38,4 +30,4 @@ def _quantized(name: str, module: Any) -> Quantized | None:
     if not isinstance(module, WQLinear_GEMM):
         return None
     shape = (module.out_features, module.in_features)
-    return Quantized(shape, module.w_bit, SCHEME, kernel(module.qweight.device.type))
+    return Quantized(shape, module.w_bit, f"awq{module.w_bit}", kernel(module.qweight.device.type))

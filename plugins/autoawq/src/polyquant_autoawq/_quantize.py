@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polyquant.errors import SaveError
-from polyquant.memory.weights import list_weights
-from polyquant.models import hf
-from polyquant.plugin import LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin import LoadRequest, checkpoints, quantized_modules
 from polyquant.plugin.calibration import token_windows
-from polyquant.plugin.checkpoints import check_folder
 
 from polyquant_autoawq._library import AutoAWQForCausalLM, AwqQuantizer, contained
 from polyquant_autoawq.options import AutoawqOptions
@@ -45,9 +41,8 @@ class Quantizer(AwqQuantizer):
 
 def quantize(request: LoadRequest, config: AutoawqOptions, calibration: Sequence[str], out: Path) -> Path:
     source, trusted = request.source, request.trust_remote_code
-    weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    checkpoints.require_linears(weights, config)
-    planned = [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
+    checkpoints.require_linears(request.weights, config)
+    planned = quantized_modules(plan_layers(request.weights, config))
     tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     with nullcontext() if request.progress else contained():
@@ -57,12 +52,10 @@ def quantize(request: LoadRequest, config: AutoawqOptions, calibration: Sequence
         )  # fmt: skip
         # without its search for clipping, which was not tried with the weights put back
         model.quantize(
-            tokenizer, quant_config=config.native(), calib_data=windows, apply_clip=False, quantizer_cls=Quantizer,
-            max_calib_samples=WINDOWS, max_calib_seq_len=WINDOW_TOKENS,
+            tokenizer, quant_config=config.quantize_config(), calib_data=windows, apply_clip=False,
+            quantizer_cls=Quantizer, max_calib_samples=WINDOWS, max_calib_seq_len=WINDOW_TOKENS,
         )  # fmt: skip
         model.save_quantized(str(out))
     checkpoints.complete(out, source, config.skip, tokenizer)
-    written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
-    if left := [name for name in planned if name not in written]:
-        raise SaveError(f"autoawq left {len(left)} of {len(planned)} layers dense: {', '.join(left[:3])}")
+    checkpoints.require_packed(out, planned, "autoawq")
     return out

@@ -29,13 +29,6 @@ def empty_layer(linear: Any, config: AutogptqOptions, dtype: torch.dtype) -> Any
     return layer.eval()
 
 
-def settle(layer: Any) -> None:
-    """The bias as a parameter, like any other layer's; the table beside the weights, where the library puts it."""
-    layer.wf = layer.wf.to(layer.qzeros.device)
-    if layer.bias is not None:
-        layer.register_parameter("bias", torch.nn.Parameter(layer._buffers.pop("bias"), requires_grad=False))
-
-
 def kernel(layer: Any) -> str:
     """What multiplies in `layer`."""
     on_gpu = layer.qweight.device.type == "cuda" and layer.autogptq_cuda_available

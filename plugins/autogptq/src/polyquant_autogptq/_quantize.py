@@ -7,14 +7,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from polyquant.errors import ConfigError, SaveError
-from polyquant.memory.weights import list_weights
-from polyquant.models import hf
-from polyquant.plugin import LoadRequest, checkpoints, contained, resolved_dtype
+from polyquant.errors import ConfigError
+from polyquant.plugin import LoadRequest, checkpoints, contained, quantized_modules, resolved_dtype
 from polyquant.plugin.calibration import token_windows
-from polyquant.plugin.checkpoints import check_folder
 
-from polyquant_autogptq._library import GPTQ_CAUSAL_LM_MODEL_MAP, base
+from polyquant_autogptq._library import GPTQ_CAUSAL_LM_MODEL_MAP, base, quantize_config
 from polyquant_autogptq.options import AutogptqOptions
 from polyquant_autogptq.planning import plan_layers
 
@@ -23,10 +20,8 @@ WINDOW_TOKENS, WINDOWS = 512, 32  # of calibration text, at most
 
 def quantize(request: LoadRequest, config: AutogptqOptions, calibration: Sequence[str], out: Path) -> Path:
     source, trusted = request.source, request.trust_remote_code
-    weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=trusted))
-    checkpoints.require_linears(weights, config)
-    plans = plan_layers(weights, config)
-    planned = [plan.name.rpartition(".")[0] for plan in plans if plan.quantized]
+    checkpoints.require_linears(request.weights, config)
+    plans = plan_layers(request.weights, config)
     if asked := [plan.name for plan in plans if plan.role == "linear" and not plan.quantized]:
         raise ConfigError(f"auto-gptq quantizes all layers of a block, and {asked[0]} is to stay dense; leave skip out")
     if any(plan.role == "head" and plan.quantized for plan in plans):
@@ -40,16 +35,14 @@ def quantize(request: LoadRequest, config: AutogptqOptions, calibration: Sequenc
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
     examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows]
     with nullcontext() if request.progress else contained():
-        wrapped = kind(checkpoints.load_causal_lm(request, resolved_dtype(config)), False, config.native())
+        wrapped = kind(checkpoints.load_causal_lm(request, resolved_dtype(config)), False, quantize_config(config))
         with _on_cpu() if request.device == "cpu" else nullcontext():
             wrapped.quantize(examples, cache_examples_on_gpu=False)
         wrapped.save_quantized(str(out))
     (written,) = out.glob("*.safetensors")
     written.rename(out / "model.safetensors")  # what other readers look for
     checkpoints.complete(out, source, config.skip, tokenizer)
-    found = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
-    if left := [name for name in planned if name not in found]:
-        raise SaveError(f"auto-gptq left {len(left)} of {len(planned)} layers dense: {', '.join(left[:3])}")
+    checkpoints.require_packed(out, quantized_modules(plans), "auto-gptq")
     return out
 
 

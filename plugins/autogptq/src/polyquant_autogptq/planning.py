@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, layouts, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, layouts, plan_linears, unfit
 
 from polyquant_autogptq.options import AutogptqOptions
 
@@ -21,13 +20,8 @@ def plan_layers(weights: Sequence[WeightInfo], config: AutogptqOptions) -> list[
 def quantized_bytes(weight: WeightInfo, config: AutogptqOptions) -> int:
     """Packed weight with zero points, scales in the compute dtype, each column's group, and the table of shifts."""
     out_features, in_features = weight.shape
-    what = ""
-    if config.group_size != -1 and in_features % config.group_size:
-        what = f"group_size {config.group_size} does not divide in_features {in_features}"
-    elif in_features % WORDS or out_features % WORDS:
-        what = f"auto-gptq takes multiples of {WORDS} as sizes, not {out_features} x {in_features}"
-    if what:
-        short = weight.name.rpartition(".")[0].rpartition(".")[2]
-        raise ConfigError(f"{what} of {weight.name}; use another group_size, or skip=({short!r},)")
+    layouts.require_groups(weight, config.group_size)
+    if in_features % WORDS or out_features % WORDS:
+        raise unfit(weight, f"auto-gptq takes multiples of {WORDS} as sizes, not {out_features} x {in_features}")
     stored = layouts.gptq_bytes(weight.shape, config.bits, config.group_size, scale_bytes=DTYPE_BYTES[weight.dtype])
     return stored + 4 * (SHIFTS_3 if config.bits == 3 else 32 // config.bits)

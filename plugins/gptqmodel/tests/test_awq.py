@@ -18,14 +18,9 @@ UP = "model.layers.1.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
 def checkpoint(folder, packing):
     """int4 in groups of 64 with zero points, of the llama model."""
-    return packing.write(tiny_model("llama", folder), folder / "int4")
+    return packing.write_awq(tiny_model("llama", folder), folder / "int4")
 
 
 @pytest.fixture
@@ -45,17 +40,6 @@ def quantize(model, out, calibration=CALIBRATION, **options):
 def assert_verified(loaded):
     report = polyquant.verify(loaded, max_new_tokens=2)
     assert not [check for check in report.failures if check.name != "sample"]
-
-
-def equal_dense(path):
-    return AutoModelForCausalLM.from_pretrained(path.with_name(path.name + "-dense")).eval()
-
-
-def change_tensors(path, change):
-    file = path / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -85,17 +69,11 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
 def test_a_packed_layer_is_its_dequantized_one(folder, tmp_path, packing, variant, dtype):
     """To the compute dtype's own rounding of scales and weights."""
-    path = packing.write(tiny_model("qwen2", folder), tmp_path / "out", **variant)
-    dense, loaded = equal_dense(path), load(path, compute_dtype=dtype)
+    path = packing.write_awq(tiny_model("qwen2", folder), tmp_path / "out", **variant)
+    dense, loaded = packing.equal_dense(path), load(path, compute_dtype=dtype)
     assert loaded.config.kernel == ("torch" if variant["group_size"] in (-1, 16) else "torch_aten")
     assert_verified(loaded)
-    for name in ("model.layers.0.self_attn.q_proj", UP, "model.layers.1.mlp.down_proj"):
-        weight, layer = dense.get_submodule(name).weight, loaded.model.get_submodule(name)
-        with torch.inference_mode():
-            found = layer(torch.eye(layer.in_features, dtype=getattr(torch, dtype))).float().T
-        if layer.bias is not None:
-            found = found - layer.bias.float()[:, None]
-        torch.testing.assert_close(found, weight.data, rtol=0.02, atol=0.01 * weight.abs().max().item())
+    packing.assert_layers_multiply_with(dense, loaded, getattr(torch, dtype))
 
 
 def test_autoawq_checkpoints(checkpoint, copy, packing):
@@ -110,15 +88,17 @@ def test_autoawq_checkpoints(checkpoint, copy, packing):
 
 
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
-def test_damaged_checkpoints_name_the_tensor(copy, part):
+def test_damaged_checkpoints_name_the_tensor(copy, part, packing):
     def cut(tensors):
         tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"][:-1].contiguous()
 
-    change_tensors(copy, cut)
-    with pytest.raises(ModelError, match=rf"{UP}\.{part} has shape .* was expected"):
+    packing.change_tensors(copy, cut)
+    with pytest.raises(ModelError, match=rf"{UP} cannot be read: {part} has shape .* was expected"):
         load(copy)
-    change_tensors(copy, lambda tensors: tensors.pop(f"{UP}.{part}"))
-    with pytest.raises(ModelError, match=rf"missing or have no place in the model: {UP}\.{part}"):
+    packing.change_tensors(copy, lambda tensors: tensors.pop(f"{UP}.{part}"))
+    with pytest.raises(
+        ModelError, match=rf"{UP} cannot be read: 1 tensors are missing or have no place in the model: {part}"
+    ):
         load(copy)
 
 
@@ -134,15 +114,13 @@ def test_damaged_checkpoints_name_the_tensor(copy, part):
     ],
 )
 def test_what_is_not_read_is_refused(copy, packing, stored, words):
-    config = json.loads((copy / "config.json").read_text())["quantization_config"]
-    packing.change_config(copy, quantization_config=config | stored)
+    packing.change_stored(copy, **stored)
     with pytest.raises(ModelError, match=words):
         load(copy)
 
 
 def test_a_config_that_does_not_fit_the_tensors(copy, packing):
-    config = json.loads((copy / "config.json").read_text())["quantization_config"]
-    packing.change_config(copy, quantization_config=config | {"group_size": 32})
+    packing.change_stored(copy, group_size=32)
     with pytest.raises(ModelError, match=r"(qzeros|scales) has shape"):
         load(copy)
 
@@ -157,7 +135,7 @@ def test_dense_checkpoints(folder, copy):
 
 
 def test_layers_that_the_checkpoint_leaves_dense_stay_dense(folder, tmp_path, packing):
-    path = packing.write(tiny_model("llama", folder), tmp_path / "out", keep=("up_proj", "o_proj"))
+    path = packing.write_awq(tiny_model("llama", folder), tmp_path / "out", keep=("up_proj", "o_proj"))
     loaded = load(path)
     assert_verified(loaded)
     assert any("5 layers are dense in the checkpoint" in note for note in loaded.notes)  # with the head
@@ -176,14 +154,8 @@ def test_kernels(checkpoint):
 
 
 def test_a_layer_of_a_size_that_the_int4_matmul_does_not_take_is_unpacked(folder, tmp_path, packing):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = tmp_path / "model"
-    shutil.copytree(tiny_model("llama", folder), model)
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 40}  # k_proj: 40 x 64
-    config = LlamaConfig.from_pretrained(model, intermediate_size=96, **sizes)
-    LlamaForCausalLM(config).save_pretrained(model)
-    loaded = load(packing.write(model, tmp_path / "out", group_size=32))
+    model = packing.with_odd_sizes(folder, tmp_path / "model")
+    loaded = load(packing.write_awq(model, tmp_path / "out", group_size=32))
     assert loaded.kernel == "gptqmodel AwqTorchLinear, gptqmodel TorchAtenAwqLinear"
     assert_verified(loaded)
     kernels = {layer.name: layer.kernel for layer in loaded.layers if layer.quantized}
@@ -198,7 +170,7 @@ def test_calibration_that_is_not_enough(folder, tmp_path):
 
 
 def test_models_that_cannot_be_quantized_name_the_layer(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"64 does not divide in_features 90 of model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(ConfigError, match=r"64 does not divide in_features 90 in model\.layers\.0\.self_attn\.q_proj"):
         quantize(tiny_model("odd", folder), tmp_path / "out", group_size=64)
     with pytest.raises(ConfigError, match=r"words hold 8 weights, which does not divide out_features 90"):
         quantize(tiny_model("odd", folder), tmp_path / "out", group_size=-1)
@@ -229,9 +201,9 @@ def test_a_checkpoint_that_is_made(folder, tmp_path, capfd):
 
 def test_a_failure_of_the_library_is_an_error_and_not_the_end_of_the_process(folder, tmp_path, monkeypatch):
     """gptqmodel ends the process that it runs in when one of its threads fails: float32 weights are such a case."""
-    from polyquant_awq import _quantize
+    from polyquant_gptqmodel import _quantize
 
-    monkeypatch.setattr(_quantize, "_dtype", lambda source: "float32")
+    monkeypatch.setattr(_quantize, "_dtype", lambda source, config: "float32")
     with pytest.raises(SaveError, match=r"_worker ended with code 1:[\s\S]*actual dtype = `torch\.float32`"):
         quantize(tiny_model("llama", folder), tmp_path / "out", group_size=64)
     assert not (tmp_path / "out").exists()
@@ -239,21 +211,5 @@ def test_a_failure_of_the_library_is_an_error_and_not_the_end_of_the_process(fol
 
 @pytest.mark.parametrize("variant", [{}, {"group_size": 16}], ids=["aten", "torch"])
 def test_adapters_get_the_gradients_of_the_dequantized_model(folder, tmp_path, packing, variant):
-    from peft import LoraConfig, get_peft_model
-
-    path = packing.write(tiny_model("qwen2", folder), tmp_path / "out", **variant)
-
-    def gradients(model):
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        ids = torch.tensor([TOKENS])
-        model.train()(input_ids=ids, labels=ids).loss.backward()
-        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-
-    loaded = load(path)
-    expected = gradients(equal_dense(path))
-    found = gradients(loaded.backend.prepare_for_training(loaded))
-    assert found.keys() == {name for name in expected if "lora" in name}
-    for name, gradient in found.items():
-        similarity = torch.cosine_similarity(gradient.flatten().float(), expected[name].flatten(), dim=0)
-        assert similarity > 0.99, name  # activations are bfloat16
+    path = packing.write_awq(tiny_model("qwen2", folder), tmp_path / "out", **variant)
+    packing.assert_adapters_train_as_on(packing.equal_dense(path), load(path))

@@ -13,3 +13,9 @@ class TestGptq(BackendConformance):
         "int4-act-order": Floor(kl=0.30, top1=0.63),  # 0.210, 0.712
     }
     real_is_slow = True
+
+
+class TestAwq(BackendConformance):
+    backend = "awq"
+    floors: ClassVar = {"int4": Floor(kl=0.15, top1=0.80)}  # 0.104, 0.863
+    real_is_slow = True

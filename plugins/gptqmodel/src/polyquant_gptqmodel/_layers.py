@@ -8,21 +8,28 @@ from typing import Any
 
 import torch
 from polyquant.errors import ConfigError
-from polyquant.plugin import LayerInfo, LoadedModel, layers
-from polyquant.plugin.layers import Quantized, describe, differentiable
+from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.plugin.layers import Quantized, bias_as_parameter, describe, differentiable, frozen_for_adapters
 
-from polyquant_gptq._library import (
+from polyquant_gptqmodel._library import (
+    AwqTorchLinear,
+    AWQuantLinear,
     BaseQuantLinear,
     PackableQuantLinear,
+    TorchAtenAwqLinear,
     TorchAtenLinear,
     TorchLinear,
     contained,
     hf_select_quant_linear_v2,
 )
-from polyquant_gptq.options import GptqOptions
-from polyquant_gptq.planning import ATEN_ROWS, why_not_aten
+from polyquant_gptqmodel.options import Options
+from polyquant_gptqmodel.planning import ATEN_ROWS, why_not_on_cpu
 
-CPU_KERNELS = (TorchAtenLinear, TorchLinear)
+Layer = BaseQuantLinear
+ATEN: dict[str, type[Layer]] = {"gptq": TorchAtenLinear, "awq": TorchAtenAwqLinear}
+"""method -> the layer that multiplies with torch's int4 matmul for CPUs."""
+UNPACKING: dict[str, type[Layer]] = {"gptq": TorchLinear, "awq": AwqTorchLinear}
+"""method -> the layer that unpacks its weights in each forward pass."""
 SPENT = ("qzeros", "scales", "g_idx", "wf_unsqueeze_zero", "wf_unsqueeze_neg_one")
 """What the int4 matmul no longer needs once its own form of the weights is made."""
 
@@ -31,19 +38,18 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     return describe(model, _quantized, skipped=model.config.quantization_config["skip_modules"])
 
 
-def select_kernel(config: GptqOptions, layout: str, device: str) -> type[BaseQuantLinear]:
+def select_kernel(config: Options, layout: str, device: str) -> type[Layer]:
     """The class of the packed layers. Raises ConfigError where the kernel asked for does not take them."""
-    if device == "cpu" and config.kernel in ("torch_aten", "torch"):
-        why = why_not_aten(config, config.compute_dtype) if config.kernel == "torch_aten" else ""
-        if why:
-            raise ConfigError(f"kernel 'torch_aten' cannot be used: {why}; leave kernel at 'auto'")
-        return TorchAtenLinear if config.kernel == "torch_aten" else TorchLinear
-    name = "auto" if config.kernel == "auto" else f"gptq_{config.kernel}"
+    if device == "cpu":
+        if why := why_not_on_cpu(config.kernel, config, config.compute_dtype):
+            raise ConfigError(f"kernel {config.kernel!r} cannot be used on cpu: {why}; leave kernel at 'auto'")
+        return (ATEN if config.kernel == "torch_aten" else UNPACKING)[config.method]
+    name = "auto" if config.kernel == "auto" else f"{config.method}_{config.kernel}"
     try:
         with contained():
-            chosen: type[BaseQuantLinear] = hf_select_quant_linear_v2(
+            chosen: type[Layer] = hf_select_quant_linear_v2(
                 bits=config.bits, group_size=config.group_size, desc_act=config.desc_act, sym=config.sym,
-                format=layout, quant_method="gptq", device_map={"": device}, backend=name, pack=False,
+                format=layout, quant_method=config.method, device_map={"": device}, backend=name, pack=False,
                 dtype=config.compute_dtype,
             )  # fmt: skip
     except (NotImplementedError, ImportError, ValueError) as error:
@@ -51,12 +57,13 @@ def select_kernel(config: GptqOptions, layout: str, device: str) -> type[BaseQua
     return chosen
 
 
-def empty_layer(linear: Any, kernel: type[BaseQuantLinear], config: GptqOptions, name: str) -> BaseQuantLinear:
+def empty_layer(linear: Any, kernel: type[Layer], config: Options, name: str) -> Layer:
     """A packed layer on the meta device that takes the place of `linear`. Raises ConfigError for an unfit size."""
-    if kernel is TorchAtenLinear and linear.out_features % ATEN_ROWS:
-        kernel = TorchLinear
+    if kernel is ATEN[config.method] and linear.out_features % ATEN_ROWS:
+        kernel = UNPACKING[config.method]
     # a kernel for GPUs is made for one dtype; those for CPUs take any, and say float32 is none of theirs
-    dtype = {} if kernel in CPU_KERNELS else {"dtype": getattr(torch, config.compute_dtype)}
+    for_cpu = kernel in (ATEN[config.method], UNPACKING[config.method])
+    dtype = {} if for_cpu else {"dtype": getattr(torch, config.compute_dtype)}
     try:
         with torch.device("meta"):
             layer = kernel(
@@ -70,30 +77,36 @@ def empty_layer(linear: Any, kernel: type[BaseQuantLinear], config: GptqOptions,
     return layer.eval()
 
 
-def settle(layer: BaseQuantLinear, dtype: torch.dtype) -> None:
+def settle(layer: Layer, dtype: torch.dtype) -> None:
     """Bring a layer with its weights, on the CPU, into the form that it keeps: nothing is made or cached later."""
-    if isinstance(layer, TorchAtenLinear):
+    if isinstance(layer, tuple(ATEN.values())):
         layer.transform("cpu", dtype)
         layer.linear_mode = "inference"
-        for name in SPENT + (("ret_idx",) if layer._ret_idx_is_identity() else ()):
-            setattr(layer, name, None)
+        in_order = isinstance(layer, TorchAtenLinear) and layer._ret_idx_is_identity()
+        for name in (*SPENT, *(("ret_idx",) if in_order else ())):
+            if hasattr(layer, name):
+                setattr(layer, name, None)
     elif isinstance(layer, TorchLinear):
         # its own method caches zero points and group indices where no walk finds them
         layer.dequantize_weight = MethodType(PackableQuantLinear.dequantize_weight, layer)
-    if layer.bias is not None:
-        layer.register_parameter("bias", torch.nn.Parameter(layer._buffers.pop("bias"), requires_grad=False))
+    bias_as_parameter(layer)
+
+
+def kernel_name(layer: Layer) -> str:
+    return f"gptqmodel {type(layer).__name__}"
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Freeze, recompute activations in the backward pass, and let gradients pass torch's int4 matmul."""
     for module in loaded.model.modules():
-        if isinstance(module, TorchAtenLinear):
+        if isinstance(module, tuple(ATEN.values())):
             module._fused_op_forward = partial(differentiable, module._fused_op_forward)
-    return layers.frozen_for_adapters(loaded.model)
+    return frozen_for_adapters(loaded.model)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:
-    if not isinstance(module, BaseQuantLinear):
+    if not isinstance(module, Layer):
         return None
+    method = "awq" if isinstance(module, AWQuantLinear) else "gptq"
     shape = (module.out_features, module.in_features)
-    return Quantized(shape, module.bits, f"gptq{module.bits}", f"gptqmodel {type(module).__name__}")
+    return Quantized(shape, module.bits, f"{method}{module.bits}", kernel_name(module))

@@ -1,1 +1,0 @@
-"""AWQ for polyquant: 4-bit weights, scaled before rounding by what calibration text activates."""

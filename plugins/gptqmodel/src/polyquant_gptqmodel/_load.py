@@ -1,0 +1,60 @@
+"""Reads GPTQ and AWQ checkpoints into gptqmodel's layers: every tensor is checked by name and shape on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin.formats import gptq_layout
+from polyquant.plugin.layers import fill_empty, gptq_tensors
+
+from polyquant_gptqmodel._layers import Layer, empty_layer, kernel_name, select_kernel, settle
+from polyquant_gptqmodel._library import contained, hf_convert_gptq_v1_to_v2_format, hf_gptqmodel_post_init
+from polyquant_gptqmodel.options import GptqOptions, Options
+from polyquant_gptqmodel.planning import cpu_kernel, plan_layers
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def load(request: LoadRequest, config: Options) -> LoadedModel:
+    source, wanted = request.source, resolved_dtype(config)
+    dtype, on_cpu = getattr(torch, wanted), request.device == "cpu"
+    names = sorted(checkpoints.packed_modules(source, PARTS))
+    config, notes = checkpoints.with_stored_skips(config, request.weights, names, source)
+    if on_cpu and config.kernel == "auto":
+        config = msgspec.structs.replace(config, kernel=cpu_kernel(config, wanted))
+    plan_layers(request.weights, config)  # refuses layers that cannot be packed
+    is_gptq = isinstance(config, GptqOptions)
+    layout = gptq_layout(source.stored_quantization) if is_gptq else config.written_layout
+    kernel = select_kernel(config, layout, request.device)
+
+    def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Layer:
+        layer = empty_layer(linear, kernel, config, name)
+        if is_gptq:
+            tensors = gptq_tensors(linear, tensors, config.group_size)
+        keeps_scales = is_gptq and on_cpu and dtype != torch.float32
+        fill_empty(layer, {part: _kept(part, tensor, dtype, keeps_scales) for part, tensor in tensors.items()})
+        with contained():
+            hf_convert_gptq_v1_to_v2_format(layer, config.bits, kernel, layout, None)
+            if on_cpu:
+                hf_gptqmodel_post_init(layer, use_act_order=config.desc_act)
+                settle(layer, dtype)
+        return layer
+
+    model = checkpoints.read_layers(request, wanted, names, read)
+    if not on_cpu:
+        with contained():
+            hf_gptqmodel_post_init(model, use_act_order=config.desc_act)
+    kernels = {kernel_name(model.get_submodule(name)) for name in names}
+    return LoadedModel(model=model, config=config, kernel=", ".join(sorted(kernels)), notes=notes)
+
+
+def _kept(part: str, tensor: torch.Tensor, dtype: torch.dtype, keeps_scales: bool) -> torch.Tensor:
+    """A tensor of a layer in the dtype in which it is kept. keeps_scales: those of 16 bits as they are stored."""
+    if part == "qzeros":
+        return tensor.clone()  # zero points are changed in place
+    if part in ("qweight", "g_idx"):
+        return tensor
+    return tensor if part == "scales" and keeps_scales and tensor.element_size() == 2 else tensor.to(dtype)

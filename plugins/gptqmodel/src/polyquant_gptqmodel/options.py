@@ -1,0 +1,89 @@
+"""Options of the GPTQ and AWQ backends. Both have what gptqmodel's layers ask for: bits, group_size, sym, desc_act."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import msgspec
+from msgspec import Meta
+from polyquant.plugin.formats import GEMM, AwqFormat, GptqFormat, gptq_layout, has_zero_points
+
+LAYOUTS = ("gptq", "gptq_v2")
+UNREAD = ("activation", "adapter", "rotation", "is_marlin_format")
+LOAD_TIME = frozenset({"compute_dtype", "kernel"})
+KERNEL = Meta(description="what multiplies; auto: torch_aten or torch on a CPU, gptqmodel's choice elsewhere")
+
+
+class GptqOptions(GptqFormat, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A scale and a zero point for each group of weights, rounded so that calibration text changes least."""
+
+    kernel: Annotated[Literal["auto", "torch_aten", "torch", "triton", "exllama_v2", "marlin"], KERNEL] = "auto"
+
+    load_time: ClassVar[frozenset[str]] = LOAD_TIME
+    method: ClassVar[str] = "gptq"
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "desc_act")
+    """What a rule of gptqmodel's `dynamic` may change for a layer."""
+
+    @property
+    def written_layout(self) -> str:
+        """The layout that is written: with fitted zero points, the one that can hold all of them."""
+        return "gptq" if self.sym else "gptq_v2"
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        """Raises ValueError for a layout or a variant that the kernels here do not read."""
+        if (layout := gptq_layout(stored)) not in LAYOUTS:
+            raise ValueError(f"its format is {layout!r}, and {' and '.join(LAYOUTS)} are read")
+        if unread := [name for name in UNREAD if stored.get(name)]:
+            raise ValueError(f"it uses {', '.join(unread)}, which is not read")
+        _refuse_variants(stored, cls.per_layer)
+        return super().from_stored(stored)
+
+
+class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Columns that calibration text activates most are scaled up before rounding, so that they lose least."""
+
+    zero_point: Annotated[bool, Meta(description="zero point fitted, instead of in the middle of the range")] = True
+    kernel: Annotated[Literal["auto", "torch_aten", "torch", "gemm", "gemm_triton", "exllama_v2", "marlin"], KERNEL] = (
+        "auto"
+    )
+
+    load_time: ClassVar[frozenset[str]] = LOAD_TIME
+    method: ClassVar[str] = "awq"
+    per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "zero_point")
+    desc_act: ClassVar[bool] = False
+    written_layout: ClassVar[str] = GEMM
+
+    @property
+    def sym(self) -> bool:
+        """gptqmodel's word for layers without fitted zero points."""
+        return not self.zero_point
+
+    def to_stored(self) -> dict[str, Any]:
+        return super().to_stored() | {"zero_point": self.zero_point}
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> Self:
+        """Raises ValueError for an order of the weights, or a variant, that the kernels here do not read."""
+        config = super().from_stored(stored)
+        _refuse_variants(stored, cls.per_layer)
+        return msgspec.structs.replace(config, zero_point=has_zero_points(stored))
+
+
+Options = GptqOptions | AwqOptions
+
+
+def _refuse_variants(stored: Mapping[str, Any], per_layer: tuple[str, ...]) -> None:
+    """Raises ValueError for other words than int32, and for layers with options of their own."""
+    if stored.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
+        raise ValueError(f"it is packed in {stored['pack_dtype']}, and only int32 is read")
+    rules: Mapping[str, Mapping[str, Any]] = stored.get("dynamic") or {}
+    own = [
+        name
+        for name, rule in rules.items()
+        if not name.startswith("-")  # such a rule leaves layers dense
+        and any(rule.get(key, stored.get(key)) != stored.get(key) for key in per_layer)
+    ]
+    if own:
+        raise ValueError(f"it gives layers different options ({', '.join(own[:3])}), which is not read")
