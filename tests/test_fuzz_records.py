@@ -22,7 +22,7 @@ from polyquant.loading import adapter
 from polyquant.finetuning.options import Card, TrainingOptions
 from polyquant.support.machine import this_machine
 from polyquant.measure.quality import stored
-from polyquant.measure.quality.index import Stored, stored_in
+from polyquant.measure.quality.index import StoredReference, stored_in
 from polyquant.measure.quality.windows import Window
 from polyquant.testing.models import tiny_model
 from safetensors.torch import save
@@ -151,7 +151,7 @@ def test_half_written_checkpoints(tmp_path, content, weights, name):
 
 
 INDEX = plain(
-    Stored(key="k", preset="llamacpp-512", windows=[Window((1, 2, 3), 1)], vocabulary=4, storage_error=0.0)
+    StoredReference(key="k", preset="llamacpp-512", windows=[Window((1, 2, 3), 1)], vocabulary=4, storage_error=0.0)
 )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_reference_windows(tmp_path, shapes, change, hold):
     if change:
         content = hold.draw(damaged(st.just(content)))
     (tmp_path / "window-00000.safetensors").write_bytes(content)
-    index = msgspec.convert(INDEX, Stored)
+    index = msgspec.convert(INDEX, StoredReference)
     with guarded(tmp_path, len(content)):
         ((_, rows),) = stored.read(tmp_path, index)
         assert rows.shape == (2, 4)
