@@ -17,7 +17,7 @@ from polyquant.support.progress import Progress
 
 
 class TrainerProgress(TrainerCallback):
-    """Gives `progress` a step for each of the Trainer's logs; `steps` holds them all, also those before a run was taken up."""
+    """Gives `progress` a step for each of the Trainer's logs; `steps` holds them all, those before a kill too."""
 
     def __init__(self, tokens_per_step: float, progress: Progress) -> None:
         self.steps: list[TrainingStep] = []

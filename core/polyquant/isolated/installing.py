@@ -1,4 +1,7 @@
-"""Runs the commands that make an environment: python -m polyquant.isolated.installing COMMANDS.json. Ends with its parent."""
+"""Runs the commands that make an environment, and ends with its parent.
+
+python -m polyquant.isolated.installing COMMANDS.json
+"""
 
 from __future__ import annotations
 

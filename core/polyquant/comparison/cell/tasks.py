@@ -31,8 +31,8 @@ def measure_tasks(loaded: LoadedModel, job: Job, progress: Progress = SILENT) ->
         where = f"in {job.task_folder} and " if job.task_folder else ""
         raise ConfigError(f"no task {', '.join(map(repr, unknown))} {where}among lm-eval's own.{close}")
     answered = lm_eval.simple_evaluate(
-        model=as_lm_eval_model(loaded, progress), tasks=list(job.tasks), task_manager=manager, limit=job.task_limit or None,
-        bootstrap_iters=0, log_samples=False, verbosity="ERROR",
+        model=as_lm_eval_model(loaded, progress), tasks=list(job.tasks), task_manager=manager,
+        limit=job.task_limit or None, bootstrap_iters=0, log_samples=False, verbosity="ERROR",
     )  # fmt: skip
     return tuple(_scores(answered))
 

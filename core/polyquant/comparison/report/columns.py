@@ -1,4 +1,4 @@
-"""The columns of a comparison, each declared once: where it appears, and what is done with it. Imports nothing heavy."""
+"""The columns of a comparison, each declared once: where it appears, what is done with it. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ the plot, and the texts of its points; wide terminal: only where a terminal has 
 """
 Noise = Literal["standard error", "standard deviation", "exact", "share"]
 """What two comparisons may differ by, and mean nothing: see `difference`."""
-STANDARD_ERROR, STANDARD_DEVIATION = "_standard_error", "_standard_deviation"
+STANDARD_ERROR = "_standard_error"  # ends the key of the standard error of a task's score
 
 
 class Column(NamedTuple):
@@ -178,6 +178,8 @@ COLUMNS = (
 KEYS = tuple(column.key for column in COLUMNS)
 GOALS = {column.goal: column for column in COLUMNS if column.goal is not None}
 """What decides which candidate is best."""
+SPEEDS = tuple(column for column in COLUMNS if column.noise == "standard deviation")
+"""Means of repetitions, with their standard deviations."""
 AXES = sorted((column for column in COLUMNS if column.axis), key=lambda column: column.goal is None)
 """What KL is plotted against; those that a goal goes by come first."""
 

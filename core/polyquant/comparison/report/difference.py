@@ -8,7 +8,7 @@ from typing import Any
 
 from polyquant.comparison.records import Row, Run
 from polyquant.comparison.report import measured_on
-from polyquant.comparison.report.columns import COLUMNS, Column, Noise, columns_of
+from polyquant.comparison.report.columns import COLUMNS, SPEEDS, Column, Noise, columns_of
 from polyquant.comparison.report.rows import values_of
 from polyquant.support.machine import Machine
 from polyquant.types import Record
@@ -22,7 +22,6 @@ SPEED_SHARE = 0.05
 PEAK_SHARE = 0.1
 NOISES: tuple[Noise, ...] = ("standard error", "standard deviation", "exact", "share")
 QUALITY = tuple(column.key for column in COLUMNS if column.noise == "standard error")
-SPEEDS = tuple(column.key for column in COLUMNS if column.noise == "standard deviation")
 
 
 class Condition(Record, frozen=True):
@@ -48,6 +47,11 @@ class Change(Record, frozen=True):
     def beyond_noise(self) -> bool:
         """Whether it changed."""
         return abs(self.after - self.before) > self.noise
+
+    @property
+    def of_speed(self) -> bool:
+        """Whether it is a speed, which only means something on the same machine."""
+        return self.figure in {column.key for column in SPEEDS}
 
     @property
     def relative(self) -> float:
@@ -84,7 +88,7 @@ class Difference(Record, frozen=True, rename={"other_changes": "turns"}):
     @property
     def worsened(self) -> list[Change | OtherChange]:
         """What is worse than it was; speeds count where they are of the same machine."""
-        figures = [change for change in self.changed if self.same_machine or change.figure not in SPEEDS]
+        figures = [change for change in self.changed if self.same_machine or not change.of_speed]
         return [
             *(change for change in figures if change.worse),
             *(change for change in self.other_changes if change.worse),

@@ -8,7 +8,6 @@ from typing import Any
 from polyquant.comparison.report.difference import (
     PEAK_SHARE,
     SPEED_SHARE,
-    SPEEDS,
     STANDARD_DEVIATIONS,
     STANDARD_ERRORS,
     Change,
@@ -39,8 +38,8 @@ def summary(difference: Difference) -> str:
 def sections(difference: Difference) -> list[dict[str, Any]]:
     """Headings and rows of every table; each row says whether it is for the worse."""
     hidden = any(condition.quality for condition in difference.conditions)
-    figures = [change for change in difference.changed if change.figure not in SPEEDS]
-    speeds = [change for change in difference.changed if change.figure in SPEEDS]
+    figures = [change for change in difference.changed if not change.of_speed]
+    speeds = [change for change in difference.changed if change.of_speed]
     return [
         _section(
             "Measured on",

@@ -84,8 +84,8 @@ def _render(template: str, *, scripts: list[str], **values: Any) -> str:
     except ImportError as error:
         raise _missing("jinja2") from error
     environment = Environment(
-        loader=PackageLoader("polyquant.comparison.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("polyquant.comparison.report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     safe = [{"text": Markup(text), "hash": _hash(text)} for text in map(_own_script, scripts)]  # noqa: S704  own files
     page: str = environment.get_template(template).render(scripts=safe, style=Markup(_file("report.css")), **values)  # noqa: S704

@@ -6,9 +6,7 @@ import textwrap
 from typing import Any
 
 from polyquant.comparison.records import Result, Row, Run
-from polyquant.comparison.report.columns import GOALS, KEYS, STANDARD_DEVIATION, STANDARD_ERROR
-
-RATES = ("prompt_tokens_per_second", "generated_tokens_per_second")
+from polyquant.comparison.report.columns import GOALS, KEYS, SPEEDS, STANDARD_ERROR
 
 
 def plain_rows(run: Run) -> list[dict[str, Any]]:
@@ -47,9 +45,9 @@ def values_of(row: Row, dense_bytes: int | None = None) -> dict[str, Any]:
     for part in (result.quality, memory, result.speed):
         values |= {key: getattr(part, key) for key in KEYS if values[key] is None and hasattr(part, key)}
     if result.speed:
-        for key in RATES:
-            rate = getattr(result.speed, key)
-            values |= {key: rate.mean, f"{key}{STANDARD_DEVIATION}": rate.standard_deviation}
+        for column in SPEEDS:
+            rate = getattr(result.speed, column.key)
+            values |= {column.key: rate.mean, column.error: rate.standard_deviation}
     return values | _scores(result)
 
 
