@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from polyquant.errors import BackendFailed, BrokenBackend, ConfigError, UnsupportedOperation
-from polyquant.isolated.handles import backend, backends, home
+from polyquant.isolated.handles import backend, backends, environment_name
 from polyquant.options import BackendOptions
 from polyquant.registry.installed import registry
 from polyquant.request import MaxMemory, Offload
@@ -60,7 +60,7 @@ def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
         try:
             handle = backend(each)
             chosen = choose_device(device, handle.capabilities)
-            problems, where = handle.problems(chosen), home(handle)
+            problems, where = handle.problems(chosen), environment_name(handle)
             diagnoses.append(
                 Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=problems, environment=where)
             )
