@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from polyquant.comparison.choice import USABLE_KL, best, frontier, needed_bytes
 from polyquant.comparison.records import Layer, Result
-from polyquant.comparison.report.columns import KEYS, columns_of
+from polyquant.comparison.report.columns import AXES, GOALS, KEYS, columns_of, shown
 from polyquant.comparison.report.difference import compare_runs
 from polyquant.comparison.report.exports import as_csv, as_markdown
 from polyquant.comparison.report.formats import with_error
@@ -71,6 +71,23 @@ def test_rows_have_every_column_and_say_what_became_of_them(comparison):
     assert table["hqq:int8"]["gutenberg_acc"] == 0.61
     assert table["hqq:int9"]["kl_mean"] is None
     assert "61.2%" in table["quark:int8"]["reason"]
+
+
+def test_every_column_is_declared_once_and_can_be_shown_where_it_appears(comparison):
+    declared = columns_of(comparison)
+    keys = [column.key for column in declared]
+    assert len(set(keys)) == len(keys)
+    assert {column.error for column in declared if column.error} <= set(keys)
+    assert all(column.heading for column in declared if column.places)
+    assert all(column.error for column in declared if column.noise in ("standard error", "standard deviation"))
+    assert list(GOALS) == ["quality", "memory", "speed"] and [column.key for column in AXES] == [
+        "weights_stored_bytes", "generated_tokens_per_second", "prompt_tokens_per_second",
+    ]  # fmt: skip
+    (nf4,) = (values for values in plain_rows(comparison) if values["candidate"] == "bitsandbytes:nf4")
+    assert [column.text(nf4) for column in shown(declared, "terminal")] == [
+        "0.249 ± 0.008", "70.1%", "165.1 MiB", "28.90 ± 0.02",
+    ]  # fmt: skip
+    assert [column.text({}) for column in declared] == [""] * len(declared)
 
 
 def test_csv_json_and_pandas_hold_the_same(comparison, tmp_path):
