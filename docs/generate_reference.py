@@ -31,7 +31,9 @@ RECORDS = {
     "polyquant.types": "What travels between core and plugins.",
     "polyquant.loading.records": "What `polyquant.verify` returns.",
     "polyquant.planning.records": "What `polyquant.plan` and `polyquant.recommend` return.",
-    "polyquant.comparison.records": "What `polyquant.compare` returns.",
+    "polyquant.comparison.records": "What `polyquant.compare` returns: a `Comparison`, which is a `Run` with the "
+    "methods `best`, `report` and `to_pandas`; and what it is made of.",
+    "polyquant.support.progress": "What a `progress` sees of work while it goes on.",
     "polyquant.comparison.candidates": "What is compared.",
     "polyquant.measure.quality.records": "The measured quality of a model.",
     "polyquant.measure.speed": "The measured speed of a model.",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from types import SimpleNamespace
 
 import polyquant
 import psutil
@@ -66,9 +67,9 @@ def environment(isolated_rowwise):
     """Made once for the tests of a file."""
     found, said = polyquant.backend("rowwise").environment, []
     if found.problem():
-        assert create(found, Index(), said.append)
-        assert said[-1] == "trying it"
-    assert not create(found, Index(), said.append)
+        assert create(found, Index(), SimpleNamespace(step=said.append))
+        assert str(said[-1]) == "trying it"
+    assert not create(found, Index(), SimpleNamespace(step=said.append))
     return found
 
 

@@ -8,7 +8,7 @@ import time
 import polyquant
 import psutil
 import pytest
-from polyquant.comparison.run import Watcher
+from polyquant.comparison.progress import SilentComparison
 from polyquant.errors import ConfigError
 from polyquant.testing.models import tiny_model
 
@@ -40,7 +40,7 @@ def cluster(tmp_path_factory, rowwise):
         made.shutdown()
 
 
-class Killing(Watcher):
+class Killing(SilentComparison):
     """Kills the first worker that has begun to measure."""
 
     def __init__(self):
@@ -61,19 +61,19 @@ class Killing(Watcher):
                         break
             time.sleep(0.05)
 
-    def finished(self, row):
+    def finish(self, row):
         self.measured.append(row.candidate.name)
 
 
 def test_a_cluster_gives_what_this_machine_gives(cluster, model, tmp_path):
     here = polyquant.compare(model, CANDIDATES, out=tmp_path / "here", **QUICK)
-    watcher = Killing()
+    killing = Killing()
     there = polyquant.compare(
-        model, CANDIDATES, out=tmp_path / "there", engine="ray", address=cluster.address, watcher=watcher, **QUICK
+        model, CANDIDATES, out=tmp_path / "there", engine="ray", address=cluster.address, progress=killing, **QUICK
     )
-    assert watcher.killed, "no worker was killed"
-    assert not watcher.killed[0].is_running(), "the cell outlived its worker"
-    assert sorted(watcher.measured) == sorted(name for name in CANDIDATES if "absent" not in name)
+    assert killing.killed, "no worker was killed"
+    assert not killing.killed[0].is_running(), "the cell outlived its worker"
+    assert sorted(killing.measured) == sorted(name for name in CANDIDATES if "absent" not in name)
     assert [row.key for row in there.rows] == [row.key for row in here.rows]
     for one, other in zip(here.rows, there.rows, strict=True):
         assert one.result.status == other.result.status, other.result.reason

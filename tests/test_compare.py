@@ -15,7 +15,8 @@ import psutil
 import pytest
 from filelock import FileLock
 from polyquant.comparison.candidates import Candidate
-from polyquant.comparison.run import FILE, Watcher
+from polyquant.comparison.progress import SilentComparison
+from polyquant.comparison.result import FILE
 from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, ModelError
 from polyquant.testing.models import tiny_model
 from safetensors.torch import load_file, save_file
@@ -24,16 +25,16 @@ pytestmark = pytest.mark.usefixtures("rowwise")
 QUICK = {"device": "cpu", "windows": 2, "speed_limit_seconds": 0.05}
 
 
-class Seen(Watcher):
-    """Remembers what it is told."""
+class Seen(SilentComparison):
+    """Remembers what it saw."""
 
     def __init__(self):
         self.steps, self.measured = [], []
 
-    def step(self, key, step):
-        self.steps.append(step)
+    def step(self, step):
+        self.steps.append(str(step))
 
-    def finished(self, row):
+    def finish(self, row):
         self.measured.append(row.candidate.name)
 
 
@@ -54,7 +55,7 @@ def finished(model, tmp_path_factory):
     """A comparison of three candidates, one of which cannot be loaded, and its folder."""
     out, seen = tmp_path_factory.mktemp("comparison"), Seen()
     candidates = ["dense:float32", "rowwise:int8", f"rowwise@{out / 'absent'}"]
-    comparison = polyquant.compare(model, candidates, out=out, watcher=seen, **QUICK)
+    comparison = polyquant.compare(model, candidates, out=out, progress=seen, **QUICK)
     return comparison, out, seen
 
 
@@ -85,10 +86,10 @@ def test_layers_tell_how_far_their_weights_are(finished):
 def test_finished_cells_are_not_measured_again(finished, model):
     comparison, out, _ = finished
     seen = Seen()
-    again = polyquant.compare(model, [row.candidate for row in comparison.rows], out=out, watcher=seen, **QUICK)
+    again = polyquant.compare(model, [row.candidate for row in comparison.rows], out=out, progress=seen, **QUICK)
     assert (seen.measured, seen.steps) == ([], [])
     assert again.rows[:2] == comparison.rows[:2]
-    more = polyquant.compare(model, ["rowwise:int8", "dense:bfloat16"], out=out, watcher=seen, **QUICK)
+    more = polyquant.compare(model, ["rowwise:int8", "dense:bfloat16"], out=out, progress=seen, **QUICK)
     assert seen.measured == ["dense:bfloat16"]
     assert more.rows[0] == comparison.rows[1]
 
@@ -112,7 +113,7 @@ def test_a_cell_file_that_was_changed_is_measured_again(finished, model):
     ):
         path.write_text(content)
         seen = Seen()
-        again = polyquant.compare(model, ["rowwise:int8"], out=out, watcher=seen, **{**QUICK, "parts": ("quality",)})
+        again = polyquant.compare(model, ["rowwise:int8"], out=out, progress=seen, **{**QUICK, "parts": ("quality",)})
         assert seen.measured == ["rowwise:int8"]
         assert any(said in note for note in again.notes)
     assert again.rows[0].result.quality.kl_mean == pytest.approx(row.result.quality.kl_mean, rel=1e-3)
@@ -122,7 +123,7 @@ def test_parts_are_added_to_what_is_measured(model, tmp_path):
     seen = Seen()
     first = polyquant.compare(model, ["rowwise:int8"], out=tmp_path, **{**QUICK, "parts": ("quality",)})
     assert first.rows[0].result.speed is None
-    both = polyquant.compare(model, ["rowwise:int8"], out=tmp_path, watcher=seen, **QUICK)
+    both = polyquant.compare(model, ["rowwise:int8"], out=tmp_path, progress=seen, **QUICK)
     assert both.rows[0].result.speed
     assert both.rows[0].result.quality == first.rows[0].result.quality
     assert not [step for step in seen.steps if step.startswith("quality")]
@@ -203,7 +204,7 @@ polyquant.compare({model!r}, ["dense:float32"], out={str(tmp_path / "out")!r}, d
     assert "SaveError: cannot write" in result.stderr, result
     assert "MiB are free there" in result.stderr
     seen = Seen()
-    polyquant.compare(model, ["dense:float32"], out=tmp_path / "out", watcher=seen, **QUICK)
+    polyquant.compare(model, ["dense:float32"], out=tmp_path / "out", progress=seen, **QUICK)
     assert seen.measured == []
 
 
@@ -233,21 +234,21 @@ def test_a_cell_that_takes_too_long_is_stopped(model, tmp_path):
     ).rows[0]
     assert row.result.reason.startswith("it took longer than 2 s and was stopped")
     again = Seen()
-    polyquant.compare(model, ["rowwise:int8"], out=tmp_path, watcher=again, **{**QUICK, "parts": ("speed",)})
+    polyquant.compare(model, ["rowwise:int8"], out=tmp_path, progress=again, **{**QUICK, "parts": ("speed",)})
     assert again.measured == [], "a failure is a row until it is asked for again"
     polyquant.compare(
-        model, ["rowwise:int8"], out=tmp_path, watcher=again, **{**QUICK, "parts": ("speed",), "retry": True}
+        model, ["rowwise:int8"], out=tmp_path, progress=again, **{**QUICK, "parts": ("speed",), "retry": True}
     )
     assert again.measured == ["rowwise:int8"]
 
 
 RUN = """
 import sys, polyquant
-from polyquant.comparison.run import Watcher
-class Told(Watcher):
-    def finished(self, row): print(row.result.status, row.candidate.name, flush=True)
-    def step(self, key, step): print("step", step, flush=True)
-polyquant.compare(sys.argv[1], sys.argv[3:], out=sys.argv[2], watcher=Told(), device="cpu", windows=2,
+from polyquant.comparison.progress import SilentComparison
+class Printing(SilentComparison):
+    def finish(self, row): print(row.result.status, row.candidate.name, flush=True)
+    def step(self, step): print("step", step, flush=True)
+polyquant.compare(sys.argv[1], sys.argv[3:], out=sys.argv[2], progress=Printing(), device="cpu", windows=2,
     speed_limit_seconds=0.05, retry=True)
 """
 

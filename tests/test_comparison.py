@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.cell.run import run
 from polyquant.comparison.records import Job, Result
-from polyquant.comparison.reference import reference
+from polyquant.comparison.cell.reference import dense_reference
 from polyquant.models.resolve import resolve_dense
 from polyquant.testing.models import tiny_model
 from polyquant.support.texts import evaluation_text
@@ -29,11 +30,12 @@ def stored(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLYQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
         done = []
-        found = reference(resolve_dense(model), evaluation_text(), PRESET, limit=2, advance=done.append)
-        assert done == [1, 2]
-        again = reference(resolve_dense(model), evaluation_text(), PRESET, limit=2, advance=done.append)
-        assert (again, done) == (found, [1, 2])  # computed once
-        assert reference(resolve_dense(model), evaluation_text(), PRESET, limit=1) != found
+        progress = SimpleNamespace(step=lambda step: done.append((step.done, step.of)))
+        found = dense_reference(resolve_dense(model), evaluation_text(), PRESET, limit=2, progress=progress)
+        assert done == [(1, 2), (2, 2)]
+        again = dense_reference(resolve_dense(model), evaluation_text(), PRESET, limit=2, progress=progress)
+        assert (again, done) == (found, [(1, 2), (2, 2)])  # computed once
+        assert dense_reference(resolve_dense(model), evaluation_text(), PRESET, limit=1) != found
         return found
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import polyquant
 import pytest
@@ -56,7 +57,14 @@ def tuned(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     (folder / "train.jsonl").write_text("\n".join(json.dumps(line) for line in LINES))
     steps = []
-    result = tune(model, folder / "train.jsonl", folder / "adapter", steps=30, evaluation=0.2, report=steps.append)
+    result = tune(
+        model,
+        folder / "train.jsonl",
+        folder / "adapter",
+        steps=30,
+        evaluation=0.2,
+        progress=SimpleNamespace(step=steps.append),
+    )
     return result, folder / "adapter", steps
 
 
@@ -173,7 +181,7 @@ def test_a_backend_that_cannot_train_says_so_before_anything_loads(data, tmp_pat
 def test_a_run_lowers_the_loss_and_leaves_a_plain_peft_folder(tuned):
     result, adapter, steps = tuned
     assert result.last_loss < result.first_loss / 2
-    assert [step.step for step in steps if step.evaluation_loss is None] == list(range(1, 31))
+    assert [step.done for step in steps if step.evaluation_loss is None] == list(range(1, 31))
     assert result.evaluation_loss is not None
     assert {"adapter_model.safetensors", "adapter_config.json", "polyquant.json", "steps.csv", "loss.svg", "runs",
             "README.md"} <= {path.name for path in adapter.iterdir()}  # fmt: skip
@@ -236,10 +244,11 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(model, d
 
 KILLED = """
 import os, sys, polyquant
+from types import SimpleNamespace
 def report(step):
-    if step.step == int(sys.argv[4]):
+    if step.done == int(sys.argv[4]):
         os._exit(9)
-polyquant.finetune(sys.argv[1], sys.argv[2], sys.argv[3], backend="rowwise", device="cpu", bits=8, report=report, **{QUICK})
+polyquant.finetune(sys.argv[1], sys.argv[2], sys.argv[3], backend="rowwise", device="cpu", bits=8, progress=SimpleNamespace(step=report), **{QUICK})
 """
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import polyquant
 import pytest
@@ -15,13 +16,14 @@ LINES = [{"prompt": f"What is {number}? ", "completion": f"It is {number}, sir."
 OPTIONS = {"rank": 64, "batch_size": 4, "steps": 6, "checkpoint_every": 2, "learning_rate": 1e-3}
 RUN = """
 import os, resource, sys
+from types import SimpleNamespace
 import polyquant
 from polyquant.errors import PolyquantError
 model, data, out, options = sys.argv[1], sys.argv[2], sys.argv[3], {OPTIONS}
 def report(step): ...
 {BEFORE}
 try:
-    polyquant.finetune(model, data, out, backend="rowwise", device="cpu", report=report, **options)
+    polyquant.finetune(model, data, out, backend="rowwise", device="cpu", progress=SimpleNamespace(step=report), **options)
 except PolyquantError as error:
     print(type(error).__name__, error)
 """
@@ -94,7 +96,7 @@ def test_a_disk_that_fills_up_later_costs_what_came_after_the_last_checkpoint(mo
     """No file may grow over 20 kB once step 3 is done, as under a quota: checkpoint-2 is whole, 4 is not."""
     limit = """
 def report(step):
-    if step.step == 3:
+    if step.done == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 """
     said = failed(model, data, tmp_path / "out", rowwise, limit)
@@ -126,7 +128,7 @@ def test_what_fails_while_the_adapter_is_written_costs_nothing(model, data, tmp_
     assert ends or said.startswith(f"SaveError writing {tmp_path / 'out'} failed"), said
     assert not (tmp_path / "out").exists()
     trained = []
-    result = tune(model, data, tmp_path / "out", report=trained.append)
+    result = tune(model, data, tmp_path / "out", progress=SimpleNamespace(step=trained.append))
     assert not trained
     assert (result.resumed_from, result.last_loss) == (OPTIONS["steps"], whole)
 
@@ -149,11 +151,11 @@ options |= {"batch_size": 16}
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_checkpoint_cut_short_is_thrown_away(model, data, tmp_path, whole, rowwise, name):
     def stop(step):
-        if step.step == 5:
+        if step.done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(model, data, tmp_path / "out", report=stop)
+        tune(model, data, tmp_path / "out", progress=SimpleNamespace(step=stop))
     damaged = state.working_folder(tmp_path / "out") / "checkpoint-4" / name
     os.truncate(damaged, damaged.stat().st_size // 2)
     result = tune(model, data, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import polyquant
 import pytest
@@ -56,12 +57,12 @@ def test_the_8bit_optimizer_trains_and_goes_on_on_a_cpu(bitsandbytes, model, dat
     seen = []
 
     def stop(step):
-        seen.append(step.step)
-        if step.step == 3:
+        seen.append(step.done)
+        if step.done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(model, data, tmp_path / "out", **options, report=stop)
+        tune(model, data, tmp_path / "out", **options, progress=SimpleNamespace(step=stop))
     import torch
 
     saved = torch.load(tmp_path / ".out.training" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
@@ -187,11 +188,11 @@ def test_a_run_stops_early_and_keeps_the_best_adapter(model, data, tmp_path):
 
 def test_evaluations_before_an_interruption_are_not_forgotten(model, data, tmp_path):
     def stop(step):
-        if step.step == 5:
+        if step.done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(model, data, tmp_path / "out", steps=6, evaluation=0.25, report=stop)
+        tune(model, data, tmp_path / "out", steps=6, evaluation=0.25, progress=SimpleNamespace(step=stop))
     tune(model, data, tmp_path / "out", steps=6, evaluation=0.25)
     assert [step["step"] for step in steps(tmp_path / "out") if step["evaluation_loss"]] == ["2", "4", "6"]
 
@@ -226,8 +227,8 @@ def test_tensorboard_reads_the_logs(model, data, tmp_path):
 
 def test_reports_say_what_a_terminal_shows(model, data, tmp_path):
     said = []
-    tune(model, data, tmp_path / "out", report=said.append)
-    assert [step.step for step in said] == [1, 2, 3, 4]
+    tune(model, data, tmp_path / "out", progress=SimpleNamespace(step=said.append))
+    assert [step.done for step in said] == [1, 2, 3, 4]
     assert all(step.of == 4 and step.tokens_per_second > 0 and step.memory_bytes > 2**20 for step in said)
     assert said[0].seconds_left > said[-1].seconds_left == 0
 
@@ -250,7 +251,7 @@ def test_a_loaded_model_is_the_bare_base_again_after_an_interrupted_run(model, d
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        polyquant.finetune(loaded, data, tmp_path / "out", **QUICK, report=stop)
+        polyquant.finetune(loaded, data, tmp_path / "out", **QUICK, progress=SimpleNamespace(step=stop))
     assert (loaded.logits([5, 6, 7]) == before).all()
     assert not any("lora" in name for name, _ in loaded.model.named_modules())
     polyquant.finetune(loaded, data, tmp_path / "out", **QUICK)

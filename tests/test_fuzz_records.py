@@ -15,14 +15,16 @@ from polyquant import api
 from polyquant.comparison import candidates
 from polyquant.cli import comparing
 from polyquant.comparison import reference, store
-from polyquant.comparison.records import Comparison, Job, Result, Row, Setting
+from polyquant.comparison.records import Job, ReferenceJob, Result, Row, Setting
+from polyquant.comparison.result import Comparison
 from polyquant.errors import PolyquantError
 from polyquant.finetuning import data, state
 from polyquant.loading import adapter
-from polyquant.finetuning.options import Card, TrainingOptions
+from polyquant.finetuning.options import TrainingOptions
+from polyquant.loading.adapter import Card
 from polyquant.support.machine import this_machine
 from polyquant.measure.quality import stored
-from polyquant.measure.quality.index import Stored, stored_in
+from polyquant.measure.quality.index import StoredReference, stored_in
 from polyquant.measure.quality.windows import Window
 from polyquant.testing.models import tiny_model
 from safetensors.torch import save
@@ -151,7 +153,7 @@ def test_half_written_checkpoints(tmp_path, content, weights, name):
 
 
 INDEX = plain(
-    Stored(key="k", preset="llamacpp-512", windows=[Window((1, 2, 3), 1)], vocabulary=4, storage_error=0.0)
+    StoredReference(key="k", preset="llamacpp-512", windows=[Window((1, 2, 3), 1)], vocabulary=4, storage_error=0.0)
 )  # fmt: skip
 
 
@@ -165,8 +167,8 @@ def test_reference_indexes(tmp_path, content):
     (tmp_path / "reference.json").write_bytes(content)
     window = {"codes": torch.zeros(2, 4, dtype=torch.uint16), "low": torch.zeros(2, 1), "step": torch.ones(2, 1)}
     (tmp_path / "window-00000.safetensors").write_bytes(save(window))
-    job = reference.ReferenceJob(
-        model="m", text="", preset="llamacpp-512", limit=None, candidate=reference.REFERENCE, device="cpu",
+    job = ReferenceJob(
+        model="m", text="", preset="llamacpp-512", limit=None, candidate=reference.DENSE_FLOAT32, device="cpu",
         folder=str(tmp_path), key="k",
     )  # fmt: skip
     with guarded(tmp_path, len(content)):
@@ -190,7 +192,7 @@ def test_reference_windows(tmp_path, shapes, change, hold):
     if change:
         content = hold.draw(damaged(st.just(content)))
     (tmp_path / "window-00000.safetensors").write_bytes(content)
-    index = msgspec.convert(INDEX, Stored)
+    index = msgspec.convert(INDEX, StoredReference)
     with guarded(tmp_path, len(content)):
         ((_, rows),) = stored.read(tmp_path, index)
         assert rows.shape == (2, 4)

@@ -117,7 +117,7 @@ def test_cells_run_in_the_environment(environment, folder, tmp_path):
     assert row.result.status == "done", row.result.reason
     assert row.result.machine.versions["polyquant-outer"] == "1.0"
     assert row.result.job.model == str(folder)
-    assert environments.where("dense") is None
+    assert environments.of_backend("dense") is None
 
 
 def test_errors_of_the_worker_are_errors_here(loaded, folder):

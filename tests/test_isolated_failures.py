@@ -16,7 +16,8 @@ from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem
 from polyquant.isolated import protocol
 from polyquant.isolated.creating import create
 from polyquant.isolated.environments import RECORD, Environment
-from polyquant.isolated.installer import Index, from_variables, steps
+from polyquant.support.progress import SILENT
+from polyquant.isolated.installer import Index, commands, from_variables
 from polyquant.isolated.sources import arguments_for
 from polyquant.isolated.worker import Worker
 from polyquant.types import Isolated
@@ -148,7 +149,7 @@ def test_a_killed_creation_leaves_nothing_that_is_used(isolated_rowwise):
     assert "one that was never finished is there" in found.problem().what
     with pytest.raises(EnvironmentProblem, match="polyquant env create rowwise"):
         polyquant.backend("rowwise").require("cpu")
-    assert create(found, Index(), print)
+    assert create(found, Index(), SILENT)
 
 
 def test_two_creators_make_one(isolated_rowwise):
@@ -174,7 +175,7 @@ def test_a_full_disk(isolated_rowwise, environment):
     assert "File too large" in result.stderr
     assert "MiB are free in" in result.stderr
     assert not environment.folder.exists()
-    create(environment, Index(), print)
+    create(environment, Index(), SILENT)
 
 
 def test_a_cache_that_cannot_be_written(isolated_rowwise):
@@ -194,7 +195,7 @@ def test_no_index(isolated_rowwise, environment):
     assert "the installer said last" in error
     assert "polyquant-outer" in error
     assert "--find-links FOLDER with --no-index" in error
-    create(environment, Index(), print)
+    create(environment, Index(), SILENT)
 
 
 def test_what_is_made_is_removed(isolated_rowwise, environment):
@@ -203,7 +204,7 @@ def test_what_is_made_is_removed(isolated_rowwise, environment):
     assert not environment.folder.exists()
     again = python(isolated_rowwise, "env", "remove", "rowwise")
     assert "there is no environment of rowwise" in again.communicate()[1]
-    create(environment, Index(), print)
+    create(environment, Index(), SILENT)
 
 
 def test_other_pins_are_another_environment(isolated_rowwise, monkeypatch):
@@ -224,12 +225,12 @@ def test_indexes_are_passed_on_to_uv_and_pip(isolated_rowwise):
     found = polyquant.backend("rowwise").environment
     index = Index(constraint=("c.txt",), extra_index_url=("https://example.org/simple",), no_index=True)
     for uv in ("/usr/bin/uv", ""):
-        commands = [step.command for step in steps(found, index, uv=uv)]
-        for command in commands[1:]:
-            assert {"--constraint", "c.txt", "--extra-index-url", "https://example.org/simple", "--no-index"} <= {
-                *command
-            }
-        assert commands[0][0] == (uv or sys.executable)
+        made_by = [command.words for command in commands(found, index, uv=uv)]
+        for words in made_by[1:]:
+            assert {"--constraint", "c.txt", "--extra-index-url", "https://example.org/simple", "--no-index"} <= set(
+                words
+            )
+        assert made_by[0][0] == (uv or sys.executable)
     variables = {"PIP_EXTRA_INDEX_URL": "https://a https://b", "PIP_NO_INDEX": "1", "PIP_CONSTRAINT": "c.txt"}
     assert from_variables(variables) == [
         "--extra-index-url", "https://a", "--extra-index-url", "https://b", "--constraint", "c.txt", "--no-index",

@@ -5,7 +5,7 @@ import polyquant
 import pytest
 import torch
 from polyquant.comparison.cell.quality import measure_quality
-from polyquant.comparison.reference import reference
+from polyquant.comparison.cell.reference import dense_reference
 from polyquant.models.resolve import resolve_dense
 from polyquant.measure.quality import stored
 from polyquant.measure.quality.index import stored_in
@@ -43,7 +43,7 @@ def log_softmax(logits):
 @pytest.mark.real
 def test_perplexity_and_kl_agree_with_llama_cpp(tmp_path, plain_kernels):
     """Of the packaged model quantized to Q4_0 by llama.cpp: through `gguf` in PyTorch, and by hand from raw logits."""
-    folder, key = reference(resolve_dense(MODEL), evaluation_text(), limit=WINDOWS)
+    folder, key = dense_reference(resolve_dense(MODEL), evaluation_text(), limit=WINDOWS)
     made = polyquant.quantize(MODEL, "llama-cpp", tmp_path / "made", type="Q4_0", requantize=True, device="cpu")
     (path,) = made.glob("*.gguf")
     ours = measure_quality(polyquant.load(path, "gguf", device="cpu"), folder, key)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,8 +90,9 @@ def reference(tmp_path):
     windows = cut([token % 1000 for token in range(100, 100 + 3 * 512)], PRESETS["llamacpp-512"], bos=None)
     logits = {window.tokens: 4 * torch.randn(512, 1000) for window in windows}
     folder, done = tmp_path / "reference", []
-    index = stored.store(folder, "key", "llamacpp-512", windows, logits.__getitem__, done.append)
-    assert done == [1, 2, 3]
+    progress = SimpleNamespace(step=lambda step: done.append((step.done, step.of)))
+    index = stored.store(folder, "key", "llamacpp-512", windows, logits.__getitem__, progress)
+    assert done == [(1, 3), (2, 3), (3, 3)]
     return folder, index, logits
 
 

@@ -17,12 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from polyquant.comparison.choice import USABLE_KL, best, frontier, needed_bytes
-from polyquant.comparison.report.difference import difference
-from polyquant.comparison.report.plot import frontiers, plotted
-from polyquant.comparison.records import Comparison, Layer, Result
+from polyquant.comparison.records import Layer, Result
+from polyquant.comparison.report.columns import AXES, GOALS, KEYS, columns_of, shown
+from polyquant.comparison.report.difference import compare_runs
+from polyquant.comparison.report.exports import as_csv, as_markdown
+from polyquant.comparison.report.formats import with_error
+from polyquant.comparison.report.measured_on import one_line
 from polyquant.comparison.report.page import html, write_difference, write_report
-from polyquant.comparison.report.rows import COLUMNS, as_csv, as_markdown, columns, rows
-from polyquant.comparison.report.words import conditions, first_line, last_lines, uncertain
+from polyquant.comparison.report.plot import frontiers, plot_data
+from polyquant.comparison.report.rows import first_line, last_lines, plain_rows
+from polyquant.comparison.result import Comparison
 from polyquant.errors import ConfigError, PolyquantError
 from polyquant.loading.records import Check
 from polyquant.support.sizes import parse_size, size
@@ -52,8 +56,8 @@ def result(comparison, name) -> Result:
 
 
 def test_rows_have_every_column_and_say_what_became_of_them(comparison):
-    table = {cell["candidate"]: cell for cell in rows(comparison)}
-    assert all(list(COLUMNS) == list(cell)[: len(COLUMNS)] for cell in table.values())
+    table = {cell["candidate"]: cell for cell in plain_rows(comparison)}
+    assert all(list(KEYS) == list(cell)[: len(KEYS)] for cell in table.values())
     assert {name: cell["status"] for name, cell in table.items() if cell["status"] != "done"} == {
         "quark:int8": "check failed", "hqq:int9": "failed", "awq:int4": "missing",
     }  # fmt: skip
@@ -69,9 +73,26 @@ def test_rows_have_every_column_and_say_what_became_of_them(comparison):
     assert "61.2%" in table["quark:int8"]["reason"]
 
 
+def test_every_column_is_declared_once_and_can_be_shown_where_it_appears(comparison):
+    declared = columns_of(comparison)
+    keys = [column.key for column in declared]
+    assert len(set(keys)) == len(keys)
+    assert {column.error for column in declared if column.error} <= set(keys)
+    assert all(column.heading for column in declared if column.places)
+    assert all(column.error for column in declared if column.noise in ("standard error", "standard deviation"))
+    assert list(GOALS) == ["quality", "memory", "speed"] and [column.key for column in AXES] == [
+        "weights_stored_bytes", "generated_tokens_per_second", "prompt_tokens_per_second",
+    ]  # fmt: skip
+    (nf4,) = (values for values in plain_rows(comparison) if values["candidate"] == "bitsandbytes:nf4")
+    assert [column.text(nf4) for column in shown(declared, "terminal")] == [
+        "0.249 ± 0.008", "70.1%", "165.1 MiB", "28.90 ± 0.02",
+    ]  # fmt: skip
+    assert [column.text({}) for column in declared] == [""] * len(declared)
+
+
 def test_csv_json_and_pandas_hold_the_same(comparison, tmp_path):
     written = write_report(comparison, tmp_path / "new" / "report.html")
-    names = columns(comparison)
+    names = [column.key for column in columns_of(comparison)]
     assert names[-2:] == ["gutenberg_acc", "gutenberg_acc_standard_error"]
     lines = list(csv.DictReader(io.StringIO(as_csv(comparison))))
     plain = json.loads(written.with_suffix(".json").read_text())
@@ -82,7 +103,7 @@ def test_csv_json_and_pandas_hold_the_same(comparison, tmp_path):
         [math.nan if row["kl_mean"] is None else row["kl_mean"] for row in plain["rows"]], nan_ok=True
     )
     direct = comparison.to_pandas()
-    assert set(COLUMNS) <= set(direct.columns)
+    assert set(KEYS) <= set(direct.columns)
     assert direct["kl_mean"].to_list() == pytest.approx(frame["kl_mean"].to_list(), nan_ok=True)
     assert plain["setting"]["model"] == "builtin:smollm2"
 
@@ -94,8 +115,8 @@ def test_markdown_is_aligned_and_says_what_it_was_measured_on(comparison):
     assert len(table) == 2 + 10  # ten measured
     assert table[2].startswith("| dense:float32") and "\\< 1e-6" in table[2]
     assert "- hqq:int9 (failed): died: a\\|b \\<b\\>\n" in text
-    assert conditions(comparison) in text
-    assert "llamacpp-512, 4 windows, 1020 tokens scored" in conditions(comparison)
+    assert one_line(comparison) in text
+    assert "llamacpp-512, 4 windows, 1020 tokens scored" in one_line(comparison)
     assert "Note: builtin:smollm2 was 4-bit once already" in text
 
 
@@ -109,11 +130,10 @@ def test_markdown_is_aligned_and_says_what_it_was_measured_on(comparison):
         (-5e-10, 6e-9, "< 1e-6"),
         (6.77, 0.0, "6.77"),
         (1475.2, None, "1475"),
-        (None, None, ""),
     ],
 )
 def test_figures_have_the_digits_their_error_leaves(value, error, words):
-    assert uncertain(value, error) == words
+    assert with_error(value, error) == words
 
 
 def test_a_reason_and_what_was_said_last():
@@ -193,9 +213,9 @@ def test_best_names_the_nearest_where_nothing_fits(comparison):
 
 
 def test_nothing_differs_from_itself(comparison):
-    found = difference(comparison, comparison)
+    found = compare_runs(comparison, comparison)
     assert len(found.changes) > 40
-    assert (found.changed, found.turns, found.conditions, found.worsened) == ([], (), (), [])
+    assert (found.changed, found.other_changes, found.conditions, found.worsened) == ([], (), (), [])
 
 
 def test_a_difference_tells_changes_from_noise(comparison):
@@ -204,7 +224,7 @@ def test_a_difference_tells_changes_from_noise(comparison):
 
     def with_kl(more):
         new = replace(quality, kl_mean=quality.kl_mean + more)
-        return difference(comparison, changed(comparison, "bitsandbytes:nf4", quality=new)).changed
+        return compare_runs(comparison, changed(comparison, "bitsandbytes:nf4", quality=new)).changed
 
     assert with_kl(0.99 * noise) == []
     (change,) = with_kl(1.01 * noise)
@@ -214,14 +234,14 @@ def test_a_difference_tells_changes_from_noise(comparison):
 
     memory = result(comparison, "hqq:int4").memory
     one_more = replace(memory, weights_stored_bytes=memory.weights_stored_bytes + 1)
-    (change,) = difference(comparison, changed(comparison, "hqq:int4", memory=one_more)).changed
+    (change,) = compare_runs(comparison, changed(comparison, "hqq:int4", memory=one_more)).changed
     assert (change.figure, change.after - change.before, change.noise) == ("weights_stored_bytes", 1, 0)
 
     speed = result(comparison, "hqq:int4").speed
 
     def with_speed(factor):
         rate = replace(speed.generated_tokens_per_second, mean=factor * speed.generated_tokens_per_second.mean)
-        return difference(
+        return compare_runs(
             comparison, changed(comparison, "hqq:int4", speed=replace(speed, generated_tokens_per_second=rate))
         )
 
@@ -243,14 +263,14 @@ def test_a_difference_names_what_was_not_alike(comparison):
     there = replace(
         comparison, rows=tuple(elsewhere(row) if row.result and row.result.machine else row for row in comparison.rows)
     )
-    found = difference(comparison, replace(there, setting=replace(there.setting, windows=8)))
+    found = compare_runs(comparison, replace(there, setting=replace(there.setting, windows=8)))
     said = {condition.name: (condition.before, condition.after) for condition in found.conditions}
     assert said["torch"] == ("2.13.0+cpu", "3.0")
     assert said["windows"] == ("4", "8")
     assert "another" in said["machine"][1]
     assert found.changed and not found.worsened  # slower, on another machine
     assert "kl_mean" in {change.figure for change in found.changes}
-    other = difference(comparison, replace(comparison, setting=replace(comparison.setting, preset="gptq-2048")))
+    other = compare_runs(comparison, replace(comparison, setting=replace(comparison.setting, preset="gptq-2048")))
     assert not {"kl_mean", "top1"} & {change.figure for change in other.changes}  # another convention: not comparable
 
 
@@ -259,16 +279,18 @@ def test_a_difference_tells_new_failures_and_what_is_only_in_one(comparison):
     after = changed(after, "gptq:int8", checks=(Check(name="coverage", passed=False, expected="95%", found="80%"),))
     last = after.rows[-1]
     renamed = replace(last, candidate=replace(last.candidate, name="new:int4", backend="new"))
-    found = difference(comparison, replace(after, rows=(*after.rows[1:-1], renamed)))
-    turns = {(turn.candidate, turn.what): (turn.before, turn.after) for turn in found.turns if turn.worse}
-    assert turns == {
+    found = compare_runs(comparison, replace(after, rows=(*after.rows[1:-1], renamed)))
+    changes = {
+        (change.candidate, change.what): (change.before, change.after) for change in found.other_changes if change.worse
+    }
+    assert changes == {
         ("hqq:int4", "status"): ("done", "failed"),
         ("gptq:int8", "status"): ("done", "check failed"),
         ("gptq:int8", "check coverage"): ("passed", "failed: 80%"),
     }
     assert (found.only_before, found.only_after) == (("dense:float32", "awq:int4"), ("new:int4",))
     same = replace(last, candidate=replace(last.candidate, name="the same, named otherwise"))
-    assert difference(comparison, replace(comparison, rows=(*comparison.rows[:-1], same))).only_after == ()
+    assert compare_runs(comparison, replace(comparison, rows=(*comparison.rows[:-1], same))).only_after == ()
 
 
 class Page(HTMLParser):
@@ -344,7 +366,7 @@ def test_the_page_says_what_the_records_say(comparison):
 
 
 def test_layers_are_stored_once_for_all_candidates(comparison):
-    layers = plotted(comparison)["layers"]
+    layers = plot_data(comparison)["layers"]
     assert len(layers["of"]) == 2 and len(layers["names"]) == 1
     nf4 = next(index for index, row in enumerate(comparison.rows) if row.candidate.name == "bitsandbytes:nf4")
     packed = layers["of"][nf4]
@@ -370,7 +392,7 @@ def test_pages_of_odd_comparisons(comparison, tmp_path):
 
 def test_the_page_of_a_difference(comparison, tmp_path):
     after = changed(comparison, "hqq:int4", status="failed", reason=HOSTILE, quality=None, speed=None)
-    page = Page(write_difference(difference(comparison, after), tmp_path / "d.html").read_text())
+    page = Page(write_difference(compare_runs(comparison, after), tmp_path / "d.html").read_text())
     assert page.scripts == [] and page.addresses == [] and "script-src 'none'" in page.policy
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from msgspec.structs import replace
-from polyquant.comparison.records import Comparison, Layer
+from polyquant.comparison.records import Layer
 from polyquant.comparison.report.page import write_report
+from polyquant.comparison.result import Comparison
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 DATA = Path(__file__).parent / "data" / "comparison.json"

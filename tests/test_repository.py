@@ -87,6 +87,71 @@ def imported_by(path: Path) -> set[str]:
     return names
 
 
+def test_no_circle_of_imports():
+    """Neither between modules nor between rooms, which are the names right under `polyquant`."""
+    modules = module_imports()
+    assert modules["polyquant.api"] and modules["polyquant.comparison.result"], "the imports were not read"
+    assert circles(modules) == []
+    assert circles(rooms(modules)) == []
+
+
+def test_a_circle_of_imports_is_found():
+    chain = {"polyquant.a.one": {"polyquant.b.two"}, "polyquant.b.two": {"polyquant.c"}, "polyquant.c": set()}
+    assert circles(chain) == circles(rooms(chain)) == []
+    by_rooms = {**chain, "polyquant.c": {"polyquant.a.other"}, "polyquant.a.other": set()}
+    assert circles(by_rooms) == []
+    assert circles(rooms(by_rooms)) == [["a", "b", "c"]]
+    by_modules = {**chain, "polyquant.c": {"polyquant.b.two"}}
+    assert circles(by_modules) == [["polyquant.b.two", "polyquant.c"]]
+
+
+def module_imports() -> dict[str, set[str]]:
+    """Module of the core -> those of the core that it imports, in functions too; not those for type checkers alone."""
+    paths = {".".join(path.relative_to(ROOT / "core").with_suffix("").parts): path for path in CORE}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items() if name.startswith("polyquant.")}
+
+    def imported(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return set().union(*map(imported, node.orelse))
+        if isinstance(node, ast.Import):
+            return {alias.name for alias in node.names if alias.name in paths}
+        if isinstance(node, ast.ImportFrom) and node.module in paths:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            return {name if name in paths else node.module for name in names}
+        return set().union(*map(imported, ast.iter_child_nodes(node)))
+
+    return {name: imported(ast.parse(path.read_text())) - {name} for name, path in paths.items()}
+
+
+def rooms(modules: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The imports between rooms."""
+    graph: dict[str, set[str]] = {}
+    for name, imported in modules.items():
+        if name != "polyquant":
+            room = name.split(".")[1]
+            others = {other.split(".")[1] for other in imported if other != "polyquant"}
+            graph.setdefault(room, set()).update(others - {room})
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Names that reach each other, in groups."""
+
+    def reached(start: str) -> set[str]:
+        found, next_ones = set(), [start]
+        while next_ones:
+            for name in graph.get(next_ones.pop(), set()) - found:
+                found.add(name)
+                next_ones.append(name)
+        return found
+
+    reach = {name: reached(name) for name in graph}
+    groups = {
+        tuple(sorted(other for other in reach[name] if name in reach[other])) for name in graph if name in reach[name]
+    }
+    return sorted(map(list, groups))
+
+
 def test_every_hook_is_documented_and_has_no_defaults():
     for hook in (*hookspecs.REQUIRED, *hookspecs.OPTIONAL):
         function = getattr(hookspecs.QuantBackend, hook)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import polyquant
 import pytest
@@ -61,7 +62,7 @@ def folder(tmp_path):
 def test_tasks_of_ones_own_are_scored(loaded, folder):
     steps = []
     job = Job(model="", backend="rowwise", tasks=("choosing", "writing"), task_folder=str(folder))
-    scores = measure_tasks(loaded, job, lambda done, of: steps.append((done, of)))
+    scores = measure_tasks(loaded, job, SimpleNamespace(step=lambda step: steps.append((step.done, step.of))))
     found = {(score.task, score.metric): score for score in scores}
     accuracy = found["choosing", "acc"]
     assert accuracy.examples == 4

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from polyquant.errors import BackendFailed, BrokenBackend, ConfigError, UnsupportedOperation
-from polyquant.isolated.handles import backend, backends, home
+from polyquant.isolated.handles import backend, backends, environment_name
 from polyquant.options import BackendOptions
 from polyquant.registry.installed import registry
 from polyquant.request import MaxMemory, Offload
@@ -16,15 +17,17 @@ from polyquant.types import Problem, Record
 
 if TYPE_CHECKING:
     from polyquant.comparison.candidates import Candidate
-    from polyquant.comparison.options import Engine
-    from polyquant.comparison.records import Comparison, Goal, Part
-    from polyquant.comparison.run import Watcher
+    from polyquant.comparison.options import EngineName
+    from polyquant.comparison.progress import ComparisonProgress
+    from polyquant.comparison.records import Goal, Part
+    from polyquant.comparison.result import Comparison
     from polyquant.finetuning.merge_methods import Way
-    from polyquant.finetuning.options import Step, Tuned
+    from polyquant.finetuning.options import Tuned
     from polyquant.loaded import LoadedModel, Prompt
     from polyquant.loading.records import Verification
     from polyquant.measure.quality.records import Quality
     from polyquant.planning.records import Plan, Plans, Recommendation
+    from polyquant.support.progress import Progress
 
 __all__ = [
     "Diagnosis", "backend", "backends", "compare", "doctor", "finetune", "load", "merge", "observing", "plan",
@@ -57,7 +60,7 @@ def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
         try:
             handle = backend(each)
             chosen = choose_device(device, handle.capabilities)
-            problems, where = handle.problems(chosen), home(handle)
+            problems, where = handle.problems(chosen), environment_name(handle)
             diagnoses.append(
                 Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=problems, environment=where)
             )
@@ -232,7 +235,7 @@ def compare(
     candidates: Sequence[str | Candidate],
     *,
     out: str | Path | None = None,
-    watcher: Watcher | None = None,
+    progress: ComparisonProgress | None = None,
     parts: Sequence[Part] = ("quality", "speed"),
     device: str = "auto",
     preset: str = "llamacpp-512",
@@ -246,7 +249,7 @@ def compare(
     timeout_seconds: float = 3600,
     speed_limit_seconds: float = 30,
     retry: bool = False,
-    engine: Engine = "local",
+    engine: EngineName = "local",
     address: str = "",
 ) -> Comparison:
     """Measure candidates on `model`: quality against the dense model, speed, and every kind of memory.
@@ -255,6 +258,7 @@ def compare(
         in a process of its own. One that fails is a row with its reason.
     out: folder that keeps finished cells; what is there is not measured again, so that a run that was killed goes on.
         None: one in the cache, for each model.
+    progress: sees the comparison while it runs: see `polyquant.comparison.progress.ComparisonProgress`.
     The other keywords are described by `polyquant.comparison.options.CompareOptions`.
 
     >>> comparison = polyquant.compare("builtin:smollm2", ["bitsandbytes:nf4", "gguf:Q8_0"])
@@ -270,12 +274,12 @@ def compare(
         "jobs": jobs, "timeout_seconds": timeout_seconds, "speed_limit_seconds": speed_limit_seconds, "retry": retry,
         "engine": engine, "address": address,
     }  # fmt: skip
-    return run(model, candidates, Path(out) if out else None, convert(CompareOptions, options), watcher)
+    return run(model, candidates, Path(out) if out else None, convert(CompareOptions, options), progress)
 
 
 def read_comparison(path: str | Path) -> Comparison:
     """The comparison that lies in a folder or a comparison.json. Raises ConfigError where none does."""
-    from polyquant.comparison.run import read_comparison as read
+    from polyquant.comparison.result import read_comparison as read
 
     return read(path)
 
@@ -288,14 +292,15 @@ def finetune(
     backend: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
-    report: Callable[[Step], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Tuned:
     """Train LoRA adapters on a quantized base, which stays frozen, and write them to the folder `out`.
 
     model: one that is loaded (it carries the adapter afterwards), or what `load` takes.
     data: JSONL (`text`, `prompt` with `completion`, or `messages`), a text file, or a name for `datasets`.
-    report: called with each `Step`. restart: forget an unfinished run; without, the same call goes on with it.
+    progress: its method `step` sees each `polyquant.finetuning.options.TrainingStep`; in a terminal, loading shows its
+        bars then, too. restart: forget an unfinished run; without, the same call goes on with it.
     options: of training (`polyquant.finetuning.options.TrainingOptions`); the others are `load`'s.
 
     >>> polyquant.finetune("builtin:smollm2", "train.jsonl", "adapter", backend="bitsandbytes", bits=4, steps=30)
@@ -303,6 +308,7 @@ def finetune(
     from polyquant.finetuning.options import TrainingOptions
     from polyquant.finetuning.run import finetune as run
     from polyquant.options import convert
+    from polyquant.support.progress import SILENT
 
     training = {name: options.pop(name) for name in TrainingOptions.__struct_fields__ if name in options}
     chosen = convert(TrainingOptions, training)
@@ -311,10 +317,10 @@ def finetune(
             raise UnsupportedOperation(
                 f"{backend} cannot train adapters; installed backends that do: {', '.join(backends(trains=True).names)}"
             )
-        model = load(model, backend, **options)
+        model = load(model, backend, progress=progress is not None and sys.stderr.isatty(), **options)
     elif options or backend is not None:
         raise ConfigError(f"the model is loaded already: leave out {', '.join(options) or 'backend'}")
-    return run(model, data, Path(out), chosen, overwrite=overwrite, restart=restart, report=report)
+    return run(model, data, Path(out), chosen, overwrite=overwrite, restart=restart, progress=progress or SILENT)
 
 
 def merge(

@@ -21,7 +21,7 @@ from typing import Any
 
 import polyquant
 import psutil
-from polyquant.comparison.reference import reference
+from polyquant.comparison.cell.reference import dense_reference
 from polyquant.models.resolve import resolve_dense
 from polyquant.support.texts import evaluation_text
 
@@ -130,7 +130,7 @@ def cell_memory() -> None:
     load_peak = measured(LOADED)["peak_bytes"]
     limit = 1.15 * load_peak + 512 * VOCABULARY * 4
     for windows in (2, 8, 32):
-        folder, key = reference(resolve_dense("builtin:smollm2"), evaluation_text(), limit=windows)
+        folder, key = dense_reference(resolve_dense("builtin:smollm2"), evaluation_text(), limit=windows)
         cell = measured(QUALITY.format(folder=str(folder), key=key))
         figures = (
             f"load peak {load_peak / 2**20:.0f} MiB, of the cell {cell['peak_bytes'] / 2**20:.0f} MiB, "

@@ -6,11 +6,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import polyquant
+from polyquant.cli.progress import showing_rows
 from polyquant.cli.reporting import show_comparison
 from polyquant.cli.show import console
-from polyquant.cli.watching import watching
 from polyquant.loading.records import Verification
 from polyquant.support.sizes import size
 from rich import box
@@ -88,9 +89,8 @@ def fine_tune(folder: Path) -> bool:
     before = loaded.generate(question, max_new_tokens=TOKENS, do_sample=False)
     training = {name: options[name] for name in ("steps", "learning_rate", "warmup")}
     steps: list[float] = []
-    tuned = polyquant.finetune(
-        loaded, DATA, folder / "adapter", report=lambda step: steps.append(step.loss), **training
-    )
+    progress = SimpleNamespace(step=lambda step: steps.append(step.loss))
+    tuned = polyquant.finetune(loaded, DATA, folder / "adapter", progress=progress, **training)
     after = loaded.generate(question, max_new_tokens=TOKENS, do_sample=False)
     highest = max(steps)
     bars = "".join(BARS[round(loss / highest * (len(BARS) - 1))] for loss in steps)
@@ -107,8 +107,8 @@ def compare(folder: Path) -> bool:
     console.rule("Compare: quality, speed and memory, each in a process of its own")
     options = {"device": "cpu", "windows": 2, "speed_limit_seconds": 4.0}
     console.print(f"polyquant.compare({MODEL!r}, {list(CANDIDATES)}, {shown(options)})")
-    with watching(live=sys.stderr.isatty()) as watcher:
-        comparison = polyquant.compare(MODEL, CANDIDATES, out=folder, watcher=watcher, **options)
+    with showing_rows(live=sys.stderr.isatty()) as progress:
+        comparison = polyquant.compare(MODEL, CANDIDATES, out=folder, progress=progress, **options)
     show_comparison(comparison, comparison.report(folder / "report.html"))
     return len(comparison.done) == len(comparison.rows)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 import polyquant
-from polyquant.cli.watching import watching
+from polyquant.cli.progress import showing_rows
 from polyquant.comparison.candidates import DENSE, Candidate, presets_of
 from polyquant.comparison.records import Result
 
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder that keeps finished cells")
     arguments = parser.parse_args()
     candidates = list(wanted(arguments.backends, arguments.checkpoints))
-    with watching(live=False) as watcher:
-        comparison = polyquant.compare(MODEL, candidates, out=arguments.out, watcher=watcher, **SETTINGS)
+    with showing_rows(live=False) as progress:
+        comparison = polyquant.compare(MODEL, candidates, out=arguments.out, progress=progress, **SETTINGS)
     everything = msgspec.json.decode(MEASURED.read_bytes()) if MEASURED.exists() else {}
     everything |= {row.candidate.name: plain(row.result) for row in comparison.rows if row.result is not None}
     MEASURED.write_text(msgspec.json.format(msgspec.json.encode(everything), indent=1).decode() + "\n")

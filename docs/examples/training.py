@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -142,9 +143,8 @@ def measure(name: str, checkpoints: Path) -> Cell:
         model = train.with_adapters(prepared, targets, OPTIONS)
         ends = [time.perf_counter()]
         with measure_peak() as peak:
-            reporter = train.train(
-                model, examples, [], 0, OPTIONS, Path(folder), None, report=lambda _: ends.append(time.perf_counter())
-            )
+            progress = SimpleNamespace(step=lambda _: ends.append(time.perf_counter()))
+            trained = train.train(model, examples, [], 0, OPTIONS, Path(folder), None, progress=progress)
     dtype, tokenizer = str(loaded.config.compute_dtype), loaded.tokenizer
     del model, prepared, loaded
     return_freed()
@@ -155,7 +155,7 @@ def measure(name: str, checkpoints: Path) -> Cell:
         name=name, compute_dtype=dtype, weights_bytes=planned, dense_weights_bytes=dense,
         peak_bytes=peak.peak_bytes, libraries_bytes=libraries_bytes,
         seconds_per_step=min(later - earlier for earlier, later in pairwise(ends[1:])),
-        losses=tuple(step.loss for step in reporter.steps),
+        losses=tuple(step.loss for step in trained.steps),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import polyquant
-from polyquant.comparison.report.difference import difference
+from polyquant.comparison.report.difference import compare_runs
 from polyquant.comparison.report.page import write_difference
 
 
@@ -22,7 +22,7 @@ def main() -> None:
         print(f"{len(comparison.done)} of {len(comparison.rows)} measured on {comparison.machine.processor}")
         return
     here, there, page = arguments
-    found = difference(polyquant.read_comparison(here), polyquant.read_comparison(there))
+    found = compare_runs(polyquant.read_comparison(here), polyquant.read_comparison(there))
     for change in found.changed:
         print(f"{change.candidate}: {change.figure} {change.before:g} -> {change.after:g}")
     print(f"report: {write_difference(found, Path(page))}")

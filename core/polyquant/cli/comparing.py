@@ -48,10 +48,10 @@ def compare(
 
     Example: polyquant compare builtin:smollm2 -c bitsandbytes:nf4 -c "torchao:int8,compute_dtype=float32" -c gguf:Q4_0
     """
+    from polyquant.cli.progress import showing_rows
     from polyquant.cli.reporting import show_comparison
     from polyquant.cli.show import print_json
-    from polyquant.cli.watching import watching
-    from polyquant.comparison.report.rows import as_plain
+    from polyquant.comparison.report.exports import as_plain
 
     written = _read(file) if file else {}
     model = model or str(written.get("model", ""))
@@ -62,8 +62,8 @@ def compare(
     if all_:
         chosen += ["dense:float32", *runnable(str(settings.get("device", "auto")))]
     folder = out or (Path(written["out"]) if "out" in written else None)
-    with watching(live=not json and sys.stderr.isatty()) as watcher:
-        comparison = polyquant.compare(model, chosen, out=folder, watcher=watcher, **settings)
+    with showing_rows(live=not json and sys.stderr.isatty()) as progress:
+        comparison = polyquant.compare(model, chosen, out=folder, progress=progress, **settings)
     report, lacking = None, ""
     try:
         report = comparison.report(Path(comparison.folder) / "report.html")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,6 +86,7 @@ def create(
 
     Example: polyquant env create autoawq
     """
+    from polyquant.cli.progress import showing_steps
     from polyquant.isolated.creating import create as make
     from polyquant.isolated.installer import Index
 
@@ -99,8 +96,8 @@ def create(
         index_url=(index_url,) if index_url else (), extra_index_url=tuple(extra_index_url or ()),
         find_links=tuple(find_links or ()), no_index=no_index,
     )  # fmt: skip
-    with _progress(environment.name) as tell:
-        made = make(environment, index, tell, again=again)
+    with showing_steps(environment.name) as progress:
+        made = make(environment, index, progress, again=again)
     print(f"{'created' if made else 'there already:'} {environment.folder}")
     problems = api.backend(name).problems(_device(name))
     for problem in problems:
@@ -162,15 +159,3 @@ def _device(name: str) -> str:
     from polyquant.support.devices import choose_device
 
     return choose_device("auto", api.backend(name).capabilities)
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[str], None]]:
-    """What is being done, on standard error: one line that changes where it is a terminal."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-
-        with Console(stderr=True).status(f"{name}: starting") as status:
-            yield lambda step: status.update(f"{name}: {step}")
-        return
-    yield lambda step: print(f"{shlex.quote(name)}: {step}", file=sys.stderr, flush=True)

@@ -13,12 +13,10 @@ from polyquant.cli.arguments import Json
 from polyquant.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
-    from polyquant.comparison.records import Comparison
+    from polyquant.comparison.records import Run
     from polyquant.comparison.report.difference import Difference
 
 WIDE = 112  # columns of a terminal that has room for every figure
-HEADINGS = ("KL, nats", "top-1", "ppl ratio", "stored", "of bf16", "prompt tok/s", "gen. tok/s")
-ONLY_WIDE = ("ppl ratio", "of bf16", "prompt tok/s")
 
 
 def report(
@@ -38,9 +36,9 @@ def report(
     Example: polyquant report before after
     """
     from polyquant.cli.show import print_json
-    from polyquant.comparison.report.difference import difference
+    from polyquant.comparison.report.difference import compare_runs
+    from polyquant.comparison.report.exports import as_plain
     from polyquant.comparison.report.page import write_difference, write_report
-    from polyquant.comparison.report.rows import as_plain
 
     comparison = _read(run)
     if other is None:
@@ -53,67 +51,69 @@ def report(
                 raise
         print_json(as_plain(comparison)) if json else show_comparison(comparison, written)
         return
-    found = difference(comparison, _read(other))
-    written = write_difference(found, out) if out else None
+    difference = compare_runs(comparison, _read(other))
+    written = write_difference(difference, out) if out else None
     if json:
-        print_json({"worsened": found.worsened, "changed": found.changed, **msgspec.to_builtins(found)})
+        print_json({"worsened": difference.worsened, "changed": difference.changed, **msgspec.to_builtins(difference)})
     else:
-        show_difference(found, written)
-    if found.worsened:
+        show_difference(difference, written)
+    if difference.worsened:
         raise typer.Exit(1)
 
 
-def _read(path: Path) -> Comparison:
-    """The comparison, which says where it lies now: two of them may come from folders of the same name."""
+def _read(path: Path) -> Run:
+    """The comparison, with where it lies now: two of them may come from folders of the same name."""
     return msgspec.structs.replace(polyquant.read_comparison(path), folder=str(path))
 
 
-def show_comparison(comparison: Comparison, written: Path | None = None) -> None:
+def show_comparison(run: Run, written: Path | None = None) -> None:
     """A row a candidate, closest to the reference first; below, failures with their reasons, notes, and the report."""
     from rich.markup import escape
     from rich.table import Table
 
     from polyquant.cli.show import console
+    from polyquant.comparison.report import measured_on
+    from polyquant.comparison.report.columns import COLUMNS, GOALS, shown
     from polyquant.comparison.report.plot import frontiers
-    from polyquant.comparison.report.rows import by_quality, rows, short
-    from polyquant.comparison.report.words import conditions, first_line
+    from polyquant.comparison.report.rows import by_quality, first_line, plain_rows
 
-    best = {comparison.rows[index].candidate.name for index in frontiers(comparison)["weights_stored_bytes"]}
-    shown = [name for name in HEADINGS if console.width >= WIDE or name not in ONLY_WIDE]
-    padding = (0, 2 if console.width >= WIDE else 1, 0, 0)
-    table = Table(box=None, pad_edge=False, padding=padding, header_style="bold underline")
+    best = {run.rows[index].candidate.name for index in frontiers(run)[GOALS["memory"].key]}
+    wide = console.width >= WIDE
+    columns = shown(COLUMNS, "terminal", *(("wide terminal",) if wide else ()))
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold underline")
     table.add_column("candidate", overflow="fold")
-    for heading in shown:
-        table.add_column(heading, justify="right", no_wrap=True)
-    cells = by_quality(rows(comparison))
-    for cell in cells:
-        if cell["status"] in ("done", "check failed"):
-            name, *figures = short(cell)
-            style = "bold" if name in best else "red" if cell["status"] == "check failed" else ""
-            words = dict(zip(HEADINGS, figures, strict=True))
-            table.add_row(f"[{style}]{escape(name)}[/]" if style else escape(name), *(words[each] for each in shown))
+    for column in columns:
+        heading = column.short or column.heading
+        table.add_column(f"{heading}, {column.unit}" if column.unit else heading, justify="right", no_wrap=True)
+    rows = by_quality(plain_rows(run))
+    for values in rows:
+        if values["status"] in ("done", "check failed"):
+            name = values["candidate"]
+            style = "bold" if name in best else "red" if values["status"] == "check failed" else ""
+            first = f"[{style}]{escape(name)}[/]" if style else escape(name)
+            table.add_row(first, *(column.text(values) for column in columns))
     if table.row_count:
         console.print(table)
         console.print("[bold]bold[/]: no other is both smaller and closer to the reference")
-    for cell in cells:
-        if cell["status"] != "done":
-            reason = first_line(cell["reason"])
-            console.print(f"[red]{cell['status']}[/] {escape(cell['candidate'])}: {escape(reason)}")
-    console.print(conditions(comparison), style="dim", markup=False)
-    for note in comparison.notes:
+    for values in rows:
+        if values["status"] != "done":
+            reason = first_line(values["reason"])
+            console.print(f"[red]{values['status']}[/] {escape(values['candidate'])}: {escape(reason)}")
+    console.print(measured_on.one_line(run), style="dim", markup=False)
+    for note in run.notes:
         console.print(f"note: {escape(note)}")
-    _say(written)
+    _show_path(written)
 
 
-def show_difference(found: Difference, written: Path | None = None) -> None:
+def show_difference(difference: Difference, written: Path | None = None) -> None:
     """What changed beyond noise, and where the two were not measured alike."""
     from rich.markup import escape
     from rich.table import Table
 
     from polyquant.cli.show import console
-    from polyquant.comparison.report.difference_page import sections, summary
+    from polyquant.comparison.report.difference_tables import sections, summary
 
-    for section in sections(found):
+    for section in sections(difference):
         if not section["rows"]:
             continue
         table = Table(title=section["heading"], title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -124,11 +124,11 @@ def show_difference(found: Difference, written: Path | None = None) -> None:
             table.add_row(*map(escape, row["cells"]), style="red" if row["worse"] else "")
         console.print(table)
         console.print()
-    console.print(summary(found), markup=False)
-    _say(written)
+    console.print(summary(difference), markup=False)
+    _show_path(written)
 
 
-def _say(written: Path | None) -> None:
+def _show_path(written: Path | None) -> None:
     from polyquant.cli.show import console
 
     if written:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from polyquant.types import BackendInfo, Capabilities, Record
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from polyquant.finetuning.options import Step, Tuned
+    from polyquant.finetuning.options import Tuned
     from polyquant.loaded import LoadedModel
     from polyquant.loading.records import Verification
     from polyquant.measure.quality.records import Quality
@@ -219,26 +219,6 @@ def verification(report: Verification) -> None:
     console.print(checks)
     _notes(report.notes)
     console.print("[green]verified[/]" if report.passed else "[red]verification failed[/]")
-
-
-@contextmanager
-def training() -> Iterator[Callable[[Step], None]]:
-    """A bar on standard error with loss, learning rate, speed, memory and time left."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    now = TextColumn("{task.fields[now]}")
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), now)
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("training", total=None, now="loading the model")
-
-        def report(step: Step) -> None:
-            figures = (
-                f"loss {step.loss:.3f}", f"lr {step.learning_rate:.1e}", f"{step.tokens_per_second:.0f} tokens/s",
-                size(step.memory_bytes),
-            )  # fmt: skip
-            progress.update(task, total=step.of, completed=step.step, now=" · ".join(figures))
-
-        yield report
 
 
 def tuned(run: Tuned) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,6 @@ import typer
 from polyquant import api
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.options import Loading
-from polyquant.finetuning.options import Step
 
 
 def finetune(
@@ -30,11 +28,12 @@ def finetune(
     Example: polyquant finetune builtin:smollm2 -b bitsandbytes --bits 4 --data train.jsonl --out adapter --steps 30
     """
     from polyquant.cli import show
+    from polyquant.cli.progress import showing_training
 
-    with show.training() if sys.stderr.isatty() and not json else nullcontext(_line if not json else None) as report:
+    with nullcontext() if json else showing_training() as progress:
         tuned = api.finetune(
-            model, data, out, backend=loading.backend, overwrite=overwrite, restart=restart, report=report,
-            revision=loading.revision, progress=sys.stderr.isatty(), **training, **loading.options,
+            model, data, out, backend=loading.backend, overwrite=overwrite, restart=restart, progress=progress,
+            revision=loading.revision, **training, **loading.options,
         )  # fmt: skip
     show.print_json(tuned) if json else show.tuned(tuned)
 
@@ -65,8 +64,3 @@ def merge(
             **{name: value for name, value in loading.options.items() if value not in ("", None)},
         )  # fmt: skip
     show.print_json(quality) if json else show.merged(out, quality)
-
-
-def _line(step: Step) -> None:
-    """A report where there is no terminal to draw on."""
-    print(f"step {step.step}/{step.of}: loss {step.loss:.4f}", file=sys.stderr)

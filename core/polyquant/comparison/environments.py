@@ -1,4 +1,4 @@
-"""Cells of a comparison whose backend lives elsewhere: they run with that environment's interpreter."""
+"""Which environment a cell runs in: this one, or that of a backend which has its own, with its interpreter."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from polyquant.isolated.remote import RemoteBackend
 from polyquant.models.builtin import PREFIX
 from polyquant.models.resolve import resolve_dense
 
-Asked = TypeVar("Asked", bound=msgspec.Struct)
+AnyJob = TypeVar("AnyJob", bound=msgspec.Struct)
 
 
-def where(backend: str) -> Environment | None:
+def of_backend(backend: str) -> Environment | None:
     """The environment that a backend runs in; None where that is this one. Raises UnknownBackend or BrokenBackend."""
     if backend in (DENSE, ""):
         return None
@@ -25,16 +25,16 @@ def where(backend: str) -> Environment | None:
     return handle.environment if isinstance(handle, RemoteBackend) else None
 
 
-def portable(asked: Asked, away: Environment | None) -> Asked:
-    """A job for that environment: a builtin model as its folder, which only this one knows to make."""
-    if away is None:
-        return asked
-    names = [name for name in ("model", "dense") if str(getattr(asked, name, "")).startswith(PREFIX)]
-    return msgspec.structs.replace(asked, **{name: str(resolve_dense(getattr(asked, name)).path) for name in names})
+def portable(job: AnyJob, own: Environment | None) -> AnyJob:
+    """The job as a backend's own environment can do it: a builtin model as its folder, which only this one can make."""
+    if own is None:
+        return job
+    names = [name for name in ("model", "dense") if str(getattr(job, name, "")).startswith(PREFIX)]
+    return msgspec.structs.replace(job, **{name: str(resolve_dense(getattr(job, name)).path) for name in names})
 
 
-def process(away: Environment | None, variables: Mapping[str, str] | None) -> dict[str, Any]:
+def process(own: Environment | None, variables: Mapping[str, str] | None) -> dict[str, Any]:
     """The interpreter and the variables of a job's process, as `processes.run_logged` takes them."""
-    if away is None:
+    if own is None:
         return {"environment": variables}
-    return {"environment": {**away.isolated.variables, **(variables or {})}, "interpreter": away.python}
+    return {"environment": {**own.isolated.variables, **(variables or {})}, "interpreter": own.python}

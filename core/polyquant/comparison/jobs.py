@@ -10,10 +10,8 @@ import msgspec
 
 from polyquant.comparison import environments
 from polyquant.comparison.candidates import DENSE, Candidate
-from polyquant.comparison.cell.checkpoint import Making
 from polyquant.comparison.options import CompareOptions
-from polyquant.comparison.records import Job, Result
-from polyquant.comparison.reference import ReferenceJob
+from polyquant.comparison.records import CheckpointJob, Job, ReferenceJob, Result
 from polyquant.comparison.store import cell_key
 from polyquant.errors import PolyquantError
 from polyquant.isolated import handles
@@ -28,17 +26,17 @@ from polyquant.support.machine import Machine, this_machine
 from polyquant.types import BackendInfo
 
 
-class Plan(NamedTuple):
-    """What a row takes."""
+class PlannedCell(NamedTuple):
+    """What a candidate takes."""
 
     candidate: Candidate
     key: str
     job: Job
-    making: Making | None
+    checkpoint: CheckpointJob | None  # what the job loads, to be made first
     refused: Result | None  # its result where nothing can be measured
 
 
-class Planner:
+class CellPlanner:
     """Plans the candidates of one comparison. Imports neither torch nor any backend's library."""
 
     def __init__(
@@ -46,9 +44,9 @@ class Planner:
     ) -> None:
         self._source, self._options, self._reference, self._hash = source, options, reference, model_hash
 
-    def plan(self, candidate: Candidate) -> Plan:
+    def plan(self, candidate: Candidate) -> PlannedCell:
         """The job of a candidate; a refusal, not an error, where it cannot be done."""
-        job, making, content = self._job(candidate), None, {"model": self._hash}
+        job, checkpoint, content = self._job(candidate), None, {"model": self._hash}
         machine = this_machine()
         try:
             if candidate.model:
@@ -61,17 +59,17 @@ class Planner:
                 handle = handles.backend(job.backend)
                 info = handle.info
                 machine = this_machine(library.distribution for library in info.libraries)
-                if away := environments.where(job.backend):
-                    away.require()
-                    content["environment"] = away.name
+                if own_environment := environments.of_backend(job.backend):
+                    own_environment.require()
+                    content["environment"] = own_environment.name
                 if not candidate.model and route_of(self._source, handle) == "make first":
-                    making = self._making(candidate, info, machine, content.get("environment", ""))
+                    checkpoint = self._checkpoint(candidate, info, machine, content.get("environment", ""))
                     own_options = {name: value for name, value in job.options.items() if name in info.options.load_time}
-                    job = msgspec.structs.replace(job, model=making.out, options=own_options)
+                    job = msgspec.structs.replace(job, model=checkpoint.out, options=own_options)
         except PolyquantError as error:
             refused = Result(job=job, status="failed", reason=f"{type(error).__name__}: {error}", machine=machine)
-            return Plan(candidate, cell_key(candidate, job, content, machine), job, None, refused)
-        return Plan(candidate, cell_key(candidate, job, content, machine), job, making, None)
+            return PlannedCell(candidate, cell_key(candidate, job, content, machine), job, None, refused)
+        return PlannedCell(candidate, cell_key(candidate, job, content, machine), job, checkpoint, None)
 
     def _job(self, candidate: Candidate) -> Job:
         options, reference = self._options, self._reference
@@ -84,7 +82,7 @@ class Planner:
             speed_limit_seconds=options.speed_limit_seconds,
         )  # fmt: skip
 
-    def _making(self, candidate: Candidate, info: BackendInfo, machine: Machine, environment: str) -> Making:
+    def _checkpoint(self, candidate: Candidate, info: BackendInfo, machine: Machine, environment: str) -> CheckpointJob:
         """The checkpoint that the candidate needs. Raises PolyquantError where its backend cannot make one."""
         registry().require(info.name, "quantize")
         options: Mapping[str, Any] = {
@@ -93,7 +91,7 @@ class Planner:
         decides = [self._hash, info.name, options, machine.versions, *([environment] if environment else [])]
         asked = msgspec.json.encode(decides, order="deterministic")
         name = f"{info.name}-{hashlib.sha256(asked).hexdigest()[:16]}"
-        return Making(
+        return CheckpointJob(
             model=self._source.name, backend=info.name, options=options, device=self._options.device,
             out=str(cache_folder() / "quantized" / name),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from polyquant.comparison.records import Part
 
-Engine = Literal["local", "ray"]
+EngineName = Literal["local", "ray"]
 
 
 class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,7 +41,7 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         float, Meta(description="seconds of repetitions, prompts and generation each", gt=0)
     ] = 30
     retry: Annotated[bool, Meta(description="measure failed cells again")] = False
-    engine: Annotated[Engine, Meta(description="where cells run: local, or a ray cluster")] = "local"
+    engine: Annotated[EngineName, Meta(description="where cells run: local, or a ray cluster")] = "local"
     address: Annotated[str, Meta(description="of the ray cluster; empty: one on this machine")] = ""
 
     def __post_init__(self) -> None:

@@ -1,12 +1,13 @@
-"""The JSON between processes and on disk: what a cell is asked for, what it answers, and a whole comparison."""
+"""The JSON between processes and on disk: jobs, what they answered, and a whole comparison. Records alone: what is made
+of them is in `result`, `choice` and `report`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from polyquant.comparison.candidates import Candidate
+from polyquant.comparison.candidates import DENSE, Candidate
 from polyquant.loading.records import Check, Memory
 from polyquant.measure.quality.records import Quality
 from polyquant.measure.speed import Speed
@@ -16,6 +17,8 @@ from polyquant.types import Record
 Part = Literal["quality", "speed", "tasks"]
 """What a cell measures after it has loaded and verified the model."""
 Goal = Literal["quality", "speed", "memory"]
+Status = Literal["done", "check failed", "failed", "missing"]
+"""Where a row stands; `check failed` is measured, but not what the backend promised."""
 
 
 class Job(Record, frozen=True):
@@ -33,6 +36,29 @@ class Job(Record, frozen=True):
     task_folder: str = ""  # where tasks of one's own lie
     task_limit: int = 0  # examples of each task at most; 0: all
     speed_limit_seconds: float = 300  # see measure_speed: slow models are repeated less often
+
+
+class CheckpointJob(Record, frozen=True):
+    """A checkpoint to make with a backend that quantizes offline."""
+
+    model: str
+    backend: str
+    options: Mapping[str, Any]
+    device: str
+    out: str  # folder
+
+
+class ReferenceJob(Record, frozen=True):
+    """The reference to compute on a text, and where its log-probabilities go."""
+
+    model: str
+    text: str
+    preset: str
+    limit: int | None  # windows of text at most
+    candidate: Candidate
+    device: str
+    folder: str
+    key: str
 
 
 class Layer(Record, frozen=True):
@@ -55,6 +81,11 @@ class Score(Record, frozen=True):
     value: float
     standard_error: float | None
     examples: int
+
+    @property
+    def column(self) -> str:
+        """The column of its value in a report."""
+        return f"{self.task}_{self.metric}"
 
 
 class Result(Record, frozen=True):
@@ -89,6 +120,13 @@ class Result(Record, frozen=True):
         """The checks of the verification that did not pass."""
         return [check for check in self.checks if not check.passed]
 
+    @property
+    def weights_stored_bytes(self) -> int | None:
+        """Bytes of the weights, every storage once; None where they were not measured."""
+        if self.stored_bytes is None and self.memory is not None:
+            return self.memory.weights_stored_bytes
+        return self.stored_bytes
+
 
 class Row(Record, frozen=True):
     """A candidate with its result."""
@@ -97,6 +135,23 @@ class Row(Record, frozen=True):
     key: str  # hash of all that determines the result; the cell's file name
     command: str  # reproduces this row
     result: Result | None = None  # None: not measured yet
+
+    @property
+    def status(self) -> Status:
+        """Where it stands."""
+        if self.result is None:
+            return "missing"
+        if self.result.status == "failed":
+            return "failed"
+        return "check failed" if self.result.failed_checks else "done"
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, with what its process said last; or the checks that did not pass. Empty where all is well."""
+        if self.result is None:
+            return "not measured yet"
+        checks = (f"{check.name}: {check.found} (expected: {check.expected})" for check in self.result.failed_checks)
+        return self.result.reason or "; ".join(checks)
 
 
 class Setting(Record, frozen=True):
@@ -113,8 +168,8 @@ class Setting(Record, frozen=True):
     tasks: tuple[str, ...] = ()
 
 
-class Comparison(Record, frozen=True):
-    """A whole comparison: what `polyquant.compare` returns, and what its folder holds as comparison.json."""
+class Run(Record, frozen=True):
+    """A whole comparison, as its folder holds it in comparison.json."""
 
     version: str  # of polyquant
     created: str  # ISO 8601, UTC
@@ -130,25 +185,8 @@ class Comparison(Record, frozen=True):
         """The rows whose measurement succeeded."""
         return [row for row in self.rows if row.result is not None and row.result.status == "done"]
 
-    def to_pandas(self) -> Any:
-        """A pandas DataFrame, one row a candidate, the columns of the CSV file."""
-        import pandas as pd
-
-        from polyquant.comparison.report.rows import columns, rows
-
-        return pd.DataFrame(rows(self), columns=columns(self))
-
-    def best(
-        self, goal: Goal = "quality", *, memory: int | str | None = None, kl: float | None = None,
-        context_tokens: int = 2048,
-    ) -> Row:  # fmt: skip
-        """The best candidate that was measured; see `polyquant.comparison.choice.best`."""
-        from polyquant.comparison.choice import best
-
-        return best(self, goal, memory=memory, kl=kl, context_tokens=context_tokens)
-
-    def report(self, path: str | Path) -> Path:
-        """Write the report as one HTML file that works offline, with CSV, JSON and Markdown beside it."""
-        from polyquant.comparison.report.page import write_report
-
-        return write_report(self, Path(path))
+    def is_reference(self, row: Row) -> bool:
+        """Whether a row is what the others are compared with; `dense` and `dense:float32` are the same."""
+        full_names = {DENSE: f"{DENSE}:float32"}
+        name, reference = row.candidate.name, self.setting.reference
+        return full_names.get(name, name) == full_names.get(reference, reference)

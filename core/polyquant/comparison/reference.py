@@ -1,65 +1,63 @@
-"""The reference of a comparison: its log-probabilities on a text, computed once and kept in the cache.
-
-In a process of its own: python -m polyquant.comparison.reference JOB.json.
-"""
+"""The reference of a comparison: its log-probabilities on a text, computed once and kept in the cache."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import msgspec
 
-from polyquant.comparison.candidates import DENSE, Candidate
-from polyquant.measure.quality.index import stored_in
-from polyquant.measure.quality.windows import cut, preset_named
+from polyquant.comparison.candidates import DENSE, Candidate, parse
+from polyquant.comparison.options import CompareOptions
+from polyquant.comparison.records import ReferenceJob
+from polyquant.errors import BackendFailed, ConfigError
+from polyquant.measure.quality.index import INDEX, stored_in
+from polyquant.measure.quality.windows import preset_named
 from polyquant.models.hashing import content_hash
-from polyquant.models.resolve import resolve_dense
+from polyquant.registry.installed import registry
 from polyquant.request import ModelSource
 from polyquant.support.cache import cache_folder
-from polyquant.support.files import locked
+from polyquant.support.files import write_atomically
 from polyquant.support.machine import this_machine
-from polyquant.support.processes import run_as_child, say
-from polyquant.types import Record
+from polyquant.support.processes import account, run_logged
+from polyquant.support.progress import Progress, Step
+from polyquant.types import UNREADABLE
 
-if TYPE_CHECKING:
-    from polyquant.loaded import LoadedModel
-
-REFERENCE = Candidate(name="dense", backend=DENSE, options={"compute_dtype": "float32"})
+DENSE_FLOAT32 = Candidate(name="dense", backend=DENSE, options={"compute_dtype": "float32"})
 
 
-class ReferenceJob(Record, frozen=True):
-    """What to compute, and where it goes."""
+def chosen_reference(source: ModelSource, text: str, options: CompareOptions, notes: list[str]) -> ReferenceJob:
+    """The job of the reference that `options` name: a candidate, the dense model, or a folder.
 
-    model: str
-    text: str
-    preset: str
-    limit: int | None
-    candidate: Candidate
-    device: str
-    folder: str
-    key: str
-
-
-def reference(
-    source: ModelSource,
-    text: str,
-    preset: str = "llamacpp-512",
-    *,
-    limit: int | None = None,
-    advance: Callable[[int], None] | None = None,
-) -> tuple[Path, str]:
-    """Folder and key of the stored reference of a dense model in float32; computed where it is not there yet.
-
-    limit: number of windows at most. Raises ConfigError where the text is shorter than a window.
+    What the report should say of it goes to `notes`.
     """
-    job = reference_job(source, text, preset, limit, REFERENCE, "cpu")
-    if not is_stored(job):
-        compute(job, advance)
-    return Path(job.folder), job.key
+    folder = Path(options.reference).expanduser()
+    if (folder / INDEX).is_file():
+        return _reference_in(folder, source, text, options, notes)
+    candidate = parse(options.reference, registry().info)
+    if candidate.options.get("compute_dtype") != "float32" or candidate.backend != DENSE:
+        notes.append(f"the reference is {candidate.name}, not the dense model in float32")
+    return reference_job(source, text, options.preset, options.windows or None, candidate, options.device)
+
+
+def _reference_in(
+    folder: Path, source: ModelSource, text: str, options: CompareOptions, notes: list[str]
+) -> ReferenceJob:
+    try:
+        stored = msgspec.json.decode((folder / INDEX).read_bytes(), type=dict[str, Any])
+    except UNREADABLE as error:
+        raise ConfigError(f"{folder / INDEX} is damaged ({error}); measure the reference again") from error
+    if stored.get("preset") != options.preset:
+        raise ConfigError(
+            f"{folder} holds a reference of the preset {stored.get('preset')}, and {options.preset} is asked for; "
+            f"give --preset {stored.get('preset')}"
+        )
+    notes.append(f"the reference is what {folder} holds; its text and model are not known here")
+    return msgspec.structs.replace(
+        reference_job(source, text, options.preset, options.windows or None, Candidate(name="", backend=""), ""),
+        folder=str(folder.absolute()), key=str(stored.get("key")),
+    )  # fmt: skip
 
 
 def reference_job(
@@ -83,45 +81,24 @@ def is_stored(job: ReferenceJob) -> bool:
     return stored_in(Path(job.folder), job.key) is not None
 
 
-def compute(job: ReferenceJob, advance: Callable[[int], None] | None = None) -> None:
-    """Run the reference over the text, and store what it predicts, unless another process does it meanwhile.
+def compute_in_child(job: ReferenceJob, work: Path, options: CompareOptions, progress: Progress) -> None:
+    """The reference, in a process of its own. Raises BackendFailed with its last words.
 
-    Raises ConfigError where the text is too short.
+    work: folder for the files of the process; what a failed one printed stays there.
     """
-    with locked(Path(job.folder)):
-        if not is_stored(job):
-            _store(job, advance)
-
-
-def _store(job: ReferenceJob, advance: Callable[[int], None] | None) -> None:
-    from polyquant.measure.quality import stored
-
-    loaded = _loaded(job)
-    tokenizer = loaded.tokenizer
-    tokens = tokenizer(job.text, add_special_tokens=False).input_ids
-    windows = cut(tokens, preset_named(job.preset), bos=tokenizer.bos_token_id, limit=job.limit)
-    stored.store(
-        Path(job.folder), job.key, job.preset, windows, loaded.logits, advance, spell=tokenizer.convert_ids_to_tokens
-    )
-
-
-def _loaded(job: ReferenceJob) -> LoadedModel:
-    from polyquant.loading import dense
-    from polyquant.loading.load import load
-
-    candidate = job.candidate
-    if candidate.backend != DENSE:
-        backend = candidate.backend or None
-        return load(candidate.model or job.model, backend, device=job.device, **candidate.options)
-    source, dtype = resolve_dense(job.model), candidate.options["compute_dtype"]
-    return dense.as_loaded(dense.load_dense(source, dtype, job.device), source, dtype)
-
-
-def main() -> None:
-    """Compute the job's reference, and say how far it is."""
-    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ReferenceJob)
-    compute(job, lambda done: say(f"reference, window {done}"))
-
-
-if __name__ == "__main__":
-    run_as_child(main)
+    work.mkdir(parents=True, exist_ok=True)
+    job_path, log = work / f"reference-{job.key}.json", work / f"reference-{job.key}.log"
+    write_atomically(job_path, job.to_json())
+    progress.step(Step(what="reference"))
+    ended = run_logged(
+        "polyquant.comparison.cell.reference", [str(job_path)], log, limit_seconds=options.timeout_seconds,
+        progress=progress,
+    )  # fmt: skip
+    job_path.unlink(missing_ok=True)
+    if ended.code != 0:
+        raise BackendFailed(
+            f"the reference {options.reference} could not be computed: "
+            f"{account(ended, options.timeout_seconds)}\n"
+            "Where it does not fit, compare with another one: --reference dense:bfloat16, or a backend"
+        )
+    log.unlink(missing_ok=True)

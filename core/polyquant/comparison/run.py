@@ -9,16 +9,18 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from polyquant.comparison.baseline import chosen_reference, compute_apart
 from polyquant.comparison.candidates import Candidate, parse
-from polyquant.comparison.engines import local
-from polyquant.comparison.engines.measure import Task
-from polyquant.comparison.jobs import Plan, Planner
+from polyquant.comparison.engines.engine import Engine
+from polyquant.comparison.engines.local import Local
+from polyquant.comparison.engines.measure import CellTask
+from polyquant.comparison.jobs import CellPlanner, PlannedCell
 from polyquant.comparison.options import CompareOptions, command_line
-from polyquant.comparison.records import Comparison, Part, Result, Row, Setting
-from polyquant.comparison.reference import is_stored
-from polyquant.comparison.store import cell_path, comparisons_folder, merged, read_cell, write_cell
-from polyquant.errors import ComparisonBusy, ConfigError, SaveError
+from polyquant.comparison.progress import ComparisonProgress, SilentComparison
+from polyquant.comparison.records import Part, Result, Row, Setting
+from polyquant.comparison.reference import chosen_reference, compute_in_child, is_stored
+from polyquant.comparison.result import FILE, Comparison
+from polyquant.comparison.store import cell_path, comparisons_folder, joined, read_cell, write_cell
+from polyquant.errors import ComparisonBusy, ConfigError
 from polyquant.measure.quality.windows import preset_named
 from polyquant.models import builtin
 from polyquant.models.hashing import content_hash
@@ -29,27 +31,11 @@ from polyquant.support.files import write_atomically
 from polyquant.support.libraries import installed_version
 from polyquant.support.machine import this_machine
 from polyquant.support.texts.named import named_text
-from polyquant.types import UNREADABLE
-
-FILE = "comparison.json"
-
-
-class Watcher:
-    """Sees a comparison while it runs; this one looks away."""
-
-    def begin(self, rows: Sequence[Row]) -> None:
-        """All rows, those that need no measuring with their results."""
-
-    def step(self, key: str, step: str) -> None:
-        """What a cell is doing; key: empty for the reference. Called from several threads."""
-
-    def finished(self, row: Row) -> None:
-        """A row has its result."""
 
 
 def compare(
     model: str | Path, candidates: Sequence[str | Candidate], out: Path | None, options: CompareOptions,
-    watcher: Watcher | None = None,
+    progress: ComparisonProgress | None = None,
 ) -> Comparison:  # fmt: skip
     """See `polyquant.compare`."""
     chosen = [parse(each, registry().info) if isinstance(each, str) else each for each in candidates]
@@ -61,7 +47,7 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(str(out / ".lock"), timeout=0):
-            return _compare(source, chosen, out, options, text_name, text, watcher or Watcher())
+            return _compare(source, chosen, out, options, text_name, text, progress or SilentComparison())
     except Timeout:
         raise ComparisonBusy(
             f"another comparison is running in {out}; wait for it, or choose another folder with out= (--out)"
@@ -76,12 +62,12 @@ def default_folder(source: ModelSource) -> Path:
 
 def _compare(
     source: ModelSource, candidates: Sequence[Candidate], out: Path, options: CompareOptions, text_name: str,
-    text: str, watcher: Watcher,
+    text: str, progress: ComparisonProgress,
 ) -> Comparison:  # fmt: skip
     notes = [builtin.CAUTION[source.name]] if source.name in builtin.CAUTION else []
     reference = chosen_reference(source, text, options, notes) if "quality" in options.parts else None
-    planner = Planner(source, options, reference, content_hash(source))
-    plans = [planner.plan(candidate) for candidate in candidates]
+    planner = CellPlanner(source, options, reference, content_hash(source))
+    cells = [planner.plan(candidate) for candidate in candidates]
     setting = Setting(
         model=source.name, model_hash=content_hash(source), device=options.device, parts=options.parts,
         preset=options.preset, text=text_name, windows=options.windows, reference=options.reference,
@@ -89,18 +75,18 @@ def _compare(
     )  # fmt: skip
     rows: dict[str, Row] = {}
     tasks = []
-    for plan in plans:
-        if plan.key in rows:
-            notes.append(f"{plan.candidate.name} asks for the same as {rows[plan.key].candidate.name}: one row")
+    for cell in cells:
+        if cell.key in rows:
+            notes.append(f"{cell.candidate.name} asks for the same as {rows[cell.key].candidate.name}: one row")
             continue
-        found = read_cell(cell_path(out, plan.key))
-        notes += [found.note] if found.note else []
-        result = plan.refused or found.result
-        rows[plan.key] = _row(plan, result, setting, options)
-        missing = () if plan.refused else _missing(result, options)
+        kept = read_cell(cell_path(out, cell.key))
+        notes += [kept.note] if kept.note else []
+        result = cell.refused or kept.result
+        rows[cell.key] = _row(cell, result, setting, options)
+        missing = () if cell.refused else _missing(result, options)
         if missing:
-            tasks += _tasks(plan, missing, options)
-            rows[plan.key] = msgspec.structs.replace(rows[plan.key], result=None)
+            tasks += _tasks(cell, missing, options)
+            rows[cell.key] = msgspec.structs.replace(rows[cell.key], result=None)
 
     def comparison() -> Comparison:
         made = Comparison(
@@ -112,18 +98,18 @@ def _compare(
         write_atomically(out / FILE, made.to_json())
         return made
 
-    watcher.begin(list(rows.values()))
+    progress.begin(list(rows.values()))
     if tasks and reference is not None and not is_stored(reference):
-        compute_apart(reference, out / "work", options, lambda step: watcher.step("", step))
-    for task, new in _engine(options)(tasks, out / "work", watcher.step):
+        compute_in_child(reference, out / "work", options, progress)
+    for task, new in _engine(options).run(tasks, out / "work", progress):
         path = cell_path(out, task.key)
         before = read_cell(path).result
-        result = merged(before if before and before.status == "done" else None, new)
+        result = joined(before if before and before.status == "done" else None, new)
         write_cell(path, result)
-        plan = next(plan for plan in plans if plan.key == task.key)
-        rows[task.key] = _row(plan, result, setting, options)
+        cell = next(cell for cell in cells if cell.key == task.key)
+        rows[task.key] = _row(cell, result, setting, options)
         comparison()
-        watcher.finished(rows[task.key])
+        progress.finish(rows[task.key])
     return comparison()
 
 
@@ -147,39 +133,27 @@ def _missing(result: Result | None, options: CompareOptions) -> tuple[Part, ...]
     return tuple(part for part in options.parts if part not in result.parts or (part == "tasks" and not same_tasks))
 
 
-def _tasks(plan: Plan, missing: Sequence[Part], options: CompareOptions) -> list[Task]:
+def _tasks(cell: PlannedCell, missing: Sequence[Part], options: CompareOptions) -> list[CellTask]:
     """One task for all missing parts; where several cells run at a time, speed has one of its own."""
-    apart = options.jobs > 1 and options.engine == "local" and "speed" in missing and len(missing) > 1
-    groups = [tuple(part for part in missing if part != "speed"), ("speed",)] if apart else [tuple(missing)]
+    speed_alone = options.jobs > 1 and options.engine == "local" and "speed" in missing and len(missing) > 1
+    groups = [tuple(part for part in missing if part != "speed"), ("speed",)] if speed_alone else [tuple(missing)]
     return [
-        Task(
-            key=plan.key, job=msgspec.structs.replace(plan.job, parts=group), making=plan.making,
+        CellTask(
+            key=cell.key, job=msgspec.structs.replace(cell.job, parts=group), checkpoint=cell.checkpoint,
             limit_seconds=options.timeout_seconds,
         )
         for group in groups
     ]  # fmt: skip
 
 
-def _row(plan: Plan, result: Result | None, setting: Setting, options: CompareOptions) -> Row:
-    command = command_line(setting.model, [plan.candidate.name], options)
-    return Row(candidate=plan.candidate, key=plan.key, command=command, result=result)
+def _row(cell: PlannedCell, result: Result | None, setting: Setting, options: CompareOptions) -> Row:
+    command = command_line(setting.model, [cell.candidate.name], options)
+    return Row(candidate=cell.candidate, key=cell.key, command=command, result=result)
 
 
-def _engine(options: CompareOptions) -> local.Engine:
+def _engine(options: CompareOptions) -> Engine:
     if options.engine == "local":
-        return local.local(options.jobs)
-    from polyquant.comparison.engines.ray import cluster
+        return Local(options.jobs)
+    from polyquant.comparison.engines.cluster import Cluster
 
-    return cluster(options.address)
-
-
-def read_comparison(path: str | Path) -> Comparison:
-    """The comparison in a folder or a comparison.json. Raises ConfigError where there is none that can be read."""
-    file = Path(path)
-    file = file / FILE if file.is_dir() else file
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Comparison)
-    except OSError as error:
-        raise ConfigError(f"{path} holds no comparison ({error}); make one with polyquant compare") from error
-    except UNREADABLE as error:
-        raise SaveError(f"{file} is damaged ({error}); run its polyquant compare again: no cell is lost") from error
+    return Cluster(options.address)

@@ -23,8 +23,8 @@ class _File(Record, frozen=True):
     result: msgspec.Raw
 
 
-class Found(NamedTuple):
-    """What a cell file gave."""
+class Kept(NamedTuple):
+    """What a cell's file gave."""
 
     result: Result | None
     note: str = ""  # why there is none, where there is a file
@@ -52,19 +52,19 @@ def cell_path(folder: Path, key: str) -> Path:
     return folder / "cells" / f"{key}.json"
 
 
-def read_cell(path: Path) -> Found:
+def read_cell(path: Path) -> Kept:
     """The result in a cell file; none, with the reason, where it is damaged or was changed by hand."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return Found(None)
+        return Kept(None)
     try:
         file = msgspec.json.decode(content, type=_File)
         if hashlib.sha256(file.result).hexdigest() != file.checksum:
-            return Found(None, f"{path.name} was changed since it was written, and is measured again")
-        return Found(msgspec.json.decode(file.result, type=Result))
+            return Kept(None, f"{path.name} was changed since it was written, and is measured again")
+        return Kept(msgspec.json.decode(file.result, type=Result))
     except UNREADABLE as error:
-        return Found(None, f"{path.name} is damaged ({error}), and is measured again")
+        return Kept(None, f"{path.name} is damaged ({error}), and is measured again")
 
 
 def write_cell(path: Path, result: Result) -> None:
@@ -75,7 +75,7 @@ def write_cell(path: Path, result: Result) -> None:
     write_atomically(path, msgspec.json.encode(file).decode())
 
 
-def merged(before: Result | None, new: Result) -> Result:
+def joined(before: Result | None, new: Result) -> Result:
     """`new` with the parts that were measured before."""
     if before is None:
         return new

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from polyquant.support.progress import Step
 from polyquant.types import Record
 
 
@@ -55,12 +56,10 @@ class TrainingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError("patience needs examples to evaluate on: give evaluation, such as 0.1")
 
 
-class Step(Record, frozen=True):
-    """What is known after some steps of training."""
+class TrainingStep(Step, frozen=True, kw_only=True):
+    """What is known after `done` of `of` optimizer steps."""
 
-    step: int
-    of: int
-    loss: float  # mean since the last report, nats a token
+    loss: float  # mean since the last step that was shown, nats a token
     learning_rate: float
     tokens_per_second: float
     memory_bytes: int  # resident set, or allocated on the GPU

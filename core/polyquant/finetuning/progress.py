@@ -1,9 +1,8 @@
-"""Follows a run of transformers' Trainer: a `Step` at each log, and an end where the loss is no number."""
+"""Follows a run of transformers' Trainer: a `TrainingStep` at each log, and an end where the loss is no number."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -13,17 +12,16 @@ import torch
 from transformers import TrainerCallback
 
 from polyquant.errors import TrainingDiverged
-from polyquant.finetuning.options import Step
+from polyquant.finetuning.options import TrainingStep
+from polyquant.support.progress import Progress
 
-Report = Callable[[Step], None]
 
+class TrainerProgress(TrainerCallback):
+    """Gives `progress` a step for each of the Trainer's logs; `steps` holds them all, those before a kill too."""
 
-class Reporter(TrainerCallback):
-    """Turns the Trainer's logs into steps; `steps` holds those of a run that was gone on with, too."""
-
-    def __init__(self, tokens_per_step: float, report: Report | None) -> None:
-        self.steps: list[Step] = []
-        self._report = report
+    def __init__(self, tokens_per_step: float, progress: Progress) -> None:
+        self.steps: list[TrainingStep] = []
+        self._progress = progress
         self._tokens_per_step = tokens_per_step
         self._began = self._began_at = 0.0
 
@@ -31,13 +29,13 @@ class Reporter(TrainerCallback):
         self._began, self._began_at = perf_counter(), state.global_step
         evaluated = {log["step"]: float(log["eval_loss"]) for log in state.log_history if "eval_loss" in log}
         steps = (self._step(state, log, 0.0) for log in state.log_history if "loss" in log)
-        self.steps = [msgspec.structs.replace(step, evaluation_loss=evaluated.get(step.step)) for step in steps]
+        self.steps = [msgspec.structs.replace(step, evaluation_loss=evaluated.get(step.done)) for step in steps]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
         loss = (metrics or {}).get("eval_loss")
         if loss is not None and self.steps:
             self.steps[-1] = msgspec.structs.replace(self.steps[-1], evaluation_loss=float(loss))
-            self._tell(self.steps[-1])
+            self._progress.step(self.steps[-1])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if not logs or "loss" not in logs:
@@ -49,22 +47,18 @@ class Reporter(TrainerCallback):
             )
         step = self._step(state, logs, perf_counter() - self._began)
         self.steps.append(step)
-        self._tell(step)
+        self._progress.step(step)
 
-    def _step(self, state: Any, logs: Any, seconds: float) -> Step:
+    def _step(self, state: Any, logs: Any, seconds: float) -> TrainingStep:
         done = state.global_step - self._began_at
         number = int(logs.get("step", state.global_step))
         left = seconds / done * (state.max_steps - state.global_step) if done and seconds else 0.0
-        return Step(
-            step=number, of=int(state.max_steps), loss=float(logs["loss"]),
+        return TrainingStep(
+            what="training", done=number, of=int(state.max_steps), loss=float(logs["loss"]),
             learning_rate=float(logs.get("learning_rate", 0.0)),
             tokens_per_second=done * self._tokens_per_step / seconds if seconds else 0.0,
             memory_bytes=_memory_bytes(), seconds_left=left,
         )  # fmt: skip
-
-    def _tell(self, step: Step) -> None:
-        if self._report is not None:
-            self._report(step)
 
 
 def _memory_bytes() -> int:

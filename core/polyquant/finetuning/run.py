@@ -17,7 +17,7 @@ from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
 from polyquant.finetuning import state
 from polyquant.finetuning.curve import write_curve, write_steps
 from polyquant.finetuning.data import Example, read_examples
-from polyquant.finetuning.options import Step, TrainingOptions, Tuned
+from polyquant.finetuning.options import TrainingOptions, TrainingStep, Tuned
 from polyquant.finetuning.requirements import require_dora, require_optimizer
 from polyquant.finetuning.targets import target_modules
 from polyquant.loaded import LoadedModel
@@ -28,11 +28,12 @@ from polyquant.models.hashing import content_hash
 from polyquant.support.files import atomic_folder
 from polyquant.support.machine import this_machine
 from polyquant.support.peft import import_peft
+from polyquant.support.progress import SILENT, Progress
 
 
 def finetune(
     loaded: LoadedModel, data: str | Path, out: Path, options: TrainingOptions, *, overwrite: bool = False,
-    restart: bool = False, report: Any = None,
+    restart: bool = False, progress: Progress = SILENT,
 ) -> Tuned:  # fmt: skip
     """Train adapters on `loaded` and write them to the folder `out`; see `polyquant.finetune`.
 
@@ -81,21 +82,21 @@ def finetune(
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     started = perf_counter()
     with measure_peak() as peak, quiet_libraries(), _off_again(model):
-        reporter = train.train(
+        followed = train.train(
             model, learned, held_out, pad, options, folder, checkpoint,
-            report=report if processes.is_main_process else None,
+            progress=progress if processes.is_main_process else SILENT,
         )  # fmt: skip
     seconds = perf_counter() - started
     if processes.is_main_process:
-        write(model.eval(), out, card, reporter.steps, folder, overwrite=overwrite)
+        write(model.eval(), out, card, followed.steps, folder, overwrite=overwrite)
     processes.wait_for_everyone()
     loaded.model, loaded.adapter = model, str(out)
-    last = reporter.steps[-1]
-    kept, evaluation_loss = _kept(reporter.steps, best=options.patience > 0)
-    if kept < last.step:
-        notes.append(f"the adapter is that of step {kept} of {last.step}, where the held-out loss was lowest")
+    last = followed.steps[-1]
+    kept, evaluation_loss = _kept(followed.steps, best=options.patience > 0)
+    if kept < last.done:
+        notes.append(f"the adapter is that of step {kept} of {last.done}, where the held-out loss was lowest")
     return Tuned(
-        adapter=str(out), steps=last.step, first_loss=reporter.steps[0].loss,
+        adapter=str(out), steps=last.done, first_loss=followed.steps[0].loss,
         last_loss=last.loss, evaluation_loss=evaluation_loss,
         trained_parameters=trained, adapter_bytes=(out / WEIGHTS).stat().st_size, seconds=seconds,
         peak_bytes=peak.peak_bytes, resumed_from=state.step_of(checkpoint), notes=(*read.notes, *notes),
@@ -131,7 +132,7 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def write(model: Any, out: Path, card: Card, steps: Sequence[Step], folder: Path, *, overwrite: bool) -> None:
+def write(model: Any, out: Path, card: Card, steps: Sequence[TrainingStep], folder: Path, *, overwrite: bool) -> None:
     """The adapter folder, all or nothing; the run's working folder is then gone."""
     with atomic_folder(out, overwrite=overwrite) as partial:
         model.save_pretrained(partial)
@@ -144,14 +145,14 @@ def write(model: Any, out: Path, card: Card, steps: Sequence[Step], folder: Path
     shutil.rmtree(folder)
 
 
-def _kept(steps: Sequence[Step], *, best: bool) -> tuple[int, float | None]:
+def _kept(steps: Sequence[TrainingStep], *, best: bool) -> tuple[int, float | None]:
     """(step, held-out loss) of the adapter that is written: the last, or with early stopping the best evaluated."""
-    evaluated = {step.step: step.evaluation_loss for step in steps if step.evaluation_loss is not None}
+    evaluated = {step.done: step.evaluation_loss for step in steps if step.evaluation_loss is not None}
     if not evaluated:
-        return steps[-1].step, None
+        return steps[-1].done, None
     if best:
         return min(evaluated.items(), key=lambda entry: entry[1])
-    return steps[-1].step, list(evaluated.values())[-1]
+    return steps[-1].done, list(evaluated.values())[-1]
 
 
 def _job(card: Card) -> dict[str, Any]:
@@ -161,11 +162,11 @@ def _job(card: Card) -> dict[str, Any]:
     return {name: value for name, value in {**job, **training}.items() if name != "versions"}
 
 
-def _readme(card: Card, steps: Sequence[Step]) -> str:
+def _readme(card: Card, steps: Sequence[TrainingStep]) -> str:
     options = ", ".join(f"{name}={value}" for name, value in card.backend_options.items() if value not in (None, []))
     return (
         f"---\nbase_model: {card.base_model}\nlibrary_name: peft\n---\n# Adapter for {card.base_model}\n\n"
         f"LoRA of rank {card.training['rank']}, trained on the base quantized with {card.backend} ({options}): "
-        f"{card.examples} examples, {steps[-1].step} steps, loss {steps[0].loss:.3f} -> {steps[-1].loss:.3f}.\n\n"
+        f"{card.examples} examples, {steps[-1].done} steps, loss {steps[0].loss:.3f} -> {steps[-1].loss:.3f}.\n\n"
         "`steps.csv` and `loss.svg` show the run, `polyquant.json` holds all of its options and hashes.\n"
     )

@@ -26,8 +26,9 @@ from polyquant.errors import OutOfMemory, PolyquantError, SaveError
 from polyquant.finetuning import state
 from polyquant.finetuning.data import IGNORED, Example
 from polyquant.finetuning.options import TrainingOptions
-from polyquant.finetuning.progress import Report, Reporter
+from polyquant.finetuning.progress import TrainerProgress
 from polyquant.support.malloc import returning_freed_memory
+from polyquant.support.progress import SILENT, Progress
 
 
 def with_adapters(model: Any, targets: Sequence[str], options: TrainingOptions) -> Any:
@@ -43,17 +44,17 @@ def with_adapters(model: Any, targets: Sequence[str], options: TrainingOptions) 
 
 def train(
     model: Any, examples: Sequence[Example], held_out: Sequence[Example], pad: int, options: TrainingOptions,
-    folder: Path, checkpoint: Path | None, *, report: Report | None = None,
-) -> Reporter:  # fmt: skip
+    folder: Path, checkpoint: Path | None, *, progress: Progress = SILENT,
+) -> TrainerProgress:  # fmt: skip
     """Train the adapters of `model` in place, with checkpoints in `folder`, from `checkpoint` on if there is one.
 
-    pad: token id that fills shorter examples. Returns the reporter, with every step. Raises TrainingDiverged,
+    pad: token id that fills shorter examples. Returns what followed it, with every step. Raises TrainingDiverged,
     OutOfMemory (which says what to lower), SaveError for a full disk.
     """
     per_step = examples_per_step(options)
     mean_tokens = sum(len(example.input_ids) for example in examples) / len(examples)
-    reporter = Reporter(mean_tokens * per_step, report)
-    callbacks: list[Any] = [reporter]
+    followed = TrainerProgress(mean_tokens * per_step, progress)
+    callbacks: list[Any] = [followed]
     if options.patience:
         callbacks.append(EarlyStoppingCallback(options.patience))
     trainer = _Trainer(
@@ -69,21 +70,21 @@ def train(
     on_cpu = model.device.type == "cpu"  # dequantized layers come and go there, and glibc would keep their memory
     with _explained(options), returning_freed_memory() if on_cpu else nullcontext():
         if checkpoint and state.has_ended(folder, checkpoint, total_steps(options, len(examples))):
-            _take_up(trainer, checkpoint, reporter)
-            return reporter
+            _take_up(trainer, checkpoint, followed)
+            return followed
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         state.mark_ended(folder)
-    return reporter
+    return followed
 
 
-def _take_up(trainer: Trainer, checkpoint: Path, reporter: Reporter) -> None:
+def _take_up(trainer: Trainer, checkpoint: Path, followed: TrainerProgress) -> None:
     """The end of a run as `checkpoint` has it: the adapter, the best one where that is kept, and the steps."""
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     weights = load_file(Path(best or checkpoint) / "adapter_model.safetensors")
     peft.set_peft_model_state_dict(trainer.model, weights)
-    reporter.on_train_begin(trainer.args, trainer.state, trainer.control)
+    followed.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Any]:

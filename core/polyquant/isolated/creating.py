@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,26 +19,27 @@ from polyquant.isolated.installer import Index
 from polyquant.isolated.worker import Worker
 from polyquant.support.files import write_atomically
 from polyquant.support.processes import explain, run_logged
+from polyquant.support.progress import Progress, Step
 
 LIMIT_SECONDS = 4 * 3600.0
 LISTS = "from importlib.metadata import distributions as d; print(*sorted({f'{x.name}=={x.version}' for x in d()}))"
 
 
 def create(
-    environment: Environment, index: Index, tell: Callable[[str], None], *, again: bool = False, uv: str | None = None
+    environment: Environment, index: Index, progress: Progress, *, again: bool = False, uv: str | None = None
 ) -> bool:
     """Make `environment` where it is not there, or `again`; gives whether it had to.
 
     Raises EnvironmentProblem, with the installer's last words, and leaves nothing that is used.
     """
-    with _locked(environment, tell):
+    with _locked(environment, progress):
         if not again and environment.problem() is None:
             return False
         if environment.folder.exists():
             remove(environment.folder)
         try:
-            _fill(environment, index, tell, uv)
-            tell("trying it")
+            _fill(environment, index, progress, uv)
+            progress.step(Step(what="trying it"))
             Worker(environment, unfinished=True).close()
             write_atomically(environment.folder / RECORD, _record(environment).to_json())
         except BaseException:
@@ -47,15 +48,15 @@ def create(
         return True
 
 
-def _fill(environment: Environment, index: Index, tell: Callable[[str], None], uv: str | None) -> None:
+def _fill(environment: Environment, index: Index, progress: Progress, uv: str | None) -> None:
     folder = environment.folder
-    steps, log, pins = folder.with_suffix(".steps"), folder.with_suffix(".log"), installer.write_pins(environment)
-    write_atomically(steps, msgspec.json.encode(installer.steps(environment, index, uv=uv)).decode())
+    commands, log, pins = folder.with_suffix(".commands"), folder.with_suffix(".log"), installer.write_pins(environment)
+    write_atomically(commands, msgspec.json.encode(installer.commands(environment, index, uv=uv)).decode())
     try:
         module = "polyquant.isolated.installing"
-        ended = run_logged(module, [str(steps)], log, limit_seconds=LIMIT_SECONDS, tell=tell)
+        ended = run_logged(module, [str(commands)], log, limit_seconds=LIMIT_SECONDS, progress=progress)
     finally:
-        steps.unlink(missing_ok=True)
+        commands.unlink(missing_ok=True)
         pins.unlink(missing_ok=True)
     if ended.code != 0:
         free = shutil.disk_usage(folder.parent).free
@@ -80,7 +81,7 @@ def _record(environment: Environment) -> Made:
 
 
 @contextmanager
-def _locked(environment: Environment, tell: Callable[[str], None]) -> Iterator[None]:
+def _locked(environment: Environment, progress: Progress) -> Iterator[None]:
     """The right to write the environment. Raises EnvironmentProblem where its folder cannot be written."""
     lock = lock_of(environment.folder)
     try:
@@ -88,7 +89,7 @@ def _locked(environment: Environment, tell: Callable[[str], None]) -> Iterator[N
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            tell(f"another process is making {environment.name}; waiting for it")
+            progress.step(Step(what=f"another process is making {environment.name}; waiting for it"))
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise EnvironmentProblem(

@@ -76,14 +76,14 @@ class Environment(Record, frozen=True):
             raise EnvironmentProblem(f"{problem.what}\n  fix: {problem.fix}")
 
 
-def lives_apart(info: BackendInfo) -> bool:
+def needs_own_environment(info: BackendInfo) -> bool:
     """Whether a backend needs an environment of its own here: it may, and its libraries are not in this one."""
     return info.isolated is not None and any(each_library_problem(info.libraries))
 
 
-def as_seen_here(info: BackendInfo) -> BackendInfo:
+def card_in_this_process(info: BackendInfo) -> BackendInfo:
     """The card of a backend, for this process: what runs elsewhere is no torch module here."""
-    if not lives_apart(info):
+    if not needs_own_environment(info):
         return info
     here = msgspec.structs.replace(info.capabilities, runtime="a worker", trains=False, compiles=False)
     return msgspec.structs.replace(info, capabilities=here)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polyquant.errors import BrokenBackend
-from polyquant.isolated.environments import as_seen_here, lives_apart
+from polyquant.isolated.environments import card_in_this_process, needs_own_environment
 from polyquant.isolated.remote import RemoteBackend
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
@@ -20,7 +20,7 @@ def backends(**query: object) -> Selection:
     cards, broken = [], []
     for name in registry().names():
         try:
-            cards.append(as_seen_here(registry().info(name)))
+            cards.append(card_in_this_process(registry().info(name)))
         except BrokenBackend as error:
             broken.append(Miss(name=name, reasons=(str(error),), broken=True))
     return select(cards, query, broken)
@@ -28,9 +28,9 @@ def backends(**query: object) -> Selection:
 
 def backend(name: str) -> Backend:
     """One backend by name. Raises UnknownBackend or BrokenBackend."""
-    return (RemoteBackend if lives_apart(registry().info(name)) else Backend)(name, registry())
+    return (RemoteBackend if needs_own_environment(registry().info(name)) else Backend)(name, registry())
 
 
-def home(handle: Backend) -> str:
+def environment_name(handle: Backend) -> str:
     """The name of the environment that a backend runs in; empty where that is this one."""
     return handle.environment.name if isinstance(handle, RemoteBackend) else ""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from polyquant.isolated.environments import Environment
-from polyquant.isolated.installing import Step
+from polyquant.isolated.installing import Command
 from polyquant.types import Record
 
 PASSED_ON = ("index-url", "extra-index-url", "find-links", "constraint")
@@ -33,7 +33,7 @@ class Index(Record, frozen=True):
         return words + (["--no-index"] if self.no_index else [])
 
 
-def steps(environment: Environment, index: Index, *, uv: str | None = None) -> list[Step]:
+def commands(environment: Environment, index: Index, *, uv: str | None = None) -> list[Command]:
     """What makes `environment` where nothing is: the requirements, those without dependencies, the core and the plugin.
 
     uv: its path; None: as found. The pins hold for everything that the core asks for too.
@@ -53,15 +53,15 @@ def steps(environment: Environment, index: Index, *, uv: str | None = None) -> l
         install = [*pip, "install", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     install += index.arguments()
     isolated = environment.isolated
-    found = [Step(what="making the environment", command=make)]
+    made_by = [Command(what="making the environment", words=make)]
     if isolated.requirements:
-        found.append(Step(what="installing its requirements", command=(*install, *isolated.requirements)))
+        made_by.append(Command(what="installing its requirements", words=(*install, *isolated.requirements)))
     if alone := isolated.without_dependencies:
-        found.append(Step(what="installing what comes alone", command=(*install, "--no-deps", *alone)))
+        made_by.append(Command(what="installing what comes alone", words=(*install, "--no-deps", *alone)))
     core_and_plugin = [word for words in environment.installs for word in words]
     pinned = ["--constraint", str(environment.folder.with_suffix(".pins"))] if pins(environment) else []
-    found.append(Step(what="installing polyquant", command=(*install, *pinned, *core_and_plugin)))
-    return found
+    made_by.append(Command(what="installing polyquant", words=(*install, *pinned, *core_and_plugin)))
+    return made_by
 
 
 def pins(environment: Environment) -> list[str]:

@@ -1,4 +1,7 @@
-"""Runs the steps that make an environment: python -m polyquant.isolated.installing STEPS.json. Ends with its parent."""
+"""Runs the commands that make an environment, and ends with its parent.
+
+python -m polyquant.isolated.installing COMMANDS.json
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,35 @@ from pathlib import Path
 
 import msgspec
 
-from polyquant.support.processes import end_with_parent, say
+from polyquant.support.processes import ParentProgress, end_with_parent
+from polyquant.support.progress import Step
 from polyquant.types import Record
 
-TOLD = ("Collecting ", "Downloading ", "Building ", "Preparing ", "Installing ")  # lines of pip that say what it does
+SHOWN = ("Collecting ", "Downloading ", "Building ", "Preparing ", "Installing ")  # lines of pip that say what it does
 
 
-class Step(Record, frozen=True):
-    """A command, and what it does."""
+class Command(Record, frozen=True):
+    """What a command does, and its words."""
 
     what: str
-    command: tuple[str, ...]
+    words: tuple[str, ...]
 
 
 def main() -> None:
-    """One step after the other; the exit code is that of the first that fails."""
+    """One command after the other; the exit code is that of the first that fails."""
     end_with_parent()
+    progress = ParentProgress()
     surroundings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    for step in msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=list[Step]):
-        say(step.what)
+    for command in msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=list[Command]):
+        progress.step(Step(what=command.what))
         with subprocess.Popen(
-            step.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command.words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env=surroundings,
         ) as child:  # fmt: skip
             for line in child.stdout or ():
                 print(line, end="", flush=True)
-                if line.startswith(TOLD):
-                    say(f"{step.what}: {line.strip()[:100]}")
+                if line.startswith(SHOWN):
+                    progress.step(Step(what=f"{command.what}: {line.strip()[:100]}"))
         if child.returncode:
             sys.exit(child.returncode)
 

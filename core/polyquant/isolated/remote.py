@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from polyquant.errors import EnvironmentProblem, ModelError
-from polyquant.isolated.environments import as_seen_here, environment_of
+from polyquant.isolated.environments import card_in_this_process, environment_of
 from polyquant.isolated.worker import Worker
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.options import BackendOptions
@@ -56,7 +56,7 @@ class RemoteBackend(Backend):
 
     def __init__(self, name: str, registry: Registry) -> None:
         super().__init__(name, registry)
-        self.info = as_seen_here(self.info)
+        self.info = card_in_this_process(self.info)
         self.environment = environment_of(self.info, registry.distribution(name))
         self._idle: Worker | None = None
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from polyquant.comparison.candidates import Candidate
-from polyquant.comparison.records import Comparison, Result
+from polyquant.comparison.records import Result, Run
 from polyquant.comparison.store import read_cell
 from polyquant.support.machine import this_machine
 from polyquant.types import UNREADABLE
@@ -33,7 +33,7 @@ class Measured(NamedTuple):
 def read_results(folder: Path) -> list[Measured]:
     """Every finished result below `folder`, oldest first: of whole comparisons, and of cells without one.
 
-    Looked for: `comparison.json` (a Comparison) and `cells/*.json` (a cell's file, or a Result as plain JSON). What
+    Looked for: `comparison.json` (a Run) and `cells/*.json` (a cell's file, or a Result as plain JSON). What
     cannot be read is left out.
     """
     files = [*folder.rglob("cells/*.json"), *folder.rglob("comparison.json")] if folder.is_dir() else []
@@ -45,7 +45,7 @@ def read_results(folder: Path) -> list[Measured]:
 
 def _of_comparison(path: Path) -> Iterator[Measured]:
     try:
-        comparison = msgspec.json.decode(path.read_bytes(), type=Comparison)
+        comparison = msgspec.json.decode(path.read_bytes(), type=Run)
     except (*UNREADABLE, OSError):
         return
     for row in comparison.rows:

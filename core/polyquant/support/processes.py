@@ -13,10 +13,13 @@ from threading import Event, Thread
 from time import monotonic
 from typing import NamedTuple
 
+import msgspec
+
 from polyquant.errors import PolyquantError
+from polyquant.support.progress import Progress, Step
 
 SHOWN_LINES = 12  # of what a failed process said last
-STEP = "[step] "  # begins the lines in which a child says what it is doing
+STEP = "[step] "  # begins the lines in which a child reports a step, which follows as JSON
 POLL_SECONDS = 0.2
 CHILD = "POLYQUANT_CHILD"  # environment variable that tells a child of `run_logged` that it is one
 
@@ -39,17 +42,17 @@ def import_path() -> str:
 
 
 def run_logged(
-    module: str, arguments: Iterable[str], log: Path, *, limit_seconds: float, tell: Callable[[str], None],
+    module: str, arguments: Iterable[str], log: Path, *, limit_seconds: float, progress: Progress,
     stop: Event | None = None, environment: Mapping[str, str] | None = None, interpreter: Path | None = None,
 ) -> Ended:  # fmt: skip
     """`python -m module arguments`, what it prints in `log`; it should call `end_with_parent` first.
 
-    tell: called with each step that the child says (see `say`), in order. environment: variables set for it.
-    interpreter: of another environment, with the import path it has; None: this one's, with this one's.
+    progress: sees each step that the child reports through `ParentProgress`, in order. environment: variables set for
+    the child. interpreter: of another environment, with the import path it has; None: this one's, with this one's.
     After `limit_seconds`, where `stop` is set, and where this process is interrupted, the child is killed with all
     that it has started. Raises Stopped for `stop`.
     """
-    started, heard = monotonic(), 0
+    started, passed_on = monotonic(), 0
     own_path = {"PYTHONPATH": import_path()} if interpreter is None else {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
     command = [sys.executable] if interpreter is None else [str(interpreter), "-P"]
     with log.open("wb") as file:
@@ -67,12 +70,12 @@ def run_logged(
                     child.wait(POLL_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    heard = _tell_steps(log, heard, tell)
+                    passed_on = _pass_steps_on(log, passed_on, progress)
                     if stop is not None and stop.is_set():
                         raise Stopped from None
                     if monotonic() - started > limit_seconds:
                         break
-            _tell_steps(log, heard, tell)
+            _pass_steps_on(log, passed_on, progress)
         finally:
             in_time = child.poll() is not None
             kill_group(child)
@@ -110,9 +113,11 @@ def run_as_child(main: Callable[[], None]) -> None:
         sys.exit(problem.exit_code)
 
 
-def say(step: str) -> None:
-    """In a child of `run_logged`: what it is doing now."""
-    print(f"{STEP}{step}", flush=True)
+class ParentProgress(Progress):
+    """In a child of `run_logged`: its steps are seen by the progress that its parent gave."""
+
+    def step(self, step: Step) -> None:
+        print(f"{STEP}{msgspec.json.encode(step).decode()}", flush=True)
 
 
 def explain(code: int | None, limit_seconds: float) -> str:
@@ -139,15 +144,16 @@ def last_lines(log: Path) -> str:
     return "\n".join(said[-SHOWN_LINES:])
 
 
-def _tell_steps(log: Path, start: int, tell: Callable[[str], None]) -> int:
-    """Tell the steps said in whole lines after `start`, a byte of the log; returns where the next one begins."""
+def _pass_steps_on(log: Path, start: int, progress: Progress) -> int:
+    """Give `progress` the steps in whole lines after `start`, a byte of the log; returns where the next line begins."""
     with log.open("rb") as file:
         file.seek(start)
-        said = file.read()
-    whole = said[: said.rfind(b"\n") + 1]
+        written = file.read()
+    whole = written[: written.rfind(b"\n") + 1]
     for line in whole.decode(errors="replace").splitlines():
         if line.startswith(STEP):
-            tell(line.removeprefix(STEP))
+            with suppress(msgspec.DecodeError):  # a library's own line that begins alike
+                progress.step(msgspec.json.decode(line.removeprefix(STEP), type=Step))
     return start + len(whole)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,17 +13,15 @@ from polyquant.measure.quality.index import stored_in
 from polyquant.measure.quality.metrics import Tally
 from polyquant.measure.quality.records import Quality
 from polyquant.support.malloc import freeing_at_once
-
-Advance = Callable[[int, int], None]
+from polyquant.support.progress import SILENT, Progress, Step
 
 LOGITS_BYTES = 8 * 1024 * 1024  # blocks of this size and more are logits, which come and go between what stays
 
 
-def measure_quality(loaded: LoadedModel, folder: Path, key: str, advance: Advance = lambda done, of: None) -> Quality:
+def measure_quality(loaded: LoadedModel, folder: Path, key: str, progress: Progress = SILENT) -> Quality:
     """The model against stored log-probabilities; neither's are ever all in memory.
 
-    advance: called with how many windows are done, of how many. Raises PolyquantError where the reference is not
-    there, ModelError where the model's tokenizer is another one.
+    Raises PolyquantError where the reference is not there, ModelError where the model's tokenizer is another one.
     """
     index = stored_in(folder, key)
     if index is None:
@@ -37,5 +34,5 @@ def measure_quality(loaded: LoadedModel, folder: Path, key: str, advance: Advanc
             targets = torch.tensor(window.tokens[window.first_scored :])
             tally.add(stored.read_window(folder, index, number), candidate, targets)  # read when the model is done
             del candidate
-            advance(number + 1, len(index.windows))
+            progress.step(Step(what="quality", done=number + 1, of=len(index.windows)))
     return tally.result(index.preset, storage_error=index.storage_error)

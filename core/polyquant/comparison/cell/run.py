@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
@@ -21,9 +20,8 @@ from polyquant.measure.speed import measure_speed
 from polyquant.support.files import write_atomically
 from polyquant.support.machine import this_machine
 from polyquant.support.malloc import freeing_at_once
-from polyquant.support.processes import end_with_parent, say
-
-Say = Callable[[str], None]
+from polyquant.support.processes import ParentProgress, end_with_parent
+from polyquant.support.progress import SILENT, Progress, Step
 
 
 def main() -> None:
@@ -33,25 +31,25 @@ def main() -> None:
     job = msgspec.json.decode(job_path.read_bytes(), type=Job)
     _libraries()
     imported = time() - psutil.Process().create_time()
-    result = msgspec.structs.replace(run(job, say), import_seconds=imported)
+    result = msgspec.structs.replace(run(job, ParentProgress()), import_seconds=imported)
     write_atomically(result_path, result.to_json())
 
 
-def run(job: Job, tell: Say = lambda step: None) -> Result:
+def run(job: Job, progress: Progress = SILENT) -> Result:
     """Load, verify, and measure what the job asks for. Whatever fails becomes the result's reason."""
     measured: dict[str, Any] = {}
     started = perf_counter()
     try:
         measured |= _conditions(job)
-        tell("loading")
+        progress.step(Step(what="loading"))
         loaded = _load(job, measured)
         if job.backend != DENSE:
-            tell("verifying")
+            progress.step(Step(what="verifying"))
             with freeing_at_once():
                 measured |= verified(loaded)  # first: some kernels repack weights in their first forward pass
                 _leave_files(loaded)
         for part in job.parts:
-            _measure(part, loaded, job, measured, tell)
+            _measure(part, loaded, job, measured, progress)
             measured["parts"] = (*measured.get("parts", ()), part)
     except Exception as error:  # of the backend's library: a row of the comparison, with its reason
         measured["own_seconds"] = perf_counter() - started
@@ -122,26 +120,24 @@ def _leave_files(loaded: LoadedModel) -> None:
         own_mapped_tensors(loaded.model, loaded.request.source.checkpoint_bytes)
 
 
-def _measure(part: str, loaded: LoadedModel, job: Job, measured: dict[str, Any], tell: Say) -> None:
+def _measure(part: str, loaded: LoadedModel, job: Job, measured: dict[str, Any], progress: Progress) -> None:
     """One part of the job, into `measured`."""
     if part == "quality":
         from polyquant.comparison.cell.layers import layers_of
         from polyquant.comparison.cell.quality import measure_quality
 
-        measured["quality"] = measure_quality(
-            loaded, Path(job.reference), job.reference_key, lambda done, of: tell(f"quality {done}/{of}")
-        )
+        measured["quality"] = measure_quality(loaded, Path(job.reference), job.reference_key, progress)
         if job.backend != DENSE:
-            tell("layers")
+            progress.step(Step(what="layers"))
             measured["layers"] = layers_of(loaded, job.dense)
     elif part == "speed":
-        tell("speed")
+        progress.step(Step(what="speed"))
         vocabulary = len(loaded.tokenizer)
         measured["speed"] = measure_speed(loaded.session, vocabulary, limit_seconds=job.speed_limit_seconds)
     else:
         from polyquant.comparison.cell.tasks import measure_tasks
 
-        measured["scores"] = measure_tasks(loaded, job, lambda done, of: tell(f"tasks {done}/{of}"))
+        measured["scores"] = measure_tasks(loaded, job, progress)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,13 @@ import torch
 from polyquant.comparison.records import Job, Score
 from polyquant.errors import ConfigError, did_you_mean
 from polyquant.loaded import LoadedModel
+from polyquant.support.progress import SILENT, Progress, Step
 
-Advance = Callable[[int, int], None]
 MAX_NEW_TOKENS = 256  # of tasks that generate and say no length
 
 
-def measure_tasks(loaded: LoadedModel, job: Job, advance: Advance = lambda done, of: None) -> tuple[Score, ...]:
-    """Every metric of the job's tasks. Raises ConfigError without lm-eval, or for a task that it does not know.
-
-    advance: called with how many requests are answered, of how many.
-    """
+def measure_tasks(loaded: LoadedModel, job: Job, progress: Progress = SILENT) -> tuple[Score, ...]:
+    """Every metric of the job's tasks. Raises ConfigError without lm-eval, or for a task that it does not know."""
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -34,8 +31,8 @@ def measure_tasks(loaded: LoadedModel, job: Job, advance: Advance = lambda done,
         where = f"in {job.task_folder} and " if job.task_folder else ""
         raise ConfigError(f"no task {', '.join(map(repr, unknown))} {where}among lm-eval's own.{close}")
     answered = lm_eval.simple_evaluate(
-        model=adapted(loaded, advance), tasks=list(job.tasks), task_manager=manager, limit=job.task_limit or None,
-        bootstrap_iters=0, log_samples=False, verbosity="ERROR",
+        model=as_lm_eval_model(loaded, progress), tasks=list(job.tasks), task_manager=manager,
+        limit=job.task_limit or None, bootstrap_iters=0, log_samples=False, verbosity="ERROR",
     )  # fmt: skip
     return tuple(_scores(answered))
 
@@ -55,11 +52,11 @@ def _scores(answered: Any) -> Iterator[Score]:
             )  # fmt: skip
 
 
-def adapted(loaded: LoadedModel, advance: Advance = lambda done, of: None) -> Any:
+def as_lm_eval_model(loaded: LoadedModel, progress: Progress = SILENT) -> Any:
     """`loaded` as lm-eval takes a model: log-likelihoods of continuations, and greedy generation."""
     from lm_eval.api.model import TemplateLM
 
-    class Adapted(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and not typed here
+    class LoadedForLmEval(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and not typed here
         tokenizer = loaded.tokenizer
         tokenizer_name = str(loaded.tokenizer.name_or_path)
 
@@ -80,7 +77,7 @@ def adapted(loaded: LoadedModel, advance: Advance = lambda done, of: None) -> An
             answers = []
             for number, (_, context, continuation) in enumerate(requests, 1):
                 answers.append(likelihood(loaded, context, continuation))
-                advance(number, len(requests))
+                progress.step(Step(what="tasks", done=number, of=len(requests)))
             return answers
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -92,10 +89,10 @@ def adapted(loaded: LoadedModel, advance: Advance = lambda done, of: None) -> An
             for number, request in enumerate(requests, 1):
                 prompt, how = request.args
                 answers.append(continued(loaded, prompt, how))
-                advance(number, len(requests))
+                progress.step(Step(what="tasks", done=number, of=len(requests)))
             return answers
 
-    return Adapted()
+    return LoadedForLmEval()
 
 
 def likelihood(loaded: LoadedModel, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:

@@ -3,49 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 
-from polyquant.comparison.engines.measure import Task, measure
+from polyquant.comparison.engines.measure import CellTask, measure_cell
 from polyquant.comparison.records import Result
 from polyquant.support.machine import this_machine
-
-Tell = Callable[[str, str], None]
-"""(key of a cell, what it is doing)."""
-Engine = Callable[[Sequence[Task], Path, Tell], Iterator[tuple[Task, Result]]]
-"""(tasks, folder for working files, tell) -> each task with its result, as they finish."""
+from polyquant.support.progress import Progress, ProgressOf
 
 
-def local(jobs: int) -> Engine:
-    """Tasks in threads that wait for their processes, `jobs` at a time; those that measure speed afterwards, alone."""
+class Local:
+    """Cells in threads that wait for their processes, `jobs` at a time; those that measure speed afterwards, alone."""
 
-    def run(tasks: Sequence[Task], work: Path, tell: Tell) -> Iterator[tuple[Task, Result]]:
-        alone = [task for task in tasks if jobs == 1 or "speed" in task.job.parts]
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+
+    def run(self, tasks: Sequence[CellTask], work: Path, progress: Progress) -> Iterator[tuple[CellTask, Result]]:
+        """See `Engine`."""
+        alone = [task for task in tasks if self._jobs == 1 or "speed" in task.job.parts]
         together = [task for task in tasks if task not in alone]
-        yield from _run(together, jobs, work, tell)
-        yield from _run(alone, 1, work, tell)
-
-    return run
+        yield from _run(together, self._jobs, work, progress)
+        yield from _run(alone, 1, work, progress)
 
 
-def _run(tasks: Sequence[Task], jobs: int, work: Path, tell: Tell) -> Iterator[tuple[Task, Result]]:
+def _run(tasks: Sequence[CellTask], jobs: int, work: Path, progress: Progress) -> Iterator[tuple[CellTask, Result]]:
     stop = Event()
     slots: SimpleQueue[Mapping[str, str]] = SimpleQueue()
-    for environment in _devices(jobs):
-        slots.put(environment)
+    for variables in _devices(jobs):
+        slots.put(variables)
 
-    def one(task: Task) -> Result:
-        environment = slots.get()
+    def in_a_slot(task: CellTask) -> Result:
+        variables = slots.get()
         try:
-            return measure(task, work, lambda step: tell(task.key, step), stop=stop, environment=environment)
+            return measure_cell(task, work, ProgressOf(progress, task.key), stop=stop, variables=variables)
         finally:
-            slots.put(environment)
+            slots.put(variables)
 
     with ThreadPoolExecutor(jobs) as threads:
-        waiting: dict[Future[Result], Task] = {threads.submit(one, task): task for task in tasks}
+        waiting: dict[Future[Result], CellTask] = {threads.submit(in_a_slot, task): task for task in tasks}
         try:
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
@@ -57,7 +55,7 @@ def _run(tasks: Sequence[Task], jobs: int, work: Path, tell: Tell) -> Iterator[t
 
 
 def _devices(jobs: int) -> list[dict[str, str]]:
-    """Environment of each of `jobs` cells at a time: a GPU each, where there are several."""
+    """Environment variables of each of `jobs` cells at a time: a GPU each, where there are several."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(index) for index in range(len(this_machine().accelerators))]
     if jobs == 1 or len(gpus) < 2:

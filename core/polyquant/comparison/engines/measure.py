@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
 
 import msgspec
 
 from polyquant.comparison import environments
-from polyquant.comparison.cell.checkpoint import Making
-from polyquant.comparison.records import Job, Result
+from polyquant.comparison.records import CheckpointJob, Job, Result
 from polyquant.support.files import locked, write_atomically
 from polyquant.support.processes import account, run_logged
+from polyquant.support.progress import Progress
 from polyquant.types import Record
 
-MADE = "seconds.json"  # beside a made checkpoint: what making it took
+SECONDS = "seconds.json"  # beside a made checkpoint: what making it took
 
 
-class Task(Record, frozen=True):
+class CellTask(Record, frozen=True):
     """A cell to measure."""
 
     key: str
     job: Job
-    making: Making | None = None
+    checkpoint: CheckpointJob | None = None  # what its job loads, to be made first
     limit_seconds: float = 3600
 
 
-def measure(
-    task: Task,
+def measure_cell(
+    task: CellTask,
     work: Path,
-    tell: Callable[[str], None],
+    progress: Progress,
     *,
     stop: Event | None = None,
-    environment: Mapping[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Result:
     """The result of a cell, whatever happens to its processes.
 
-    work: folder for the files of processes that run; what a failed one printed stays there as KEY.log.
+    work: folder for the files of processes that run; what a failed one printed stays there as KEY.log. stop: set to end
+    them early, which raises `processes.Stopped`. variables: of the environment, set for the processes.
     """
     work.mkdir(parents=True, exist_ok=True)
     job_path, result_path, log = (work / f"{task.key}.{end}" for end in ("job.json", "result.json", "log"))
     seconds = None
-    if task.making is not None:
-        seconds, reason = _make(task, task.making, work, tell, stop, environment)
+    if task.checkpoint is not None:
+        seconds, reason = _make(task, task.checkpoint, work, progress, stop, variables)
         if reason:
             return Result(job=task.job, status="failed", reason=reason)
-    away = environments.where(task.job.backend)
-    write_atomically(job_path, environments.portable(task.job, away).to_json())
+    own = environments.of_backend(task.job.backend)
+    write_atomically(job_path, environments.portable(task.job, own).to_json())
     result_path.unlink(missing_ok=True)
     ended = run_logged(
         "polyquant.comparison.cell.run", [str(job_path), str(result_path)], log, limit_seconds=task.limit_seconds,
-        tell=tell, stop=stop, **environments.process(away, environment),
+        progress=progress, stop=stop, **environments.process(own, variables),
     )  # fmt: skip
     job_path.unlink(missing_ok=True)
     if ended.code == 0 and result_path.exists():
@@ -65,24 +66,24 @@ def measure(
 
 
 def _make(
-    task: Task, making: Making, work: Path, tell: Callable[[str], None], stop: Event | None,
-    environment: Mapping[str, str] | None,
+    task: CellTask, job: CheckpointJob, work: Path, progress: Progress, stop: Event | None,
+    variables: Mapping[str, str] | None,
 ) -> tuple[float | None, str]:  # fmt: skip
     """Seconds that making the checkpoint took, once, and why it failed, if it did."""
-    out = Path(making.out)
-    took = out.with_name(f"{out.name}.{MADE}")
+    out = Path(job.out)
+    seconds_path = out.with_name(f"{out.name}.{SECONDS}")
     with locked(out):
-        if not (out.is_dir() and took.exists()):
+        if not (out.is_dir() and seconds_path.exists()):
             job_path, log = work / f"{task.key}.making.json", work / f"{task.key}.making.log"
-            away = environments.where(making.backend)
-            write_atomically(job_path, environments.portable(making, away).to_json())
+            own = environments.of_backend(job.backend)
+            write_atomically(job_path, environments.portable(job, own).to_json())
             ended = run_logged(
-                "polyquant.comparison.cell.checkpoint", [str(job_path)], log, limit_seconds=task.limit_seconds, tell=tell,
-                stop=stop, **environments.process(away, environment),
+                "polyquant.comparison.cell.checkpoint", [str(job_path)], log, limit_seconds=task.limit_seconds,
+                progress=progress, stop=stop, **environments.process(own, variables),
             )  # fmt: skip
             job_path.unlink(missing_ok=True)
             if ended.code != 0:
                 return None, f"quantizing: {account(ended, task.limit_seconds)}"
             log.unlink(missing_ok=True)
-            write_atomically(took, f"{ended.seconds:.3f}\n")
-        return float(took.read_text()), ""
+            write_atomically(seconds_path, f"{ended.seconds:.3f}\n")
+        return float(seconds_path.read_text()), ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from polyquant.comparison.records import Comparison, Row
-from polyquant.comparison.report.rows import cells, columns, status
-from polyquant.comparison.report.words import machine_words
+from polyquant.comparison.records import Row, Run
+from polyquant.comparison.report import measured_on
+from polyquant.comparison.report.columns import COLUMNS, SPEEDS, Column, Noise, columns_of
+from polyquant.comparison.report.rows import values_of
 from polyquant.support.machine import Machine
 from polyquant.types import Record
 
@@ -19,8 +20,8 @@ STANDARD_DEVIATIONS = 2.0
 SPEED_SHARE = 0.05
 """Speeds that differ by less are the same: a machine repeats itself no better from one day to the next."""
 PEAK_SHARE = 0.1
-QUALITY = ("kl_mean", "top1")
-SPEEDS = ("prompt_tokens_per_second", "generated_tokens_per_second")
+NOISES: tuple[Noise, ...] = ("standard error", "standard deviation", "exact", "share")
+QUALITY = tuple(column.key for column in COLUMNS if column.noise == "standard error")
 
 
 class Condition(Record, frozen=True):
@@ -48,13 +49,18 @@ class Change(Record, frozen=True):
         return abs(self.after - self.before) > self.noise
 
     @property
+    def of_speed(self) -> bool:
+        """Whether it is a speed, which only means something on the same machine."""
+        return self.figure in {column.key for column in SPEEDS}
+
+    @property
     def relative(self) -> float:
         """Change as a share of what it was; infinite where that was zero."""
         return (self.after - self.before) / abs(self.before) if self.before else math.inf
 
 
-class Turn(Record, frozen=True):
-    """A candidate that stands elsewhere: one that newly fails, a check that no longer passes, other options."""
+class OtherChange(Record, frozen=True):
+    """What changed of a candidate that is no figure: its status, a check that no longer passes, its options."""
 
     candidate: str
     what: str
@@ -63,14 +69,14 @@ class Turn(Record, frozen=True):
     worse: bool
 
 
-class Difference(Record, frozen=True):
+class Difference(Record, frozen=True, rename={"other_changes": "turns"}):
     """Two comparisons, matched by candidate."""
 
     before: str  # folder
     after: str
     conditions: tuple[Condition, ...]
     changes: tuple[Change, ...]  # every figure that both have, in the order of the first
-    turns: tuple[Turn, ...]
+    other_changes: tuple[OtherChange, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
 
@@ -80,10 +86,13 @@ class Difference(Record, frozen=True):
         return [change for change in self.changes if change.beyond_noise]
 
     @property
-    def worsened(self) -> list[Change | Turn]:
+    def worsened(self) -> list[Change | OtherChange]:
         """What is worse than it was; speeds count where they are of the same machine."""
-        figures = [change for change in self.changed if self.same_machine or change.figure not in SPEEDS]
-        return [*(change for change in figures if change.worse), *(turn for turn in self.turns if turn.worse)]
+        figures = [change for change in self.changed if self.same_machine or not change.of_speed]
+        return [
+            *(change for change in figures if change.worse),
+            *(change for change in self.other_changes if change.worse),
+        ]
 
     @property
     def same_machine(self) -> bool:
@@ -91,7 +100,7 @@ class Difference(Record, frozen=True):
         return not any(condition.name == "machine" for condition in self.conditions)
 
 
-def difference(before: Comparison, after: Comparison) -> Difference:
+def compare_runs(before: Run, after: Run) -> Difference:
     """What changed from `before` to `after`.
 
     Candidates match by name, or else by backend, options and checkpoint. Noise: STANDARD_ERRORS of the difference for
@@ -101,9 +110,10 @@ def difference(before: Comparison, after: Comparison) -> Difference:
     """
     pairs, only_before, only_after = _matched(before, after)
     conditions = tuple(_conditions(before, after))
-    comparable = not any(condition.quality for condition in conditions)
-    tasks = [name for name in columns(before) if name in columns(after) and f"{name}_standard_error" in columns(before)]
-    figures = [name for name in tasks if name not in QUALITY]
+    hidden = QUALITY if any(condition.quality for condition in conditions) else ()
+    known_after = {column.key for column in columns_of(after)} - set(hidden)
+    in_both = [column for column in columns_of(before) if column.key in known_after]
+    columns = [column for noise in NOISES for column in in_both if column.noise == noise]
     return Difference(
         before=before.folder,
         after=after.folder,
@@ -111,21 +121,21 @@ def difference(before: Comparison, after: Comparison) -> Difference:
         changes=tuple(
             change
             for one, other in pairs
-            for change in _changes(cells(one), cells(other), [*QUALITY, *figures] if comparable else figures)
+            for change in _changes(one.candidate.name, values_of(one), values_of(other), columns)
         ),
-        turns=tuple(turn for one, other in pairs for turn in _turns(one, other)),
+        other_changes=tuple(change for one, other in pairs for change in _other_changes(one, other)),
         only_before=tuple(row.candidate.name for row in only_before),
         only_after=tuple(row.candidate.name for row in only_after),
     )
 
 
-def _matched(before: Comparison, after: Comparison) -> tuple[list[tuple[Row, Row]], list[Row], list[Row]]:
+def _matched(before: Run, after: Run) -> tuple[list[tuple[Row, Row]], list[Row], list[Row]]:
     rest = list(after.rows)
     pairs, alone = [], []
     names = {row.candidate.name for row in before.rows}
     for row in before.rows:
         same = next((other for other in rest if other.candidate.name == row.candidate.name), None) or next(
-            (other for other in rest if other.candidate.name not in names and _means(other) == _means(row)), None
+            (other for other in rest if other.candidate.name not in names and _asked(other) == _asked(row)), None
         )
         if same is None:
             alone.append(row)
@@ -135,53 +145,59 @@ def _matched(before: Comparison, after: Comparison) -> tuple[list[tuple[Row, Row
     return pairs, alone, rest
 
 
-def _means(row: Row) -> tuple[object, ...]:
+def _asked(row: Row) -> tuple[object, ...]:
     return (row.candidate.backend, dict(row.candidate.options), row.candidate.model)
 
 
-def _changes(one: dict[str, Any], other: dict[str, Any], means: list[str]) -> Iterator[Change]:
-    def both(*names: str) -> bool:
-        return all(one.get(name) is not None and other.get(name) is not None for name in names)
-
-    def change(figure: str, noise: float, *, lower_is_better: bool) -> Change:
-        before, after = float(one[figure]), float(other[figure])
-        return Change(
-            candidate=one["candidate"], figure=figure, before=before, after=after, noise=noise,
-            worse=after > before if lower_is_better else after < before,
+def _changes(
+    candidate: str, before: dict[str, Any], after: dict[str, Any], columns: Sequence[Column]
+) -> Iterator[Change]:
+    """Of every column that both have, with its error where it has one."""
+    for column in columns:
+        keys = [column.key, *([column.error] if column.error else [])]
+        if any(values.get(key) is None for values in (before, after) for key in keys):
+            continue
+        old, new = float(before[column.key]), float(after[column.key])
+        yield Change(
+            candidate=candidate, figure=column.key, before=old, after=new, noise=_noise(column, before, after),
+            worse=new > old if column.better == "lower" else new < old,
         )  # fmt: skip
 
-    for figure in means:
-        error = "kl_standard_error" if figure == "kl_mean" else f"{figure}_standard_error"
-        if both(figure, error):
-            noise = STANDARD_ERRORS * math.hypot(one[error], other[error])
-            yield change(figure, max(noise, 1e-9), lower_is_better=figure == "kl_mean")
-    for figure in SPEEDS:
-        deviation = f"{figure}_standard_deviation"
-        if both(figure, deviation):
-            spread = STANDARD_DEVIATIONS * math.hypot(one[deviation], other[deviation])
-            yield change(figure, max(spread, SPEED_SHARE * one[figure]), lower_is_better=False)
-    if both("weights_stored_bytes"):
-        yield change("weights_stored_bytes", 0.0, lower_is_better=True)
-    if both("load_peak_bytes"):
-        yield change("load_peak_bytes", PEAK_SHARE * one["load_peak_bytes"], lower_is_better=True)
+
+def _noise(column: Column, before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Differences up to so much mean nothing."""
+    if column.noise == "exact":
+        return 0.0
+    old = float(before[column.key])
+    if column.noise == "share":
+        return PEAK_SHARE * old
+    both = math.hypot(before[column.error], after[column.error])
+    if column.noise == "standard deviation":
+        return max(STANDARD_DEVIATIONS * both, SPEED_SHARE * old)
+    return max(STANDARD_ERRORS * both, 1e-9)
 
 
-def _turns(one: Row, other: Row) -> Iterator[Turn]:
-    name = one.candidate.name
-    if status(one) != status(other):
-        good = status(other) == "done"
-        yield Turn(candidate=name, what="status", before=status(one), after=status(other), worse=not good)
-    if one.candidate.options != other.candidate.options:
-        said = [", ".join(f"{key}={value}" for key, value in row.candidate.options.items()) for row in (one, other)]
-        yield Turn(candidate=name, what="options", before=said[0], after=said[1], worse=False)
-    if one.result is None or other.result is None:
+def _other_changes(before: Row, after: Row) -> Iterator[OtherChange]:
+    name = before.candidate.name
+    if before.status != after.status:
+        yield OtherChange(
+            candidate=name, what="status", before=before.status, after=after.status, worse=after.status != "done"
+        )
+    if before.candidate.options != after.candidate.options:
+        options = [
+            ", ".join(f"{key}={value}" for key, value in row.candidate.options.items()) for row in (before, after)
+        ]
+        yield OtherChange(candidate=name, what="options", before=options[0], after=options[1], worse=False)
+    if before.result is None or after.result is None:
         return
-    if one.result.kernel != other.result.kernel and "" not in (one.result.kernel, other.result.kernel):
-        yield Turn(candidate=name, what="kernel", before=one.result.kernel, after=other.result.kernel, worse=False)
-    passed = {check.name: check.passed for check in one.result.checks}
-    for check in other.result.checks:
+    if before.result.kernel != after.result.kernel and "" not in (before.result.kernel, after.result.kernel):
+        yield OtherChange(
+            candidate=name, what="kernel", before=before.result.kernel, after=after.result.kernel, worse=False
+        )
+    passed = {check.name: check.passed for check in before.result.checks}
+    for check in after.result.checks:
         if check.name in passed and passed[check.name] != check.passed:
-            yield Turn(
+            yield OtherChange(
                 candidate=name,
                 what=f"check {check.name}",
                 before="passed" if passed[check.name] else "failed",
@@ -190,40 +206,26 @@ def _turns(one: Row, other: Row) -> Iterator[Turn]:
             )
 
 
-def _conditions(before: Comparison, after: Comparison) -> Iterator[Condition]:
+def _conditions(before: Run, after: Run) -> Iterator[Condition]:
     for name, of_quality in (
         ("model", False), ("model_hash", True), ("reference", True), ("preset", True), ("text", True),
         ("windows", False), ("device", False),
     ):  # fmt: skip
-        values = [str(getattr(comparison.setting, name)) for comparison in (before, after)]
+        values = [str(getattr(run.setting, name)) for run in (before, after)]
         if values[0] != values[1]:
-            said = "content of the model" if name == "model_hash" else name
-            yield Condition(name=said, before=values[0], after=values[1], quality=of_quality)
-    machines = [_machines(comparison) for comparison in (before, after)]
-    described: dict[str, Callable[[Machine], str]] = {
-        "machine": machine_words,
+            shown = "content of the model" if name == "model_hash" else name
+            yield Condition(name=shown, before=values[0], after=values[1], quality=of_quality)
+    machines = [measured_on.machines_of(run) for run in (before, after)]
+    facts: dict[str, Callable[[Machine], str]] = {
+        "machine": measured_on.short_machine,
         "system": lambda machine: machine.system,
         "python": lambda machine: machine.python,
     }
-    for name, words in described.items():
-        found = ["; ".join(sorted({words(machine) for machine in each})) for each in machines]
-        if found[0] != found[1]:
-            yield Condition(name=name, before=found[0], after=found[1])
-    versions = [_versions(each) for each in machines]
+    for name, text_of in facts.items():
+        texts = ["; ".join(sorted({text_of(machine) for machine in of_run})) for of_run in machines]
+        if texts[0] != texts[1]:
+            yield Condition(name=name, before=texts[0], after=texts[1])
+    versions = [measured_on.versions_of(of_run) for of_run in machines]
     for library in sorted(versions[0].keys() & versions[1].keys()):
         if versions[0][library] != versions[1][library]:
             yield Condition(name=library, before=versions[0][library], after=versions[1][library])
-
-
-def _machines(comparison: Comparison) -> list[Machine]:
-    """Those that measured the rows; the comparison's own where no row was measured."""
-    found = [row.result.machine for row in comparison.rows if row.result is not None and row.result.machine is not None]
-    return found or [comparison.machine]
-
-
-def _versions(machines: list[Machine]) -> dict[str, str]:
-    found: dict[str, set[str]] = {}
-    for machine in machines:
-        for library, version in machine.versions.items():
-            found.setdefault(library, set()).add(version)
-    return {library: ", ".join(sorted(known)) for library, known in found.items()}

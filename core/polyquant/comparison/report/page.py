@@ -5,25 +5,21 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from polyquant.comparison.report import sheet
-from polyquant.comparison.report.plot import AXES, plotted
-from polyquant.comparison.report.rows import as_csv, as_markdown, as_plain
-from polyquant.comparison.report.words import machine_words, quality_words
+from polyquant.comparison.records import Run
+from polyquant.comparison.report import difference_tables, measured_on, page_table
+from polyquant.comparison.report.columns import AXES
+from polyquant.comparison.report.difference import Difference
+from polyquant.comparison.report.exports import as_csv, as_markdown, as_plain
+from polyquant.comparison.report.plot import FRONTIER, plot_data
 from polyquant.errors import EnvironmentProblem
 from polyquant.support.files import write_atomically
 
-if TYPE_CHECKING:
-    from polyquant.comparison.records import Comparison
-    from polyquant.comparison.report.difference import Difference
 
-AXIS_NAMES = dict(zip(AXES, ("stored size", "generation speed", "prompt speed"), strict=True))
-
-
-def write_report(comparison: Comparison, path: Path) -> Path:
+def write_report(run: Run, path: Path) -> Path:
     """Write the report to `path`, and the same rows as CSV, JSON and Markdown beside it under the same name.
 
     path: the HTML file; a folder, or a name without a suffix, gets report.html in it. Returns the HTML file's path.
@@ -32,51 +28,50 @@ def write_report(comparison: Comparison, path: Path) -> Path:
     """
     path = path if path.suffix else path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = msgspec.json.format(msgspec.json.encode(as_plain(comparison)), indent=2).decode()
-    for suffix, text in ((".csv", as_csv(comparison)), (".json", plain), (".md", as_markdown(comparison))):
+    plain = msgspec.json.format(msgspec.json.encode(as_plain(run)), indent=2).decode()
+    for suffix, text in ((".csv", as_csv(run)), (".json", plain), (".md", as_markdown(run))):
         write_atomically(path.with_suffix(suffix), text)
-    write_atomically(path, html(comparison))
+    write_atomically(path, html(run))
     return path
 
 
-def html(comparison: Comparison) -> str:
+def html(run: Run) -> str:
     """The page as text; it holds its scripts, and its content security policy forbids every request."""
-    rows = sheet.rows(comparison)
+    rows = page_table.rows_of(run)
     return _render(
         "report.html.j2",
         scripts=[_plotly(), "".join(_file(name) for name in ("plot.js", "table.js", "layers.js"))],
-        setting=comparison.setting,
-        version=comparison.version,
-        created=comparison.created[:16].replace("T", " "),
-        command=comparison.command,
-        quality=quality_words(comparison),
-        machine=machine_words(comparison.machine),
-        all_notes=comparison.notes,
-        axes=list(AXIS_NAMES.items()),
-        headings=sheet.headings(comparison),
+        setting=run.setting,
+        version=run.version,
+        created=run.created[:16].replace("T", " "),
+        command=run.command,
+        quality=measured_on.quality(run),
+        machine=measured_on.short_machine(run.machine),
+        all_notes=run.notes,
+        axes=AXES,
+        frontier=FRONTIER,
+        headings=page_table.headings_of(run),
         rows=rows,
         open=any(row["status"] == "check failed" for row in rows),
         done=sum(row["status"] in ("done", "check failed") for row in rows),
         failed=[row for row in rows if row["status"] in ("failed", "check failed")],
         layered=[row for row in rows if row["layers"]],
         backends=sorted({row["backend"] for row in rows}),
-        machines=sheet.machines(comparison),
-        data=_inside_script(msgspec.json.encode(plotted(comparison)).decode()),
+        machines=measured_on.measurers(run),
+        data=_inside_script(msgspec.json.encode(plot_data(run)).decode()),
     )
 
 
-def write_difference(found: Difference, path: Path) -> Path:
+def write_difference(difference: Difference, path: Path) -> Path:
     """Write what changed between two comparisons as one HTML file without scripts."""
-    from polyquant.comparison.report.difference_page import sections, summary
-
     path.parent.mkdir(parents=True, exist_ok=True)
     page = _render(
         "difference.html.j2",
         scripts=[],
-        before=found.before,
-        after=found.after,
-        summary=summary(found),
-        sections=sections(found),
+        before=difference.before,
+        after=difference.after,
+        summary=difference_tables.summary(difference),
+        sections=difference_tables.sections(difference),
     )
     write_atomically(path, page)
     return path
@@ -89,8 +84,8 @@ def _render(template: str, *, scripts: list[str], **values: Any) -> str:
     except ImportError as error:
         raise _missing("jinja2") from error
     environment = Environment(
-        loader=PackageLoader("polyquant.comparison.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("polyquant.comparison.report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     safe = [{"text": Markup(text), "hash": _hash(text)} for text in map(_own_script, scripts)]  # noqa: S704  own files
     page: str = environment.get_template(template).render(scripts=safe, style=Markup(_file("report.css")), **values)  # noqa: S704

@@ -8,79 +8,80 @@ from typing import Any
 
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.choice import frontier
-from polyquant.comparison.records import Comparison, Layer
-from polyquant.comparison.report.rows import is_reference, rows, short, status
+from polyquant.comparison.records import Layer, Run
+from polyquant.comparison.report.columns import AXES, COLUMNS, GOALS, Column, shown
+from polyquant.comparison.report.rows import plain_rows
 
-AXES = {"weights_stored_bytes": 1, "generated_tokens_per_second": -1, "prompt_tokens_per_second": -1}
-"""What KL is plotted against; -1: the more the better."""
-POINT = (
-    "candidate",
-    "status",
-    "kl_mean",
-    "kl_standard_error",
-    *AXES,
-    "generated_tokens_per_second_standard_deviation",
-    "prompt_tokens_per_second_standard_deviation",
-)
-WORDS = ("name", "kl", "top1", "perplexity", "stored", "of_bfloat16", "prompt", "generated")
-"""What `short` gives."""
+KL = GOALS["quality"]
+FRONTIER = shown(COLUMNS, "frontier")
 LOW_BITS, MIDDLE_BITS = 3.5, 6.0
 DIGITS = 4  # of the errors of layers
 
 
-def plotted(comparison: Comparison) -> dict[str, Any]:
+def plot_data(run: Run) -> dict[str, Any]:
     """All that is drawn; `points` has one entry a row, in the order of the comparison."""
-    table = rows(comparison)
+    drawn = ("candidate", "status", *(key for column in (KL, *AXES) for key in (column.key, column.error) if key))
     return {
         "points": [
-            {name: cell[name] for name in POINT}
+            {key: values[key] for key in drawn}
             | {
-                "group": group(cell),
-                "reference": is_reference(row, comparison),
-                "words": dict(zip(WORDS, short(cell), strict=True)),
+                "group": group(values),
+                "reference": run.is_reference(row),
+                "texts": {column.key: column.text(values) for column in FRONTIER},
             }
-            for row, cell in zip(comparison.rows, table, strict=True)
+            for row, values in zip(run.rows, plain_rows(run), strict=True)
         ],
-        "frontiers": frontiers(comparison),
-        "layers": _layers(comparison),
+        "axes": {column.key: _axis(column) for column in AXES},
+        "columns": [column.key for column in FRONTIER],
+        "frontiers": frontiers(run),
+        "layers": _layers(run),
     }
 
 
-def frontiers(comparison: Comparison) -> dict[str, list[int]]:
+def _axis(column: Column) -> dict[str, Any]:
+    return {
+        "title": column.axis_title, "better": column.better, "error": column.error or None,
+        "bytes": column.key.endswith("_bytes"),
+    }  # fmt: skip
+
+
+def frontiers(run: Run) -> dict[str, list[int]]:
     """For each axis the indices of the rows that no other beats in both, by rising figure of the axis.
 
     The reference is no candidate, and what failed its verification is out.
     """
-    table = rows(comparison)
-    usable = [status(row) == "done" and not is_reference(row, comparison) for row in comparison.rows]
-    found = {}
-    for axis, sign in AXES.items():
+    usable = [row.status == "done" and not run.is_reference(row) for row in run.rows]
+    lines = {}
+    for axis in AXES:
+        sign = 1 if axis.better == "lower" else -1
         points = [
-            (sign * cell[axis], cell["kl_mean"]) if fit and None not in (cell[axis], cell["kl_mean"]) else None
-            for cell, fit in zip(table, usable, strict=True)
+            (sign * values[axis.key], values[KL.key])
+            if fit and None not in (values[axis.key], values[KL.key])
+            else None
+            for values, fit in zip(plain_rows(run), usable, strict=True)
         ]
-        found[axis] = frontier(points)[::sign]
-    return found
+        lines[axis.key] = frontier(points)[::sign]
+    return lines
 
 
-def group(cell: dict[str, Any]) -> str:
+def group(values: dict[str, Any]) -> str:
     """The kind of mark a candidate has in a plot."""
-    bits = cell["bits_per_weight"]
-    if cell["backend"] == DENSE or bits is None:
+    bits = values["bits_per_weight"]
+    if values["backend"] == DENSE or bits is None:
         return "dense"
     return "low" if bits <= LOW_BITS else "middle" if bits <= MIDDLE_BITS else "high"
 
 
-def _layers(comparison: Comparison) -> dict[str, Any]:
+def _layers(run: Run) -> dict[str, Any]:
     """Layers in columns; names and schemes once each, which keeps the file small with many candidates."""
     names: dict[tuple[str, ...], int] = {}
     schemes: dict[str, int] = {}
     shapes: dict[tuple[tuple[int, ...], ...], int] = {}
-    found = {}
-    for index, row in enumerate(comparison.rows):
+    of_rows = {}
+    for index, row in enumerate(run.rows):
         layers: Sequence[Layer] = row.result.layers if row.result else ()
         if layers:
-            found[index] = {
+            of_rows[index] = {
                 "names": names.setdefault(tuple(layer.name for layer in layers), len(names)),
                 "shapes": shapes.setdefault(tuple(layer.shape for layer in layers), len(shapes)),
                 "schemes": [schemes.setdefault(layer.scheme, len(schemes)) for layer in layers],
@@ -92,4 +93,4 @@ def _layers(comparison: Comparison) -> dict[str, Any]:
                     for layer in layers
                 ],
             }
-    return {"names": list(names), "shapes": list(shapes), "schemes": list(schemes), "of": found}
+    return {"names": list(names), "shapes": list(shapes), "schemes": list(schemes), "of": of_rows}

@@ -13,7 +13,7 @@ from polyquant.types import UNREADABLE, Record
 INDEX = "reference.json"
 
 
-class Stored(Record, frozen=True):
+class StoredReference(Record, frozen=True):
     """What a folder of stored log-probabilities holds."""
 
     key: str  # hash of the model, the tokens and the preset
@@ -24,17 +24,17 @@ class Stored(Record, frozen=True):
     spelled: Mapping[int, str] = {}  # each token of the windows as the reference's tokenizer spells it
 
 
-def index_of(folder: Path) -> Stored | None:
+def index_of(folder: Path) -> StoredReference | None:
     """What `folder` holds; None where there is nothing that can be read."""
     try:
-        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=Stored)
+        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=StoredReference)
     except (OSError, *UNREADABLE):
         return None
     true = all(1 <= window.first_scored <= len(window.tokens) for window in index.windows)
     return index if true else None
 
 
-def stored_in(folder: Path, key: str) -> Stored | None:
+def stored_in(folder: Path, key: str) -> StoredReference | None:
     """What `folder` holds; None where it is absent, unreadable or of another key."""
     index = index_of(folder)
     return index if index and index.key == key else None

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polyquant.errors import ModelError
-from polyquant.measure.quality.index import INDEX, Stored
+from polyquant.measure.quality.index import INDEX, StoredReference
 from polyquant.measure.quality.metrics import CHUNK_POSITIONS
 from polyquant.measure.quality.windows import Window
 from polyquant.support.files import atomic_folder
+from polyquant.support.progress import SILENT, Progress, Step
 
 STEPS = 2**16 - 1
 
@@ -29,14 +30,14 @@ def store(
     preset: str,
     windows: Sequence[Window],
     logits: Callable[[Sequence[int]], Any],
-    advance: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
     *,
     spell: Callable[[list[int]], list[str]] | None = None,
-) -> Stored:
+) -> StoredReference:
     """Run every window through `logits` and write the folder, all or nothing.
 
-    logits: tokens -> (positions, vocabulary); advance: called with the number of windows that are done; spell: a
-    tokenizer's convert_ids_to_tokens, to tell later whether a candidate means the same by the tokens.
+    logits: tokens -> (positions, vocabulary); spell: a tokenizer's convert_ids_to_tokens, to tell later whether a
+    candidate means the same by the tokens.
     """
     errors: list[torch.Tensor] = []
     vocabulary = 0
@@ -50,10 +51,9 @@ def store(
             save_file({"codes": codes, "low": low, "step": step}, partial / _name(number))
             kept = _restore(codes, low, step)
             errors.append((kept.exp() * (kept - exact)).sum(dim=-1))
-            if advance:
-                advance(number + 1)
+            progress.step(Step(what="reference", done=number + 1, of=len(windows)))
         used = sorted({token for window in windows for token in window.tokens}) if spell else []
-        index = Stored(
+        index = StoredReference(
             key=key, preset=preset, windows=list(windows), vocabulary=vocabulary,
             storage_error=float(torch.cat(errors).double().mean()),
             spelled=dict(zip(used, spell(used), strict=True)) if spell else {},
@@ -62,7 +62,7 @@ def store(
     return index
 
 
-def require_same_tokens(index: Stored, spell: Callable[[list[int]], list[str | None]]) -> None:
+def require_same_tokens(index: StoredReference, spell: Callable[[list[int]], list[str | None]]) -> None:
     """Raises ModelError where a candidate's tokenizer spells the tokens of the windows otherwise.
 
     spell: its convert_ids_to_tokens. Two models that number their tokens differently cannot be compared.
@@ -78,13 +78,13 @@ def require_same_tokens(index: Stored, spell: Callable[[list[int]], list[str | N
         )
 
 
-def read(folder: Path, index: Stored) -> Iterator[tuple[Window, Any]]:
+def read(folder: Path, index: StoredReference) -> Iterator[tuple[Window, Any]]:
     """(window, log-probabilities of its scored positions), one window at a time. Raises ModelError."""
     for number, window in enumerate(index.windows):
         yield window, read_window(folder, index, number)
 
 
-def read_window(folder: Path, index: Stored, number: int) -> Any:
+def read_window(folder: Path, index: StoredReference, number: int) -> Any:
     """Log-probabilities of a window's scored positions, (positions, vocabulary), float32. Raises ModelError."""
     window = index.windows[number]
     try:

@@ -9,11 +9,10 @@ const GROUPS = {
   dense: {name: "dense", symbol: "diamond", color: "#868e98"},
 };
 const BIG = Math.max(...data.points.map((point) => point.weights_stored_bytes ?? 0)) >= 2 ** 32;
-const AXES = {
-  weights_stored_bytes: {title: `stored weights, ${BIG ? "GiB" : "MiB"} (smaller is better)`, scale: 1 / 2 ** (BIG ? 30 : 20)},
-  generated_tokens_per_second: {title: "generated tokens/s (more is better)", scale: 1, error: "generated_tokens_per_second_standard_deviation"},
-  prompt_tokens_per_second: {title: "prompt tokens/s (more is better)", scale: 1, error: "prompt_tokens_per_second_standard_deviation"},
-};
+const AXES = Object.fromEntries(Object.entries(data.axes).map(([key, {title, better, error, bytes}]) => [key, {
+  title: `${title}${bytes ? BIG ? ", GiB" : ", MiB" : ""} (${better === "lower" ? "smaller" : "more"} is better)`,
+  scale: bytes ? 1 / 2 ** (BIG ? 30 : 20) : 1, better, error,
+}]));
 const CONFIG = {responsive: true, displayModeBar: false, doubleClick: "reset"};
 const plain = (text) => String(text).replace(/[&<>]/g, (sign) => ({"&": "&amp;", "<": "&lt;", ">": "&gt;"})[sign]);
 const figure = (value, digits = 3) => value === null || value === undefined ? "not measured" : Number(value.toPrecision(digits)).toLocaleString("en", {maximumSignificantDigits: digits});
@@ -23,9 +22,10 @@ const touch = matchMedia("(pointer: coarse)").matches;
 const font = getComputedStyle(document.body).fontFamily;
 let shown = new Set(data.points.keys());
 
-const hover = ({candidate, status, words}) => [`<b>${plain(candidate)}</b>`, ...[
-  words.kl && `KL ${words.kl} nats`, words.top1 && `top-1 ${words.top1}`, words.stored && `stored ${words.stored}, ${words.of_bfloat16} bfloat16`,
-  words.generated && `generated ${words.generated} tokens/s`, words.prompt && `prompt ${words.prompt} tokens/s`, status !== "done" && status,
+const hover = ({candidate, status, texts: {kl_mean, top1, weights_stored_bytes, ratio_to_bfloat16, generated_tokens_per_second, prompt_tokens_per_second}}) => [`<b>${plain(candidate)}</b>`, ...[
+  kl_mean && `KL ${kl_mean} nats`, top1 && `top-1 ${top1}`, weights_stored_bytes && `stored ${weights_stored_bytes}, ${ratio_to_bfloat16} bfloat16`,
+  generated_tokens_per_second && `generated ${generated_tokens_per_second} tokens/s`, prompt_tokens_per_second && `prompt ${prompt_tokens_per_second} tokens/s`,
+  status !== "done" && status,
 ].filter(Boolean).map(plain)].join("<br>");
 
 function ticks(low, high) {
@@ -58,7 +58,7 @@ function draw() {
   const xs = drawn.map(x), low = Math.min(...xs), high = Math.max(...xs), log = high / low > 4;
   const line = data.frontiers[axis].map((index) => data.points[index]);
   const traces = [{x: line.map(x), y: line.map(y), mode: "lines", hoverinfo: "skip", name: "frontier",
-    line: {shape: axis === "weights_stored_bytes" ? "hv" : "vh", width: 1.2, dash: "dot", color: "#868e98"}}];
+    line: {shape: of.better === "lower" ? "hv" : "vh", width: 1.2, dash: "dot", color: "#868e98"}}];
   const onLine = new Set(data.frontiers[axis]);
   for (const [name, group] of Object.entries(GROUPS)) {
     const points = drawn.filter((point) => point.group === name);
@@ -102,7 +102,7 @@ function label(target, named, drawn, line, x, y, wide, log) {
   const {xaxis, yaxis} = target._fullLayout, size = wide ? 12 : 10;
   const at = (point) => [xaxis.d2p(x(point)), yaxis.d2p(y(point))];
   const taken = drawn.map(at).map(([left, top]) => [left - 6, top - 6, left + 6, top + 6]);
-  const falls = document.querySelector("#axis input:checked").value === "weights_stored_bytes";
+  const falls = AXES[document.querySelector("#axis input:checked").value].better === "lower";
   line.slice(1).forEach((point, index) => { // the steps of the line
     const [one, other] = [at(line[index]), at(point)], corner = falls ? [other[0], one[1]] : [one[0], other[1]];
     for (const end of [one, other])
@@ -127,15 +127,15 @@ function label(target, named, drawn, line, x, y, wide, log) {
 
 function list(indices) {
   document.querySelector("#frontier tbody").replaceChildren(...indices.map((index) => {
-    const {candidate, words} = data.points[index], row = document.createElement("tr"), name = document.createElement("th"), link = document.createElement("a");
+    const {candidate, texts} = data.points[index], row = document.createElement("tr"), name = document.createElement("th"), link = document.createElement("a");
     name.scope = "row";
     name.className = "name";
     link.href = `#row-${index}`;
     link.textContent = candidate;
     name.append(link);
-    row.append(name, ...[words.kl, words.top1, words.stored, words.of_bfloat16, words.prompt, words.generated].map((text) => {
+    row.append(name, ...data.columns.map((key) => {
       const cell = document.createElement("td");
-      cell.textContent = text;
+      cell.textContent = texts[key];
       return cell;
     }));
     return row;

@@ -20,7 +20,7 @@ function filter() {
   shown = new Set();
   for (const body of bodies) {
     const index = Number(body.dataset.index);
-    const fits = words.every((word) => body.dataset.words.includes(word)) && (!backend || body.dataset.backend === backend) && (!only || frontiers.has(index));
+    const fits = words.every((word) => body.dataset.searched.includes(word)) && (!backend || body.dataset.backend === backend) && (!only || frontiers.has(index));
     body.hidden = !fits;
     if (fits) shown.add(index);
   }

@@ -10,14 +10,14 @@ from typing import Any
 
 import msgspec
 
-from polyquant.comparison.engines.local import Engine, Tell
-from polyquant.comparison.engines.measure import Task, measure
+from polyquant.comparison.engines.measure import CellTask, measure_cell
 from polyquant.comparison.records import Result
 from polyquant.errors import ConfigError
 from polyquant.measure.quality.index import INDEX
 from polyquant.models.resolve import resolve_dense
 from polyquant.support.cache import cache_folder
 from polyquant.support.files import atomic_folder
+from polyquant.support.progress import SILENT, Progress, Step
 
 RETRIES = 3  # of a cell whose node or worker died
 WAIT_SECONDS = 1.0
@@ -25,27 +25,29 @@ CONNECT_SECONDS = 10
 MEMORY_FACTOR = 3  # of a model's files: what a cell may hold of them, dense, quantized and on the way
 
 
-def cluster(address: str) -> Engine:
-    """Tasks on the Ray cluster at `address`; empty: on one that is started on this machine.
+class Cluster:
+    """Cells on the Ray cluster at `address`; empty: on one that is started on this machine.
 
     Every node needs polyquant with the backends, and the model under the same name. Raises ConfigError without ray.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("the engine ray needs the package ray: pip install 'polyquant[ray]'") from error
 
-    def run(tasks: Sequence[Task], work: Path, tell: Tell) -> Iterator[tuple[Task, Result]]:
-        ours = not ray.is_initialized()
-        if ours:
-            _connect(ray, address)
+    def __init__(self, address: str) -> None:
         try:
-            yield from _run(ray, tasks, tell)
+            import ray
+        except ImportError as error:
+            raise ConfigError("the engine ray needs the package ray: pip install 'polyquant[ray]'") from error
+        self._ray, self._address = ray, address
+
+    def run(self, tasks: Sequence[CellTask], work: Path, progress: Progress) -> Iterator[tuple[CellTask, Result]]:
+        """See `Engine`; the files of processes are on the nodes."""
+        ours = not self._ray.is_initialized()
+        if ours:
+            _connect(self._ray, self._address)
+        try:
+            yield from _run(self._ray, tasks, progress)
         finally:
             if ours:
-                ray.shutdown()
-
-    return run
+                self._ray.shutdown()
 
 
 def _connect(ray: Any, address: str) -> None:
@@ -59,7 +61,7 @@ def _connect(ray: Any, address: str) -> None:
         raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
 
 
-def _run(ray: Any, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, Result]]:
+def _run(ray: Any, tasks: Sequence[CellTask], progress: Progress) -> Iterator[tuple[CellTask, Result]]:
     remote = ray.remote(max_retries=RETRIES, max_calls=1)(_measure)
     folders = {task.job.reference for task in tasks if task.job.reference}
     references = {folder: ray.put(_files(Path(folder))) for folder in folders}
@@ -72,7 +74,7 @@ def _run(ray: Any, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, Re
             continue
         handle = remote.options(**needs).remote(task.to_json(), references.get(task.job.reference))
         waiting[handle] = task
-        tell(task.key, "on the cluster")
+        progress.step(Step(what="on the cluster", work=task.key))
     try:
         while waiting:
             for handle in ray.wait(list(waiting), timeout=WAIT_SECONDS)[0]:
@@ -83,7 +85,7 @@ def _run(ray: Any, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, Re
             ray.cancel(handle, force=True)
 
 
-def _result(ray: Any, handle: Any, task: Task) -> Result:
+def _result(ray: Any, handle: Any, task: CellTask) -> Result:
     try:
         return msgspec.json.decode(ray.get(handle), type=Result)
     except ray.exceptions.RayError as error:
@@ -93,7 +95,7 @@ def _result(ray: Any, handle: Any, task: Task) -> Result:
 
 def _measure(task: str, files: Mapping[str, bytes] | None) -> bytes:
     """On a node: the result of a cell as JSON; the reference is unpacked there where it is not yet."""
-    asked = msgspec.json.decode(task, type=Task)
+    asked = msgspec.json.decode(task, type=CellTask)
     if files is not None:
         folder = cache_folder() / "references" / asked.job.reference_key
         if not (folder / INDEX).is_file():
@@ -102,16 +104,16 @@ def _measure(task: str, files: Mapping[str, bytes] | None) -> bytes:
                     (partial / name).write_bytes(content)
         asked = msgspec.structs.replace(asked, job=msgspec.structs.replace(asked.job, reference=str(folder)))
     with TemporaryDirectory() as work:
-        return msgspec.json.encode(measure(asked, Path(work), lambda step: None))
+        return msgspec.json.encode(measure_cell(asked, Path(work), SILENT))
 
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def _needs(task: Task) -> dict[str, float]:
+def _needs(task: CellTask) -> dict[str, float]:
     """What Ray keeps free for a cell: a core, memory in bytes, and a GPU where one is asked for."""
-    model = task.making.model if task.making else task.job.model
+    model = task.checkpoint.model if task.checkpoint else task.job.model
     gpus = 1 if task.job.device.partition(":")[0] == "cuda" else 0
     return {"num_cpus": 1, "num_gpus": gpus, "memory": MEMORY_FACTOR * resolve_dense(model).checkpoint_bytes}
 

@@ -1,0 +1,65 @@
+"""The page's table of candidates, with the details of each. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from polyquant.comparison.records import Run
+from polyquant.comparison.report.columns import COLUMNS, Column, columns_of, shown
+from polyquant.comparison.report.rows import by_quality, first_line, last_lines, plain_rows
+
+DETAILS = (*shown(COLUMNS, "page conditions"), *shown(COLUMNS, "page details"))
+
+
+def headings_of(run: Run) -> list[dict[str, Any]]:
+    """Text, meaning, whether notes concern it, and whether the rows are in its order."""
+    name = {"text": "candidate", "meaning": "Backend and options", "noted": False, "sorted": False}
+    return [name, *map(_heading, shown(columns_of(run), "page"))]
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    """What the page shows of every row, closest to the reference first."""
+    columns = shown(columns_of(run), "page")
+    values = [{**plain, "index": index} for index, plain in enumerate(plain_rows(run))]
+    return [_row(run, plain, columns) for plain in by_quality(values)]
+
+
+def _heading(column: Column) -> dict[str, Any]:
+    """Broken before the unit, or before the last word."""
+    start, _, end = (column.heading, "", column.unit) if column.unit else column.heading.rpartition(" ")
+    return {
+        "text": f"{start}\n{end}" if start else end, "meaning": column.meaning, "noted": column.noted,
+        "sorted": column.goal == "quality",
+    }  # fmt: skip
+
+
+def _row(run: Run, values: dict[str, Any], columns: list[Column]) -> dict[str, Any]:
+    row = run.rows[values["index"]]
+    details = [
+        (column.heading, f"{text} {column.unit}".rstrip()) for column in DETAILS if (text := column.text(values))
+    ]
+    options = ", ".join(f"{name}={_option(value)}" for name, value in row.candidate.options.items())
+    return {
+        "index": values["index"],
+        "name": row.candidate.name,
+        "backend": values["backend"] or "checkpoint",
+        "status": row.status,
+        "cells": [
+            {"text": column.text(values), "value": "" if values.get(column.key) is None else values[column.key]}
+            for column in columns
+        ],
+        "reason": first_line(row.reason),
+        "last_lines": last_lines(row.reason),
+        "notes": row.result.notes if row.result else (),
+        "reference": run.is_reference(row),
+        "command": row.command,
+        "details": [*([("options", options)] if options else []), *details],
+        "searched": " ".join((row.candidate.name, values["kernel"] or "", row.status, options, row.reason)).lower(),
+        "layers": bool(row.result and row.result.layers),
+    }
+
+
+def _option(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

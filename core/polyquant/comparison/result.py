@@ -1,0 +1,51 @@
+"""What `polyquant.compare` returns: the record of a comparison, with what one does with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from polyquant.comparison.choice import CONTEXT_TOKENS, best
+from polyquant.comparison.records import Goal, Row, Run
+from polyquant.comparison.report.columns import columns_of
+from polyquant.comparison.report.page import write_report
+from polyquant.comparison.report.rows import plain_rows
+from polyquant.errors import ConfigError, SaveError
+from polyquant.types import UNREADABLE
+
+FILE = "comparison.json"  # in the folder of a comparison
+
+
+class Comparison(Run, frozen=True):
+    """A whole comparison: its rows, what they were measured on, and what can be made of them."""
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, one row a candidate, the columns of the CSV file."""
+        import pandas as pd
+
+        return pd.DataFrame(plain_rows(self), columns=[column.key for column in columns_of(self)])
+
+    def best(
+        self, goal: Goal = "quality", *, memory: int | str | None = None, kl: float | None = None,
+        context_tokens: int = CONTEXT_TOKENS,
+    ) -> Row:  # fmt: skip
+        """The best candidate that was measured; see `polyquant.comparison.choice.best`."""
+        return best(self, goal, memory=memory, kl=kl, context_tokens=context_tokens)
+
+    def report(self, path: str | Path) -> Path:
+        """Write the report as one HTML file that works offline, with CSV, JSON and Markdown beside it."""
+        return write_report(self, Path(path))
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """The comparison in a folder or a comparison.json. Raises ConfigError where there is none that can be read."""
+    file = Path(path)
+    file = file / FILE if file.is_dir() else file
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Comparison)
+    except OSError as error:
+        raise ConfigError(f"{path} holds no comparison ({error}); make one with polyquant compare") from error
+    except UNREADABLE as error:
+        raise SaveError(f"{file} is damaged ({error}); run its polyquant compare again: no cell is lost") from error
