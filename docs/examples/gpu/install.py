@@ -61,13 +61,14 @@ def require_python(wanted: str, wheels: list[Path]) -> None:
 
 
 def unmet(target: Path, names: list[str]) -> list[str]:
-    """What the kit's distributions ask for, and is not there, or in another version."""
+    """What the kit's distributions ask for and is not there, each with who asks; and what is there in another version."""
     sys.path.insert(0, str(target))
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return ["packaging, so that nothing else could be looked at"]
-    lines = []
+        return ["packaging is not there, so nothing else could be looked at"]
+    missing: dict[str, list[str]] = {}
+    others = []
     for name in sorted(names):
         for text in metadata.distribution(name).requires or ():
             requirement = Requirement(text)
@@ -76,11 +77,11 @@ def unmet(target: Path, names: list[str]) -> list[str]:
             try:
                 version = metadata.version(requirement.name)
             except metadata.PackageNotFoundError:
-                lines.append(f"{name} asks for {requirement.name}{requirement.specifier}: not installed")
+                missing.setdefault(requirement.name.lower().replace("_", "-"), []).append(name)
                 continue
             if not requirement.specifier.contains(version, prereleases=True):
-                lines.append(f"{name} asks for {requirement.name}{requirement.specifier}: {version} is installed")
-    return lines
+                others.append(f"{name} asks for {requirement.name}{requirement.specifier}, and there is {version}")
+    return others + [f"{name} is not installed; asked for by {', '.join(who)}" for name, who in sorted(missing.items())]
 
 
 if __name__ == "__main__":
