@@ -34,9 +34,7 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
         "run_peak_bytes": memory.run_peak_bytes, "notes": report.notes,
         "failed_checks": [f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures],
     })  # fmt: skip
-    tokens, reference = common.read_reference(model, device)
-    note(common.divergence(reference, loaded.logits(tokens)))
-    del reference
+    note(common.far_from_dense(loaded, model, device))
     note(common.speed_of(loaded.session, len(loaded.tokenizer), small=arguments["small"]))
 
 

@@ -15,15 +15,15 @@ from typing import Any
 import common
 import polyquant
 
-BITS, GROUP = 4, 128
+BITS, GROUP = 4, 64
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 columns each nibble of a word holds
 LAYERS = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 STORED: dict[str, common.Facts] = {
     "gptq": {
-        "quant_method": "gptq", "bits": BITS, "group_size": GROUP, "desc_act": False, "sym": True,
+        "quant_method": "gptq", "bits": BITS, "desc_act": False, "sym": True,
         "checkpoint_format": "gptq",
     },
-    "awq": {"quant_method": "awq", "bits": BITS, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    "awq": {"quant_method": "awq", "bits": BITS, "zero_point": True, "version": "gemm"},
 }  # fmt: skip
 
 
@@ -43,8 +43,8 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     note({"seconds": perf_counter() - started, "checkpoint_bytes": nbytes})
 
 
-def pack(method: str, dense: Path, out: Path, device: str) -> None:
-    """A checkpoint of `dense` in the layout of `method`, tensor by tensor."""
+def pack(method: str, dense: Path, out: Path, device: str, group: int = GROUP) -> Path:
+    """A checkpoint of `dense` in the layout of `method`, `group` rows a scale; returns `out`."""
     from safetensors.torch import load_file, save_file
 
     out.mkdir(parents=True)
@@ -54,7 +54,7 @@ def pack(method: str, dense: Path, out: Path, device: str) -> None:
         for name, weight in load_file(path).items():
             if name.endswith(LAYERS):
                 module = name.removesuffix(".weight")
-                packed |= {f"{module}.{short}": part for short, part in parts(method, weight.to(device))}
+                packed |= {f"{module}.{short}": part for short, part in parts(method, weight.to(device), group)}
             else:
                 packed[name] = weight
         save_file(packed, out / path.name, {"format": "pt"})
@@ -63,30 +63,32 @@ def pack(method: str, dense: Path, out: Path, device: str) -> None:
     for path in dense.glob("*.json"):
         if path.name not in ("config.json", "model.safetensors.index.json"):
             shutil.copy(path, out)
+    stored = STORED[method] | {"group_size": group}
     config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": STORED[method]}, indent=1))
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": stored}, indent=1))
+    return out
 
 
-def parts(method: str, weight: Any) -> Iterator[tuple[str, Any]]:
+def parts(method: str, weight: Any, group: int) -> Iterator[tuple[str, Any]]:
     """(name, tensor) of one packed layer; weight: (out, in)."""
     import torch
 
-    codes, zeros, scales = rounded(weight.float().T, symmetric=method == "gptq")
+    codes, zeros, scales = rounded(weight.float().T, group, symmetric=method == "gptq")
     if method == "gptq":
         yield "qweight", words(codes, 0).cpu()
         yield "qzeros", words(zeros - 1, 1).cpu()  # its first layout stores zero points less one
-        yield "g_idx", torch.arange(len(codes), dtype=torch.int32) // GROUP
+        yield "g_idx", torch.arange(len(codes), dtype=torch.int32) // group
     else:
         yield "qweight", words(interleaved(codes), 1).cpu()
         yield "qzeros", words(interleaved(zeros), 1).cpu()
     yield "scales", scales.half().cpu()
 
 
-def rounded(columns: Any, *, symmetric: bool) -> tuple[Any, Any, Any]:
+def rounded(columns: Any, group: int, *, symmetric: bool) -> tuple[Any, Any, Any]:
     """Codes (in, out), zero points and scales (groups, out) of a weight (in, out), rounded to nearest."""
     import torch
 
-    groups = columns.reshape(-1, GROUP, columns.shape[1])
+    groups = columns.reshape(-1, group, columns.shape[1])
     low, high, most = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0), 2**BITS - 1
     if symmetric:
         high = torch.maximum(-low, high)

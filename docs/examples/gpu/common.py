@@ -76,10 +76,16 @@ def plain_session(model: Any) -> Callable[[], Any]:
     return lambda: session(model)
 
 
-def divergence(reference: Any, candidate: Any) -> Facts:
-    """KL(reference || candidate) and top-1 agreement of logits, (positions, vocabulary) each."""
+def far_from_dense(loaded: Any, model: Path, device: str) -> Facts:
+    """KL(dense || loaded) and top-1 agreement on the fixed tokens; no figures where the dense model left no logits."""
     from polyquant.quality.divergence import kl_divergence, top1_agreement
+    from safetensors.torch import load_file
 
+    path = model / "reference.safetensors"
+    if not path.exists():
+        return {"not_compared": "the dense model's step left no logits"}
+    tensors = load_file(path)
+    candidate, reference = loaded.logits(tensors["tokens"].tolist()), tensors["logits"].to(device)
     kl, same = kl_divergence(reference, candidate), top1_agreement(reference, candidate)
     error = float(kl.std() / len(kl) ** 0.5)
     return {"kl": float(kl.mean()), "kl_standard_error": error, "top1": float(same.float().mean())}
@@ -115,14 +121,3 @@ def compute_dtype(backend: str, device: str) -> str:
 
     kind = device.partition(":")[0]
     return polyquant.backend(backend).info.compute_dtypes.get(kind, "bfloat16")
-
-
-def read_reference(folder: Path, device: str) -> tuple[list[int], Any]:
-    """(tokens, the dense model's logits for them); raises NotRun where the dense model left none."""
-    from safetensors.torch import load_file
-
-    path = folder / "reference.safetensors"
-    if not path.exists():
-        raise NotRun("the dense model's logits are not there: its step did not finish")
-    tensors = load_file(path)
-    return tensors["tokens"].tolist(), tensors["logits"].to(device)

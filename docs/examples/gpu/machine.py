@@ -21,10 +21,12 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     note({"device": gpu(device) if device.startswith("cuda") else {"kind": device, "name": processor()}})
     named = {library.distribution for info in polyquant.backends() for library in info.libraries}
     note({"versions": versions({*LIBRARIES, *named})})
+    cards = {info.name: [support.type for support in info.capabilities.devices] for info in polyquant.backends()}
     diagnoses = []
     for diagnosis in polyquant.doctor(device=device):
         problems = [{"what": problem.what, "fix": problem.fix, "kind": problem.kind} for problem in diagnosis.problems]
-        diagnoses.append({"backend": diagnosis.backend, "device": diagnosis.device, "problems": problems})
+        on_gpus = "cuda" in cards.get(diagnosis.backend, ("cuda",))
+        diagnoses.append({"backend": diagnosis.backend, "on_gpus": on_gpus, "problems": problems})
         note({"diagnoses": diagnoses})
 
 

@@ -53,8 +53,7 @@ def look(loaded: Any, arguments: common.Facts, note: common.Note) -> None:
         "load_peak_bytes": report.memory.load_peak_bytes, "run_peak_bytes": report.memory.run_peak_bytes,
         "failed_checks": [f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures],
     })  # fmt: skip
-    tokens, reference = common.read_reference(Path(arguments["model"]), arguments["device"])
-    note(common.divergence(reference, loaded.logits(tokens)))
+    note(common.far_from_dense(loaded, Path(arguments["model"]), arguments["device"]))
     note({"tg": report.sample.tokens_per_second})
 
 
