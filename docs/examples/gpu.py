@@ -39,6 +39,7 @@ SCHEMA = 1
 DOCTOR_SECONDS = 90.0
 LEAST_SECONDS = 8.0  # with less time left nothing is started: importing torch takes about that
 SAID_LINES = 15  # of what a step printed last, kept where it failed
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 Row = dict[str, Any]
 
 
@@ -70,11 +71,15 @@ class Run:
         with self.lock:
             self.rows.append(row)
             self.write()
-        print(f"{monotonic() - self.started:6.1f} s  {row['status']:<10} {step.name}  {row['reason'][:150]}", flush=True)
+        print(
+            f"{monotonic() - self.started:6.1f} s  {row['status']:<10} {step.name}  {row['reason'][:150]}", flush=True
+        )
         return row
 
     def reason_not_to(self, step: Step) -> str:
         """Why the step is not worth a process; empty where it is."""
+        if step.never:
+            return step.never
         if self.left < LEAST_SECONDS:
             return "stopped before it began" if self.stopped else "no time was left"
         ended = {row["step"]: row for row in self.rows}
@@ -96,7 +101,7 @@ class Run:
         command = [sys.executable, str(SCRIPTS / f"{step.script}.py"), str(answer), json.dumps(step.arguments)]
         with log.open("wb") as said:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True,
-                                       cwd=self.work)  # fmt: skip
+                                       cwd=self.work, env={**os.environ, **QUIET})  # fmt: skip
         with self.lock:
             self.processes[step.name] = process
             self.write_state()
@@ -170,7 +175,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="leave the models and the steps' logs there")
     parser.add_argument("--only", default="", help="steps whose name holds one of these words: nf4,qlora,model")
     cores = os.cpu_count() or 1
-    parser.add_argument("--jobs", type=int, default=max(1, min(6, cores // 2)), help="so many steps at a time, of those that are not timed")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, min(8, cores // 2)),
+        help="so many steps at a time, of those that are not timed",
+    )
     return parser.parse_args()
 
 
@@ -184,7 +194,7 @@ def chosen(run: Run, arguments: argparse.Namespace) -> list[Step]:
     backends = [diagnosis["backend"] for diagnosis in head["diagnoses"] if diagnosis["on_gpus"]]
     listed = steps(backends, fitting, device=arguments.device, small=arguments.small, work=run.work)
     words = [word for word in arguments.only.split(",") if word]
-    return [step for step in listed if not words or any(word in step.name for word in words)]
+    return [step for step in listed if not words or step.script == "model" or any(word in step.name for word in words)]
 
 
 def groups(listed: list[Step], *, small: bool) -> Iterator[list[Step]]:

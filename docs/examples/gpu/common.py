@@ -115,6 +115,11 @@ def text_to_train_on() -> Iterable[str]:
     return CALIBRATION
 
 
+def all_on(device: str) -> dict[str, str]:
+    """A device map of one device, with its number."""
+    return {"": "cuda:0" if device == "cuda" else device}
+
+
 def compute_dtype(backend: str, device: str) -> str:
     """What a load with `backend` computes in here where nothing is said."""
     import polyquant

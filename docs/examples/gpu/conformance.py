@@ -11,12 +11,12 @@ from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 from sys import stderr
+from typing import Any
 
 import checkpoint
 import common
 
 SAME_EVERYWHERE = ("card", "options")  # groups of checks
-
 
 
 def measure(arguments: common.Facts, note: common.Note) -> None:
@@ -33,7 +33,11 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
         subject.make_checkpoint = lambda dense, preset, out: checkpoint.pack(backend, dense, out, "cpu", group)
     runs = planned(subject, models=("llama",) if small else None, real=False)
     left_out = (*SAME_EVERYWHERE, "state") if small else SAME_EVERYWHERE
-    runs = [(check, case) for check, case in runs if check.group not in left_out and (not small or case.preset == first)]
+    runs = [
+        (check, case) for check, case in runs if check.group not in left_out and (not small or case.preset == first)
+    ]
+    if not subject.capabilities.on_the_fly:
+        require_checkpoints(subject, first)
     counted: Counter[str] = Counter()
     failures = []
     for number, (check, case) in enumerate(runs, start=1):
@@ -47,6 +51,16 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
             failures.append({"check": outcome.check, "case": outcome.case, "reason": outcome.reason[:600]})
         counted[status] += 1
         note({"counts": dict(counted), "failures": failures, "runs": len(runs)})
+
+
+def require_checkpoints(subject: Any, preset: str) -> None:
+    """Raises NotRun where what makes the backend's checkpoints is not here: nothing can be said of it then."""
+    from polyquant.errors import EnvironmentProblem
+
+    try:
+        subject.source(preset, "llama")
+    except EnvironmentProblem as error:
+        raise common.NotRun(f"its checkpoints cannot be made here: {' '.join(str(error).split())}") from error
 
 
 def tests_of(backend: str) -> Path | None:

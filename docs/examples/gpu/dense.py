@@ -18,7 +18,7 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
 
     folder, device = Path(arguments["model"]), arguments["device"]
     started = perf_counter()
-    load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device})  # noqa: E731
+    load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=common.all_on(device))  # noqa: E731
     model, peak = common.peak_of(load)
     note({"load_seconds": perf_counter() - started, "load_peak_bytes": peak, "compute_dtype": "bfloat16"})
     note({"stored_bytes": model.get_memory_footprint()})

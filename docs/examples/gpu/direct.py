@@ -1,4 +1,4 @@
-"""The step `BACKEND:PRESET@SIZE direct`: the library called without polyquant, in the same dtype, timed the same way."""
+"""The step `BACKEND:PRESET@SIZE direct`: the library without polyquant, in the same dtype, timed the same way."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import common
+import steps
 
 Load = Callable[[Path, str, Any], Any]
 """(model, device, dtype) -> a transformers model."""
@@ -18,10 +19,8 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     from transformers import AutoTokenizer
 
     name, device = arguments["candidate"], arguments["device"]
-    if name in NO_DIRECT:
-        raise common.NotRun(NO_DIRECT[name])
     dtype = getattr(torch, common.compute_dtype(name.partition(":")[0], device))
-    source = Path(arguments["checkpoint"] if name in FROM_CHECKPOINT else arguments["model"])
+    source = Path(arguments["checkpoint"] if name in steps.FROM_CHECKPOINT else arguments["model"])
     started = perf_counter()
     model, peak = common.peak_of(lambda: DIRECT[name](source, device, dtype))
     note({"load_seconds": perf_counter() - started, "load_peak_bytes": peak, "compute_dtype": str(dtype)[6:]})
@@ -33,7 +32,7 @@ def through_transformers(model: Path, device: str, dtype: Any, config: Any = Non
     from transformers import AutoModelForCausalLM
 
     settings = {"quantization_config": config} if config is not None else {}
-    return AutoModelForCausalLM.from_pretrained(model, device_map={"": device}, dtype=dtype, **settings)
+    return AutoModelForCausalLM.from_pretrained(model, device_map=common.all_on(device), dtype=dtype, **settings)
 
 
 def bitsandbytes(**settings: Any) -> Load:
@@ -89,11 +88,6 @@ DIRECT: dict[str, Load] = {
     "gptq:int4": gptqmodel,
     "awq:int4": gptqmodel,
 }  # fmt: skip
-FROM_CHECKPOINT = ("compressed-tensors:int4", "gptq:int4", "awq:int4")
-NO_DIRECT = {
-    "fp8:block128": "transformers' own fp8 fetches its kernel from a hub at run time",
-    "gguf:Q4_0": "transformers dequantizes GGUF files: it has no packed weights to time",
-}
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ def main() -> None:
     manifest = json.loads((KIT / "manifest.json").read_text(encoding="utf-8"))
     wheels = checked(manifest["wheels"])
     require_python(manifest["python"], wheels)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
-               "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(arguments.target), *map(str, wheels)]  # fmt: skip
+    offline = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
+    into = ["--upgrade", "--target", str(arguments.target)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *offline, *into, *map(str, wheels)]
     if subprocess.run(command, check=False).returncode:
         sys.exit("pip could not install the kit; its words are above")
     print(f"{len(wheels)} wheels in {arguments.target}")
@@ -61,7 +62,7 @@ def require_python(wanted: str, wheels: list[Path]) -> None:
 
 
 def unmet(target: Path, names: list[str]) -> list[str]:
-    """What the kit's distributions ask for and is not there, each with who asks; and what is there in another version."""
+    """What is there in another version than the kit's distributions ask for; what is not there, and who asks for it."""
     sys.path.insert(0, str(target))
     try:
         from packaging.requirements import Requirement

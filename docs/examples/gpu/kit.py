@@ -28,6 +28,7 @@ from packaging.utils import canonicalize_name
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 PART_BYTES = 60 * 2**20  # largest part: what travels in one go
+SPARE_BYTES = 2**20
 GLIBC = range(5, 40)  # minor versions: manylinux_2_5 to manylinux_2_39
 CORE_EXTRAS = ("testing",)  # the conformance suite, and adapters
 
@@ -152,9 +153,16 @@ def roots(kit: Kit, plugins: dict[Path, dict[str, Any]]) -> Iterator[tuple[str, 
 def settle(
     kit: Kit, who: str, requirement: Requirement, pins: dict[str, str], plugins: dict[Path, dict[str, Any]]
 ) -> list[Path]:
-    """What is done about one requirement; the wheel that was fetched for it, if one was."""
+    """What is done about one requirement; the wheel that was fetched for it, if one was.
+
+    What is there in a version not known is carried all the same where polyquant asks for it, or where it is small and
+    somebody asks for a version of it; else it is taken to do.
+    """
     name, there = canonicalize_name(requirement.name), kit.target.there
+    direct = who == "polyquant" or who.startswith("polyquant-")
     version = kit.versions.get(name) or there.get(name)
+    if name in kit.assumed and not direct:
+        return []
     if name in LEFT_OUT and name not in there:
         kit.leave_out(name, LEFT_OUT[name])
         return []
@@ -163,21 +171,25 @@ def settle(
             asked = f"{name}{requirement.specifier}"
             kit.conflicts.append({"who": who, "asks": asked, "there": version})
         return []
-    direct = who == "polyquant" or who.startswith("polyquant-")
-    if name in there and not direct:
-        kit.assumed.add(name)  # what polyquant itself asks for is carried: its version is then known
+    if name in there and not direct and not requirement.specifier:
+        kit.assumed.add(name)
         return []
     pinned = Requirement(f"{name}=={pins[name]}") if name in pins else Requirement(f"{name}{requirement.specifier}")
     wheel, reason = fetch(kit, pinned, plugins)
     if wheel is None:
         kit.leave_out(name, f"{who} asks for it, and there is none to carry: {reason}")
         return []
+    if name in there and not direct and not (wheels.runs_anywhere(wheel) and wheel.stat().st_size <= SPARE_BYTES):
+        wheel.unlink()
+        kit.assumed.add(name)
+        return []
+    kit.assumed.discard(name)
     kit.versions.update([wheels.name_and_version(wheel)])
     return [wheel]
 
 
 def fetch(kit: Kit, requirement: Requirement, plugins: dict[Path, dict[str, Any]]) -> tuple[Path | None, str]:
-    """The wheel for the target, from the index, or built here where there is only source; or the reason there is none."""
+    """The wheel for the target, from the index, or built here where there is only source; or why there is none."""
     target, wheelhouse = kit.target, kit.folder / "wheels"
     before = set(wheelhouse.glob("*.whl"))
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in GLIBC]
@@ -209,9 +221,7 @@ def build_source(kit: Kit, requirement: Requirement, plugins: dict[Path, dict[st
     return reason
 
 
-def build(
-    arguments: list[str], wheelhouse: Path, interpreter: Path, environment: dict[str, str] | None = None
-) -> str:
+def build(arguments: list[str], wheelhouse: Path, interpreter: Path, environment: dict[str, str] | None = None) -> str:
     """`pip wheel`; the reason where it fails."""
     return pip(["wheel", "--wheel-dir", str(wheelhouse), *arguments], interpreter, environment)
 

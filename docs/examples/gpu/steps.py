@@ -13,6 +13,11 @@ CANDIDATES = (
 LARGE = ("bitsandbytes:nf4", "bitsandbytes:int8", "fp8:block128", "torchao:int8", "hqq:int4")
 """Candidates that the 8B is loaded with: all quantize while loading."""
 FROM_CHECKPOINT = ("compressed-tensors:int4", "gptq:int4", "awq:int4")
+NO_DIRECT = {
+    "fp8:block128": "transformers' own fp8 fetches its kernel from a hub at run time",
+    "gguf:Q4_0": "transformers dequantizes GGUF files: it has no packed weights to time",
+}
+"""Candidates whose library cannot be timed alone, and why."""
 ROOM = {"tiny": (2**28, 2**28), "1b": (6 * 2**30, 8 * 2**30), "8b": (24 * 2**30, 20 * 2**30)}
 """size -> bytes that must be free on the device, and on the disk."""
 BUSY_SHARE = 0.1  # of the device's memory: more than that taken by others, and speeds are not its own
@@ -30,6 +35,7 @@ class Step:
     together: bool = False  # whether it may run beside others that may: nothing of it is timed
     after: tuple[str, ...] = ()  # steps that must be done before it
     backend: str = ""  # what the doctor must have found nothing wrong with
+    never: str = ""  # why it is not run anywhere
 
 
 def sizes(free_bytes: int, disk_bytes: int, *, small: bool) -> tuple[list[str], str]:
@@ -55,27 +61,28 @@ def busy(free_bytes: int, total_bytes: int) -> str:
 
 
 def steps(backends: list[str], chosen: list[str], *, device: str, small: bool, work: Path) -> list[Step]:
-    """All steps after the doctor's: conformance, then the models in `chosen`."""
+    """All steps after the doctor's: models and conformance, then what is timed, the libraries alone at the end."""
     common = {"device": device, "small": small, "work": str(work)}
     first, *others = chosen
-    listed = [_model(first, common, work)]
+    listed = [_model(size, common, work) for size in chosen]
     listed += [
         Step(f"conformance:{backend}", "conformance", {**common, "backend": backend}, 110.0, 2, together=True,
              backend=backend)
         for backend in backends
     ]  # fmt: skip
-    listed += [_dense(first, common, work)]
-    for candidate in CANDIDATES:
-        listed += _candidate(candidate, first, common, work, direct=True)
+    listed += [_dense(first, common, work), *_candidate(CANDIDATES[0], first, common, work)]
+    listed += [_direct(CANDIDATES[0], first, common, work)]
     listed += [_training(first, common, work), _placing("auto", first, common, work)]
     if not others:
         listed.append(_placing("budget", first, common, work))
+    for candidate in CANDIDATES[1:]:
+        listed += _candidate(candidate, first, common, work)
     for size in others:
-        listed += [_model(size, common, work), _dense(size, common, work), *_candidate(LARGE[0], size, common, work)]
-        listed.append(_placing("budget", size, common, work))
+        listed += [_dense(size, common, work), *_candidate(LARGE[0], size, common, work)]
+        listed += [_placing("budget", size, common, work), _training(size, common, work)]
         for candidate in LARGE[1:]:
             listed += _candidate(candidate, size, common, work)
-        listed.append(_training(size, common, work))
+    listed += [_direct(candidate, first, common, work) for candidate in CANDIDATES[1:]]
     return listed
 
 
@@ -84,27 +91,36 @@ def _with_model(size: str, common: dict[str, Any], work: Path) -> dict[str, Any]
 
 
 def _model(size: str, common: dict[str, Any], work: Path) -> Step:
-    return Step(f"model:{size}", "model", _with_model(size, common, work), 150.0, 0)
+    return Step(f"model:{size}", "model", _with_model(size, common, work), 150.0, 0, together=True)
 
 
 def _dense(size: str, common: dict[str, Any], work: Path) -> Step:
     return Step(f"dense@{size}", "dense", _with_model(size, common, work), 90.0, 1, after=(f"model:{size}",))
 
 
-def _candidate(name: str, size: str, common: dict[str, Any], work: Path, *, direct: bool = False) -> list[Step]:
-    """The candidate itself, before it its checkpoint where it needs one, after it the library alone."""
-    backend = name.partition(":")[0]
+def _candidate(name: str, size: str, common: dict[str, Any], work: Path) -> list[Step]:
+    """The candidate, before it its checkpoint where it needs one."""
+    backend, arguments = name.partition(":")[0], _with_checkpoint(name, size, common, work)
+    if name not in FROM_CHECKPOINT:
+        return [Step(f"{name}@{size}", "candidate", arguments, 75.0, after=(f"model:{size}",), backend=backend)]
+    made = f"checkpoint:{name}@{size}"
+    return [
+        Step(made, "checkpoint", arguments, 60.0, 2, after=(f"model:{size}",), backend=backend),
+        Step(f"{name}@{size}", "candidate", arguments, 75.0, after=(made,), backend=backend),
+    ]
+
+
+def _direct(name: str, size: str, common: dict[str, Any], work: Path) -> Step:
+    """The candidate's library alone."""
+    after = f"checkpoint:{name}@{size}" if name in FROM_CHECKPOINT else f"model:{size}"
+    arguments, backend = _with_checkpoint(name, size, common, work), name.partition(":")[0]
+    return Step(f"{name}@{size} direct", "direct", arguments, 60.0, after=(after,), backend=backend,
+                never=NO_DIRECT.get(name, ""))  # fmt: skip
+
+
+def _with_checkpoint(name: str, size: str, common: dict[str, Any], work: Path) -> dict[str, Any]:
     checkpoint = work / f"{name.replace(':', '-')}-{size}"
-    arguments = {**_with_model(size, common, work), "candidate": name, "checkpoint": str(checkpoint)}
-    listed, after = [], (f"model:{size}",)
-    if name in FROM_CHECKPOINT:
-        made = f"checkpoint:{name}@{size}"
-        listed.append(Step(made, "checkpoint", arguments, 60.0, 2, after=after, backend=backend))
-        after = (made,)
-    listed.append(Step(f"{name}@{size}", "candidate", arguments, 75.0, after=after, backend=backend))
-    if direct:
-        listed.append(Step(f"{name}@{size} direct", "direct", arguments, 60.0, after=after, backend=backend))
-    return listed
+    return {**_with_model(size, common, work), "candidate": name, "checkpoint": str(checkpoint)}
 
 
 def _training(size: str, common: dict[str, Any], work: Path) -> Step:

@@ -18,10 +18,12 @@ def markdown(results: Row) -> str:
         section("Backends", ("backend", "runs", "checks passed", "failed", "not applicable", "s", "what was found"),
                 [backend_row(diagnosis, rows) for diagnosis in results.get("diagnoses", [])]),
         section("Models and candidates",
-                ("what", "load s", "stored MiB", "planned", "load peak MiB", "planned", "pp", "tg", "direct tg", "ratio",
+                ("what", "load s", "stored MiB", "planned", "load peak MiB", "planned", "run peak MiB",
+                 "planned", "pp", "tg", "direct tg", "ratio",
                  "KL", "top-1", "kernel", "what was found"),
                 [candidate_row(row, rows) for row in rows if row["kind"] in ("dense", "candidate")]),
-        section("Training", ("what", "steps/s", "peak MiB", "planned MiB", "loss", "what was found"),
+        section("Training",
+                ("what", "steps/s", "peak MiB", "weights and adapters, planned MiB", "loss", "what was found"),
                 [training_row(row) for row in rows if row["kind"] == "training"]),
         section("Placement", ("what", "budget MiB", "MiB on", "load peak MiB", "KL", "tg", "what was found"),
                 [placing_row(row) for row in rows if row["kind"] == "placing"]),
@@ -37,7 +39,9 @@ def conditions(results: Row) -> str:
     """Device, driver, versions, date, in a sentence."""
     device, machine = results.get("device", {}), results.get("machine", {})
     versions = results.get("versions", {})
-    named = [f"{name} {versions[name]}" for name in ("polyquant", "torch", "transformers", "triton") if name in versions]
+    named = [
+        f"{name} {versions[name]}" for name in ("polyquant", "torch", "transformers", "triton") if name in versions
+    ]
     parts = [device.get("name", ""), f"driver {device['driver']}" if device.get("driver") else "",
              f"CUDA {device['cuda']}" if device.get("cuda") else "",
              f"{machine['cores']} cores" if machine else "", f"Python {machine['python']}" if machine else "",
@@ -48,27 +52,32 @@ def conditions(results: Row) -> str:
 
 def section(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A heading with its table; empty where there is no row."""
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') or '-' for cell in row)} |" for row in rows]  # fmt: skip
+    lines = [f"| {' | '.join(in_cell(text) for text in row)} |" for row in rows]
     if not lines:
         return ""
     head = [f"| {' | '.join(headings)} |", f"|{' --- |' * len(headings)}"]
     return "\n".join([f"## {title}\n", *head, *lines])
 
 
+def in_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or "-"
+
+
 def backend_row(diagnosis: Row, rows: list[Row]) -> tuple[str, ...]:
     found = next((row for row in rows if row["step"] == f"conformance:{diagnosis['backend']}"), None)
     problems = "; ".join(problem["what"] for problem in diagnosis["problems"])
     if problems or found is None:
-        return (diagnosis["backend"], "no" if problems else "", "", "", "", "", problems or "not checked")
+        why = "not reached" if diagnosis["on_gpus"] else "not checked: it declares no GPU"
+        return (diagnosis["backend"], "no" if problems else "yes", "", "", "", "", problems or why)
     counts, failures = found["facts"].get("counts", {}), found["facts"].get("failures", [])
-    said = [f"{len(failures)} failed, first {failures[0]['check']} {failures[0]['case']}: {failures[0]['reason']}"] if failures else []  # fmt: skip
-    said += [found["reason"]] if found["reason"] else []
-    return (diagnosis["backend"], "yes", str(counts.get("passed", 0)), str(counts.get("failed", 0)),
-            str(counts.get("not applicable", 0)), f"{found['seconds']:.0f}", "; ".join(said)[:300])  # fmt: skip
-
-
-def not_checked(diagnosis: Row) -> str:
-    return "not reached" if diagnosis["on_gpus"] else "not checked: it declares no GPU"
+    said = [found["reason"]] if found["reason"] else []
+    if failures:
+        worst = failures[0]
+        said.append(f"{len(failures)} failed, first {worst['check']} {worst['case']}: {worst['reason']}")
+    return (
+        diagnosis["backend"], "yes", str(counts.get("passed", 0)), str(counts.get("failed", 0)),
+        str(counts.get("not applicable", 0)), f"{found['seconds']:.0f}", "; ".join(said)[:300],
+    )  # fmt: skip
 
 
 def candidate_row(row: Row, rows: list[Row]) -> tuple[str, ...]:
@@ -76,12 +85,13 @@ def candidate_row(row: Row, rows: list[Row]) -> tuple[str, ...]:
     direct = next((other for other in rows if other["step"] == f"{row['step']} direct"), {"facts": {}, "reason": ""})
     theirs = direct["facts"].get("tg")
     ratio = f"{facts['tg'] / theirs:.2f}" if theirs and facts.get("tg") else ""
-    same = direct["reason"] == row["reason"]
-    said = [row["reason"], *facts.get("failed_checks", []), "" if same or not direct["reason"] else f"direct: {direct['reason']}"]  # fmt: skip
+    alone = f"direct: {direct['reason']}" if direct["reason"] not in ("", row["reason"]) else ""
+    said = [row["reason"], *facts.get("failed_checks", []), alone]
     return (
         row["step"], number(facts.get("load_seconds")),
         mib(facts.get("stored_bytes")), against(facts, "stored_bytes", "planned_bytes"),
         mib(facts.get("load_peak_bytes")), against(facts, "load_peak_bytes", "load_peak_planned_bytes"),
+        mib(facts.get("run_peak_bytes")), against(facts, "run_peak_bytes", "run_peak_planned_bytes"),
         number(facts.get("pp")), number(facts.get("tg")), number(theirs), ratio,
         f"{facts['kl']:.4f}" if "kl" in facts else "", f"{facts['top1']:.3f}" if "top1" in facts else "",
         facts.get("kernel", ""), "; ".join(part for part in said if part)[:300],
