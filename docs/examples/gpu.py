@@ -18,8 +18,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -236,15 +237,11 @@ def judged(answer: Path, ended: str, log: Path) -> Row:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and what it has started, where any of it is left."""
-    kill(lambda: os.killpg(process.pid, signal.SIGKILL))
+    with suppress(ProcessLookupError):  # all may have ended
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def kill(send: Callable[[], None]) -> None:
-    try:
-        send()
-    except ProcessLookupError:
-        return  # all have ended
+    if process.stdin is not None:
+        process.stdin.close()  # was open for as long as this process lived: see end_with_parent
 
 
 def replace(path: Path, text: str) -> None:
