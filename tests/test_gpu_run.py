@@ -55,7 +55,7 @@ def run(gpu, tmp_path, monkeypatch):
     for name, body in STEPS.items():
         (tmp_path / f"{name}.py").write_text(f"{HEAD}\n{body}\n")
     monkeypatch.setattr(gpu, "SCRIPTS", tmp_path)
-    head = {"date": "2026-01-01T00:00:00+00:00", "asked": {"device": "cpu", "small": True}}
+    head = {"date": "2026-01-01T00:00:00+00:00", "asked": {"device": "cpu", "small": False}}
     return gpu.Run(tmp_path, tmp_path, 1.0, head)
 
 
@@ -176,7 +176,19 @@ def rehearsed(tmp_path_factory):
 
 
 def rehearse(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--out", str(out), "--work", str(out / "work"), "--jobs", "2", *arguments]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--out",
+        str(out),
+        "--work",
+        str(out / "work"),
+        "--jobs",
+        "2",
+        *arguments,
+        "--minutes",
+        "13",
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
 
 

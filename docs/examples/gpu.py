@@ -39,6 +39,7 @@ from table import markdown  # noqa: E402
 SCHEMA = 1
 DOCTOR_SECONDS = 90.0
 LEAST_SECONDS = 8.0  # with less time left nothing is started: importing torch takes about that
+REHEARSAL_PATIENCE = 4.0  # times the limits: beside other work on two cores, importing torch alone may take a minute
 SAID_LINES = 15  # of what a step printed last, kept where it failed
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 Row = dict[str, Any]
@@ -64,7 +65,8 @@ class Run:
     def take(self, step: Step) -> Row:
         """Run one step and write down how it ended."""
         began = monotonic()
-        limit = min(step.limit_seconds, self.left)
+        patience = REHEARSAL_PATIENCE if self.head["asked"]["small"] else 1.0
+        limit = min(patience * step.limit_seconds, self.left)
         reason = self.reason_not_to(step)
         answer = {"status": "not run", "reason": reason, "facts": {}} if reason else self.process(step, limit)
         row = {"step": step.name, "kind": step.script, "arguments": self.portable(step.arguments), **answer,
@@ -153,7 +155,7 @@ def main() -> None:
     common = {"device": arguments.device, "small": arguments.small, "work": str(run.work), "date": date}
     doctor = run.take(Step("doctor", "machine", common, DOCTOR_SECONDS))
     head |= doctor["facts"]
-    if "versions" not in head:
+    if "backends" not in head:
         run.write()
         shutil.rmtree(run.work, ignore_errors=True)
         sys.exit(f"nothing more was run: {doctor['reason']}")
@@ -192,7 +194,11 @@ def chosen(run: Run, arguments: argparse.Namespace) -> list[Step]:
     fitting, missing = sizes(free, head["machine"]["disk_free_bytes"], small=arguments.small)
     taken = busy(free, device["memory_bytes"]) if "free_bytes" in device else ""
     head["notes"] = [note for note in (missing, taken) if note]
-    backends = [diagnosis["backend"] for diagnosis in head["diagnoses"] if diagnosis["on_gpus"]]
+    asked = {diagnosis["backend"] for diagnosis in head.setdefault("diagnoses", [])}
+    for name, on_gpus in head["backends"].items():
+        if name not in asked:  # the doctor did not get to it: its own step finds out
+            head["diagnoses"].append({"backend": name, "on_gpus": on_gpus, "problems": []})
+    backends = [name for name, on_gpus in head["backends"].items() if on_gpus]
     listed = steps(backends, fitting, device=arguments.device, small=arguments.small, work=run.work)
     words = [word for word in arguments.only.split(",") if word]
     return [step for step in listed if not words or step.script == "model" or any(word in step.name for word in words)]

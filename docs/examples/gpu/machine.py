@@ -21,13 +21,17 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     note({"device": gpu(device) if device.startswith("cuda") else {"kind": device, "name": processor()}})
     named = {library.distribution for info in polyquant.backends() for library in info.libraries}
     note({"versions": versions({*LIBRARIES, *named})})
-    cards = {info.name: [support.type for support in info.capabilities.devices] for info in polyquant.backends()}
+    found = polyquant.backends()
+    on_gpus = {info.name: any(each.type == "cuda" for each in info.capabilities.devices) for info in found}
+    on_gpus |= {miss.name: True for miss in found.misses if miss.broken}
+    note({"backends": on_gpus})  # before they are asked: one whose import ends the process takes no other with it
     diagnoses = []
-    for diagnosis in polyquant.doctor(device=device):
-        problems = [{"what": problem.what, "fix": problem.fix, "kind": problem.kind} for problem in diagnosis.problems]
-        on_gpus = "cuda" in cards.get(diagnosis.backend, ("cuda",))
-        diagnoses.append({"backend": diagnosis.backend, "on_gpus": on_gpus, "problems": problems})
-        note({"diagnoses": diagnoses})
+    for name, declares in on_gpus.items():
+        note({"at": name})
+        for diagnosis in polyquant.doctor(name, device=device):
+            problems = [{"what": each.what, "fix": each.fix, "kind": each.kind} for each in diagnosis.problems]
+            diagnoses.append({"backend": name, "on_gpus": declares, "problems": problems})
+            note({"diagnoses": diagnoses})
 
 
 def machine(work: Path) -> common.Facts:
