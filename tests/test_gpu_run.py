@@ -269,7 +269,7 @@ def test_each_step_killed_leaves_the_others(rehearsed, tmp_path, step):
         if row["reason"].startswith(tuple(f"after {each}:" for each in hit)):
             hit.add(name)
     for name in rows.keys() - hit - {"qlora@tiny"}:
-        assert rows[name]["status"] == before[name]["status"], name
+        assert rows[name]["status"] == before[name]["status"], (name, rows[name]["reason"])
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
