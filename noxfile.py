@@ -159,6 +159,16 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu_kit(session: nox.Session) -> None:
+    """What a machine with a GPU and no network lacks, as wheels in build/gpu-kit/; `-- --try` installs it here.
+
+    docs/examples/gpu.py then runs there. The torch is for sources whose build imports it.
+    """
+    session.install("-c", "constraints.txt", "packaging", "pip", "setuptools>=77.0.3", "torch", "wheel")
+    session.run("python", "docs/examples/gpu/kit.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Lint, format, and the one-way imports of the core. `nox -s lint -- --fix` mends what can be mended."""
     session.install("-c", "constraints.txt", *GROUPS["lint"])

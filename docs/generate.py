@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 from generate_backends import backend_page, backends_index, markdown
+from generate_gpu import GpuRun, read_gpu_run
 from generate_reference import command_line_page, hooks_page, python_page, records_page
 from polyquant.cli.show import card_cells, size
 from polyquant.comparison.candidates import DENSE
@@ -24,6 +25,7 @@ MEASURES = ("preset", "stored", "of bf16", "bits a weight", "KL (nats)", "top-1"
             "kernel")  # fmt: skip
 DOCS = ROOT / "docs"
 MEASURED = DOCS / "reference" / "measured.json"
+GPU = DOCS / "reference" / "gpu.json"  # as docs/examples/gpu.py writes it; where there is none, no GPU was at hand yet
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def pages() -> dict[Path, str]:
     reference = DOCS / "reference"
     return {
         readme: with_table(readme.read_text(encoding="utf-8")),
-        reference / "backends.md": backends_page(results),
+        reference / "backends.md": backends_page(results, read_gpu_run(GPU)),
         reference / "python.md": python_page(),
         reference / "command-line.md": command_line_page(),
         reference / "hooks.md": hooks_page(),
@@ -104,16 +106,21 @@ def with_table(readme: str) -> str:
     return f"{head}{START}{marker}\n{markdown(HEADINGS, rows)}\n{END}{tail}"
 
 
-def backends_page(results: dict[str, Result]) -> str:
+def backends_page(results: dict[str, Result], gpu: GpuRun | None) -> str:
     """The page of what was verified and measured, with the machine beside the figures."""
+    others = "Other devices that a backend declares have not been run."
+    if gpu is not None:
+        others = (
+            f"{gpu.conditions} There with tiny models; why a backend is not verified there stands in the last column."
+        )
     return "\n\n".join([
         "# Backends: verified and measured",
         "Written by `python docs/generate.py` from the backends' cards and from `measured.json`, which "
         "`python docs/examples/measure.py` writes.",
         "## Verified",
         "Verified: the conformance suite's promises hold there (`nox -s tests`), and every figure below comes from a "
-        "model that was loaded and checked there. Other devices that a backend declares have not been run.",
-        markdown(("backend", "verified on", "with", "declared, not run"), list(verified_rows(results))),
+        f"model that was loaded and checked there. {others}",
+        markdown(("backend", "verified on", "with", "declared, not run"), list(verified_rows(results, gpu))),
         "## Measured",
         conditions(results),
         markdown(
@@ -128,18 +135,21 @@ def backends_page(results: dict[str, Result]) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def verified_rows(results: dict[str, Result]) -> Iterator[tuple[str, ...]]:
+def verified_rows(results: dict[str, Result], gpu: GpuRun | None) -> Iterator[tuple[str, ...]]:
     for info in ours():
         found = [result for name, result in results.items() if name.startswith(f"{info.name}:") and result.machine]
-        on = sorted({result.device.partition(":")[0] for result in found if result.device})
+        on = {result.device.partition(":")[0] for result in found if result.device}
+        on |= {gpu.kind} if gpu is not None and info.name in gpu.verified else set()
         versions = found[0].machine.versions if found and found[0].machine else {}
         named = [f"{library.distribution} {versions[library.distribution]}" for library in info.libraries
                  if library.distribution in versions]  # fmt: skip
-        rest = [device.type for device in info.capabilities.devices if device.type not in on]
+        reason = {gpu.kind: gpu.reasons.get(info.name, "")} if gpu is not None else {}
+        rest = [f"{device.type} ({why})" if (why := reason.get(device.type)) else device.type
+                for device in info.capabilities.devices if device.type not in on]  # fmt: skip
         link = f"[{info.name}](../../plugins/{folders()[info.name].name}/README.md)"
         yield (
             link,
-            " ".join(on),
+            " ".join(sorted(on)),
             ", ".join(named) or ("no library of its own" if found else "not measured yet"),
             " ".join(rest),
         )

@@ -37,6 +37,10 @@ NOT_RUN = {
     ("how-to/cluster.md", "pip install 'polyquant[ray]'"): "installs from an index",
     ("how-to/cluster.md", "polyquant compare MODEL -c bitsandbytes:nf4 -c hqq:int4"): "needs a cluster's address; "
     "test_cluster.py runs it on one of this machine",
+    ("how-to/gpu.md", "python -m nox -s gpu_kit"): "fetches from an index; test_gpu_kit.py packs and installs",
+    ("how-to/gpu.md", "python build/gpu-kit/install.py"): "needs the kit; test_gpu_kit.py installs one",
+    ("how-to/gpu.md", "export PYTHONPATH=/tmp/site"): "belongs to the kit's installation",
+    ("how-to/gpu.md", "python docs/examples/gpu.py"): "needs a GPU; test_gpu_run.py rehearses it",
 }
 """(page, how the command begins): why it is not run. The command line is parsed all the same."""
 

@@ -68,7 +68,9 @@ def test_the_route_of_a_load(backend, model, route, tiny):
 
 
 def test_who_can_only_read_refuses_a_dense_model(tiny):
-    with pytest.raises(CheckpointConflict, match="is dense, and bitnet loads quantized checkpoints only .*makes none of a dense model"):
+    with pytest.raises(
+        CheckpointConflict, match="is dense, and bitnet loads quantized checkpoints only .*makes none of a dense model"
+    ):
         route_of(resolve(tiny), polyquant.backend("bitnet"))
 
 

@@ -1,0 +1,261 @@
+"""A quarter of an hour on a GPU: every backend there, the most valuable first.
+
+python docs/examples/gpu.py [--minutes 8] [--out build/gpu]            on a machine with a GPU
+python docs/examples/gpu.py --device cpu --small                       the same steps in small: the rehearsal
+
+Each step is a process of its own with a limit (gpu/ holds them). After every step the results are written anew as
+gpu.json and gpu.md, so that being cut off loses nothing; state.json says which processes run now. A step that hangs,
+dies or writes nonsense is a row with its reason, and the others go on. What is copied to docs/reference/gpu.json is
+what the documentation says was verified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from threading import Lock
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+SCRIPTS = Path(__file__).with_suffix("")
+ROOT = SCRIPTS.parent.parent.parent
+sys.path.insert(0, str(SCRIPTS))
+
+from steps import Step, busy, sizes, steps  # noqa: E402
+from table import markdown  # noqa: E402
+
+SCHEMA = 1
+DOCTOR_SECONDS = 90.0
+LEAST_SECONDS = 8.0  # with less time left nothing is started: importing torch takes about that
+REHEARSAL_PATIENCE = 4.0  # times the limits: beside other work on two cores, importing torch alone may take a minute
+SAID_LINES = 15  # of what a step printed last, kept where it failed
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+Row = dict[str, Any]
+
+
+class Run:
+    """The steps that have ended, those that run, and the clock."""
+
+    def __init__(self, out: Path, work: Path, minutes: float, head: Row) -> None:
+        self.out, self.work = out, work
+        self.started, self.seconds = monotonic(), 60 * minutes
+        self.head = head
+        self.rows: list[Row] = []
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.stopped = False
+        self.lock = Lock()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return 0.0 if self.stopped else self.seconds - (monotonic() - self.started)
+
+    def take(self, step: Step) -> Row:
+        """Run one step and write down how it ended."""
+        began = monotonic()
+        patience = REHEARSAL_PATIENCE if self.head["asked"]["small"] else 1.0
+        limit = min(patience * step.limit_seconds, self.left)
+        reason = self.reason_not_to(step)
+        answer = {"status": "not run", "reason": reason, "facts": {}} if reason else self.process(step, limit)
+        row = {"step": step.name, "kind": step.script, "arguments": self.portable(step.arguments), **answer,
+               "seconds": round(monotonic() - began, 2)}  # fmt: skip
+        with self.lock:
+            self.rows.append(row)
+            self.write()
+        print(
+            f"{monotonic() - self.started:6.1f} s  {row['status']:<10} {step.name}  {row['reason'][:150]}", flush=True
+        )
+        return row
+
+    def reason_not_to(self, step: Step) -> str:
+        """Why the step is not worth a process; empty where it is."""
+        if step.never:
+            return step.never
+        if self.left < LEAST_SECONDS:
+            return "stopped before it began" if self.stopped else "no time was left"
+        ended = {row["step"]: row for row in self.rows}
+        for name in step.after:
+            if name not in ended or ended[name]["status"] != "done":
+                why = ended[name]["reason"] if name in ended else "it was not run"
+                return f"after {name}: {why}"
+        if step.backend:
+            for diagnosis in self.head.get("diagnoses", []):
+                if diagnosis["backend"] == step.backend and diagnosis["problems"]:
+                    return "; ".join(problem["what"] for problem in diagnosis["problems"])
+        return ""
+
+    def process(self, step: Step, limit: float) -> Row:
+        """The step's answer, whatever becomes of its process."""
+        name = step.name.translate(str.maketrans(":@ ", "---"))
+        answer, log = self.work / f"{name}.json", self.work / f"{name}.log"
+        answer.unlink(missing_ok=True)
+        command = [sys.executable, str(SCRIPTS / f"{step.script}.py"), str(answer), json.dumps(step.arguments)]
+        with log.open("wb") as said:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True,
+                                       cwd=self.work, env={**os.environ, **QUIET})  # fmt: skip
+        with self.lock:
+            self.processes[step.name] = process
+            self.write_state()
+        try:
+            process.wait(limit)
+            ended = ending(process.returncode)
+        except subprocess.TimeoutExpired:
+            ended = f"no end within {limit:.0f} s"
+        end(process)
+        with self.lock:
+            del self.processes[step.name]
+            self.write_state()
+        return judged(answer, ended, log)
+
+    def portable(self, arguments: Row) -> Row:
+        """The step's arguments without this machine's paths."""
+        return {name: value for name, value in arguments.items() if not str(value).startswith("/")}
+
+    def write(self) -> None:
+        """The results so far, as JSON and as a table, each whole or as it was before."""
+        taken = {"seconds": round(monotonic() - self.started, 1)}
+        content = {"schema": SCHEMA, **self.head, **taken, "steps": self.rows}
+        replace(self.out / "gpu.json", json.dumps(content, indent=1) + "\n")
+        replace(self.out / "gpu.md", markdown(content))
+
+    def write_state(self) -> None:
+        """Which process runs which step."""
+        running = {name: process.pid for name, process in self.processes.items()}
+        replace(self.out / "state.json", json.dumps(running))
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """End what runs; what is known is written as the steps end."""
+        self.stopped = True
+        for process in list(self.processes.values()):
+            end(process)
+
+
+def main() -> None:
+    arguments = parse()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    head: Row = {"date": date, "asked": {"device": arguments.device, "small": arguments.small,
+                                         "minutes": arguments.minutes, "only": arguments.only}}  # fmt: skip
+    run = Run(arguments.out.absolute(), arguments.work.absolute(), arguments.minutes, head)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, run.stop)
+    common = {"device": arguments.device, "small": arguments.small, "work": str(run.work), "date": date}
+    doctor = run.take(Step("doctor", "machine", common, DOCTOR_SECONDS))
+    head |= doctor["facts"]
+    if "backends" not in head:
+        run.write()
+        shutil.rmtree(run.work, ignore_errors=True)
+        sys.exit(f"nothing more was run: {doctor['reason']}")
+    for group in groups(chosen(run, arguments), small=arguments.small):
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(run.take, group))
+    run.write()
+    if not arguments.keep:
+        shutil.rmtree(run.work, ignore_errors=True)
+    print(f"{len(run.rows)} steps in {monotonic() - run.started:.0f} s: {run.out / 'gpu.md'}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu")
+    parser.add_argument("--small", action="store_true", help="a tiny model, one preset, short timings")
+    parser.add_argument("--minutes", type=float, default=8.0, help="what is not begun by then is not run")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="for the results")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-work", help="for models, up to 20 GiB")
+    parser.add_argument("--keep", action="store_true", help="leave the models and the steps' logs there")
+    parser.add_argument("--only", default="", help="steps whose name holds one of these words: nf4,qlora,model")
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, min(8, cores // 2)),
+        help="so many steps at a time, of those that are not timed",
+    )
+    return parser.parse_args()
+
+
+def chosen(run: Run, arguments: argparse.Namespace) -> list[Step]:
+    """The steps for this machine, with what is said of its room and its state in the head of the results."""
+    device, head = run.head["device"], run.head
+    free = device.get("free_bytes", head["machine"]["memory_bytes"])
+    fitting, missing = sizes(free, head["machine"]["disk_free_bytes"], small=arguments.small)
+    taken = busy(free, device["memory_bytes"]) if "free_bytes" in device else ""
+    head["notes"] = [note for note in (missing, taken) if note]
+    asked = {diagnosis["backend"] for diagnosis in head.setdefault("diagnoses", [])}
+    for name, on_gpus in head["backends"].items():
+        if name not in asked:  # the doctor did not get to it: its own step finds out
+            head["diagnoses"].append({"backend": name, "on_gpus": on_gpus, "problems": []})
+    backends = [name for name, on_gpus in head["backends"].items() if on_gpus]
+    listed = steps(backends, fitting, device=arguments.device, small=arguments.small, work=run.work)
+    words = [word for word in arguments.only.split(",") if word]
+    return [step for step in listed if not words or step.script == "model" or any(word in step.name for word in words)]
+
+
+def groups(listed: list[Step], *, small: bool) -> Iterator[list[Step]]:
+    """Steps in order, those side by side that may run beside each other; in a rehearsal nothing is timed in earnest."""
+    if small:
+        listed = sorted(listed, key=lambda step: step.phase)
+        yield from (list(group) for _, group in groupby(listed, key=lambda step: step.phase))
+        return
+    for beside, group in groupby(listed, key=lambda step: step.together):
+        if beside:
+            yield list(group)
+        else:
+            yield from ([step] for step in group)
+
+
+def ending(code: int) -> str:
+    """What a process's return code says; empty where it ended by itself and well."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"ended with {code}" if code else ""
+
+
+def judged(answer: Path, ended: str, log: Path) -> Row:
+    """The answer of a step, from its file and how its process ended."""
+    row: Row = {"status": "failed", "reason": ended, "facts": {}}
+    try:
+        row |= json.loads(answer.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        row["reason"] = f"{ended or 'ended'} without a result"
+    except ValueError:
+        row["reason"] = f"{ended or 'ended'} and left a result that is not whole"
+    if row["status"] == "unfinished" or (ended and row["status"] == "done"):
+        at = f", at {row['facts']['at']}" if "at" in row["facts"] else ""
+        row |= {"status": "failed", "reason": f"{ended or 'ended before it was finished'}{at}"}
+    if row["status"] == "failed":
+        row["said"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SAID_LINES:]
+    return row
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and what it has started, where any of it is left."""
+    with suppress(ProcessLookupError):  # all may have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()  # was open for as long as this process lived: see end_with_parent
+
+
+def replace(path: Path, text: str) -> None:
+    """The whole file, or the one that was there before."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""The run on a GPU: its runner with steps that misbehave, its rehearsal on the CPU, and what the docs read of it."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "docs" / "examples" / "gpu.py"
+STEPS = {
+    "well": "write({'status': 'done', 'reason': '', 'facts': {'figure': 1}})",
+    "hangs": "write({'status': 'unfinished', 'reason': '', 'facts': {'at': '3/9'}}); time.sleep(600)",
+    "dies": "write({'status': 'unfinished', 'reason': '', 'facts': {}}); os.kill(os.getpid(), signal.SIGSEGV)",
+    "half": 'path.write_text(\'{"status": "do\')',
+    "silent": "print('nothing to say'); sys.exit(3)",
+    "leaves": "subprocess.Popen(['sleep', '600']); write({'status': 'done', 'reason': '', 'facts': {}})",
+}
+HEAD = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+path = Path(sys.argv[1])
+def write(content):
+    path.write_text(json.dumps(content))
+"""
+SELECTION = (
+    "conformance:fp8", "conformance:autoawq", "dense@tiny", "checkpoint:compressed", "bitsandbytes:nf4@tiny", "qlora",
+    "auto@tiny",
+)  # fmt: skip
+
+
+def module(path: Path, name: str):
+    spec = importlib.util.spec_from_file_location(name, path)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return module(SCRIPT, "gpu_runner")
+
+
+@pytest.fixture
+def run(gpu, tmp_path, monkeypatch):
+    """A run whose steps are the scripts of STEPS."""
+    for name, body in STEPS.items():
+        (tmp_path / f"{name}.py").write_text(f"{HEAD}\n{body}\n")
+    monkeypatch.setattr(gpu, "SCRIPTS", tmp_path)
+    head = {"date": "2026-01-01T00:00:00+00:00", "asked": {"device": "cpu", "small": False}}
+    return gpu.Run(tmp_path, tmp_path, 1.0, head)
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "reason"),
+    [
+        ("well", "done", ""),
+        ("hangs", "failed", "no end within 2 s, at 3/9"),
+        ("dies", "failed", "killed by SIGSEGV"),
+        ("half", "failed", "ended and left a result that is not whole"),
+        ("silent", "failed", "ended with 3 without a result"),
+    ],
+)
+def test_however_a_step_ends_it_is_a_row_and_the_next_runs(gpu, run, script, status, reason):
+    row = run.take(gpu.Step("first", script, limit_seconds=2.0))
+    assert (row["status"], row["reason"]) == (status, reason)
+    assert run.take(gpu.Step("second", "well"))["status"] == "done"
+    written = json.loads((run.out / "gpu.json").read_text())
+    assert [row["step"] for row in written["steps"]] == ["first", "second"]
+    assert json.loads((run.out / "state.json").read_text()) == {}
+    if script == "silent":
+        assert row["said"] == ["nothing to say"]
+
+
+def test_what_a_step_leaves_running_is_ended(gpu, run):
+    before = sleeping()
+    run.take(gpu.Step("leaves", "leaves"))
+    deadline = time.monotonic() + 5
+    while sleeping() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sleeping() == before
+
+
+def sleeping() -> int:
+    """How many `sleep 600` run that are no zombies."""
+    count = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            command = (status.parent / "cmdline").read_bytes()
+            count += command == b"sleep\x00600\x00" and "State:\tZ" not in status.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return count
+
+
+def test_the_clock_the_doctor_and_what_comes_before_decide(gpu, run):
+    run.head["diagnoses"] = [{"backend": "x", "on_gpus": True, "problems": [{"what": "libx.so is not found"}]}]
+    assert run.take(gpu.Step("a", "well", backend="x"))["reason"] == "libx.so is not found"
+    assert run.take(gpu.Step("b", "well", after=("a",)))["reason"] == "after a: libx.so is not found"
+    assert run.take(gpu.Step("c", "well", never="it fetches"))["reason"] == "it fetches"
+    run.seconds = 1.0
+    assert run.take(gpu.Step("d", "well"))["reason"] == "no time was left"
+    assert "| d | not run |" in (run.out / "gpu.md").read_text()
+
+
+def test_models_are_chosen_by_room(gpu):
+    gib = 2**30
+    assert gpu.sizes(70 * gib, 60 * gib, small=False) == (["1b", "8b"], "")
+    fitting, missing = gpu.sizes(12 * gib, 60 * gib, small=False)
+    assert fitting == ["1b"] and missing.startswith("the 8b needs 24.0 GiB of the device") and "12.0 GiB" in missing
+    fitting, missing = gpu.sizes(70 * gib, 10 * gib, small=False)
+    assert fitting == ["1b"] and "20.0 GiB of the disk" in missing
+    assert gpu.sizes(gib, gib, small=False)[0] == ["tiny"]
+    assert gpu.busy(79 * gib, 80 * gib) == ""
+    assert gpu.busy(20 * gib, 80 * gib).startswith("the GPU is busy: 60.0 GiB of 80.0 GiB are taken by others")
+
+
+def test_the_most_valuable_comes_first_and_each_step_has_its_script(gpu, tmp_path):
+    listed = gpu.steps(["fp8", "hqq"], ["1b", "8b"], device="cuda", small=False, work=tmp_path)
+    names = [step.name for step in listed]
+    assert len(set(names)) == len(names)
+    order = ("model:1b", "conformance:fp8", "bitsandbytes:nf4@1b", "qlora@1b", "hqq:int4@1b", "budget@8b",
+             "hqq:int4@8b", "hqq:int4@1b direct")  # fmt: skip
+    assert sorted(order, key=names.index) == list(order)
+    for step in listed:
+        assert (SCRIPT.with_suffix("") / f"{step.script}.py").exists()
+        assert all(names.index(name) < names.index(step.name) for name in step.after), step.name
+    first = next(gpu.groups(listed, small=False))
+    assert {step.script for step in first} == {"model", "conformance"}, "nothing that is timed runs beside another"
+
+
+def test_no_gpu_says_what_to_do(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = rehearse(tmp_path, "--device", "cuda")
+    assert done.returncode == 1
+    assert f"no GPU: torch {torch.__version__}" in done.stderr and "--device cpu --small" in done.stderr
+    (row,) = results(tmp_path)["steps"]
+    assert row["status"] == "not run"
+
+
+def test_a_model_without_room_on_the_disk_is_not_begun(tmp_path):
+    scripts = SCRIPT.with_suffix("")
+    code = f"""
+import sys, shutil
+sys.path.insert(0, {str(scripts)!r})
+import common, model
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(2**31, 2**30, 2**30)
+try:
+    model.measure({{"size": "1b", "model": {str(tmp_path / "m")!r}, "device": "cpu"}}, print)
+except common.NotRun as reason:
+    print(reason)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "its checkpoints need 6.9 GiB, and 1.0 GiB are free" in done.stdout
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """A rehearsal of SELECTION in which one step is killed as soon as it runs; (folder, what was printed)."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    killed = killing(out, "qlora@tiny")
+    done = rehearse(out, "--device", "cpu", "--small", "--only", ",".join(SELECTION))
+    assert done.returncode == 0, done.stderr
+    assert killed() == "qlora@tiny"
+    return out
+
+
+def rehearse(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--out",
+        str(out),
+        "--work",
+        str(out / "work"),
+        "--jobs",
+        "2",
+        *arguments,
+        "--minutes",
+        "13",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
+
+
+def killing(out: Path, step: str):
+    """Kills the process of `step` once it is in the state file; what is returned waits and says which was killed."""
+    killed = []
+
+    def watch() -> None:
+        deadline = time.monotonic() + 800
+        while time.monotonic() < deadline and not killed:
+            state = out / "state.json"
+            running = json.loads(state.read_text()) if state.exists() else {}
+            if step in running:
+                os.kill(running[step], signal.SIGKILL)
+                killed.append(step)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+    def wait() -> str:
+        thread.join(5)
+        return killed[0] if killed else ""
+
+    return wait
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "gpu.json").read_text())
+
+
+def by_step(out: Path) -> dict:
+    return {row["step"]: row for row in results(out)["steps"]}
+
+
+def test_a_rehearsal_gives_every_row_but_that_of_the_step_that_was_killed(rehearsed):
+    rows = by_step(rehearsed)
+    assert rows.pop("qlora@tiny")["reason"] == "killed by SIGKILL without a result"
+    nf4, dense = rows["bitsandbytes:nf4@tiny"]["facts"], rows["dense@tiny"]["facts"]
+    assert abs(nf4["stored_bytes"] / nf4["planned_bytes"] - 1) < 0.01 and nf4["failed_checks"] == []
+    assert 0.02 < nf4["kl"] < 1 and nf4["tg"] > 0 and dense["tg"] > 0
+    assert rows["bitsandbytes:nf4@tiny direct"]["facts"]["tg"] > 0
+    assert rows["auto@tiny"]["facts"]["bytes_on"] == {"cpu": nf4["stored_bytes"]}
+    checked = rows["conformance:fp8"]["facts"]
+    assert checked["failures"] == [] and sum(checked["counts"].values()) == checked["runs"] > 10
+    for diagnosis in results(rehearsed)["diagnoses"]:
+        if diagnosis["problems"] and f"conformance:{diagnosis['backend']}" in rows:
+            row = rows[f"conformance:{diagnosis['backend']}"]
+            assert row["status"] == "not run" and row["reason"].startswith(diagnosis["problems"][0]["what"])
+
+
+def test_the_table_of_a_rehearsal_holds_every_step(rehearsed):
+    table = (rehearsed / "gpu.md").read_text()
+    for heading in ("## Backends", "## Models and candidates", "## Training", "## Placement"):
+        assert heading in table
+    assert "Small sizes: a rehearsal" in table and "| qlora@tiny |" in table and "| bitsandbytes:nf4@tiny |" in table
+    assert str(rehearsed) not in (rehearsed / "gpu.json").read_text().replace('"said"', "")
+    assert not (rehearsed / "work").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step",
+    ["doctor", "model:tiny", "conformance:fp8", "dense@tiny", "checkpoint:compressed-tensors:int4@tiny",
+     "bitsandbytes:nf4@tiny", "bitsandbytes:nf4@tiny direct", "auto@tiny"],
+)  # fmt: skip
+def test_each_step_killed_leaves_the_others(rehearsed, tmp_path, step):
+    killed = killing(tmp_path, step)
+    rehearse(tmp_path, "--device", "cpu", "--small", "--only", ",".join(SELECTION))
+    assert killed() == step
+    rows, before = by_step(tmp_path), by_step(rehearsed)
+    assert rows[step]["reason"].startswith("killed by SIGKILL")
+    if step == "doctor":
+        return  # what is known of the machine is what the others stand on
+    assert rows.keys() == before.keys()
+    hit = {step}
+    for name, row in rows.items():
+        if row["reason"].startswith(tuple(f"after {each}:" for each in hit)):
+            hit.add(name)
+    for name in rows.keys() - hit - {"qlora@tiny"}:
+        assert rows[name]["status"] == before[name]["status"], (name, rows[name]["reason"])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packed_weights_stand_for_rounded_ones(method):
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(SCRIPT.with_suffix(""))!r})
+import checkpoint
+weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+parts = dict(checkpoint.parts({method!r}, weight, 32))
+nibbles = lambda words: torch.stack([(words.long() >> 4 * place) & 15 for place in range(8)], -1)
+scales = parts["scales"].float()
+if {method!r} == "gptq":
+    codes = nibbles(parts["qweight"].T).reshape(64, 128).T
+    zeros = nibbles(parts["qzeros"]).reshape(4, 64) + 1
+    groups = parts["g_idx"].long()
+else:
+    back = torch.tensor(checkpoint.AWQ_ORDER).argsort()
+    codes = nibbles(parts["qweight"])[..., back].reshape(128, 64)
+    zeros = nibbles(parts["qzeros"])[..., back].reshape(4, 64)
+    groups = torch.arange(128) // 32
+stands_for = (codes - zeros[groups]) * scales[groups]
+assert (stands_for - weight.T).abs().max() <= 0.501 * scales.max() + 1e-3
+assert parts["qweight"].dtype == torch.int32 and len(codes.unique()) == 16
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import generate
+    import generate_gpu
+
+    return generate, generate_gpu
+
+
+def measured_on_a_gpu(rehearsed: Path, out: Path) -> Path:
+    """A rehearsal's results as those of a GPU."""
+    device = {"kind": "cuda", "name": "A GPU", "driver": "580.1", "cuda": "13.0"}
+    known = results(rehearsed)
+    out.write_text(json.dumps(known | {"device": device, "asked": {**known["asked"], "small": False}}))
+    return out
+
+
+def test_the_docs_say_what_was_verified_where(rehearsed, tmp_path, generate):
+    generate, generate_gpu = generate
+    found = generate_gpu.read_gpu_run(measured_on_a_gpu(rehearsed, tmp_path / "gpu.json"))
+    assert found.verified == {"fp8"}
+    assert found.conditions.startswith("cuda: A GPU, driver 580.1, CUDA 13.0, Python 3")
+    rows = {row[0].partition("]")[0][1:]: row for row in generate.verified_rows({}, found)}
+    assert rows["fp8"][1] == "cuda" and rows["fp8"][3] == "cpu"
+    assert rows["hqq"][1] == "" and rows["hqq"][3] == "cpu cuda (not reached)"
+    assert "cuda (autoawq runs in an environment of its own" in rows["autoawq"][3]
+
+
+def test_a_failed_check_verifies_nothing(rehearsed, tmp_path, generate):
+    path = measured_on_a_gpu(rehearsed, tmp_path / "gpu.json")
+    changed = json.loads(path.read_text())
+    (row,) = [row for row in changed["steps"] if row["step"] == "conformance:fp8"]
+    row["facts"]["counts"] |= {"failed": 2}
+    path.write_text(json.dumps(changed))
+    found = generate[1].read_gpu_run(path)
+    assert not found.verified and found.reasons["fp8"] == f"2 of {row['facts']['runs']} checks fail"
+
+
+def test_the_docs_refuse_a_rehearsal_and_another_schema(rehearsed, tmp_path, generate):
+    _, generate_gpu = generate
+    assert generate_gpu.read_gpu_run(tmp_path / "gpu.json") is None
+    with pytest.raises(SystemExit, match="is a rehearsal"):
+        generate_gpu.read_gpu_run(rehearsed / "gpu.json")
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(results(rehearsed) | {"schema": 0}))
+    with pytest.raises(SystemExit, match="has schema 0, and 1 is read"):
+        generate_gpu.read_gpu_run(path)
