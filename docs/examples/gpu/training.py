@@ -14,6 +14,16 @@ BACKEND, PRESET = "bitsandbytes", "nf4"
 ADAPTER_BYTES = 4 + 4 + 8  # of each trained weight: itself, its gradient, and Adam's two moments, float32
 
 
+class Ends:
+    """Notes when each step of training ends."""
+
+    def __init__(self, ends: list[float]) -> None:
+        self.ends = ends
+
+    def step(self, step: object) -> None:
+        self.ends.append(perf_counter())
+
+
 def measure(arguments: common.Facts, note: common.Note) -> None:
     small, device, model = arguments["small"], arguments["device"], Path(arguments["model"])
     data, out = Path(arguments["work"]) / "train.jsonl", Path(arguments["work"]) / "adapter"
@@ -28,7 +38,7 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     tuned = polyquant.finetune(
         model, data, out, backend=BACKEND, device=device, overwrite=True, restart=True, steps=steps, batch_size=1,
         max_length=length, packing=True, completion_only=False, warmup=0.0, checkpoint_every=steps,
-        report=lambda _: ends.append(perf_counter()), **options,
+        progress=Ends(ends), **options,
     )  # fmt: skip
     intervals = sorted(later - earlier for earlier, later in pairwise(ends))
     note({
