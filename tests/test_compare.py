@@ -146,7 +146,7 @@ def test_what_is_wrong_is_said_before_anything_runs(model, tmp_path):
         (["rowwise"], {"windows": -1}, ConfigError, "windows must be"),
         (["rowwise"], {"parts": ("tasks",)}, ConfigError, "no task is named"),
         (["rowwise"], {"text": "absent.txt"}, ConfigError, "no such file: absent.txt"),
-        (["rowwise"], {"nonsense": 1}, ConfigError, "unknown option 'nonsense'"),
+        (["rowwise"], {"nonsense": 1}, TypeError, "unexpected keyword argument 'nonsense'"),
     ):
         with pytest.raises(error, match=said):
             polyquant.compare(model, candidates, out=tmp_path / "out", **{**QUICK, **options})
