@@ -1,7 +1,7 @@
 """For mkdocs: what lies outside docs/ becomes pages of the site, so that links into the repository lead somewhere.
 
-A link to a plugin's README leads to its first backend's page, which ends with that README; a link to any other file leads
-to a page that shows the file.
+A link to a plugin's README leads to its first backend's page, which ends with that README; a link to any other file
+leads to a page that shows the file.
 """
 
 from __future__ import annotations
