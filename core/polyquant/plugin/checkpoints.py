@@ -38,8 +38,8 @@ from polyquant.types import WeightInfo
 __all__ = [
     "check_folder", "complete", "dtype_argument", "empty_causal_lm", "fill", "forget_quantization", "load_causal_lm",
     "load_tokenizer", "own_tensors", "packed_modules", "place", "progress_bars", "quantize_layers", "read_config",
-    "read_layers", "read_tensors", "require_linears", "save", "save_pretrained", "single_device", "tied_tensors",
-    "with_stored_skips",
+    "read_layers", "read_tensors", "require_linears", "require_shapes", "save", "save_pretrained", "single_device",
+    "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 Options = TypeVar("Options", bound=BackendOptions)
@@ -223,6 +223,18 @@ def require_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> No
                 f"{weight.name} is no Linear module but {weight.module} with shape {weight.shape}; "
                 "this backend quantizes Linear modules only"
             )
+
+
+def require_shapes(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ModelError where a packed module's tensors are not those of `shapes`: one missing, left over, or another.
+
+    tensors, shapes: by the tensors' names inside the module, as `read_layers` hands them out.
+    """
+    if set(tensors) != set(shapes):
+        raise ModelError(f"it has {', '.join(sorted(tensors)) or 'no tensors'}, and should have {', '.join(shapes)}")
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise ModelError(f"its {name} should have shape {tuple(shape)}, and has {tuple(tensors[name].shape)}")
 
 
 def complete(out: Path, source: ModelSource, skip: Sequence[str], tokenizer: Any) -> None:
