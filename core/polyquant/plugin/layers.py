@@ -5,19 +5,20 @@ Left to itself, autograd would keep each dequantized weight until the backward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.plugin.describe import Quantized, describe
 
 __all__ = [
-    "Quantized", "describe", "differentiable", "frozen_for_adapters", "frozen_linear", "needs_gradient",
-    "prepare_for_training", "rows_at_a_time", "weight_rows",
+    "Quantized", "describe", "differentiable", "frozen_for_adapters", "frozen_linear", "layer_tensors",
+    "needs_gradient", "prepare_for_training", "rows_at_a_time", "weight_rows",
 ]  # fmt: skip
 
 Multiply = Callable[[Tensor], Tensor]
@@ -27,6 +28,34 @@ CHUNK_WEIGHTS = {"cpu": 2**20, "other": 2**26}
 """Weights dequantized at a time. CPU: 4 MiB of float32, so that an output head never stands in memory whole."""
 IDENTITY_ROWS = 256
 """Rows of the identity matrix that `weight_rows` multiplies at a time."""
+
+
+def layer_tensors(
+    linear: Any, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], str]]
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors of a layer that takes the place of `linear`, in the shapes that are expected.
+
+    expected: name -> (shape, dtype), with "float" for any dtype of floating point; the bias of `linear` is added.
+    Tools differ in axes of length 1, as of the scale of a whole weight: (), (1,) or (1, 1). So those need not match.
+    Raises ModelError where a tensor is missing, has no place, or is of another shape or dtype.
+    """
+    size = (linear.out_features, linear.in_features)
+    wanted = {**expected, **({"bias": ((size[0],), "float")} if linear.bias is not None else {})}
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise ModelError(f"{', '.join(missing)} is missing; it has {', '.join(sorted(tensors)) or 'nothing'}")
+    if astray := sorted(set(tensors) - set(wanted)):
+        raise ModelError(f"{', '.join(astray)} has no place beside {', '.join(sorted(wanted))}")
+    for name, (shape, dtype) in wanted.items():
+        tensor = tensors[name]
+        right = tensor.is_floating_point() if dtype == "float" else tensor.dtype == getattr(torch, dtype)
+        if not right or _without_ones(tensor.shape) != _without_ones(shape):
+            stored = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            raise ModelError(f"{name} of a layer {size} should be {shape} {dtype}, and is {stored}")
+    return {name: tensors[name].reshape(shape) for name, (shape, _) in wanted.items()}
+
+
+def _without_ones(shape: Iterable[int]) -> list[int]:
+    return [length for length in shape if length != 1]
 
 
 def rows_at_a_time(columns: int, device: torch.device) -> int:
