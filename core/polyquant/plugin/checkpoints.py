@@ -38,8 +38,8 @@ from polyquant.types import WeightInfo
 __all__ = [
     "check_folder", "complete", "dtype_argument", "empty_causal_lm", "fill", "forget_quantization", "load_causal_lm",
     "load_tokenizer", "own_tensors", "packed_modules", "place", "progress_bars", "quantize_layers", "read_config",
-    "read_layers", "read_tensors", "require_linears", "require_shapes", "save", "save_pretrained", "single_device",
-    "tied_tensors", "with_stored_skips",
+    "read_layers", "read_tensors", "require_linears", "save", "save_pretrained", "single_device", "tied_tensors",
+    "with_stored_skips",
 ]  # fmt: skip
 OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 Options = TypeVar("Options", bound=BackendOptions)
@@ -153,12 +153,19 @@ def read_layers(
 
 
 def quantize_layers(
-    request: LoadRequest, dtype: Dtype, names: Sequence[str], make: Callable[[str, Any], Any], *, on_cpu: bool = True
+    request: LoadRequest,
+    dtype: Dtype,
+    names: Sequence[str],
+    make: Callable[[str, Any], Any],
+    *,
+    on_cpu: bool = True,
+    after: Callable[[Any], None] | None = None,
 ) -> Any:
     """The dense model, its modules `names` replaced one by one by what is made of them; everything else in `dtype`.
 
     The twin of `read_layers`. make: (name, dense module) -> the module in its place, whose tensors, but for a bias,
     keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on the device of the request.
+    after: called with the model before its dense tensors are cast and moved, to tie what was tied to a replaced module.
     The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
     Raises ModelError, with the checkpoint's name, where `make` does.
     """
@@ -172,6 +179,8 @@ def quantize_layers(
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be quantized: {error}") from error
         model.set_submodule(name, layer)
+    if after is not None:
+        after(model)
     made = set(names)
     for name, parameter in model.named_parameters():
         owner, _, short = name.rpartition(".")
@@ -223,18 +232,6 @@ def require_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> No
                 f"{weight.name} is no Linear module but {weight.module} with shape {weight.shape}; "
                 "this backend quantizes Linear modules only"
             )
-
-
-def require_shapes(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ModelError where a packed module's tensors are not those of `shapes`: one missing, left over, or another.
-
-    tensors, shapes: by the tensors' names inside the module, as `read_layers` hands them out.
-    """
-    if set(tensors) != set(shapes):
-        raise ModelError(f"it has {', '.join(sorted(tensors)) or 'no tensors'}, and should have {', '.join(shapes)}")
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != tuple(shape):
-            raise ModelError(f"its {name} should have shape {tuple(shape)}, and has {tuple(tensors[name].shape)}")
 
 
 def complete(out: Path, source: ModelSource, skip: Sequence[str], tokenizer: Any) -> None:
