@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from polyquant.plugin import LayerInfo, checkpoints
-from polyquant.plugin.layers import Quantized, describe, frozen_linear, prepare_for_training
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.layers import Quantized, describe, frozen_linear, layer_tensors, prepare_for_training
 
 from polyquant_rowwise.planning import SCHEME
 
@@ -47,10 +47,9 @@ class RowwiseLinear(torch.nn.Linear):
     ) -> RowwiseLinear:
         """From the stored weight, scale and bias; the bias takes the compute dtype. Raises ModelError for others."""
         rows, columns = linear.out_features, linear.in_features
-        bias = {} if linear.bias is None else {"bias": (rows,)}
-        checkpoints.require_shapes(tensors, {"weight": (rows, columns), "scale": (rows, 1), **bias})
-        parameter = torch.nn.Parameter(tensors["bias"].to(dtype)) if bias else None
-        return cls(tensors["weight"], tensors["scale"].to(scale_dtype), parameter)
+        stored = layer_tensors(linear, tensors, {"weight": ((rows, columns), "int8"), "scale": ((rows, 1), "float")})
+        bias = torch.nn.Parameter(stored["bias"].to(dtype)) if "bias" in stored else None
+        return cls(stored["weight"], stored["scale"].to(scale_dtype), bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., in_features) in the compute dtype; returns (..., out_features)."""

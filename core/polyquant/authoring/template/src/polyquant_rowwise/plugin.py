@@ -12,7 +12,7 @@ INFO = BackendInfo(
     # Replace: summary, docs, presets (the first is the default), the dtype that is best on each device, and
     # libraries=(Library(distribution="acme", versions=">=2.1,<3"),) for what you stand on.
     summary="8 bit with one scale for each output row, in plain torch",
-    # Replace: what your backend can do. Each entry is a promise that `polyquant check-backend rowwise` puts to the test.
+    # Replace: what your backend can do. Each entry is a promise that `polyquant check-backend rowwise` tests.
     capabilities=Capabilities(
         bits=(8,),
         schemes=(SCHEME,),
