@@ -7,6 +7,7 @@ namespace. A line that is one polyquant command runs in this process, which has 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -108,6 +109,7 @@ def run_page(path: Path) -> list[str]:
             "builtin:smollm2", "MODEL"
         )  # fmt: skip
         if language == "python":
+            importlib.invalidate_caches()  # a command before it may have written a package
             try:
                 exec(compile(tiny, path.name, "exec"), namespace)
             except BaseException:

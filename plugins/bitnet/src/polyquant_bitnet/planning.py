@@ -31,7 +31,8 @@ def quantized_bytes(weight: WeightInfo, config: BitnetOptions) -> int:
     """Two bits a weight, a scale, and the weights of the layer's own norm, both in the compute dtype."""
     if weight.shape[0] % PACKED:
         raise ConfigError(
-            f"{module_of(weight)} has {weight.shape[0]} output rows, which cannot be packed four in a byte; keep it dense"
+            f"{module_of(weight)} has {weight.shape[0]} output rows, which cannot be packed four in a byte; "
+            "keep it dense"
         )
     extra = 1 + (weight.shape[1] if config.use_rms_norm else 0)
     return prod(weight.shape) // PACKED + extra * DTYPE_BYTES[weight.dtype]
