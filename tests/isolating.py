@@ -28,8 +28,8 @@ version = "1.0"
 "outer.pth" = "outer.pth"
 """
 ISOLATED = """
-            libraries=(Library(distribution="polyquant-outer"),),
-            isolated=Isolated(reason="it is a test", requirements=("polyquant-outer==1.0",), variables={"ACME": "1"}),
+    libraries=(Library(distribution="polyquant-outer"),),
+    isolated=Isolated(reason="it is a test", requirements=("polyquant-outer==1.0",), variables={"ACME": "1"}),
 """
 
 
@@ -48,10 +48,8 @@ def isolated_rowwise(tmp_path_factory):
     subprocess.run([*pip, links, outer], check=True)
     new_backend("rowwise", source)
     plugin = source / "src" / "polyquant_rowwise" / "plugin.py"
-    code = plugin.read_text().replace("LayerPlan, Problem", "Isolated, LayerPlan, Library, Problem")
-    plugin.write_text(
-        code.replace("            options=RowwiseOptions,\n", f"            options=RowwiseOptions,{ISOLATED}")
-    )
+    code = plugin.read_text().replace("DeviceSupport, PluginBackend", "DeviceSupport, Isolated, Library, PluginBackend")
+    plugin.write_text(code.replace("    options=RowwiseOptions,\n", f"    options=RowwiseOptions,{ISOLATED}"))
     info = write_metadata(site, "polyquant-rowwise", {"rowwise": "polyquant_rowwise.plugin:backend"}, "0.1.0")
     (info / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {}}))
     with importable("polyquant_rowwise", site, source / "src") as patch:

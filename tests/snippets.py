@@ -7,6 +7,7 @@ namespace. A line that is one polyquant command runs in this process, which has 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -112,6 +113,7 @@ def run_page(path: Path) -> list[str]:
             "builtin:smollm2", "MODEL"
         )  # fmt: skip
         if language == "python":
+            importlib.invalidate_caches()  # a command before it may have written a package
             try:
                 exec(compile(tiny, path.name, "exec"), namespace)
             except BaseException:
@@ -133,5 +135,6 @@ if __name__ == "__main__":
     page, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
     furnish(folder)
     os.chdir(folder)
+    sys.path.append("polyquant-acme/src")  # which the page for authors writes before it shows a file of it
     failures = run_page(page)
     sys.exit("\n".join(failures) or 0)

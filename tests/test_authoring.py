@@ -57,7 +57,7 @@ def test_only_the_names_change(tmp_path):
     assert len(files) == len(template_files())
     written = {path.relative_to(tmp_path / "out").as_posix(): path.read_text() for path in files}
     assert not [name for name, text in written.items() if "rowwise" in (name + text).lower()]
-    assert "class Acme4bitBackend:" in written["src/polyquant_acme_4bit/plugin.py"]
+    assert "options=Acme4bitOptions," in written["src/polyquant_acme_4bit/plugin.py"]
     assert 'acme-4bit = "polyquant_acme_4bit.plugin:backend"' in written["pyproject.toml"]
     assert "polyquant check-backend acme-4bit" in written[".github/workflows/test.yml"]
     for name, text in written.items():
@@ -172,13 +172,13 @@ def test_a_broken_promise_is_shown_with_file_hook_and_cure(run_python, tmp_path)
 
 
 def test_an_unusable_plugin_is_a_failure_too(run_python, tmp_path):
-    path = edited(tmp_path, "plugin.py", "def load(", "def lood(")
+    path = edited(tmp_path, "plugin.py", '"save"', '"sav"')
     result = check(run_python, path, "acme")
     assert (result.returncode, result.stdout) == (1, "")
-    assert "unknown hook 'lood'. Did you mean 'load'?" in result.stderr
+    assert "unknown hook 'sav'; there are" in result.stderr and "Did you mean 'save'?" in result.stderr
     report = json.loads(check(run_python, path, "acme", "--json").stdout)
     assert report["passed"] is False
-    assert "unknown hook 'lood'" in report["reason"]
+    assert "unknown hook 'sav'" in report["reason"]
 
 
 def test_a_misspelt_check_or_backend_names_the_nearest(rowwise, run_python):

@@ -1,5 +1,6 @@
-"""Every hook of the template broken in every plausible way: the message names the file, the hook and the cure.
+"""Every hook of a plugin broken in every plausible way: the message names the file, the hook and the cure.
 
+Both for hooks that are written out as methods, and for those that a PluginBackend hands on to functions of its files.
 And plugins of another age than the core: one that takes fewer arguments, one that asks for more.
 """
 
@@ -12,10 +13,11 @@ import pytest
 from polyquant import api
 from polyquant.registry import hooks
 from polyquant.contract import hookspecs
-from polyquant.authoring.new import TEMPLATE, new_backend
+from polyquant.authoring.new import new_backend
 from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, UnsupportedOperation
 from polyquant.contract.hookspecs import QuantBackend
 from polyquant.contract.markers import hookspec
+from polyquant.plugin.backend import FILES
 from polyquant.registry.registry import ITEMS, Registry
 from polyquant.testing.catalog import ALL
 from polyquant.testing.running import run_checks
@@ -23,11 +25,59 @@ from polyquant.testing.subject import Subject
 
 from .installing import importable, take_out, write_metadata
 
-IMPLEMENTED = [
-    node.name
-    for node in ast.walk(ast.parse((TEMPLATE / "src" / "polyquant_rowwise" / "plugin.py").read_text()))
-    if isinstance(node, ast.FunctionDef)
-]
+SOURCE = Path("src", "polyquant_acme")
+WRITTEN_OUT = '''"""The acme backend, its hooks written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from polyquant.plugin import LoadedModel, convert, device_problems, hookimpl
+
+class AcmeBackend:
+
+    @hookimpl
+    def backend_info(self):
+        return INFO
+
+    @hookimpl
+    def validate_environment(self, device):
+        return device_problems(device, INFO.capabilities)
+
+    @hookimpl
+    def build_config(self, options):
+        return convert(AcmeOptions, options)
+
+    @hookimpl
+    def load(self, request, config):
+        from polyquant_acme import _load
+        return _load.load(request, config)
+
+    @hookimpl
+    def describe_layers(self, model):
+        from polyquant_acme import _layers
+        return _layers.describe_layers(model)
+
+    @hookimpl
+    def plan_layers(self, weights, config):
+        from polyquant_acme import planning
+        return planning.plan_layers(weights, config)
+
+    @hookimpl
+    def save(self, loaded, out):
+        from polyquant_acme import _load
+        return _load.save(loaded, out)
+
+    @hookimpl
+    def prepare_for_training(self, loaded):
+        from polyquant_acme import _layers
+        return _layers.prepare_for_training(loaded)
+
+
+backend = AcmeBackend()
+'''
+IMPLEMENTED = [node.name for node in ast.walk(ast.parse(WRITTEN_OUT)) if isinstance(node, ast.FunctionDef)]
 ARGUMENTS = {
     "backend_info": {},
     "validate_environment": {"device": "cpu"},
@@ -47,11 +97,23 @@ WAYS = {  # at the call
 
 
 @pytest.fixture
-def package(tmp_path):
-    """A backend acme as new-backend writes it, importable; a function that edits its plugin.py, and gives a registry."""
+def acme(tmp_path):
+    """The folder of the package of a backend acme, as new-backend writes it; it can be imported."""
     new_backend("acme", tmp_path / "acme")
     site = write_metadata(tmp_path / "site", "polyquant-acme", {"acme": "polyquant_acme.plugin:backend"}).parent
-    file = tmp_path / "acme" / "src" / "polyquant_acme" / "plugin.py"
+    with importable("polyquant_acme", site, tmp_path / "acme" / "src"):
+        yield tmp_path / "acme" / SOURCE
+
+
+@pytest.fixture
+def package(acme):
+    """acme with its hooks written out; a function that edits its plugin.py, and gives a registry."""
+    file = acme / "plugin.py"
+    card = file.read_text().partition("\nINFO = ")
+    own = "\n".join(line for line in card[0].splitlines() if line.startswith("from polyquant"))
+    info = f"INFO = {card[2].partition('# Replace: the optional hooks')[0]}"
+    head, _, rest = WRITTEN_OUT.partition("\nclass ")
+    file.write_text(f"{head}{own}\n\n{info}\n\nclass {rest}")
 
     def edit(change=None, text=None):
         tree = ast.parse(file.read_text())
@@ -62,8 +124,7 @@ def package(tmp_path):
         return Registry()
 
     edit.file = file
-    with importable("polyquant_acme", site, tmp_path / "acme" / "src"):
-        yield edit
+    return edit
 
 
 def line_of(file, text):
@@ -79,7 +140,9 @@ def use(registry, hook):
     return registry.call("acme", hook, **ARGUMENTS[hook])
 
 
-def test_every_hook_of_the_specification_but_one_is_in_the_template():
+def test_every_hook_of_the_specification_but_one_is_broken_here_and_in_the_template(acme):
+    template = Registry().plugin("acme")
+    assert {hook for hook in (*hookspecs.REQUIRED, *hookspecs.OPTIONAL) if hasattr(template, hook)} == set(IMPLEMENTED)
     assert set(IMPLEMENTED) == set(hookspecs.REQUIRED + hookspecs.OPTIONAL) - {"quantize"} == set(ARGUMENTS)
     assert hooks.CURES.keys() == {*hookspecs.REQUIRED, *hookspecs.OPTIONAL}
 
@@ -184,6 +247,90 @@ def test_a_hook_that_asks_for_an_argument_that_is_not_given(package, hook):
     assert "Rename it or take it out; where a newer polyquant gives it, update polyquant" in str(caught.value)
 
 
+# hooks that are functions of the package's files
+
+
+def function_instead(acme, hook, body):
+    """Let the file that answers `hook` end with a function of that name and this body; gives file and line."""
+    file = acme / f"{FILES[hook]}.py"
+    others = file.read_text().replace(f"def {hook}(", f"def _{hook}(")
+    text = f"{others}\n\ndef {hook}({', '.join(ARGUMENTS[hook])}):\n    {body}\n"
+    file.write_text(text)
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(f"def {hook}("))
+    return f"polyquant_acme/{file.name}", line
+
+
+FORWARDED = [hook for hook in IMPLEMENTED if hook in FILES]
+
+
+@pytest.mark.parametrize(
+    ("hook", "way"),
+    [
+        (hook, way)
+        for hook in FORWARDED
+        for way in WAYS
+        if (hook != "prepare_for_training" or "wrong" not in way) and (hook in ITEMS or "something else" not in way)
+    ],
+)
+def test_a_function_that_fails_when_it_is_called(acme, hook, way):
+    file, line = function_instead(acme, hook, WAYS[way])
+    with pytest.raises(BackendFailed if way == "raises" else BrokenBackend) as caught:
+        use(Registry(), hook)
+    if way == "raises":
+        assert f"acme failed in {hook}: RuntimeError: broken ({file}:{line + 1}); mend it there" in str(caught.value)
+    else:
+        assert f"({file}:{line}): {hooks.CURES[hook]}" in str(caught.value)
+
+
+@pytest.mark.parametrize("hook", FORWARDED)
+def test_a_function_or_a_file_that_is_missing(acme, hook):
+    file = acme / f"{FILES[hook]}.py"
+    text = file.read_text()
+    file.write_text(text.replace(f"def {hook}(", f"def _{hook}(").replace(f", {hook}\n", "\n"))
+    missing = f"{hook} is to be answered by a function of that name in polyquant_acme/{file.name}, and there is none"
+    with pytest.raises(BrokenBackend, match=missing):
+        use(Registry(), hook)
+    take_out("polyquant_acme")
+    file.unlink()
+    if hook == "plan_layers":  # plugin.py imports it
+        with pytest.raises(BrokenBackend, match=r"No module named 'polyquant_acme.planning' \(polyquant_acme/plugin.py"):
+            Registry().info("acme")
+    else:
+        with pytest.raises(BrokenBackend, match=missing):
+            use(Registry(), hook)
+
+
+def test_a_misspelt_hook_of_a_plugin_backend(acme):
+    file = acme / "plugin.py"
+    file.write_text(file.read_text().replace('"plan_layers"', '"plan_layer"'))
+    with pytest.raises(BrokenBackend, match=r"unknown hook 'plan_layer'; there are load, .*Did you mean 'plan_layers'\?"):
+        Registry().info("acme")
+
+
+def test_a_subclass_writes_out_what_differs(acme):
+    file = acme / "plugin.py"
+    head, _, last = file.read_text().rpartition("backend = PluginBackend")
+    own = "class Own(PluginBackend):\n    def save(self, loaded, out):\n        return out\n"
+    file.write_text(f"{head}{own}\n\nbackend = Own{last}")
+    with pytest.raises(BrokenBackend, match=r"plugin.py:\d+: save has no mark, so it is never called"):
+        Registry().info("acme")
+    take_out("polyquant_acme")
+    file.write_text(file.read_text().replace("    def save", "    @hookimpl\n    def save").replace(
+        "import BackendInfo", "import hookimpl, BackendInfo"))  # fmt: skip
+    registry = Registry()
+    assert registry.call("acme", "save", loaded=None, out=acme) == acme
+    assert registry.implements("acme", "plan_layers")
+
+
+def test_faults_of_the_card_and_the_options_are_told_of_their_files(acme):
+    plugin = Registry().plugin("acme")
+    assert hooks.place(plugin.backend_info) == hooks.place(plugin.validate_environment) == "polyquant_acme/plugin.py"
+    assert hooks.place(plugin.build_config) == "polyquant_acme/options.py"
+
+
+# several at once, and what cannot be imported
+
+
 def test_several_faults_come_at_once(package):
     def change(node):
         if node.name in ("load", "save"):
@@ -198,9 +345,9 @@ def test_several_faults_come_at_once(package):
     [
         ("backend = AcmeBackend()", "", r"has no attribute 'backend' .*the entry point names polyquant_acme.plugin:backend; write backend = YourBackend\(\)"),
         ("backend = AcmeBackend()", "backend = AcmeBackend", r"plugin.py:\d+\), and must name an object; write backend = AcmeBackend\(\)"),
-        ("from typing import Any", "import a_library_that_is_missing", r"'a_library_that_is_missing' \(polyquant_acme/plugin.py:7\): install a_library_that_is_missing; a library that only the hooks need"),
-        ("from typing import Any", "from polyquant_acme import nowhere", r"cannot import name 'nowhere'.*\(polyquant_acme/plugin.py:7\): mend it there"),
-        ("from typing import Any", "from typing import", r"SyntaxError: .* \(polyquant_acme/plugin.py:7\): mend it there"),
+        ("from typing import Any", "import a_library_that_is_missing", r"'a_library_that_is_missing' \(polyquant_acme/plugin.py:6\): install a_library_that_is_missing; a library that only the hooks need"),
+        ("from typing import Any", "from polyquant_acme import nowhere", r"cannot import name 'nowhere'.*\(polyquant_acme/plugin.py:6\): mend it there"),
+        ("from typing import Any", "from typing import", r"SyntaxError: .* \(polyquant_acme/plugin.py:6\): mend it there"),
         ("saves=True", "saves=True, flies=True", r"TypeError: Unexpected keyword argument 'flies' \(polyquant_acme/plugin.py:\d+\)"),
     ],
     ids=["no object", "class", "missing library", "missing module", "syntax", "unknown capability"],
@@ -284,7 +431,7 @@ def answer_with(node, hook, code):
 
 
 def test_an_old_plugin_works_with_a_newer_core(package):
-    old = package(lambda node: answer_with(node, "load", "return LoadedModel(None, None, config, 'none')"))
+    old = package(lambda node: answer_with(node, "load", "return LoadedModel(model=None, config=config, kernel='none')"))
     newer = Registry(Newer)
     config = newer.call("acme", "build_config", options={})
     loaded = newer.call("acme", "load", request=None, config=config, deadline=5)
@@ -310,7 +457,7 @@ def test_a_plugin_may_take_fewer_arguments(package):
     def change(node):
         if node.name == "load":
             node.args.args = node.args.args[:1] + [ast.arg("config")]
-            node.body = ast.parse("return LoadedModel(None, None, config, 'none')").body
+            node.body = ast.parse("return LoadedModel(model=None, config=config, kernel='none')").body
 
     registry = package(change)
     assert registry.call("acme", "load", request="left out", config="given").config == "given"
@@ -320,7 +467,7 @@ def test_a_new_plugin_works_with_the_newer_core_and_an_old_one_names_what_it_lac
     def change(node):
         if node.name == "load":
             node.args.args.append(ast.arg("deadline"))
-            node.body = ast.parse("return LoadedModel(None, None, config, str(deadline))").body
+            node.body = ast.parse("return LoadedModel(model=None, config=config, kernel=str(deadline))").body
 
     old = package(change)
     assert Registry(Newer).call("acme", "load", request=None, config=None, deadline=5).kernel == "5"

@@ -15,12 +15,15 @@ import polyquant
 import polyquant.testing
 import pytest
 import typer
+from polyquant.authoring.new import new_backend
 from polyquant.contract import hookspecs
 from polyquant.cli.commands import build
 from polyquant.cli.main import backend_named_in
 from polyquant.loading.options import LoadOptions
 from polyquant.options import describe_options
+from polyquant.registry.registry import Registry
 
+from .installing import importable, write_metadata
 from .snippets import NOT_RUN, PAGES, READMES, ROOT, SHOWN, blocks, commands, reason_not_to_run
 
 REAL = ("README.md", "docs/tutorial/index.md")  # they name the real model, and show what it answers
@@ -71,7 +74,7 @@ def test_the_tutorial_shows_what_happens(tmp_path):
 
 @pytest.mark.real
 def test_the_readmes_ten_lines_run(tmp_path):
-    code, plugin = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
+    code, _ = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
     assert len(code.splitlines()) <= 11
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
@@ -80,7 +83,34 @@ def test_the_readmes_ten_lines_run(tmp_path):
     assert "Paris" in result.stdout
     assert "True 1" in result.stdout, "the report must have passed"
     assert (tmp_path / "smollm2-nf4" / "model.safetensors").exists()
-    compile(plugin, "README.md", "exec")
+
+
+PLUGINS_SHOWN = [
+    (path, text)
+    for path in (ROOT / "README.md", ROOT / "docs" / "authors" / "index.md")
+    for language, text in blocks(path)
+    if language == "python" and "PluginBackend(" in text
+]
+
+
+@pytest.mark.parametrize(("path", "code"), PLUGINS_SHOWN, ids=[name(path) for path, _ in PLUGINS_SHOWN])
+def test_the_plugin_that_is_shown_is_one(path, code, tmp_path):
+    """Beside the files that `polyquant new-backend acme` writes, its hooks fit and its card is answered."""
+    new_backend("acme", tmp_path / "acme")
+    (tmp_path / "acme" / "src" / "polyquant_acme" / "plugin.py").write_text(code)
+    site = write_metadata(tmp_path / "site", "polyquant-acme", {"acme": "polyquant_acme.plugin:backend"}).parent
+    assert len(code.splitlines()) <= (12 if path.name == "README.md" else 20)
+    with importable("polyquant_acme", site, tmp_path / "acme" / "src"):
+        registry = Registry()
+        assert registry.info("acme").capabilities.saves
+        assert registry.implements("acme", "save")
+        (missing,) = registry.call("acme", "validate_environment", device="cpu")
+        assert "acme is not installed" in missing.what
+        assert registry.call("acme", "build_config", options={}).bits == 8
+
+
+def test_both_pages_show_a_plugin():
+    assert [name(path) for path, _ in PLUGINS_SHOWN] == ["README.md", "docs/authors/index.md"]
 
 
 @pytest.mark.real

@@ -16,8 +16,37 @@ ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "core" / "polyquant" / "authoring" / "template"  # a plugin, as `polyquant new-backend` writes it
 CORE = sorted(path for path in (ROOT / "core").rglob("*.py") if TEMPLATE not in path.parents)
 PLUGINS = [*sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")), TEMPLATE]
-LIGHT = ("__init__.py", "plugin.py", "options.py")
-HEAVY = re.compile(r"^(?:from|import) (?:torch|transformers|accelerate|peft|bitsandbytes)\b", re.MULTILINE)
+SURFACE = re.compile(r"polyquant\.(plugin|errors)(\.|$)")
+LIGHT_SURFACE = ("polyquant.plugin", "polyquant.plugin.gguf", "polyquant.plugin.layouts", "polyquant.errors")
+HEAVY_SURFACE = ("checkpoints", "layers", "calibration", "process")  # as `from polyquant.plugin import ...` names them
+LIGHT_ROLES = {
+    "__init__": "a docstring",
+    "plugin": "the card",
+    "options": "the options, and how a checkpoint stores them",
+    "planning": "bytes from shapes, and what is refused",
+    "formats": "facts of the checkpoint format: block types, layouts, names of types",
+    "names": "which tensor of a file is which of the model's",
+}
+HEAVY_ROLES = {
+    "_load": "loading and saving",
+    "_layers": "how modules store their weights, how they are described and trained",
+    "_modules": "the modules, where the library has none of its own",
+    "_kernels": "products with packed weights",
+    "_decode": "packed weights to numbers, and back",
+    "_bits": "bit fields of packed bytes",
+    "_codebooks": "fixed code books, and the weights that index them",
+    "_quantize": "weights to packed ones, and the hook that makes a checkpoint",
+    "_read": "reading a file format of its own",
+    "_write": "writing it",
+    "_metadata": "config and tokenizer as the metadata of such a file",
+    "_checks": "what is checked of a file before the library reads it",
+    "_worker": "what runs in a process of its own",
+    "_library": "the library: its config objects, what it prints, and whether it works",
+    "_runtime": "a runtime that is not torch",
+    "_tokenizer": "its tokenizer, or the one that its files hold",
+    "_sampling": "its choice of tokens",
+}
+"""The closed list of file roles; a plugin that needs another one brings it here, for all."""
 
 
 def test_top_level():
@@ -41,14 +70,75 @@ def test_top_level():
 @pytest.mark.parametrize("folder", PLUGINS, ids=lambda path: path.name)
 def test_plugins_have_one_shape(folder):
     (package,) = (folder / "src").glob("polyquant_*")
-    assert {"__init__.py", "plugin.py", "options.py", "_load.py", "_layers.py"} <= {
-        path.name for path in package.iterdir()
-    }
-    assert len(ast.parse((package / "__init__.py").read_text()).body) == 1, "__init__.py holds a docstring only"
+    files = {path.stem: path for path in package.rglob("*.py")}
+    assert {"__init__", "plugin", "options", "_load", "_layers"} <= files.keys()
+    assert files.keys() <= {*LIGHT_ROLES, *HEAVY_ROLES}, "a file has a role that is in no list above"
+    assert len(ast.parse(files["__init__"].read_text()).body) == 1, "__init__.py holds a docstring only"
     assert (folder / "README.md").stat().st_size > 300
     assert list((folder / "tests").glob("test_*.py"))
-    for name in LIGHT:
-        assert not HEAVY.search((package / name).read_text()), f"{name} imports something heavy"
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=lambda path: path.name)
+def test_a_leading_underscore_means_torch_or_a_library(folder):
+    """No other file of a plugin imports one when it is imported; a function of it may, when it is called."""
+    for path in (folder / "src").rglob("*.py"):
+        if path.stem.startswith("_") and path.stem != "__init__":
+            assert any(map(is_heavy, modules_of(ast.parse(path.read_text())))), f"{path.name} imports nothing heavy"
+        else:
+            heavy = [name for name in modules_of(at_import(path)) if is_heavy(name)]
+            assert not heavy, f"{path.name} imports {heavy}: begin its name with an underscore"
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=lambda path: path.name)
+def test_a_plugin_imports_nothing_of_the_core_but_its_surface(folder):
+    for path in (folder / "src").rglob("*.py"):
+        core = [name for name in modules_of(ast.parse(path.read_text())) if name.partition(".")[0] == "polyquant"]
+        beside = [name for name in core if not SURFACE.match(name)]
+        assert not beside, f"{path.name} imports {beside}: polyquant.plugin has what a plugin needs"
+        hidden = [name for name in core if any(part.startswith("_") for part in name.split("."))]
+        assert not hidden, f"{path.name} imports {hidden}, which the core keeps to itself"
+
+
+def test_light_parts_of_the_surface_import_nothing_heavy():
+    code = (
+        f"import sys, {', '.join(LIGHT_SURFACE)}; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
+
+
+def at_import(path: Path) -> ast.Module:
+    """The syntax tree of a file, without what runs when a function of it is called."""
+
+    class Emptied(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.Pass:  # noqa: N802  ast's name
+            return ast.copy_location(ast.Pass(), node)
+
+    return Emptied().visit(ast.parse(path.read_text()))
+
+
+def modules_of(tree: ast.AST) -> list[str]:
+    """What the tree imports, a name of the core with its module: 'torch', 'polyquant.plugin.checkpoints'."""
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = [alias.name for alias in node.names]
+            inside = node.module.partition(".")[0].startswith("polyquant")
+            names += [f"{node.module}.{part}" for part in parts] if inside else [node.module]
+    return names
+
+
+def is_heavy(name: str) -> bool:
+    """Whether an import, as `modules_of` names it, is one of torch, a library, or something that imports them."""
+    top, *inside = name.split(".")
+    if top == "polyquant":
+        module, _, part = name.rpartition(".")
+        return module not in LIGHT_SURFACE or (module == "polyquant.plugin" and part in HEAVY_SURFACE)
+    if top.startswith("polyquant_"):
+        return any(part.startswith("_") for part in inside)
+    return top not in sys.stdlib_module_names and top != "msgspec"
 
 
 @pytest.mark.parametrize("folder", PLUGINS, ids=lambda path: path.name)
@@ -193,9 +283,15 @@ def test_links_in_markdown_lead_somewhere():
             assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
 
 
-def test_files_speak_of_no_machine():
+@pytest.mark.parametrize(
+    "foreign",
+    [r"/work/|/tmp/pq|/opt/wheels", r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.(org|com)"],
+    ids=["paths", "registries"],
+)
+def test_files_speak_of_no_machine(foreign):
+    """Neither of folders of the one they were written on, nor of hosts of package registries: pip knows where it looks."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    own = re.compile(r"/work/|/tmp/pq|/opt/wheels")
     for name in tracked:
         if name != "tests/test_repository.py" and name.endswith((".py", ".md", ".toml", ".txt", ".yml", "run")):
-            assert not own.search((ROOT / name).read_text(encoding="utf-8")), name
+            said = re.search(foreign, (ROOT / name).read_text(encoding="utf-8"))
+            assert not said, f"{name} names {said[0]}"

@@ -10,31 +10,29 @@ import os
 from dataclasses import fields
 
 import msgspec
-from polyquant import LoadedModel, hookimpl
 from polyquant.errors import ConfigError, ModelError
-from polyquant.options import BackendOptions, convert
+from polyquant.plugin import BackendOptions, LoadedModel, PluginBackend, convert, hookimpl
 from polyquant_rowwise.options import RowwiseOptions
-from polyquant_rowwise.plugin import CAPABILITIES, RowwiseBackend
+from polyquant_rowwise.plugin import INFO
+from polyquant_rowwise.plugin import backend as rowwise
 
 PLUGINS = {}  # name of the backend -> value of its entry point
 BREAKS = {}  # name of the backend -> the check that must fail
 
 
-class Variant(RowwiseBackend):
+class Variant(PluginBackend):
+    """rowwise under another name; what a subclass overrides, it has from `rowwise`, the object that is copied."""
+
     name = ""
     options = RowwiseOptions
     card = {}
     capabilities = {}
 
-    @hookimpl
-    def backend_info(self):
-        capabilities = msgspec.structs.replace(CAPABILITIES, **self.capabilities)
+    def __init__(self):
+        capabilities = msgspec.structs.replace(INFO.capabilities, **self.capabilities)
         changes = {"name": self.name, "options": self.options, "capabilities": capabilities, **self.card}
-        return msgspec.structs.replace(super().backend_info(), presets={"int8": {"bits": 8}}, **changes)
-
-    @hookimpl
-    def build_config(self, options):
-        return convert(self.options, options)
+        info = msgspec.structs.replace(INFO, presets={"int8": {"bits": 8}}, **changes)
+        super().__init__(info, ("plan_layers", "save", "prepare_for_training"), package=rowwise.package)
 
 
 def plugin(breaks=""):
@@ -85,7 +83,7 @@ class Modest(Variant):
 class Defaults(Variant):
     @hookimpl
     def plan_layers(self, weights, config, verbose=False):
-        return super().plan_layers(weights, config)
+        return rowwise.plan_layers(weights, config)
 
 
 @plugin(breaks="no_device_is_a_problem")
@@ -173,7 +171,7 @@ class Loads(Variant):
 
     @hookimpl
     def load(self, request, config):
-        loaded = super().load(request, config)
+        loaded = rowwise.load(request, config)
         return self.after(loaded) or loaded
 
 
@@ -192,7 +190,7 @@ class Training(Loads):
 @plugin(breaks="config_is_the_effective_one")
 class Otherwise(Loads):
     def after(self, loaded):
-        loaded.model.config.quantization_config["scale_dtype"] = "bfloat16"
+        loaded.model.config.quantization_config = {**loaded.config.to_stored(), "scale_dtype": "bfloat16"}
 
 
 @plugin(breaks="runs_on_every_declared_device")
@@ -200,7 +198,7 @@ class Elsewhere(Variant):
     @hookimpl
     def describe_layers(self, model):
         return redescribe(
-            lambda layer: {"device": "meta"} if layer.role == "vector" else None, super().describe_layers(model)
+            lambda layer: {"device": "meta"} if layer.role == "vector" else None, rowwise.describe_layers(model)
         )
 
 
@@ -260,7 +258,7 @@ class Coarse(Loads):
 class Twice(Variant):
     @hookimpl
     def describe_layers(self, model):
-        layers = super().describe_layers(model)
+        layers = rowwise.describe_layers(model)
         norm = next(layer for layer in layers if layer.role == "vector")
         return [*layers, msgspec.structs.replace(norm, stored_bytes=0, parts={})]
 
@@ -269,7 +267,7 @@ class Twice(Variant):
 class Renames(Variant):
     @hookimpl
     def describe_layers(self, model):
-        return redescribe(lambda layer: {"scheme": "int8"} if layer.quantized else None, super().describe_layers(model))
+        return redescribe(lambda layer: {"scheme": "int8"} if layer.quantized else None, rowwise.describe_layers(model))
 
 
 @plugin(breaks="dense_tensors_have_reasons")
@@ -277,7 +275,7 @@ class Silent(Variant):
     @hookimpl
     def describe_layers(self, model):
         return redescribe(
-            lambda layer: {"reason": ""} if layer.role == "vector" else None, super().describe_layers(model)
+            lambda layer: {"reason": ""} if layer.role == "vector" else None, rowwise.describe_layers(model)
         )
 
 
@@ -296,7 +294,7 @@ class Half(Loads):
     def plan_layers(self, weights, config):
         names = {weight.name.rpartition(".")[0] for weight in weights if ".layers.1." in weight.name}
         names |= {weight.name.rpartition(".")[0] for weight in weights if weight.default_skip}
-        return super().plan_layers(weights, msgspec.structs.replace(config, skip=(*config.skip, *names)))
+        return rowwise.plan_layers(weights, msgspec.structs.replace(config, skip=(*config.skip, *names)))
 
 
 @plugin(breaks="skipped_modules_stay_dense")
@@ -304,8 +302,8 @@ class Deaf(Variant):
     @hookimpl
     def load(self, request, config):
         if request.source.stored_quantization:
-            return super().load(request, config)
-        return super().load(request, msgspec.structs.replace(config, skip=(), skip_defaults=True))
+            return rowwise.load(request, config)
+        return rowwise.load(request, msgspec.structs.replace(config, skip=(), skip_defaults=True))
 
 
 @plugin(breaks="described_bytes_are_stored_bytes")
@@ -318,14 +316,14 @@ class Understates(Variant):
             packed = layer.parts.get("weight", 0)
             return {"parts": {"weight": packed}, "stored_bytes": packed} if layer.quantized else None
 
-        return redescribe(change, super().describe_layers(model))
+        return redescribe(change, rowwise.describe_layers(model))
 
 
 @plugin(breaks="plan_is_within_one_percent")
 class Optimist(Variant):
     @hookimpl
     def plan_layers(self, weights, config):
-        plans = super().plan_layers(weights, config)
+        plans = rowwise.plan_layers(weights, config)
         return [msgspec.structs.replace(plan, stored_bytes=plan.stored_bytes // (1 + plan.quantized)) for plan in plans]
 
 
@@ -338,7 +336,7 @@ class Inexact(Variant):
     def save(self, loaded, out):
         from safetensors.torch import load_file, save_file
 
-        super().save(loaded, out)
+        rowwise.save(loaded, out)
         tensors = load_file(out / "model.safetensors")
         rounded = {name: tensor.bfloat16().float() if "embed" in name else tensor for name, tensor in tensors.items()}
         save_file(rounded, out / "model.safetensors", metadata={"format": "pt"})
@@ -352,14 +350,14 @@ class Pickles(Variant):
         import torch
 
         torch.save({}, out / "training_args.bin")
-        return super().save(loaded, out)
+        return rowwise.save(loaded, out)
 
 
 @plugin(breaks="adapters_train_on_the_frozen_base")
 class Detached(Variant):
     @hookimpl
     def prepare_for_training(self, loaded):
-        model = super().prepare_for_training(loaded)
+        model = rowwise.prepare_for_training(loaded)
         model.model.layers[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
         return model
 
@@ -389,9 +387,18 @@ class Reader(Variant):
 
 @plugin()
 class Runtime(Variant):
-    """Says that its model is no torch module."""
+    """Says that its model is no torch module; the core then leaves what `load` returns as it is."""
 
     capabilities = {"runtime": "other"}
+
+    @hookimpl
+    def load(self, request, config):
+        from polyquant.plugin import checkpoints
+
+        loaded = rowwise.load(request, config)
+        loaded.tokenizer = checkpoints.load_tokenizer(request.source)
+        loaded.model.config.quantization_config = config.to_stored()
+        return loaded
 
 
 @plugin()
@@ -402,4 +409,4 @@ class Picky(Variant):
     def load(self, request, config):
         if request.source.config["hidden_size"] % 64:
             raise ModelError(f"{request.source.name}: hidden_size must be a multiple of 64")
-        return super().load(request, config)
+        return rowwise.load(request, config)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from polyquant.contract.markers import hookimpl
+from polyquant.errors import BrokenBackend, did_you_mean
 from polyquant.loaded import LoadedModel
 from polyquant.options import BackendOptions, convert
 from polyquant.request import LoadRequest
@@ -31,7 +33,7 @@ class PluginBackend:
     """The hooks of a backend, from its card and the files of its package.
 
     `load` is answered by `_load.load`, `plan_layers` by `planning.plan_layers`, and so on: see FILES. A subclass may
-    write out any of them instead.
+    write out any of them instead, as a method marked with @hookimpl.
     """
 
     def __init__(
@@ -41,17 +43,22 @@ class PluginBackend:
         *,
         imports: Sequence[Library] = (),
         native_problems: bool = False,
+        package: str = "",
     ) -> None:
-        """info: the card; its options record lies in the plugin's package. hooks: the optional ones that it has.
+        """info: the card. hooks: the optional ones that it has. package: of the files; left out, where the options lie.
 
         imports: libraries that the environment's check imports, to see that they work. native_problems: whether
         `_library.native_problems(device)` says what else is wrong, where nothing else is.
+        Raises ValueError for a hook that there is not.
         """
+        for hook in hooks:
+            if hook not in FILES:
+                raise ValueError(f"unknown hook {hook!r}; there are {', '.join(FILES)}.{did_you_mean(hook, FILES)}")
         self.info, self.imports, self.native_problems = info, tuple(imports), native_problems
-        self.package = info.options.__module__.rpartition(".")[0]
+        self.package = package or info.options.__module__.rpartition(".")[0]
         for hook, function in _forwarding(self._answer).items():
             if hook in (*REQUIRED, *hooks) and not hasattr(type(self), hook):
-                function.forwards_to = f"{self.package}.{FILES[hook]}"  # type: ignore[attr-defined]  # read by messages
+                function.forwards_to = f"{self.package}.{FILES[hook]}:{hook}"  # type: ignore[attr-defined]
                 setattr(self, hook, hookimpl(function))
 
     @hookimpl
@@ -71,6 +78,10 @@ class PluginBackend:
     def build_config(self, options: Mapping[str, object]) -> BackendOptions:
         return convert(self.info.options, options)
 
+    # where messages send the author: to the card and the options, whose text these three are answered from
+    backend_info.forwards_to = validate_environment.forwards_to = ".plugin"  # type: ignore[attr-defined]
+    build_config.forwards_to = ".options"  # type: ignore[attr-defined]
+
     def library_problems(self) -> list[Problem]:
         """Libraries of the card that are missing or of another version."""
         return library_problems(self.info.libraries)
@@ -79,7 +90,15 @@ class PluginBackend:
         return self._function(FILES[hook], hook)(*arguments)
 
     def _function(self, file: str, name: str) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(import_module(f"{self.package}.{file}"), name)
+        module = f"{self.package}.{file}"
+        function: Callable[..., Any] | None = getattr(import_module(module), name, None) if find_spec(module) else None
+        if function is None:
+            broken = BrokenBackend(
+                f"{self.info.name}: {name} is to be answered by a function of that name in {self.package}/{file}.py, "
+                "and there is none; write it"
+            )
+            broken.hook = name if name in FILES else "validate_environment"
+            raise broken
         return function
 
 

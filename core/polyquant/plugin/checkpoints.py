@@ -154,12 +154,19 @@ def read_layers(
 
 
 def quantize_layers(
-    request: LoadRequest, dtype: Dtype, names: Sequence[str], make: Callable[[str, Any], Any], *, on_cpu: bool = True
+    request: LoadRequest,
+    dtype: Dtype,
+    names: Sequence[str],
+    make: Callable[[str, Any], Any],
+    *,
+    on_cpu: bool = True,
+    after: Callable[[Any], None] | None = None,
 ) -> Any:
     """The dense model, its modules `names` replaced one by one by what is made of them; everything else in `dtype`.
 
     The twin of `read_layers`. make: (name, dense module) -> the module in its place, whose tensors, but for a bias,
     keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on the device of the request.
+    after: called with the model before its dense tensors are cast and moved, to tie what was tied to a replaced module.
     The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
     Raises ModelError, with the checkpoint's name, where `make` does.
     """
@@ -174,6 +181,8 @@ def quantize_layers(
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be quantized: {error}") from error
         model.set_submodule(name, layer)
+    if after is not None:
+        after(model)
     made = set(names)
     for name, parameter in model.named_parameters():
         owner, _, short = name.rpartition(".")

@@ -21,11 +21,11 @@ CURES: Mapping[str, str] = {
     "polyquant.plugin has the usual checks",
     "build_config": "return your options record: polyquant.plugin.convert(YourOptions, options) makes it, and raises "
     "ConfigError",
-    "load": "return LoadedModel(model=..., tokenizer=..., config=config, kernel=...)",
+    "load": "return LoadedModel(model=..., config=config, kernel=...)",
     "describe_layers": "return a list of LayerInfo: polyquant.plugin.layers.describe makes it",
     "plan_layers": "return a list with one LayerPlan for each of `weights`: polyquant.plugin.plan_linears makes it",
     "quantize": "write the checkpoint into `out` and return `out`, a Path",
-    "prepare_for_training": "return the model: polyquant.plugin.layers.frozen_for_adapters(loaded.model) does for most",
+    "prepare_for_training": "return the model: polyquant.plugin.layers.prepare_for_training does for most",
     "save": "write the checkpoint into `out` and return `out`, a Path",
 }
 """hook -> what it must do."""
@@ -115,14 +115,30 @@ def _asked(method: Any) -> tuple[str, ...]:
 def place(thing: Any) -> str:
     """Where a function or class is defined, from its top package on: polyquant_acme/plugin.py:57."""
     thing = inspect.unwrap(thing)
-    if (elsewhere := getattr(thing, "forwards_to", "")) and (spec := find_spec(elsewhere)) and spec.origin:
-        return short(spec.origin)
+    if forwarded := _forwarded(thing):
+        return forwarded
     try:
         code = getattr(thing, "__code__", None)
         line = code.co_firstlineno if code else inspect.getsourcelines(thing)[1]
         return f"{short(inspect.getfile(thing))}:{line}"
     except (OSError, TypeError):  # written in C, or without its source
         return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__name__)}"
+
+
+def _forwarded(hook: Any) -> str:
+    """Where the author wrote what a PluginBackend answers `hook` with; empty for what is written out as a method.
+
+    With the line of the function, but for one that the file imports from elsewhere.
+    """
+    module, _, function = getattr(hook, "forwards_to", "").partition(":")
+    if module.startswith("."):
+        module = f"{hook.__self__.package}{module}"
+    spec = find_spec(module) if module else None
+    if spec is None or spec.origin is None:
+        return ""
+    lines = Path(spec.origin).read_text(encoding="utf-8").splitlines()
+    starts = [number for number, line in enumerate(lines, 1) if function and line.startswith(f"def {function}(")]
+    return ":".join((short(spec.origin), *map(str, starts[:1])))
 
 
 def short(file: str | Path) -> str:

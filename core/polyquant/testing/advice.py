@@ -11,7 +11,9 @@ from polyquant.testing.subject import Subject
 OPTIONS = "options"  # stands where no hook but the options record is to be mended
 
 CURES: Mapping[str, tuple[str, str]] = {
-    "imports_nothing_heavy": ("backend_info", "import torch and your library inside the hooks, from _load.py"),
+    "imports_nothing_heavy": (
+        "backend_info", "import torch and your library in files whose names begin with an underscore",
+    ),
     "card_is_complete": ("backend_info", "complete the BackendInfo that it returns"),
     "capabilities_have_their_hooks": ("backend_info", "declare what is implemented, and implement what is declared"),
     "hooks_fit_the_specification": ("backend_info", "write its arguments as contract.hookspecs does, without defaults"),
@@ -21,7 +23,7 @@ CURES: Mapping[str, tuple[str, str]] = {
     ),
     "unknown_options_are_refused": ("build_config", "return polyquant.plugin.convert(YourOptions, options)"),
     "wrong_values_are_refused": (
-        "build_config", "give each option a strict type, Literal for a choice, and let polyquant.options.convert check",
+        "build_config", "give each option a strict type, Literal for a choice, and let polyquant.plugin.convert check",
     ),
     "options_are_frozen": (OPTIONS, "class YourOptions(BackendOptions, frozen=True, kw_only=True, "
                                     "forbid_unknown_fields=True)"),
@@ -29,23 +31,23 @@ CURES: Mapping[str, tuple[str, str]] = {
     "loads": ("load", "quantize or read the model; refuse sizes that you cannot take with polyquant.errors.ModelError"),
     "is_in_eval_mode": ("load", "call .eval() on every module that you put into the model"),
     "config_is_the_effective_one": (
-        "load", "pass on the `config` you were given, and keep its native() in model.config.quantization_config",
+        "load", "pass on the `config` you were given, and leave model.config.quantization_config as it says",
     ),
     "runs_on_every_declared_device": ("load", "place each tensor as request.device_map says, or declare fewer devices"),
     "logits_are_whole": ("load", "see what the quantized module's forward returns: shape, dtype, NaN"),
     "greedy_decoding_is_deterministic": ("load", "keep randomness and state out of the quantized module's forward"),
     "stays_close_to_the_dense_model": ("load", "see how weights are rounded; the floor stands in the test class"),
-    "describes_every_tensor_once": ("describe_layers", "let polyquant.plugin.describe.describe list the tensors"),
+    "describes_every_tensor_once": ("describe_layers", "let polyquant.plugin.layers.describe list the tensors"),
     "bits_and_schemes_are_declared": (
         "describe_layers", "give quantized layers the bits and scheme of the card's capabilities, and a kernel",
     ),
     "dense_tensors_have_reasons": ("describe_layers", "set `reason` where `quantized` is False"),
     "covers_the_model": ("load", "quantize every nn.Linear of the blocks"),
     "skipped_modules_stay_dense": ("load", "leave the modules named in config.skip as they are; pass them as `skipped` "
-                                           "to polyquant.plugin.describe.describe"),
+                                           "to polyquant.plugin.layers.describe"),
     "a_skip_pattern_without_a_match_is_refused": ("build_config", "leave config.skip as it was given"),
     "described_bytes_are_stored_bytes": (
-        "describe_layers", "count weights, scales, zero points and codes: polyquant.plugin.describe.describe does",
+        "describe_layers", "count weights, scales, zero points and codes: polyquant.plugin.layers.describe does",
     ),
     "plan_is_within_one_percent": ("plan_layers", "count a layer's bytes as your module stores it, constants included"),
     "memory_comes_back": ("load", "keep no reference to the model or its tensors: no globals, no caches"),
@@ -58,7 +60,7 @@ CURES: Mapping[str, tuple[str, str]] = {
         "prepare_for_training", "freeze the base, call enable_input_require_grads, and let gradients through forward",
     ),
     "load_leaves_global_state_alone": (
-        "load", "put back what your library changes: polyquant.support.libraries.contained, torch.random.fork_rng",
+        "load", "put back what your library changes: polyquant.plugin.contained, torch.random.fork_rng",
     ),
 }  # fmt: skip
 """check -> (hook to look at, what to do)."""
@@ -77,7 +79,8 @@ def advise(subject: Subject, check: str, error: BaseException) -> str:
     if raised := getattr(error, "hook", ""):
         must = hooks.CURES[raised]
         hook, cure = raised, f"mend it there; it must {must}" if isinstance(error, BackendFailed) else must
-    at = hooks.raised_at(error.__cause__ or error, type(plugin).__module__)
+    package = getattr(plugin, "package", type(plugin).__module__)  # a PluginBackend's, else that of its own class
+    at = hooks.raised_at(error.__cause__ or error, package)
     if not at:
         at = hooks.place(options if hook == OPTIONS else getattr(plugin, hook, type(plugin)))
     return f"{at}, {hook}: {cure}"

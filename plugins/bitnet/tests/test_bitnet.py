@@ -11,7 +11,7 @@ from polyquant.models.resolve import resolve_dense
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
-from polyquant_bitnet.modules import FLOAT, INT8, TernaryLinear, exact, pack, scaled, ternarize, unpack
+from polyquant_bitnet._modules import FLOAT, INT8, TernaryLinear, exact, pack, scaled, ternarize, unpack
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear, BitLinear, pack_weights
@@ -131,7 +131,7 @@ def test_a_layer_computes_what_transformers_does(kind, bias, norm):
     with torch.device("meta"):
         linear = torch.nn.Linear(40, 24, bias=bias)
     layer = TernaryLinear(linear, divides=kind is BitLinear, norm=reference.rms_norm)
-    layer.assign("layer", pack(ternary), scale, own_bias)
+    layer.assign(pack(ternary), scale, own_bias)
     for shape in ((1, 40), (3, 40), (2, 3, 40)):
         x = torch.randn(shape) * 3
         with torch.inference_mode():
@@ -201,7 +201,7 @@ def test_norms_within_the_layers(folder, tmp_path):
     assert torch.equal(load(tmp_path / "saved").logits(TOKENS), loaded.logits(TOKENS))
     del tensors[f"{LAYER}.rms_norm.weight"]
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"{LAYER} has weight, weight_scale, where weight, weight_scale, rms_norm"):
+    with pytest.raises(ModelError, match=f"{LAYER} cannot be read: rms_norm.weight is missing; it has weight, weight_scale"):
         load(checkpoint)
 
 
@@ -231,22 +231,22 @@ def replaced(name, how):
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        (without(f"{LAYER}.weight"), f"{LAYER} has weight_scale, where weight, weight_scale were expected"),
-        (without(f"{LAYER}.weight_scale"), f"{LAYER} has weight, where weight, weight_scale were expected"),
-        (without("model.layers.0.self_attn.q_proj.bias"), r"q_proj has weight, weight_scale, where .*, bias were"),
+        (without(f"{LAYER}.weight"), f"{LAYER} cannot be read: weight is missing; it has weight_scale"),
+        (without(f"{LAYER}.weight_scale"), f"{LAYER} cannot be read: weight_scale is missing; it has weight"),
+        (without("model.layers.0.self_attn.q_proj.bias"), "q_proj cannot be read: bias is missing; it has weight, weight_scale"),
         (without("lm_head.weight"), r"missing or have no place in the model: lm_head\.weight"),
         (
             replaced(f"{LAYER}.weight", lambda weight: weight[:-1]),
-            rf"{LAYER} should be uint8 \(128, 256\), and is uint8",
+            rf"{LAYER} cannot be read: weight of a layer \(512, 256\) should be \(128, 256\) uint8, and is \(127, 256\)",
         ),
-        (replaced(f"{LAYER}.weight", lambda weight: weight.float()), r"and is float32 \(128, 256\)"),
-        (replaced(f"{LAYER}.weight", lambda weight: weight | 3), f"{LAYER} has weights that are none of -1, 0 and 1"),
-        (replaced(f"{LAYER}.weight_scale", lambda scale: -scale), f"weight_scale of {LAYER} should be positive"),
+        (replaced(f"{LAYER}.weight", lambda weight: weight.float()), r"and is \(128, 256\) float32"),
+        (replaced(f"{LAYER}.weight", lambda weight: weight | 3), f"{LAYER} cannot be read: it has weights that are none of -1, 0 and 1"),
+        (replaced(f"{LAYER}.weight_scale", lambda scale: -scale), f"{LAYER} cannot be read: its weight_scale should be positive"),
         (replaced(f"{LAYER}.weight_scale", lambda scale: scale * float("nan")), "should be positive, and is nan"),
-        (replaced(f"{LAYER}.weight_scale", lambda scale: scale.repeat(2)), r"one number, and is float32 \(2,\)"),
+        (replaced(f"{LAYER}.weight_scale", lambda scale: scale.repeat(2)), r"weight_scale of a layer .* should be \(1,\) float, and is \(2,\) float32"),
         (
             replaced("model.layers.0.self_attn.q_proj.bias", lambda bias: bias[:-1]),
-            r"bias of model\.layers\.0\.self_attn\.q_proj should have shape \(256,\), and is float32 \(255,\)",
+            r"q_proj cannot be read: bias of a layer \(256, 256\) should be \(256,\) float, and is \(255,\) float32",
         ),
     ],
 )
@@ -262,12 +262,12 @@ def test_damaged_checkpoints_name_the_layer(changed, tensors, words):
         (lambda stored: stored.update(linear_class="bitlinear", quantization_mode="online"), "'online' goes with"),
         (
             lambda stored: stored.update(quantization_mode="online"),
-            r"q_proj has .*weight_scale, where weight, bias were",
+            "q_proj cannot be read: weight_scale has no place beside bias, weight",
         ),
         (lambda stored: stored.update(linear_class="hbitlinear"), r"Invalid enum value 'hbitlinear'"),
         (lambda stored: stored.update(base_bits=4), "it has base_bits, which is not read"),
-        (lambda stored: stored.update(modules_to_not_convert=[]), "lm_head has weight, where weight, weight_scale"),
-        (lambda stored: stored.update(use_rms_norm=True), r"where weight, weight_scale, bias, rms_norm\.weight were"),
+        (lambda stored: stored.update(modules_to_not_convert=[]), "lm_head cannot be read: weight_scale is missing; it has weight"),
+        (lambda stored: stored.update(use_rms_norm=True), r"rms_norm\.weight is missing; it has bias, weight, weight_scale"),
     ],
 )
 def test_configs_that_do_not_fit_the_tensors(changed, stored, words):
@@ -359,7 +359,7 @@ def test_gradients_pass_the_rounding_unchanged(kind):
     with torch.device("meta"):
         linear = torch.nn.Linear(40, 24, bias=False)
     layer = TernaryLinear(linear, divides=kind == "bitlinear")
-    layer.assign("layer", pack(ternary), 1 / scale if kind == "bitlinear" else scale, None)
+    layer.assign(pack(ternary), 1 / scale if kind == "bitlinear" else scale, None)
     x, weights = torch.randn(3, 40), torch.randn(3, 24)
     gradients = []
     for module in (layer, reference):

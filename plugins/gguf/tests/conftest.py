@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFWriter, quants
-from polyquant_gguf import metadata
-from polyquant.models.gguf_types import TYPES
+from polyquant_gguf import _metadata
+from polyquant.plugin.gguf import TYPES
 from polyquant_gguf.names import gguf_names
 
 SIZES = {
@@ -55,14 +55,14 @@ def write_gguf(
 ) -> Path:
     """kind: type of the matrices whose rows are whole blocks; vectors are F32. more: keys; extra: tensors to add."""
     writer = GGUFWriter(path, architecture)
-    keys = metadata.model_keys(model.config, architecture) | metadata.token_ids(model.config)
-    if "vocab_size" not in metadata.model_keys(model.config, architecture):
+    keys = _metadata.model_keys(model.config, architecture) | _metadata.token_ids(model.config)
+    if "vocab_size" not in _metadata.model_keys(model.config, architecture):
         keys[f"{architecture}.vocab_size"] = model.config.vocab_size
     tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["! !"]}
     alphabet = [chr(code) for code in range(33, 127)] + ["!!", "Ġ"]
     keys |= tokens | {"tokenizer.ggml.tokens": alphabet[: model.config.vocab_size]}
     for key, value in (keys | more).items():
-        metadata.add(writer, key, value)
+        _metadata.add(writer, key, value)
     tied = set(model.all_tied_weights_keys)
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if name not in tied}
     names = gguf_names(architecture, model.config.num_hidden_layers, tensors)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from polyquant.models.gguf_types import TYPES
-from polyquant_gguf.dequantize import BLOCKS, dequantize
+from polyquant.plugin.gguf import TYPES
+from polyquant_gguf._decode import BLOCKS, dequantize
 
 PACKED = [name for name, block in TYPES.items() if block.packed]
 QUANTIZABLE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]

@@ -1,16 +1,19 @@
 """GGUF files: loaded as the dense model they were made of, packed; saved byte for byte; refused where they lie."""
 
+import re
+
 import polyquant
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from polyquant.plugin import layers
+from polyquant.plugin import WeightInfo, layers
 from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError, ModelError, SaveError
 from polyquant.testing.models import tiny_model
-from polyquant_gguf import metadata, modules
-from polyquant.models.gguf_types import TYPES
+from polyquant_gguf import _metadata, _modules
+from polyquant.plugin.gguf import TYPES, read_header
 from polyquant_gguf.names import ARCHITECTURES
-from polyquant.models.gguf_header import read_header
+from polyquant_gguf.options import GgufOptions
+from polyquant_gguf.planning import plan_layers
 from transformers import AutoModelForCausalLM
 
 from .conftest import row, tiny, write_gguf
@@ -45,7 +48,7 @@ def test_packed_equals_transformers_dequantized(architecture, tmp_path):
     loaded = polyquant.load(path, "gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(loaded.model), logits(theirs), rtol=1e-5, atol=1e-5)
-    packed = [module for module in loaded.model.modules() if isinstance(module, modules.Packed)]
+    packed = [module for module in loaded.model.modules() if isinstance(module, _modules.Packed)]
     assert packed and all(module.weight.dtype == torch.uint8 for module in packed)
     assert polyquant.verify(loaded).memory.weights_stored_bytes < 1.1 * path.stat().st_size
 
@@ -98,7 +101,7 @@ def test_packed_rows_are_embedded_one_by_one():
     numbers = torch.randn(50, 64)
     block = TYPES["Q8_0"]
     weight = torch.from_numpy(quants.quantize(numbers.numpy(), GGMLQuantizationType.Q8_0))
-    table = modules.PackedEmbedding(weight, block, torch.float32)
+    table = _modules.PackedEmbedding(weight, block, torch.float32)
     ids = torch.tensor([[3, 3], [49, 0]])
     assert torch.equal(table(ids), table.numbers(weight, torch.float32)[ids])
 
@@ -106,7 +109,7 @@ def test_packed_rows_are_embedded_one_by_one():
 def test_a_matrix_in_pieces_multiplies_as_a_whole(monkeypatch):
     weight = torch.from_numpy(quants.quantize(torch.randn(70, 64).numpy(), GGMLQuantizationType.Q4_1))
     bias = torch.nn.Parameter(torch.randn(70))
-    layer = modules.PackedLinear(weight, TYPES["Q4_1"], bias)
+    layer = _modules.PackedLinear(weight, TYPES["Q4_1"], bias)
     x = torch.randn(2, 5, 64, requires_grad=True)
     whole = layer(x)
     monkeypatch.setitem(layers.CHUNK_WEIGHTS, "cpu", 64 * 16)
@@ -148,8 +151,26 @@ def test_a_tokenizer_gguf_cannot_express_is_written_beside(tmp_path):
 
 
 def test_rows_that_are_no_whole_blocks_are_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj has \d+ inputs, and TQ1_0 blocks hold 256"):
+    with pytest.raises(
+        ConfigError, match=r"TQ1_0 blocks of 256 weights do not divide in_features 90 in .*q_proj\.weight"
+    ):
         polyquant.load(tiny_model("odd", tmp_path), "gguf", type="TQ1_0")
+
+
+@pytest.mark.parametrize(
+    ("role", "module", "fix"),
+    [
+        ("linear", "Linear", "type='Q4_0' or type='Q8_0' or skip=('up_proj',)"),
+        ("embedding", "Embedding", "embedding_type='dense'"),
+    ],
+)
+def test_what_would_fit_instead_is_said(role, module, fix):
+    weight = WeightInfo(name="model.up_proj.weight", shape=(64, 96), dtype="float32", role=role, module=module)
+    config = GgufOptions(type="TQ1_0", embedding_type="TQ1_0")
+    with pytest.raises(
+        ConfigError, match=re.escape(f"do not divide in_features 96 in model.up_proj.weight (64, 96); use {fix}")
+    ):
+        plan_layers([weight], config)
 
 
 def test_models_without_a_gguf_form_are_not_written(tmp_path):
@@ -267,7 +288,7 @@ def test_architectures_that_would_load_wrong_are_refused(tmp_path):
     ):
         writer = GGUFWriter(tmp_path / "x.gguf", "llama" if extra else "falcon")
         for key, value in extra.items():
-            metadata.add(writer, f"llama.{key}", value)
+            _metadata.add(writer, f"llama.{key}", value)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

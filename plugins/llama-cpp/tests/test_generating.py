@@ -7,7 +7,7 @@ import polyquant
 import pytest
 import torch
 from polyquant.errors import ConfigError
-from polyquant_llama_cpp import sampling
+from polyquant_llama_cpp import _sampling
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .conftest import EXACT, TOKENS, load
@@ -114,8 +114,8 @@ def test_sampled_frequencies_are_those_of_the_warped_distribution():
     warped = TemperatureLogitsWarper(0.7)(None, logits.clone())
     warped = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(12)(None, warped))
     expected = warped.softmax(-1)[0]
-    wanted = sampling.parameters({"do_sample": True, "temperature": 0.7, "top_k": 12, "top_p": 0.8})
-    sampler = sampling.Sampler(wanted, [], 30, 64)
+    wanted = _sampling.parameters({"do_sample": True, "temperature": 0.7, "top_k": 12, "top_p": 0.8})
+    sampler = _sampling.Sampler(wanted, [], 30, 64)
     found = torch.bincount(torch.tensor([sampler.choose(logits[0].numpy()) for _ in range(4000)]), minlength=30) / 4000
     assert (found - expected).abs().max() < 0.03
     assert not found[expected == 0].any()
@@ -162,7 +162,7 @@ def test_text_comes_in_whole_characters(packed, monkeypatch):
     assert len(pieces) > 3
     assert b"".join(pieces).decode() == "🙂é"
     wanted = iter(ids)
-    monkeypatch.setattr(sampling.Sampler, "choose", lambda self, logits: next(wanted))
+    monkeypatch.setattr(_sampling.Sampler, "choose", lambda self, logits: next(wanted))
     assert list(packed.stream("The", max_new_tokens=len(ids))) == ["🙂", "é"]
 
 

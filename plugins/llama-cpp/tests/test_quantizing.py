@@ -3,13 +3,13 @@
 import polyquant
 import pytest
 from polyquant.errors import ConfigError, ModelError
-from polyquant_llama_cpp import file_types
+from polyquant_llama_cpp import formats
 from transformers import AutoTokenizer
 
 from .conftest import load
 
 
-@pytest.mark.parametrize("type", file_types.QUANTIZABLE)
+@pytest.mark.parametrize("type", formats.QUANTIZABLE)
 def test_every_type_is_made_and_runs(tiny, tmp_path, type):
     out = polyquant.quantize(tiny("llama", "F32"), "llama-cpp", tmp_path / "out", type=type)
     loaded = load(out)

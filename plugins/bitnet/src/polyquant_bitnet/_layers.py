@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe
+from polyquant.plugin.layers import Quantized, describe, layer_tensors, prepare_for_training
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from polyquant_bitnet.modules import TernaryLinear, pack, ternarize
+from polyquant_bitnet._modules import TernaryLinear, pack, ternarize
 from polyquant_bitnet.options import BitnetOptions
-from polyquant_bitnet.planning import SCHEME
+from polyquant_bitnet.planning import PACKED, SCHEME
+
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need: gradients pass the rounding of activations
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
@@ -22,38 +23,29 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 
 def linear_from_tensors(
-    name: str, linear: Any, config: BitnetOptions, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    linear: Any, config: BitnetOptions, dtype: torch.dtype, tensors: Mapping[str, Tensor]
 ) -> TernaryLinear:
     """A layer from weight, weight_scale, bias and rms_norm.weight. Raises ModelError where they are wrong."""
-    stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    expected = ["weight"] if config.quantization_mode == "online" else ["weight", "weight_scale"]
-    expected += ["bias"] if linear.bias is not None else []
-    expected += ["rms_norm.weight"] if config.use_rms_norm else []
-    if set(expected) != set(stored):
-        raise ModelError(f"{name} has {', '.join(stored) or 'no tensors'}, where {', '.join(expected)} were expected")
-    if config.quantization_mode == "online":
-        stored |= _packed(name, linear, tensors["weight"], dtype)
-        if linear.bias is not None:
+    rows, columns = linear.out_features, linear.in_features
+    online = config.quantization_mode == "online"
+    expected: dict[str, tuple[tuple[int, ...], str]] = {"weight": ((rows // PACKED, columns), "uint8")}
+    expected = {"weight": ((rows, columns), "float")} if online else expected | {"weight_scale": ((1,), "float")}
+    if config.use_rms_norm:
+        expected["rms_norm.weight"] = ((columns,), "float")
+    found = layer_tensors(linear, tensors, expected)
+    stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in found.items()}
+    if online:  # rounded as transformers does in each forward pass
+        ternary, scale = ternarize(found["weight"])
+        stored |= {"weight": pack(ternary), "weight_scale": scale.to(dtype)}
+        if "bias" in stored:
             stored["bias"] = stored["bias"] / stored["weight_scale"]  # it is multiplied again, and online it is not
-    norm = _norm(name, linear.in_features, config, stored["rms_norm.weight"]) if config.use_rms_norm else None
+    norm = _norm(columns, config, stored["rms_norm.weight"]) if config.use_rms_norm else None
     layer = TernaryLinear(linear, divides=config.linear_class == "bitlinear", norm=norm)
-    layer.assign(name, stored["weight"], stored["weight_scale"], stored.get("bias"))
+    layer.assign(stored["weight"], stored["weight_scale"], stored.get("bias"))
     return layer.eval()
 
 
-def _packed(name: str, linear: Any, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The dense weight of an online checkpoint, as transformers rounds it in each forward pass."""
-    shape = (linear.out_features, linear.in_features)
-    if not weight.is_floating_point() or tuple(weight.shape) != shape:
-        kind = f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}"
-        raise ModelError(f"{name} should be a dense weight {shape} (quantization_mode 'online'), and is {kind}")
-    ternary, scale = ternarize(weight)
-    return {"weight": pack(ternary), "weight_scale": scale.to(dtype)}
-
-
-def _norm(name: str, size: int, config: BitnetOptions, weight: Tensor) -> LlamaRMSNorm:
-    if tuple(weight.shape) != (size,):
-        raise ModelError(f"rms_norm.weight of {name} should have shape ({size},), and has {tuple(weight.shape)}")
+def _norm(size: int, config: BitnetOptions, weight: Tensor) -> LlamaRMSNorm:
     with torch.device("meta"):
         norm = LlamaRMSNorm(size, eps=config.rms_norm_eps)
     norm.weight = torch.nn.Parameter(weight)

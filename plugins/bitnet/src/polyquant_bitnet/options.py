@@ -42,16 +42,14 @@ class BitnetOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fi
         """2 as stored; three values are log2(3) = 1.58 bits."""
         return 2
 
-    def native(self) -> Any:
-        """transformers' BitNetQuantConfig."""
-        from transformers import BitNetQuantConfig
-
-        dense = None if self.skip_defaults and not self.skip else list(self.skip)
-        return BitNetQuantConfig(modules_to_not_convert=dense, **{name: getattr(self, name) for name in OWN})
-
-    def stored(self) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint; `compute_dtype` is polyquant's addition."""
-        return {**self.native().to_dict(), "compute_dtype": self.compute_dtype}
+    def to_stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint, as transformers' BitNetQuantConfig has it, with `compute_dtype`."""
+        return {
+            "quant_method": "bitnet",
+            "modules_to_not_convert": None if self.skip_defaults and not self.skip else list(self.skip),
+            **{name: getattr(self, name) for name in OWN},
+            "compute_dtype": self.compute_dtype,
+        }
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

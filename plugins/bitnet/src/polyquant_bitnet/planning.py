@@ -7,7 +7,7 @@ from math import prod
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_skipped, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_skipped, module_of, plan_linears
 
 from polyquant_bitnet.options import BitnetOptions
 
@@ -30,9 +30,9 @@ def plan_layers(weights: Sequence[WeightInfo], config: BitnetOptions) -> list[La
 def quantized_bytes(weight: WeightInfo, config: BitnetOptions) -> int:
     """Two bits a weight, a scale, and the weights of the layer's own norm, both in the compute dtype."""
     if weight.shape[0] % PACKED:
-        name = weight.name.rpartition(".")[0]
         raise ConfigError(
-            f"{name} has {weight.shape[0]} output rows, which cannot be packed four in a byte; keep it dense"
+            f"{module_of(weight)} has {weight.shape[0]} output rows, which cannot be packed four in a byte; "
+            "keep it dense"
         )
     extra = 1 + (weight.shape[1] if config.use_rms_norm else 0)
     return prod(weight.shape) // PACKED + extra * DTYPE_BYTES[weight.dtype]
@@ -40,7 +40,7 @@ def quantized_bytes(weight: WeightInfo, config: BitnetOptions) -> int:
 
 def with_full_names(weights: Sequence[WeightInfo], config: BitnetOptions) -> BitnetOptions:
     """`config` with the full names of the modules that `skip` keeps dense; it may hold the start or the end of them."""
-    modules = dict.fromkeys(weight.name.rpartition(".")[0] for weight in weights)
+    modules = dict.fromkeys(module_of(weight) for weight in weights)
     names = [
         module
         for module in modules

@@ -10,7 +10,7 @@ from polyquant.plugin.gguf import FLOAT_DTYPES
 from polyquant.plugin.layers import Quantized, describe
 
 from polyquant_gguf._load import KERNEL
-from polyquant_gguf.modules import Packed, PackedEmbedding
+from polyquant_gguf._modules import Packed, PackedEmbedding
 from polyquant_gguf.planning import IN_FILE
 
 GGUF_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}

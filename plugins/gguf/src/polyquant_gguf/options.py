@@ -52,13 +52,13 @@ class GgufOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
                 sizes[entry.type.bits] = sizes.get(entry.type.bits, 0) + entry.nbytes // entry.type.nbytes
         return max(sizes, key=lambda bits: sizes[bits], default=0.0)
 
-    def native(self) -> dict[str, Any]:
+    def to_stored(self) -> dict[str, Any]:
         """What the loaded model's config carries as `quantization_config`."""
         return {"quant_method": "gguf", **msgspec.to_builtins(self)}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        """stored: {"gguf_file": its path} for a GGUF file, or what `native` gives.
+        """stored: {"gguf_file": its path} for a GGUF file, or what `to_stored` gives.
 
         A file that polyquant wrote holds the options it was made with; any other has the type 'file'.
         """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import LayerPlan, WeightInfo, is_skipped, plan_dense
+from polyquant.plugin import LayerPlan, WeightInfo, is_skipped, plan_dense, unfit
 from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES, BlockType, read_header
 
 from polyquant_gguf.names import place
@@ -45,13 +45,17 @@ def quantized_types(weights: Sequence[WeightInfo], config: GgufOptions) -> dict[
             continue
         block = TYPES[chosen]
         if weight.shape[-1] % block.elements:
-            module = weight.name.rpartition(".")[0]
-            raise ConfigError(
-                f"{module} has {weight.shape[-1]} inputs, and {chosen} blocks hold {block.elements} weights; "
-                f"keep it dense with skip=({module!r},), or choose a type with smaller blocks (32: Q4_0, Q8_0, ...)"
-            )
+            raise _unfit(weight, block)
         types[weight.name] = block
     return types
+
+
+def _unfit(weight: WeightInfo, block: BlockType) -> ConfigError:
+    what = f"{block.name} blocks of {block.elements} weights do not divide in_features {weight.shape[-1]}"
+    if weight.role == "embedding":
+        return ConfigError(f"{what} in {weight.name} {weight.shape}; use embedding_type='dense'")
+    smaller = [f"type={name!r}" for name in ("Q4_0", "Q8_0") if weight.shape[-1] % TYPES[name].elements == 0]
+    return unfit(weight, what, smaller)
 
 
 def _chosen(weight: WeightInfo, config: GgufOptions) -> str | None:

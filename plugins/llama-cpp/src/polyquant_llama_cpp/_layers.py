@@ -9,7 +9,7 @@ from math import prod
 from polyquant.plugin import REASONS, LayerInfo, Role
 from polyquant.plugin.gguf import FLOAT_DTYPES, Entry
 
-from polyquant_llama_cpp.runtime import LlamaModel
+from polyquant_llama_cpp._runtime import LlamaModel
 
 REPACKED = re.compile(r"(amx )?repack tensor (\S+)")
 BUFFER = re.compile(r"load_tensors:\s*(\S+) model buffer size =\s*([\d.]+) MiB")

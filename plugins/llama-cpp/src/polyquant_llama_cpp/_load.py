@@ -11,15 +11,14 @@ import msgspec
 import psutil
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ConfigError, ModelError, PlacementError
-from polyquant.measure.speed import Feed
-from polyquant.plugin import LoadedModel, LoadRequest, Prompt
+from polyquant.plugin import Feed, LoadedModel, LoadRequest, Prompt
 from polyquant.plugin.gguf import Header, read_header
 
-from polyquant_llama_cpp import _layers, sampling
-from polyquant_llama_cpp.checking import require_bytes, require_sound
+from polyquant_llama_cpp import _layers, _sampling
+from polyquant_llama_cpp._checks import require_bytes, require_sound
+from polyquant_llama_cpp._runtime import LlamaModel, Session
+from polyquant_llama_cpp._tokenizer import LlamaTokenizer
 from polyquant_llama_cpp.options import LlamaCppOptions
-from polyquant_llama_cpp.runtime import LlamaModel, Session
-from polyquant_llama_cpp.tokenizer import LlamaTokenizer
 
 DEFAULT_CONTEXT = 4096  # a key-value cache for the 131072 positions of a Llama 3 8B takes 16 GiB
 
@@ -32,7 +31,7 @@ class LlamaCppModel(LoadedModel):
 
     def stream(self, prompt: Prompt, **generation_parameters: Any) -> Iterator[str]:
         """The text that follows, in pieces; a parameter that llama.cpp does not follow is a ConfigError."""
-        wanted, ids = sampling.parameters(generation_parameters), self._encode(prompt)
+        wanted, ids = _sampling.parameters(generation_parameters), self._encode(prompt)
         least, most = wanted.limits(len(ids))
         if (count := len(ids) + most) > self.model.n_ctx:
             raise ConfigError(
@@ -40,7 +39,7 @@ class LlamaCppModel(LoadedModel):
                 f"{self.model.n_ctx}; ask for fewer, or load with n_ctx={count} or more"
             )
         ends = wanted.ends(self.model.vocabulary, self.tokenizer.end_ids)
-        sampler = sampling.Sampler(wanted, ids, self.model.vocabulary, self.model.n_ctx)
+        sampler = _sampling.Sampler(wanted, ids, self.model.vocabulary, self.model.n_ctx)
         return self._pieces(ids, sampler, ends, least, most)
 
     def logits(self, tokens: Sequence[int]) -> Any:
@@ -69,7 +68,7 @@ class LlamaCppModel(LoadedModel):
         return ids
 
     def _pieces(
-        self, ids: list[int], sampler: sampling.Sampler, ends: frozenset[int], least: int, most: int
+        self, ids: list[int], sampler: _sampling.Sampler, ends: frozenset[int], least: int, most: int
     ) -> Iterator[str]:
         session, text = Session(self.model), codecs.getincrementaldecoder("utf-8")("replace")
         for count in range(most):

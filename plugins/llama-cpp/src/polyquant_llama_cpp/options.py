@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, RoundingMethod
 from polyquant.plugin.gguf import read_header
 
-from polyquant_llama_cpp.file_types import Quantizable, ReadOnly, bits_of, name_of
+from polyquant_llama_cpp.formats import Quantizable, ReadOnly, bits_of, name_of
 
 
 class LlamaCppOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,9 +62,10 @@ class LlamaCppOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
         """Nominal, of the file as a whole; its tensors differ, see the layers of a loaded model."""
         return bits_of(self.type)
 
-    def native(self) -> dict[str, Any]:
-        """How llama.cpp is to run the model; it has no config object of its own."""
-        return {name: getattr(self, name) for name in sorted(self.load_time)}
+    @property
+    def rounding_method(self) -> RoundingMethod:
+        """llama.cpp fits the scales and minima of its K and IQ types to the weights."""
+        return "fitted" if "_K" in self.type or self.type.startswith("IQ") else "nearest"
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, frozen_linear
+from polyquant.plugin.layers import Quantized, describe, frozen_linear, layer_tensors, prepare_for_training
 
 from polyquant_rowwise.planning import SCHEME
 
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need
 # Replace: what multiplies with the quantized weights; users see it.
 KERNEL = "torch matmul on int8 cast to the compute dtype"
 LARGEST = 127  # symmetric: -128 is not used
@@ -28,6 +30,7 @@ class RowwiseLinear(torch.nn.Linear):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.bias = bias
+        self.eval()
 
     @classmethod
     def quantize(cls, linear: torch.nn.Linear, scale_dtype: torch.dtype) -> RowwiseLinear:
@@ -39,11 +42,14 @@ class RowwiseLinear(torch.nn.Linear):
         return cls(weight, scale, linear.bias)
 
     @classmethod
-    def empty(cls, linear: torch.nn.Linear, scale_dtype: torch.dtype) -> RowwiseLinear:
-        """On the meta device, to be filled from a checkpoint."""
-        weight = torch.empty(linear.weight.shape, dtype=torch.int8, device="meta")
-        scale = torch.empty((linear.out_features, 1), dtype=scale_dtype, device="meta")
-        return cls(weight, scale, linear.bias)
+    def from_tensors(
+        cls, linear: Any, tensors: Mapping[str, torch.Tensor], scale_dtype: torch.dtype, dtype: torch.dtype
+    ) -> RowwiseLinear:
+        """From the stored weight, scale and bias; the bias takes the compute dtype. Raises ModelError for others."""
+        rows, columns = linear.out_features, linear.in_features
+        stored = layer_tensors(linear, tensors, {"weight": ((rows, columns), "int8"), "scale": ((rows, 1), "float")})
+        bias = torch.nn.Parameter(stored["bias"].to(dtype)) if "bias" in stored else None
+        return cls(stored["weight"], stored["scale"].to(scale_dtype), bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., in_features) in the compute dtype; returns (..., out_features)."""

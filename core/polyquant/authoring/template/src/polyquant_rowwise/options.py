@@ -25,7 +25,7 @@ class RowwiseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
     def weight_bits(self) -> float:
         return self.bits
 
-    def native(self) -> dict[str, Any]:
+    def to_stored(self) -> dict[str, Any]:
         """The `quantization_config` of a saved model's config.json. Replace: the library's own, where it has one."""
         return {
             "quant_method": QUANT_METHOD,
@@ -37,7 +37,7 @@ class RowwiseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        """The options back from what `native` wrote."""
+        """The options back from what `to_stored` wrote."""
         skip = stored["modules_to_not_convert"]
         values = {
             "bits": stored["bits"],

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from polyquant_gguf.fields import bits, f16, nibbles, split, table, words
+from polyquant_gguf._bits import bits, f16, nibbles, split, table, words
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml's kvalues_iq4nl
 DELTA = 0.125  # IQ1S_DELTA, IQ1M_DELTA

@@ -11,7 +11,7 @@ from polyquant.plugin.gguf import BlockType
 from polyquant.plugin.layers import frozen_linear, rows_at_a_time
 from torch import Tensor, nn
 
-from polyquant_gguf.dequantize import dequantize
+from polyquant_gguf._decode import dequantize
 
 
 class Packed(nn.Module):
@@ -76,21 +76,22 @@ class PackedEmbedding(Packed):
         return f"{self.num_embeddings}, {self.embedding_dim}, type={self.block.name}"
 
 
-def replace(model: nn.Module, name: str, weight: Tensor | nn.Parameter, block: BlockType, dtype: torch.dtype) -> None:
-    """Put `weight` in place of the dense matrix `name`, such as model.layers.0.mlp.up_proj.weight.
+def packed_like(module: nn.Module, weight: Tensor | nn.Parameter, block: BlockType, dtype: torch.dtype) -> Packed:
+    """The module with `weight` that takes the place of a dense or packed one.
 
-    Raises TypeError where its module is neither a linear layer nor an embedding.
+    Raises TypeError where that is neither a linear layer nor an embedding.
     """
-    module_name = name.removesuffix(".weight")
-    module = model.get_submodule(module_name)
-    new: Packed
     if isinstance(module, (nn.Linear, PackedLinear)):
-        new = PackedLinear(weight, block, module.bias)
-    elif isinstance(module, nn.Embedding):
-        new = PackedEmbedding(weight, block, dtype, getattr(module, "embed_scale", None))
-    else:
-        raise TypeError(f"{name} belongs to a {type(module).__name__}, which cannot be packed")
-    model.set_submodule(module_name, new)
+        return PackedLinear(weight, block, module.bias)
+    if isinstance(module, nn.Embedding):
+        return PackedEmbedding(weight, block, dtype, getattr(module, "embed_scale", None))
+    raise TypeError(f"it belongs to a {type(module).__name__}, which cannot be packed")
+
+
+def replace(model: nn.Module, name: str, weight: Tensor | nn.Parameter, block: BlockType, dtype: torch.dtype) -> None:
+    """Put `weight` in place of the dense matrix `name`, such as model.layers.0.mlp.up_proj.weight."""
+    module = name.removesuffix(".weight")
+    model.set_submodule(module, packed_like(model.get_submodule(module), weight, block, dtype))
 
 
 def share_tied(model: nn.Module, tied: dict[str, str], dtype: torch.dtype) -> None:

@@ -84,20 +84,13 @@ class TernaryLinear(nn.Linear):
         """What multiplies on the device it is on."""
         return INT8 if self.weight.device.type == "cpu" else FLOAT
 
-    def assign(self, name: str, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """Take stored tensors. Raises ModelError for one of another shape or type, or with impossible values."""
-        shape = (self.out_features // PACKED, self.in_features)
-        if weight.dtype != torch.uint8 or tuple(weight.shape) != shape:
-            raise ModelError(f"{name} should be uint8 {shape}, and is {_kind(weight)}")
+    def assign(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Take stored tensors of the right shapes. Raises ModelError for impossible values."""
         if bool((weight & (weight >> 1) & 0b01010101).any()):
-            raise ModelError(f"{name} has weights that are none of -1, 0 and 1: damaged, or packed another way")
-        if scale.numel() != 1 or not scale.is_floating_point():
-            raise ModelError(f"weight_scale of {name} should be one number, and is {_kind(scale)}")
+            raise ModelError("it has weights that are none of -1, 0 and 1: damaged, or packed another way")
         if not 0 < float(scale) < float("inf"):
-            raise ModelError(f"weight_scale of {name} should be positive, and is {float(scale)}")
-        if self.bias is not None and (bias is None or bias.shape != self.bias.shape):
-            raise ModelError(f"bias of {name} should have shape ({self.out_features},), and is {_kind(bias)}")
-        for key, tensor in {"weight": weight, "weight_scale": scale.reshape(1), "bias": bias}.items():
+            raise ModelError(f"its weight_scale should be positive, and is {float(scale)}")
+        for key, tensor in {"weight": weight, "weight_scale": scale, "bias": bias}.items():
             setattr(self, key, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -109,7 +102,3 @@ class TernaryLinear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias
         return y if self.divides else y * self.weight_scale
-
-
-def _kind(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

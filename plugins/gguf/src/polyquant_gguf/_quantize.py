@@ -12,13 +12,13 @@ from torch import Tensor
 ROWS_AT_A_TIME = 2048  # bounds the float32 copies
 
 
-def quantize(name: str, weight: Tensor, block: BlockType) -> Tensor:
+def quantize(weight: Tensor, block: BlockType) -> Tensor:
     """weight: (rows, in_features), whole blocks; returns uint8 (rows, bytes a row).
 
     Raises ModelError where it holds NaN or infinity.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise ModelError(f"{name} holds NaN or infinity and cannot be quantized; the checkpoint is damaged")
+        raise ModelError("it holds NaN or infinity; the checkpoint is damaged")
     out = torch.empty(weight.shape[0], block.row_bytes(weight.shape[1]), dtype=torch.uint8)
     kind = GGMLQuantizationType[block.name]
     with np.errstate(all="ignore"):  # blocks of zeros divide by zero on the way

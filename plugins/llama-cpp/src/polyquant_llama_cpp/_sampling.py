@@ -13,8 +13,8 @@ from llama_cpp import llama_cpp as lib
 from msgspec import Meta
 from polyquant.errors import ConfigError, did_you_mean
 
-from polyquant_llama_cpp.log import captured
-from polyquant_llama_cpp.runtime import Logits
+from polyquant_llama_cpp._library import captured
+from polyquant_llama_cpp._runtime import Logits
 
 Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]

@@ -16,9 +16,9 @@ from polyquant.plugin import LoadedModel, ModelSource, checkpoints
 from polyquant.plugin.gguf import FLOAT_DTYPES, read_header
 from torch import Tensor
 
-from polyquant_gguf import metadata, vocabulary
-from polyquant_gguf.from_file import as_loaded, places_of, row_order
-from polyquant_gguf.modules import Packed
+from polyquant_gguf import _metadata
+from polyquant_gguf._modules import Packed
+from polyquant_gguf._read import as_loaded, places_of, row_order
 from polyquant_gguf.names import Placed, Rules, gguf_names
 from polyquant_gguf.options import OPTIONS_KEY
 
@@ -36,7 +36,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
         _copy(loaded, source, out / source.gguf_file)
         if "tokenizer.ggml.model" not in read_header(out / source.gguf_file).metadata:
             loaded.tokenizer.save_pretrained(out)
-        if (source.path / metadata.GENERATION_CONFIG).exists():
+        if (source.path / _metadata.GENERATION_CONFIG).exists():
             loaded.model.generation_config.save_pretrained(out)
     return out
 
@@ -72,15 +72,15 @@ def _as_stored(tensor: Tensor, placed: Placed) -> np.ndarray[Any, Any]:
 
 def _write_new(loaded: LoadedModel, out: Path) -> None:
     model, path = loaded.model, out / NEW_FILE
-    architecture, rules = metadata.architecture_of(model.config)
-    keys = metadata.model_keys(model.config, architecture) | {OPTIONS_KEY: msgspec.json.encode(loaded.config).decode()}
-    tokens = vocabulary.express(loaded.tokenizer, architecture, int(model.config.vocab_size))
-    _write(path, architecture, keys | metadata.token_ids(model.config) | (tokens or {}), model, rules)
+    architecture, rules = _metadata.architecture_of(model.config)
+    keys = _metadata.model_keys(model.config, architecture) | {OPTIONS_KEY: msgspec.json.encode(loaded.config).decode()}
+    tokens = _metadata.tokenizer_keys(loaded.tokenizer, architecture, int(model.config.vocab_size))
+    _write(path, architecture, keys | _metadata.token_ids(model.config) | (tokens or {}), model, rules)
     source = ModelSource(name=str(path), path=out, gguf_file=path.name, weight_files=(path.name,))
-    metadata.require_same(model.config, checkpoints.read_config(source))
-    if tokens is None or not vocabulary.same(loaded.tokenizer, checkpoints.load_tokenizer(source)):
+    _metadata.require_same_config(model.config, checkpoints.read_config(source))
+    if tokens is None or not _metadata.same_tokenizer(loaded.tokenizer, checkpoints.load_tokenizer(source)):
         if tokens is not None:
-            _write(path, architecture, keys | metadata.token_ids(model.config), model, rules)
+            _write(path, architecture, keys | _metadata.token_ids(model.config), model, rules)
         loaded.tokenizer.save_pretrained(out)
         loaded.notes.append(
             "a GGUF cannot express this tokenizer exactly: its files were written beside model.gguf, and llama.cpp "
@@ -94,7 +94,7 @@ def _write_new(loaded: LoadedModel, out: Path) -> None:
 def _write(path: Path, architecture: str, keys: dict[str, Any], model: Any, rules: Rules) -> None:
     writer = GGUFWriter(path, architecture)
     for key, value in keys.items():
-        metadata.add(writer, key, value)
+        _metadata.add(writer, key, value)
     for name, array, kind in _new_tensors(model, architecture, rules):
         writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()

@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp as lib
 from polyquant.errors import BackendFailed, ConfigError, ModelError
 from polyquant.plugin.gguf import Header
 
-from polyquant_llama_cpp.log import captured
+from polyquant_llama_cpp._library import captured
 from polyquant_llama_cpp.options import LlamaCppOptions
 
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type

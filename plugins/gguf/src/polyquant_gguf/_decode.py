@@ -11,8 +11,8 @@ import torch
 from polyquant.plugin.gguf import BlockType
 from torch import Tensor
 
-from polyquant_gguf import grids
-from polyquant_gguf.fields import bits, f16, nibbles, split, table
+from polyquant_gguf import _codebooks
+from polyquant_gguf._bits import bits, f16, nibbles, split, table
 
 FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # e2m1, doubled
 
@@ -156,5 +156,5 @@ BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "TQ2_0": _tq2_0,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
-    **grids.BLOCKS,
+    **_codebooks.BLOCKS,
 }

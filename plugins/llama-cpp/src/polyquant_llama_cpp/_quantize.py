@@ -13,11 +13,11 @@ from polyquant.plugin import LoadRequest
 from polyquant.plugin.gguf import Header, read_header
 from tqdm import tqdm
 
+from polyquant_llama_cpp._checks import require_sound
 from polyquant_llama_cpp._layers import EMBEDDING, HEAD
+from polyquant_llama_cpp._library import Log, captured
 from polyquant_llama_cpp._load import available_threads
-from polyquant_llama_cpp.checking import require_sound
-from polyquant_llama_cpp.file_types import FULL_PRECISION, IDS, QUANTIZABLE, SOURCES
-from polyquant_llama_cpp.log import Log, captured
+from polyquant_llama_cpp.formats import FULL_PRECISION, IDS, QUANTIZABLE, SOURCES
 from polyquant_llama_cpp.options import LlamaCppOptions
 
 STEP = re.compile(r"\[\s*\d+/\s*\d+\]")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import msgspec
 import torch
 from polyquant.errors import ModelError, PolyquantError
-from polyquant.memory.weights import list_weights
-from polyquant.plugin import LoadRequest, checkpoints, resolved_dtype
-from polyquant.plugin.checkpoints import empty_causal_lm
+from polyquant.plugin import LoadRequest, WeightInfo, checkpoints, resolved_dtype
 from polyquant.plugin.gguf import FLOAT_DTYPES, Entry, Header
 from torch import Tensor, nn
 
-from polyquant_gguf import modules
-from polyquant_gguf.dequantize import dequantize
+from polyquant_gguf import _modules
+from polyquant_gguf._decode import dequantize
 from polyquant_gguf.names import ROPE_FACTORS, Placed, place, rules_of
 from polyquant_gguf.options import GgufOptions
 from polyquant_gguf.planning import quantized_types
@@ -27,7 +26,7 @@ def build(request: LoadRequest, header: Header, config: GgufOptions) -> Any:
     """
     rules, file_name, dtype = rules_of(header), header.path.name, getattr(torch, resolved_dtype(config))
     try:
-        model = empty_causal_lm(request, resolved_dtype(config))
+        model = checkpoints.empty_causal_lm(request, resolved_dtype(config))
     except PolyquantError:
         raise
     except Exception as error:
@@ -42,13 +41,13 @@ def build(request: LoadRequest, header: Header, config: GgufOptions) -> Any:
         )
     tied, places = checkpoints.tied_tensors(model), places_of(model, header)
     if config.type != "file":
-        _check_types(model, header, places, config)
+        _check_types(request.weights, header, places, config)
     with header.path.open("rb") as file:
         for name, placed in places.items():
             _put(model, name, as_loaded(file, placed, config).to(_device(name, request)), placed, dtype)
         if ROPE_FACTORS in header.tensors:
             _scale_rotary(model, dense_of(file, Placed(header.tensors[ROPE_FACTORS])), header)
-    modules.share_tied(model, tied, dtype)
+    _modules.share_tied(model, tied, dtype)
     return model
 
 
@@ -57,7 +56,7 @@ def places_of(model: Any, header: Header) -> dict[str, Placed]:
     tied, shapes = checkpoints.tied_tensors(model), {}
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        packed = isinstance(owner, modules.Packed) and parameter is owner.weight
+        packed = isinstance(owner, _modules.Packed) and parameter is owner.weight
         if name not in tied:
             shapes[name] = owner.logical_shape if packed else tuple(parameter.shape)
     return place(header, shapes)
@@ -110,9 +109,9 @@ def row_order(entry: Entry, heads: int) -> Tensor:
     return torch.arange(entry.shape[0]).view(heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
-def _check_types(model: Any, header: Header, places: dict[str, Placed], config: GgufOptions) -> None:
+def _check_types(weights: Sequence[WeightInfo], header: Header, places: dict[str, Placed], config: GgufOptions) -> None:
     """Raises ModelError where the tensors' types are not what the options stored in the file say."""
-    promised = quantized_types(list_weights(model), config)
+    promised = quantized_types(weights, config)
     for name, placed in places.items():
         found = placed.entry.type
         if promised.get(name, found) != found or (name not in promised and found.packed):
@@ -128,7 +127,7 @@ def _put(model: nn.Module, name: str, tensor: Tensor, placed: Placed, dtype: tor
         setattr(model.get_submodule(owner), short, nn.Parameter(tensor))
         return
     try:
-        modules.replace(model, name, tensor, placed.entry.type, dtype)
+        _modules.replace(model, name, tensor, placed.entry.type, dtype)
     except TypeError as error:
         raise ModelError(f"{placed.entry.name}: {error}") from error
 

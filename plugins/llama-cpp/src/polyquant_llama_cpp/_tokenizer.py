@@ -10,8 +10,8 @@ from typing import Any
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ConfigError
 
-from polyquant_llama_cpp.log import captured
-from polyquant_llama_cpp.runtime import LlamaModel
+from polyquant_llama_cpp._library import captured
+from polyquant_llama_cpp._runtime import LlamaModel
 
 
 class Encoding(dict[str, list[int]]):
