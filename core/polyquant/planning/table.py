@@ -14,7 +14,7 @@ from polyquant.planning.model import PlannedModel
 from polyquant.planning.plan import DENSE, Asked, plan_one
 from polyquant.planning.process import problems_of
 from polyquant.planning.records import Absent, Plans, Row
-from polyquant.planning.scale import published
+from polyquant.planning.scale import standing
 from polyquant.registry.backend import Backend
 from polyquant.registry.catalogue import PACKAGES
 from polyquant.registry.installed import registry
@@ -107,8 +107,8 @@ def load_command(candidate: Candidate, model: str) -> str:
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    """What fits first; of that, the least lossy by the published scale, then the smaller."""
+    """What fits first; of that, what should lose least by what is declared and published, then the smaller."""
     plan = row.plan
     if plan is None:
         return (ORDER.index(row.status), 0, 0, row.candidate.name)
-    return (ORDER.index(row.status), *published(plan).order, plan.needed_bytes, row.candidate.name)
+    return (ORDER.index(row.status), *standing(plan).order, plan.needed_bytes, row.candidate.name)

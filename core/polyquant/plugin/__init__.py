@@ -11,7 +11,7 @@ from polyquant.loaded import LoadedModel, Prompt
 from polyquant.measure.speed import Feed
 from polyquant.memory.planned import DTYPE_BYTES, is_linear, is_skipped, plan_dense, plan_linears, refuse_experts
 from polyquant.memory.roles import REASONS, TIED
-from polyquant.options import BackendOptions, Dtype, RoundingMethod, convert, resolved_dtype
+from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import module_of, quantized_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
@@ -49,6 +49,7 @@ __all__ = [
     "LoadRequest",
     "LoadedModel",
     "ModelSource",
+    "NumberFormat",
     "PluginBackend",
     "Problem",
     "Prompt",
