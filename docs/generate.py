@@ -8,13 +8,16 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from generate_backends import backend_page, backends_index, markdown
 from generate_reference import command_line_page, hooks_page, python_page, records_page
-from polyquant.cli.show import card_cells, size
+from polyquant.cli.show import card_cells, quantizes, size
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.records import Result
+from polyquant.registry.catalogue import PATH as CATALOGUE
+from polyquant.registry.catalogue import Known
 from polyquant.types import BackendInfo
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +29,18 @@ DOCS = ROOT / "docs"
 MEASURED = DOCS / "reference" / "measured.json"
 
 
+class Plugin(NamedTuple):
+    """A backend of this repository."""
+
+    folder: str  # below plugins/
+    package: str  # the distribution
+    card: BackendInfo
+
+
 def main() -> None:
     wanted = pages()
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    known = {"index", *(path.name for path in (ROOT / "plugins").iterdir())}
+    known = {"index", *(info.name for info in ours())}
     stale += [path for path in (DOCS / "backends").glob("*.md") if path.stem not in known]
     if "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(str(path.relative_to(ROOT)) for path in stale)}" if stale else 0)
@@ -47,33 +58,62 @@ def pages() -> dict[Path, str]:
     reference = DOCS / "reference"
     return {
         readme: with_table(readme.read_text(encoding="utf-8")),
+        CATALOGUE: catalogue_text(),
         reference / "backends.md": backends_page(results),
         reference / "python.md": python_page(),
         reference / "command-line.md": command_line_page(),
         reference / "hooks.md": hooks_page(),
         reference / "records.md": records_page(),
         DOCS / "backends" / "index.md": backends_index(HEADINGS[:-1], [card_cells(info) for info in ours()]),
-        **{DOCS / "backends" / f"{info.name}.md": page_of(info, results) for info in ours()},
+        **{DOCS / "backends" / f"{plugin.card.name}.md": page_of(plugin, results) for plugin in plugins()},
     }
 
 
-def page_of(info: BackendInfo, results: dict[str, Result]) -> str:
+def page_of(plugin: Plugin, results: dict[str, Result]) -> str:
     """The page of one backend, with its rows of the measured table."""
+    info = plugin.card
     names = [name for preset in info.presets if (name := f"{info.name}:{preset}") in results]
     rows = [measured_row(name, results[name]) for name in names]
-    return backend_page(info, markdown(MEASURES, rows) if rows else "", conditions(results))
+    measured = markdown(MEASURES, rows) if rows else ""
+    return backend_page(info, plugin.package, plugin.folder, measured, conditions(results))
 
 
 @cache
-def ours() -> list[BackendInfo]:
-    """The cards of this repository's backends, read from its folders, whatever is installed and runs here."""
-    cards = []
+def plugins() -> list[Plugin]:
+    """This repository's backends by name, read from its folders, whatever is installed and runs here."""
+    found = []
     for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
-        points = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["entry-points"]["polyquant.backends"]
-        module, _, name = points[path.parent.name].partition(":")
+        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
         sys.path.insert(0, str(path.parent / "src"))
-        cards.append(getattr(importlib.import_module(module), name).backend_info())
-    return cards
+        for value in project["entry-points"]["polyquant.backends"].values():
+            module, _, name = value.partition(":")
+            card = getattr(importlib.import_module(module), name).backend_info()
+            found.append(Plugin(path.parent.name, project["name"], card))
+    return sorted(found, key=lambda plugin: plugin.card.name)
+
+
+def ours() -> list[BackendInfo]:
+    """The cards of this repository's backends."""
+    return [plugin.card for plugin in plugins()]
+
+
+def catalogue_text() -> str:
+    """What the core knows of backends that are not installed."""
+    lines = [f'  "{plugin.card.name}": {msgspec.json.encode(known(plugin)).decode()}' for plugin in plugins()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def known(plugin: Plugin) -> Known:
+    """The catalogue's entry of a backend."""
+    card = plugin.card
+    return Known(
+        package=plugin.package,
+        libraries=tuple(library.distribution for library in card.libraries),
+        reads=card.capabilities.loads_prequantized,
+        also_called=card.also_called,
+        quantizes=quantizes(card),
+        isolated=card.isolated is not None,
+    )
 
 
 def with_table(readme: str) -> str:
@@ -82,10 +122,11 @@ def with_table(readme: str) -> str:
     marker, _, rest = rest.partition("\n")
     _, tail = rest.split(END, 1)
     rows = []
-    for info in ours():
-        libraries = ", ".join(f"{library.distribution} {library.versions}".strip() for library in info.libraries)
-        name, *cells = card_cells(info)
-        rows.append((f"[{name}](plugins/{name}/README.md)", *cells, libraries))
+    for plugin in plugins():
+        libraries = plugin.card.libraries
+        tested = ", ".join(f"{library.distribution} {library.versions}".strip() for library in libraries)
+        name, *cells = card_cells(plugin.card)
+        rows.append((f"[{name}](plugins/{plugin.folder}/README.md)", *cells, tested))
     return f"{head}{START}{marker}\n{markdown(HEADINGS, rows)}\n{END}{tail}"
 
 
@@ -114,14 +155,15 @@ def backends_page(results: dict[str, Result]) -> str:
 
 
 def verified_rows(results: dict[str, Result]) -> Iterator[tuple[str, ...]]:
-    for info in ours():
+    for plugin in plugins():
+        info = plugin.card
         found = [result for name, result in results.items() if name.startswith(f"{info.name}:") and result.machine]
         on = sorted({result.device.partition(":")[0] for result in found if result.device})
         versions = found[0].machine.versions if found and found[0].machine else {}
         named = [f"{library.distribution} {versions[library.distribution]}" for library in info.libraries
                  if library.distribution in versions]  # fmt: skip
         rest = [device.type for device in info.capabilities.devices if device.type not in on]
-        link = f"[{info.name}](../../plugins/{info.name}/README.md)"
+        link = f"[{info.name}](../../plugins/{plugin.folder}/README.md)"
         yield (
             link,
             " ".join(on),

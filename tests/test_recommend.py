@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 import polyquant
 import pytest
-from polyquant.registry.catalogue import PACKAGES
 from polyquant.comparison.records import Job, Result
 from polyquant.errors import ConfigError
 from polyquant.support.machine import this_machine
@@ -57,8 +56,8 @@ def test_what_fits_is_first_and_within_the_budget(table):
 
 def test_what_has_to_be_made_first_says_how(table):
     made = next(row for row in table.rows if row.candidate.name == "gptq:int8")
-    if made.status == "fits":
-        assert made.fix == f"polyquant quantize {CONFIG} --backend gptq --bits 8 --group-size 64 --out DIR"
+    assert made.status == "fits", made.reason
+    assert made.fix == f"polyquant quantize {CONFIG} --backend gptq --bits 8 --group-size 64 --out DIR"
 
 
 def test_backends_that_are_not_installed_come_with_their_command(monkeypatch):
@@ -71,11 +70,6 @@ def test_backends_that_are_not_installed_come_with_their_command(monkeypatch):
         polyquant.registry.installed.registry.cache_clear()
     assert table.memory_bytes == 2 * GIB
     assert ("bitsandbytes", "pip install polyquant-bitsandbytes") in [(a.backend, a.command) for a in table.absent]
-
-
-def test_the_list_of_packages_is_whole():
-    plugins = {f"polyquant-{path.parent.name}" for path in CONFIG.parents[2].glob("plugins/*/pyproject.toml")}
-    assert plugins == set(PACKAGES)
 
 
 def test_a_broken_plugin_is_a_row(make_plugin):
@@ -191,7 +185,9 @@ def test_every_figure_of_a_card_reaches_the_plan(table):
 
 def test_what_was_measured_better_is_ranked_better(table):
     at = ranked(plans_of(table)).index
-    assert at("hqq:int4") < at("auto-round:rtn-int4"), "rounding to nearest is not calibrated, whatever its backend does"
+    assert at("hqq:int4") < at("auto-round:rtn-int4"), (
+        "rounding to nearest is not calibrated, whatever its backend does"
+    )
     assert at("hqq:int4") < at("compressed-tensors:int4")
     assert at("compressed-tensors:int4-gptq") < at("hqq:int4") < at("compressed-tensors:int4")
     assert at("auto-round:int4") < at("awq:int4") < at("bitsandbytes:nf4") < at("bitsandbytes:fp4")
@@ -237,7 +233,7 @@ def test_the_reason_says_where_each_figure_came_from(table):
     known = msgspec.structs.replace(plan, measured_kl=0.249, number_format="normal floats")
     assert standing(known).words == (
         "4 bits, normal floats rounded to nearest: KL 0.249 nats on SmolLM2-135M-Instruct, measured by polyquant's "
-        "authors; llama.cpp's Llama 2 70B scorechart has about 1.7 % perplexity at so many bits"
+        "authors; llama.cpp's Llama 2 70B scorechart has about 1.8 % perplexity at so many bits"
     )
     unknown = msgspec.structs.replace(plan, measured_kl=None)
     assert "this preset has not been measured" in standing(unknown).words

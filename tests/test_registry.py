@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from polyquant.registry.backend import Backend
+from polyquant.registry.catalogue import catalogue, maker_of, readers_of
 from polyquant.errors import BackendConflict, BackendFailed, BrokenBackend, UnknownBackend, UnsupportedOperation
 from polyquant.registry.registry import Registry
 from polyquant.types import BackendInfo
@@ -129,7 +130,10 @@ def test_observers_see_every_addressed_call(make_plugin):
         ("autogptq", "gptq", r"gptq \(gptqmodel\) reads these checkpoints too: take that, or run: pip install polyquant-autogptq"),
         ("auto_gptq", "gptq", r"gptq \(gptqmodel\) reads these checkpoints too"),
         ("gptq", "autogptq", r"autogptq \(auto-gptq\) reads these checkpoints too: .* pip install polyquant-gptq"),
-        ("awq", "autoawq", r"autoawq \(AutoAWQ\) reads these checkpoints too"),
+        ("autogptq", "auto-round", r"auto-round \(auto-round\) reads these checkpoints too"),
+        ("auto-round", "gptq", "Run: pip install polyquant-auto-round"),  # gptq reads one of its three
+        ("llama.cpp", "gguf", r"gguf \(gguf\) reads these checkpoints too: .* pip install polyquant-llama-cpp"),
+        ("awq", "autoawq", r"autoawq \(autoawq\) reads these checkpoints too"),
         ("auto-awq", "autoawq", "'auto-awq' is called 'autoawq' here"),
         ("autoawq", "acme", "Run: pip install polyquant-autoawq"),
         ("bnb", "acme", "Run: pip install polyquant-bitsandbytes"),
@@ -142,3 +146,21 @@ def test_legacy_names_lead_to_what_reads_the_same(make_plugin, monkeypatch, aske
     make_plugin(GOOD_PLUGIN.replace('"acme"', repr(installed)), backend=installed, distribution="polyquant-here")
     with pytest.raises(UnknownBackend, match=words):
         Registry().info(asked)
+
+
+def test_the_catalogue_knows_who_reads_and_who_makes():
+    assert readers_of("gptq") == ["gptq", "auto-round", "autogptq"], "its namesake first, what lives apart last"
+    assert readers_of("gguf") == ["gguf", "llama-cpp"]
+    assert readers_of("nothing of this kind") == []
+    assert maker_of("gguf") == "gguf"
+
+
+def test_every_quant_method_is_named_like_the_backend_that_a_hint_leads_to():
+    for known in catalogue().values():
+        for method in known.reads:
+            assert readers_of(method)[0] == method
+
+
+def test_no_name_is_taken_twice():
+    names = [name for backend, known in catalogue().items() for name in (backend, *known.also_called)]
+    assert len(names) == len(set(names))

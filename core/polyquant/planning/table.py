@@ -16,7 +16,7 @@ from polyquant.planning.process import problems_of
 from polyquant.planning.records import Absent, Plans, Row
 from polyquant.planning.scale import standing
 from polyquant.registry.backend import Backend
-from polyquant.registry.catalogue import PACKAGES
+from polyquant.registry.catalogue import catalogue
 from polyquant.registry.installed import registry
 from polyquant.support.sizes import size
 
@@ -35,9 +35,9 @@ def plan_all(model: PlannedModel, asked: Asked, budget: Budget) -> Plans:
         memory_bytes=budget.total_bytes(device),
         rows=tuple(sorted(rows, key=_place)),
         absent=tuple(
-            Absent(backend=package.removeprefix("polyquant-"), command=f"pip install {package}")
-            for package in PACKAGES
-            if package.removeprefix("polyquant-") not in registry().names()
+            Absent(backend=name, command=known.command)
+            for name, known in catalogue().items()
+            if name not in registry().names()
         ),
     )
 
