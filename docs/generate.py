@@ -8,14 +8,17 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from generate_backends import backend_page, backends_index, markdown
 from generate_gpu import GpuRun, read_gpu_run
 from generate_reference import command_line_page, hooks_page, python_page, records_page
-from polyquant.cli.show import card_cells, size
+from polyquant.cli.show import card_cells, quantizes, size
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.records import Result
+from polyquant.registry.catalogue import PATH as CATALOGUE
+from polyquant.registry.catalogue import Known
 from polyquant.types import BackendInfo
 
 ROOT = Path(__file__).parent.parent
@@ -28,10 +31,18 @@ MEASURED = DOCS / "reference" / "measured.json"
 GPU = DOCS / "reference" / "gpu.json"  # as docs/examples/gpu.py writes it; where there is none, no GPU was at hand yet
 
 
+class Plugin(NamedTuple):
+    """A backend of this repository."""
+
+    folder: str  # below plugins/
+    package: str  # the distribution
+    card: BackendInfo
+
+
 def main() -> None:
     wanted = pages()
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    known = {"index", *folders()}
+    known = {"index", *(info.name for info in ours())}
     stale += [path for path in (DOCS / "backends").glob("*.md") if path.stem not in known]
     if "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(str(path.relative_to(ROOT)) for path in stale)}" if stale else 0)
@@ -49,48 +60,62 @@ def pages() -> dict[Path, str]:
     reference = DOCS / "reference"
     return {
         readme: with_table(readme.read_text(encoding="utf-8")),
+        CATALOGUE: catalogue_text(),
         reference / "backends.md": backends_page(results, read_gpu_run(GPU)),
         reference / "python.md": python_page(),
         reference / "command-line.md": command_line_page(),
         reference / "hooks.md": hooks_page(),
         reference / "records.md": records_page(),
         DOCS / "backends" / "index.md": backends_index(HEADINGS[:-1], [card_cells(info) for info in ours()]),
-        **{DOCS / "backends" / f"{info.name}.md": page_of(info, results) for info in ours()},
+        **{DOCS / "backends" / f"{plugin.card.name}.md": page_of(plugin, results) for plugin in plugins()},
     }
 
 
-def page_of(info: BackendInfo, results: dict[str, Result]) -> str:
+def page_of(plugin: Plugin, results: dict[str, Result]) -> str:
     """The page of one backend, with its rows of the measured table."""
+    info = plugin.card
     names = [name for preset in info.presets if (name := f"{info.name}:{preset}") in results]
     rows = [measured_row(name, results[name]) for name in names]
-    return backend_page(info, folders()[info.name].name, markdown(MEASURES, rows) if rows else "", conditions(results))
+    measured = markdown(MEASURES, rows) if rows else ""
+    return backend_page(info, plugin.package, plugin.folder, measured, conditions(results))
 
 
 @cache
-def folders() -> dict[str, Path]:
-    """Each backend of this repository with the folder of the plugin that brings it, by the backends' names."""
-    found = {}
-    for path in (ROOT / "plugins").glob("*/pyproject.toml"):
-        found |= dict.fromkeys(entry_points(path.parent), path.parent)
-    return dict(sorted(found.items()))
+def plugins() -> list[Plugin]:
+    """This repository's backends by name, read from its folders, whatever is installed and runs here."""
+    found = []
+    for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
+        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        sys.path.insert(0, str(path.parent / "src"))
+        for value in project["entry-points"]["polyquant.backends"].values():
+            module, _, name = value.partition(":")
+            card = getattr(importlib.import_module(module), name).backend_info()
+            found.append(Plugin(path.parent.name, project["name"], card))
+    return sorted(found, key=lambda plugin: plugin.card.name)
 
 
-def entry_points(folder: Path) -> dict[str, str]:
-    """The backends of a plugin: name -> module:object."""
-    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    points: dict[str, str] = project["entry-points"]["polyquant.backends"]
-    return points
-
-
-@cache
 def ours() -> list[BackendInfo]:
-    """The cards of this repository's backends, read from its folders, whatever is installed and runs here."""
-    cards = []
-    for backend, folder in folders().items():
-        module, _, name = entry_points(folder)[backend].partition(":")
-        sys.path.insert(0, str(folder / "src"))
-        cards.append(getattr(importlib.import_module(module), name).backend_info())
-    return cards
+    """The cards of this repository's backends."""
+    return [plugin.card for plugin in plugins()]
+
+
+def catalogue_text() -> str:
+    """What the core knows of backends that are not installed."""
+    lines = [f'  "{plugin.card.name}": {msgspec.json.encode(known(plugin)).decode()}' for plugin in plugins()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def known(plugin: Plugin) -> Known:
+    """The catalogue's entry of a backend."""
+    card = plugin.card
+    return Known(
+        package=plugin.package,
+        libraries=tuple(library.distribution for library in card.libraries),
+        reads=card.capabilities.loads_prequantized,
+        also_called=card.also_called,
+        quantizes=quantizes(card),
+        isolated=card.isolated is not None,
+    )
 
 
 def with_table(readme: str) -> str:
@@ -99,10 +124,11 @@ def with_table(readme: str) -> str:
     marker, _, rest = rest.partition("\n")
     _, tail = rest.split(END, 1)
     rows = []
-    for info in ours():
-        libraries = ", ".join(f"{library.distribution} {library.versions}".strip() for library in info.libraries)
-        name, *cells = card_cells(info)
-        rows.append((f"[{name}](plugins/{folders()[name].name}/README.md)", *cells, libraries))
+    for plugin in plugins():
+        libraries = plugin.card.libraries
+        tested = ", ".join(f"{library.distribution} {library.versions}".strip() for library in libraries)
+        name, *cells = card_cells(plugin.card)
+        rows.append((f"[{name}](plugins/{plugin.folder}/README.md)", *cells, tested))
     return f"{head}{START}{marker}\n{markdown(HEADINGS, rows)}\n{END}{tail}"
 
 
@@ -136,7 +162,8 @@ def backends_page(results: dict[str, Result], gpu: GpuRun | None) -> str:
 
 
 def verified_rows(results: dict[str, Result], gpu: GpuRun | None) -> Iterator[tuple[str, ...]]:
-    for info in ours():
+    for plugin in plugins():
+        info = plugin.card
         found = [result for name, result in results.items() if name.startswith(f"{info.name}:") and result.machine]
         on = {result.device.partition(":")[0] for result in found if result.device}
         on |= {gpu.kind} if gpu is not None and info.name in gpu.verified else set()
@@ -146,7 +173,7 @@ def verified_rows(results: dict[str, Result], gpu: GpuRun | None) -> Iterator[tu
         reason = {gpu.kind: gpu.reasons.get(info.name, "")} if gpu is not None else {}
         rest = [f"{device.type} ({why})" if (why := reason.get(device.type)) else device.type
                 for device in info.capabilities.devices if device.type not in on]  # fmt: skip
-        link = f"[{info.name}](../../plugins/{folders()[info.name].name}/README.md)"
+        link = f"[{info.name}](../../plugins/{plugin.folder}/README.md)"
         yield (
             link,
             " ".join(sorted(on)),

@@ -23,12 +23,12 @@ def backends_index(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> st
     ]) + "\n"  # fmt: skip
 
 
-def backend_page(info: BackendInfo, plugin: str, measured: str, conditions: str) -> str:
-    """All that is known of a backend; plugin: the folder that brings it; measured: a table, or empty."""
+def backend_page(info: BackendInfo, package: str, folder: str, measured: str, conditions: str) -> str:
+    """All that is known of a backend; folder: its package's, below plugins/; measured: a table, or empty."""
     own, common = split(describe_options(info.options))
     parts = [
         f"# {info.name}",
-        f"{info.summary[0].upper()}{info.summary[1:]}. `pip install polyquant-{plugin}`; "
+        f"{info.summary[0].upper()}{info.summary[1:]}. `pip install {package}`; "
         f"[the library]({info.docs}).",
         "## Can",
         markdown(("capability", "value"), list(capability_rows(info))),
@@ -52,7 +52,7 @@ def backend_page(info: BackendInfo, plugin: str, measured: str, conditions: str)
         "" if measured else "Not in the table of [all backends](../reference/backends.md) yet.",
         NOTES,
         f"What it reads and refuses, its kernels and its known faults: "
-        f"[polyquant-{plugin}](../../plugins/{plugin}/README.md).",
+        f"[{package}](../../plugins/{folder}/README.md).",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 

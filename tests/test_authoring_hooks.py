@@ -293,7 +293,9 @@ def test_a_function_or_a_file_that_is_missing(acme, hook):
     take_out("polyquant_acme")
     file.unlink()
     if hook == "plan_layers":  # plugin.py imports it
-        with pytest.raises(BrokenBackend, match=r"No module named 'polyquant_acme.planning' \(polyquant_acme/plugin.py"):
+        with pytest.raises(
+            BrokenBackend, match=r"No module named 'polyquant_acme.planning' \(polyquant_acme/plugin.py"
+        ):
             Registry().info("acme")
     else:
         with pytest.raises(BrokenBackend, match=missing):
@@ -303,7 +305,9 @@ def test_a_function_or_a_file_that_is_missing(acme, hook):
 def test_a_misspelt_hook_of_a_plugin_backend(acme):
     file = acme / "plugin.py"
     file.write_text(file.read_text().replace('"plan_layers"', '"plan_layer"'))
-    with pytest.raises(BrokenBackend, match=r"unknown hook 'plan_layer'; there are load, .*Did you mean 'plan_layers'\?"):
+    with pytest.raises(
+        BrokenBackend, match=r"unknown hook 'plan_layer'; there are load, .*Did you mean 'plan_layers'\?"
+    ):
         Registry().info("acme")
 
 
@@ -431,7 +435,9 @@ def answer_with(node, hook, code):
 
 
 def test_an_old_plugin_works_with_a_newer_core(package):
-    old = package(lambda node: answer_with(node, "load", "return LoadedModel(model=None, config=config, kernel='none')"))
+    old = package(
+        lambda node: answer_with(node, "load", "return LoadedModel(model=None, config=config, kernel='none')")
+    )
     newer = Registry(Newer)
     config = newer.call("acme", "build_config", options={})
     loaded = newer.call("acme", "load", request=None, config=config, deadline=5)

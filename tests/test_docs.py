@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import polyquant
@@ -18,6 +19,7 @@ import typer
 from polyquant.authoring.new import new_backend
 from polyquant.contract import hookspecs
 from polyquant.cli.commands import build
+from polyquant.registry.catalogue import catalogue
 from polyquant.cli.main import backend_named_in
 from polyquant.loading.options import LoadOptions
 from polyquant.options import describe_options
@@ -172,6 +174,69 @@ def wrong_with(command: str) -> str:
     return ""
 
 
+PROSE = {"adds", "backend", "gives", "has", "knows", "needs"}
+"""What follows the word polyquant in messages that name no command."""
+
+
+def test_every_command_named_in_a_message_is_one():
+    """In what the core and the plugins say: the command is there, and each option that is written out."""
+    seen = 0
+    for path in [*ROOT.glob("core/polyquant/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")]:
+        for words in commands_in(path):
+            if words[0] not in PROSE:
+                wrong = wrong_in_a_message(words)
+                assert not wrong, f"{name(path)}: polyquant {' '.join(words)}: {wrong}"
+                seen += 1
+    assert seen > 10
+
+
+def test_a_message_that_names_no_command_is_found(tmp_path):
+    path = tmp_path / "planning.py"
+    path.write_text("def f(x):\n    raise ValueError(f'leave it out; polyquant list shows {x}')\n")
+    assert [wrong_in_a_message(words) for words in commands_in(path)] == ["there is no command 'list'"]
+    assert wrong_in_a_message(["env", "destroy"]) == "there is no command 'env destroy'"
+    assert wrong_in_a_message(["verify", "…", "--bakcend", "…"]) == "verify has no option --bakcend"
+    assert not wrong_in_a_message(["quantize", "…", "--backend", "gguf", "--type", "Q8_0"])
+
+
+def wrong_in_a_message(words: list[str]) -> str:
+    """What is wrong with a command in a message, which may go on with other words."""
+    backend = backend_named_in(words)
+    command = typer.main.get_command(build(backend if backend in polyquant.backends().names else None))
+    for count in (1, 2):
+        if not hasattr(command, "commands"):
+            break
+        if words[count - 1 : count] and words[count - 1] not in command.commands:
+            return f"there is no command {' '.join(words[:count])!r}"
+        command = command.commands[words[count - 1]] if words[count - 1 : count] else command
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    unknown = [word for word in words if re.fullmatch(r"--[a-z][a-z-]*", word) and word not in {*options, "--help"}]
+    return f"{command.name} has no option {unknown[0]}" if unknown else ""
+
+
+def commands_in(path: Path) -> Iterator[list[str]]:
+    """The words after each `polyquant` in the strings of a file; what is filled in stands as …. Docstrings count where
+    they have a command in backquotes."""
+    tree = ast.parse(path.read_text())
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and ast.get_docstring(node) is not None
+    }
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            text = node.value
+        else:
+            continue
+        before = "`" if id(node) in docstrings else r"(?<![\w./-])"
+        for found in re.findall(before + r"polyquant ([a-z][a-z-]*(?![\w.])[^`'\"\n;:,()|]*)", text):
+            yield found.split()
+
+
 def test_every_public_name_and_hook_has_its_place():
     python, hooks, authors = ((ROOT / "docs" / page).read_text() for page in
                               ("reference/python.md", "reference/hooks.md", "authors/index.md"))  # fmt: skip
@@ -184,13 +249,12 @@ def test_every_public_name_and_hook_has_its_place():
 
 
 def test_every_installed_backend_has_a_page_with_every_option():
-    ours = {name for backends in BROUGHT.values() for name in backends}
-    installed = [info for info in polyquant.backends() if info.name in ours]
-    assert installed
-    for info in installed:
-        text = (ROOT / "docs" / "backends" / f"{info.name}.md").read_text()
-        for option in describe_options(info.options):
-            assert f"| `{option.name}` |" in text and option.description.replace("|", "\\|") in text, option.name
+    for info in polyquant.backends():
+        page = ROOT / "docs" / "backends" / f"{info.name}.md"
+        if info.name in catalogue():
+            text = page.read_text()
+            for option in describe_options(info.options):
+                assert f"| `{option.name}` |" in text and option.description.replace("|", "\\|") in text, option.name
 
 
 def test_the_site_has_every_page():

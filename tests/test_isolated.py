@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from polyquant.comparison import environments
 from polyquant.isolated.environments import read_record
 from polyquant.isolated.remote import RemoteModel
 from polyquant.isolated.worker import InWorker
+from polyquant.registry.observers import Recorder
 from polyquant.models.resolve import resolve
 from polyquant.testing.models import tiny_model
 
@@ -104,6 +106,39 @@ def test_a_saved_model_loads_back_there(loaded, tmp_path):
     again = polyquant.load(loaded.save(tmp_path / "saved"), device="cpu")
     assert isinstance(again, RemoteModel)
     assert torch.equal(again.logits(TOKENS), loaded.logits(TOKENS))
+
+
+def test_observers_see_the_calls_that_a_worker_answers(environment, folder, tmp_path):
+    seen, asked = Recorder(), []
+
+    class Watch:
+        @polyquant.hookimpl(wrapper=True)
+        def save(self, loaded, out):
+            asked.append((loaded.kernel, out))
+            return (yield)
+
+    with polyquant.observing(seen), polyquant.observing(Watch()):
+        model = polyquant.load(folder, "rowwise", device="cpu")
+        model.save(tmp_path / "saved")
+        with pytest.raises(BackendFailed):  # no call of the protocol: the worker's own words
+            model.backend._observed("describe_layers", model.model, lambda: model.model.call("nonsense"), model=model)
+    of_hook = {record.hook: record for record in seen.records}
+    assert {"validate_environment", "build_config", "load", "describe_layers", "save"} <= set(of_hook)
+    assert {record.backend for record in seen.records} == {"rowwise"}
+    load, here = of_hook["load"], psutil.Process().memory_info().rss
+    assert load.seconds > 0 and load.device == "cpu"
+    assert load.peak_bytes == next(record.peak_bytes for record in model.records if record.hook == "load") != here
+    assert [kernel for kernel, _ in asked] == [model.kernel]
+    assert [record.failed for record in seen.records if record.hook == "describe_layers"][-1]
+
+
+def test_a_trace_shows_them_once(environment, run_python, isolated_rowwise, folder):
+    variables = {**os.environ, "PYTHONPATH": isolated_rowwise, "POLYQUANT_TRACE": "1"}
+    ran = run_python("run", str(folder), "Hello", "-b", "rowwise", "--max-new-tokens", "2", env=variables)
+    assert ran.returncode == 0, ran.stderr
+    shown = [line for line in ran.stderr.splitlines() if line.startswith("polyquant: rowwise load: ")]
+    assert len(shown) == 1
+    assert re.fullmatch(r"polyquant: rowwise load: \d+\.\d{3} s on cpu", shown[0])
 
 
 def test_quantizing_needs_no_further_word(environment, folder, tmp_path):

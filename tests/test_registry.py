@@ -1,12 +1,23 @@
 """Finding plugins: what is listed, what is refused, and how each refusal reads."""
 
 import importlib.metadata
+import re
 
 from types import SimpleNamespace
 
 import pytest
 from polyquant.registry.backend import Backend
-from polyquant.errors import BackendConflict, BackendFailed, BrokenBackend, UnknownBackend, UnsupportedOperation
+from polyquant.registry.catalogue import catalogue, maker_of, readers_of
+from polyquant.errors import (
+    BackendConflict,
+    BackendFailed,
+    BrokenBackend,
+    ConfigError,
+    UnknownBackend,
+    UnsupportedOperation,
+)
+from polyquant.contract import hookspecs
+from polyquant.registry.observers import ADDRESSED, Recorder
 from polyquant.registry.registry import Registry
 from polyquant.types import BackendInfo
 
@@ -123,13 +134,52 @@ def test_observers_see_every_addressed_call(make_plugin):
     assert record.peak_bytes is None or record.peak_bytes > 10**6
 
 
+def test_a_recorder_has_every_addressed_hook_and_tells_backends_apart(make_plugin):
+    make_plugin()
+    make_plugin(GOOD_PLUGIN.replace('"acme"', '"good"'), backend="good", distribution="polyquant-good")
+    registry, everything, one = Registry(), Recorder(), Recorder("good")
+    registry.add_observer(everything)
+    registry.add_observer(one)
+    for name in ("acme", "good"):
+        for hook, arguments in (("validate_environment", {"device": "cpu"}), ("build_config", {"options": {}}),
+                                ("describe_layers", {"model": None})):  # fmt: skip
+            registry.call(name, hook, **arguments)
+    with pytest.raises(ConfigError):
+        registry.call("acme", "build_config", options={"bits": 5})
+    assert [(record.backend, record.hook) for record in everything.records] == [
+        (name, hook) for name in ("acme", "good") for hook in ("validate_environment", "build_config", "describe_layers")
+    ] + [("acme", "build_config")]  # fmt: skip
+    assert [record.failed for record in everything.records] == [False] * 6 + [True]
+    assert {record.backend for record in one.records} == {"good"}
+    assert set(ADDRESSED) == {*hookspecs.REQUIRED, *hookspecs.OPTIONAL} - {"backend_info"}
+    assert all(callable(getattr(Recorder, hook)) for hook in ADDRESSED)
+
+
+def test_a_trace_names_each_call_with_its_time(make_plugin, monkeypatch, capsys):
+    make_plugin(GOOD_PLUGIN.replace("return LoadedModel(", "1 / 0\n        return LoadedModel("))
+    for value, shown in (("1", True), ("0", False)):
+        monkeypatch.setenv("POLYQUANT_TRACE", value)
+        registry = Registry()
+        registry.call("acme", "validate_environment", device="cpu")
+        with pytest.raises(BackendFailed):
+            registry.call("acme", "load", request=None, config=None)
+        lines = capsys.readouterr().err.splitlines()
+        assert bool(lines) == shown
+        if shown:
+            assert re.fullmatch(r"polyquant: acme validate_environment: \d\.\d{3} s on \w+", lines[0])
+            assert re.fullmatch(r"polyquant: acme load: \d\.\d{3} s on \w+, failed", lines[1])
+
+
 @pytest.mark.parametrize(
     ("asked", "installed", "words"),
     [
         ("autogptq", "gptq", r"gptq \(gptqmodel\) reads these checkpoints too: take that, or run: pip install polyquant-autogptq"),
         ("auto_gptq", "gptq", r"gptq \(gptqmodel\) reads these checkpoints too"),
         ("gptq", "autogptq", r"autogptq \(auto-gptq\) reads these checkpoints too: .* pip install polyquant-gptqmodel"),
-        ("awq", "autoawq", r"autoawq \(AutoAWQ\) reads these checkpoints too"),
+        ("autogptq", "auto-round", r"auto-round \(auto-round\) reads these checkpoints too"),
+        ("auto-round", "gptq", "Run: pip install polyquant-auto-round"),  # gptq reads one of its three
+        ("llama.cpp", "gguf", r"gguf \(gguf\) reads these checkpoints too: .* pip install polyquant-llama-cpp"),
+        ("awq", "autoawq", r"autoawq \(autoawq\) reads these checkpoints too"),
         ("auto-awq", "autoawq", "'auto-awq' is called 'autoawq' here"),
         ("autoawq", "acme", "Run: pip install polyquant-autoawq"),
         ("bnb", "acme", "Run: pip install polyquant-bitsandbytes"),
@@ -142,3 +192,21 @@ def test_legacy_names_lead_to_what_reads_the_same(make_plugin, monkeypatch, aske
     make_plugin(GOOD_PLUGIN.replace('"acme"', repr(installed)), backend=installed, distribution="polyquant-here")
     with pytest.raises(UnknownBackend, match=words):
         Registry().info(asked)
+
+
+def test_the_catalogue_knows_who_reads_and_who_makes():
+    assert readers_of("gptq") == ["gptq", "auto-round", "autogptq"], "its namesake first, what lives apart last"
+    assert readers_of("gguf") == ["gguf", "llama-cpp"]
+    assert readers_of("nothing of this kind") == []
+    assert maker_of("gguf") == "gguf"
+
+
+def test_every_quant_method_is_named_like_the_backend_that_a_hint_leads_to():
+    for known in catalogue().values():
+        for method in known.reads:
+            assert readers_of(method)[0] == method
+
+
+def test_no_name_is_taken_twice():
+    names = [name for backend, known in catalogue().items() for name in (backend, *known.also_called)]
+    assert len(names) == len(set(names))

@@ -5,12 +5,16 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import msgspec
 import polyquant
 import pytest
 from polyquant import errors
+from polyquant.comparison.records import Result
 from polyquant.contract import hookspecs
+from polyquant.registry.catalogue import catalogue
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "core" / "polyquant" / "authoring" / "template"  # a plugin, as `polyquant new-backend` writes it
@@ -295,3 +299,38 @@ def test_files_speak_of_no_machine(foreign):
         if name != "tests/test_repository.py" and name.endswith((".py", ".md", ".toml", ".txt", ".yml", "run")):
             said = re.search(foreign, (ROOT / name).read_text(encoding="utf-8"))
             assert not said, f"{name} names {said[0]}"
+
+
+def test_the_catalogue_has_every_plugin_of_this_repository():
+    packages = {}
+    for path in ROOT.glob("plugins/*/pyproject.toml"):
+        project = tomllib.loads(path.read_text())["project"]
+        packages |= dict.fromkeys(project["entry-points"]["polyquant.backends"], project["name"])
+    assert {name: known.package for name, known in catalogue().items()} == packages
+
+
+def test_the_core_names_no_backend_in_a_list_of_its_own():
+    """What the core knows of backends is in the catalogue, which is written from their cards."""
+    for path in CORE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict):
+                parts = [*node.keys, *node.values] if isinstance(node, ast.Dict) else node.elts
+                named = {part.value for part in parts if isinstance(part, ast.Constant)} & set(catalogue())
+                marks = path.name == "checks.py" and named == {"gptq", "awq"}  # quant_methods of sidecar files
+                assert len(named) < 2 or marks, f"{path}:{node.lineno} lists {sorted(named)}"
+
+
+def test_cards_and_measurements_agree():
+    """Each preset that was measured has its figure, to three digits, on its card; no other has one.
+
+    Left out: a preset of whose type the model's own weights were, which nothing more is lost in.
+    """
+    results = msgspec.json.decode((ROOT / "docs" / "reference" / "measured.json").read_bytes(), type=dict[str, Result])
+    measured = {
+        name: float(f"{result.quality.kl_mean:.3g}")
+        for name, result in results.items()
+        if not name.startswith("dense:") and result.quality and result.quality.kl_mean > 1e-6
+    }
+    cards = [polyquant.backend(name).info for name in catalogue()]
+    assert measured == {f"{info.name}:{preset}": kl for info in cards for preset, kl in info.measured_kl.items()}
+    assert {name for name in results if name not in measured} == {"dense:float32", "dense:bfloat16", "gguf:Q4_1"}

@@ -19,6 +19,10 @@ RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
 """How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are fitted
 to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text (AutoRound).
 codebook: groups of weights are entries of learned code books (AQLM)."""
+NumberFormat = Literal["integers", "integers with zero points", "normal floats", "floats", "k-quants", "vectors"]
+"""What codes stand for. integers: even steps around zero. integers with zero points: even steps from a minimum of their
+own. normal floats: a table of uneven levels (NF4, IQ4_NL). floats: FP8, FP4, MXFP4. k-quants: even steps whose scales
+and minima are quantized again (Q4_K). vectors: several weights at once (AQLM, IQ2)."""
 
 
 class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,9 +74,19 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return "nearest"
 
     @property
+    def number_format(self) -> NumberFormat:
+        """What the codes stand for with these options."""
+        return "integers"
+
+    @property
     def weight_bits(self) -> float:
         """Nominal bits of a quantized weight."""
         raise NotImplementedError
+
+    @property
+    def level_bits(self) -> float:
+        """Bits that decide how exact a weight is: below `weight_bits` where few levels are kept in wide numbers."""
+        return self.weight_bits
 
     def to_stored(self) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint with these options; `from_stored` reads it back."""

@@ -99,7 +99,9 @@ class BackendInfo(Record, frozen=True):
     docs: str  # address
     libraries: tuple[Library, ...] = ()
     presets: Mapping[str, Mapping[str, object]] = {}  # name -> options; the first is the default choice
-    measured_kl: Mapping[str, float] = {}  # preset -> mean KL to the dense SmolLM2-135M-Instruct, nats a position
+    also_called: tuple[str, ...] = ()  # what libraries and transformers call it: users who ask for these are led here
+    measured_kl: Mapping[str, float] = {}  # preset -> mean KL to the dense SmolLM2-135M-Instruct, nats a position;
+    # a preset of whose type that model's own weights were is left out: the figure, 0, says nothing of other models
     compute_dtypes: Mapping[str, Dtype] = {}  # device type -> measured best; cuda left out: by compute capability
     isolated: Isolated | None = None  # where `libraries` are not here, the backend runs in an environment of its own
 

@@ -35,6 +35,12 @@ class Variant(PluginBackend):
         super().__init__(info, ("plan_layers", "save", "prepare_for_training"), package=rowwise.package)
 
 
+class CalibratedOptions(RowwiseOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    @property
+    def rounding_method(self):
+        return "calibrated"
+
+
 def plugin(breaks=""):
     def register(cls):
         cls.name = f"rowwise-{cls.__name__.lower()}"
@@ -369,6 +375,7 @@ class Detached(Variant):
 class Calibrated(Variant):
     """Quantizes with calibration texts, and loads what it wrote."""
 
+    options = CalibratedOptions
     capabilities = {"on_the_fly": False, "needs_calibration": True}
 
     @hookimpl
@@ -410,3 +417,23 @@ class Picky(Variant):
         if request.source.config["hidden_size"] % 64:
             raise ModelError(f"{request.source.name}: hidden_size must be a multiple of 64")
         return rowwise.load(request, config)
+
+
+# what is declared: options that say how they round, a card that says what was measured
+
+
+@plugin(breaks="facts_are_of_known_kinds")
+class Textless(Variant):
+    """Says that it calibrates, and quantizes while loading."""
+
+    options = CalibratedOptions
+
+
+@plugin(breaks="measured_figures_are_of_presets")
+class Mismeasured(Variant):
+    card = {"measured_kl": {"int7": 0.1}}
+
+
+@plugin(breaks="names_are_its_own")
+class Impostor(Variant):
+    card = {"also_called": ("gptqmodel",)}

@@ -12,14 +12,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from polyquant.errors import ConfigError, SaveError
-from polyquant.registry.catalogue import BACKENDS, PACKAGES
+from polyquant.registry.catalogue import names_taken
 from polyquant.support.files import atomic_folder
 
 TEMPLATE = Path(__file__).parent / "template"
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST_NAME = 40
-TAKEN = {"polyquant", "dense", *BACKENDS, *(package.removeprefix("polyquant-") for package in PACKAGES)}
-"""polyquant's own words, and the backends and packages it knows by name."""
+OWN = {"polyquant", "dense"}
+"""polyquant's own words."""
 
 
 def package_of(name: str) -> str:
@@ -41,7 +41,7 @@ def check_name(name: str, installed: Collection[str] = ()) -> None:
         )
     if name in installed:
         raise ConfigError(f"a backend called {name!r} is installed already; choose another name, or uninstall it first")
-    if name in TAKEN:
+    if name in OWN | names_taken():
         raise ConfigError(f"{name!r} is taken: polyquant knows it already; choose another name")
     if importlib.util.find_spec(package_of(name)):
         raise ConfigError(f"a package {package_of(name)} is installed already; choose another name")

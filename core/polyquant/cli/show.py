@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyquant.api import Diagnosis
+from polyquant.registry.catalogue import Quantizes
 from polyquant.registry.installed import registry
 from polyquant.registry.query import Selection
 from polyquant.support.sizes import size
@@ -87,7 +88,7 @@ def card_cells(info: BackendInfo) -> list[str]:
         ranges(can.bits),
         " ".join(can.schemes[:SCHEMES_SHOWN]) + (f" +{more}" if more > 0 else ""),
         " ".join(device.type for device in can.devices),
-        _quantizes(info),
+        quantizes(info),
         " ".join(words for flag, words in ABILITIES.items() if getattr(can, flag)),
         " ".join(can.loads_prequantized),
     ]
@@ -106,7 +107,8 @@ def ranges(bits: Sequence[float]) -> str:
     )
 
 
-def _quantizes(info: BackendInfo) -> str:
+def quantizes(info: BackendInfo) -> Quantizes:
+    """How a backend that is installed makes quantized weights, in a word."""
     if info.capabilities.on_the_fly:
         return "loading"
     if not registry().implements(info.name, "quantize"):

@@ -15,6 +15,7 @@ from polyquant.isolated.worker import Worker
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
+from polyquant.registry.observers import Call
 from polyquant.registry.registry import Registry
 from polyquant.support.files import atomic_folder
 from polyquant.types import HookRecord, LayerInfo, Problem
@@ -71,7 +72,9 @@ class RemoteBackend(Backend):
         except EnvironmentProblem as error:
             what, _, fix = str(error).rpartition("\n  fix: ")
             return [Problem(what=what, fix=fix)]
-        found = worker.call("problems", device=device)
+        found = self._observed(
+            "validate_environment", worker, lambda: worker.call("problems", device=device), device=device
+        )
         self._idle = worker  # for the load that most often follows
         return msgspec.convert(found, list[Problem])
 
@@ -79,7 +82,10 @@ class RemoteBackend(Backend):
         from polyquant.models import hf
 
         worker = self._worker(shown=request.progress)
-        answer = worker.call("load", request=request, settled=settled)
+        answer = self._observed(
+            "load", worker, lambda: worker.call("load", request=request, settled=settled),
+            request=request, config=settled.options,
+        )  # fmt: skip
         source = request.source
         try:
             tokenizer = hf.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
@@ -94,12 +100,14 @@ class RemoteBackend(Backend):
         )  # fmt: skip
 
     def describe_layers(self, model: Worker) -> list[LayerInfo]:
-        return msgspec.convert(model.call("layers"), list[LayerInfo])
+        found = self._observed("describe_layers", model, lambda: model.call("layers"), model=model)
+        return msgspec.convert(found, list[LayerInfo])
 
     def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path:
         self._require_hook("save")
         with atomic_folder(out, overwrite=overwrite) as partial:
-            loaded.model.call("save", out=str(partial.absolute()))
+            worker, folder = loaded.model, str(partial.absolute())
+            self._observed("save", worker, lambda: worker.call("save", out=folder), loaded=loaded, out=partial)
         return out
 
     def quantize(
@@ -110,15 +118,27 @@ class RemoteBackend(Backend):
         with atomic_folder(out, overwrite=overwrite) as partial:
             worker = self._worker(shown=request.progress)
             try:
-                worker.call(
-                    "quantize", request=request, config=config, calibration=list(calibration),
-                    out=str(partial.absolute()),
-                )  # fmt: skip
+                given = {"request": request, "config": config, "calibration": list(calibration)}
+                folder = str(partial.absolute())
+                self._observed(
+                    "quantize", worker, lambda: worker.call("quantize", **given, out=folder), **given, out=partial
+                )
             finally:
                 worker.close()
             if accept is not None:
                 accept(partial)
         return out
+
+    def _observed(self, hook: str, worker: Worker, call: Callable[[], Any], **arguments: Any) -> Any:
+        """What the worker answers; observers see it as a call of `hook`, with the memory that the worker needed."""
+
+        def answer(seen: Call) -> Any:
+            try:
+                return call()
+            finally:
+                seen.there = next((record for record in worker.records if record.hook == hook), None)
+
+        return self._registry.observed(self.name, hook, answer, **arguments)
 
     def _worker(self, *, shown: bool = False) -> Worker:
         idle, self._idle = self._idle, None

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from threading import Lock, RLock, Thread, Timer
 from typing import IO, Any
 
+import msgspec
+
 from polyquant import errors
 from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem, PolyquantError
 from polyquant.isolated import pipes, protocol
@@ -18,10 +20,11 @@ from polyquant.isolated.environments import Environment
 from polyquant.isolated.memory import Blocks
 from polyquant.support.libraries import installed_version
 from polyquant.support.processes import SHOWN_LINES, explain, kill_group
+from polyquant.types import HookRecord
 
 START_SECONDS = 180  # until a worker has said its first word; it has imported no library by then
 END_SECONDS = 10
-UNSET = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV")
+UNSET = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "POLYQUANT_TRACE")  # hook calls are shown here
 
 
 class InWorker(Exception):
@@ -42,6 +45,7 @@ class Worker:
         self._said: deque[bytes] = deque(maxlen=400)
         self._lock, self._sending, self._forgotten = RLock(), Lock(), list[int]()
         self._blocks = Blocks()
+        self.records: list[HookRecord] = []  # of the hooks that the last call had called there
         self._stream: _Pieces | None = None
         kept = {name: value for name, value in os.environ.items() if name not in UNSET}
         try:
@@ -130,8 +134,10 @@ class Worker:
     def _exchange(self, what: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         with self._lock:
             self._finish_stream()
+            self.records = []
             self._send(what, arguments)
             answer, tensor = self._receive()
+            self.records = msgspec.convert(answer.get("records", []), list[HookRecord])
             if "error" in answer:
                 raise _error(self.environment.backend, answer["error"])
             return answer, tensor

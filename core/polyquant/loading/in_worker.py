@@ -20,6 +20,8 @@ from polyquant.support.libraries import installed_version
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
     from polyquant.registry.backend import Backend
+    from polyquant.registry.observers import Recorder
+    from polyquant.types import HookRecord
 
 
 class Server:
@@ -30,13 +32,26 @@ class Server:
         self._model: LoadedModel | None = None
         self._sessions: dict[int, Callable[[Sequence[int]], None]] = {}
         self._count = 0
+        self._recorder: Recorder | None = None
+
+    @property
+    def records(self) -> list[HookRecord]:
+        """Of the hooks called since this was asked last."""
+        if self._recorder is None:
+            return []
+        records, self._recorder.records = self._recorder.records, []
+        return records
 
     @property
     def handle(self) -> Backend:
         """The backend, in this process."""
         from polyquant.registry.backend import Backend
         from polyquant.registry.installed import registry
+        from polyquant.registry.observers import Recorder
 
+        if self._recorder is None:
+            self._recorder = Recorder()
+            registry().add_observer(self._recorder)
         return Backend(self._name, registry())
 
     @property
@@ -134,13 +149,15 @@ def main() -> None:
                 raise LookupError(f"no call {asked['call']!r}")
             server.forget(asked["forgotten"])
             stopped.clear()
-            _answer(outgoing, getattr(server, asked["call"])(**asked["arguments"]))  # kept by nobody until the next
+            answer = getattr(server, asked["call"])(**asked["arguments"])
+            _send(outgoing, answer, server)
+            del answer  # kept by nobody until the next
         except Exception as error:
             message = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-            protocol.send(outgoing, {"error": message})
+            protocol.send(outgoing, {"error": message, "records": server.records})
 
 
-def _answer(outgoing: int, answer: Any) -> None:
+def _send(outgoing: int, answer: Any, server: Server) -> None:
     torch = sys.modules.get("torch")
     if isinstance(answer, Iterator):
         for piece in answer:
@@ -149,7 +166,7 @@ def _answer(outgoing: int, answer: Any) -> None:
     if torch is not None and isinstance(answer, torch.Tensor):
         protocol.send(outgoing, {"result": None}, answer)
     else:
-        protocol.send(outgoing, {"result": answer})
+        protocol.send(outgoing, {"result": answer, "records": server.records})
 
 
 def _listen(incoming: int, calls: SimpleQueue[Mapping[str, Any]], stopped: Event) -> None:

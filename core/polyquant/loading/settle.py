@@ -16,6 +16,7 @@ from polyquant.loading.model import Model
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
 from polyquant.options import BackendOptions, Dtype
+from polyquant.registry.catalogue import maker_of
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo, Record, WeightInfo
 
@@ -118,7 +119,7 @@ def settle(
 def make_command(model: str, backend: Quantizer, options: Mapping[str, object]) -> str:
     """The command that makes the checkpoint which the route 'make first' needs."""
     takes_dense = backend.info.capabilities.makes_from == "dense"
-    maker, own = (backend.name, options) if takes_dense else ("gguf", {})
+    maker, own = (backend.name, options) if takes_dense else (maker_of(backend.info.capabilities.makes_from), {})
     return f"polyquant quantize {model} --backend {maker}{as_flags(own)} --out DIR"
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from polyquant.errors import CheckpointConflict, ModelError, PolyquantError, UnknownBackend
 from polyquant.options import BackendOptions
-from polyquant.registry.catalogue import READERS
+from polyquant.registry.catalogue import catalogue, readers_of
 from polyquant.registry.query import Selection
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo
@@ -40,10 +40,9 @@ def reader_of(method: str, installed: Selection) -> str:
     readers = [info.name for info in sorted(cards, key=lambda info: info.isolated is not None)]
     if readers:
         return method if method in readers else readers[0]
-    if method in READERS:
-        raise UnknownBackend(
-            f"the checkpoint is quantized with {method!r}; to read it, run: pip install {READERS[method]}"
-        )
+    if known_readers := readers_of(method):
+        command = catalogue()[known_readers[0]].command
+        raise UnknownBackend(f"the checkpoint is quantized with {method!r}; to read it, run: {command}")
     known = sorted({known for info in installed for known in info.capabilities.loads_prequantized})
     raise UnknownBackend(
         f"the checkpoint is quantized with {method!r}, which no polyquant backend reads; "

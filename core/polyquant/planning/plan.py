@@ -68,6 +68,7 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     if not quantized:
         notes.append(DENSE)
     count = sum(prod(tensor.shape) for tensor in quantized)
+    weight_bits = _weight_bits(settled, quantized)
     return Plan(
         model=model.name,
         backend=backend.name,
@@ -83,6 +84,11 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         quantized_bytes=total(quantized),
         constant_bytes=sum(tensor.constant_bytes for tensor in quantized),
         bits_per_weight=8 * total(quantized) / count if count else 0.0,
+        weight_bits=weight_bits,
+        level_bits=min(settled.options.level_bits or weight_bits, weight_bits),
+        rounding_method=settled.options.rounding_method,
+        number_format=settled.options.number_format,
+        measured_kl=None if route == "as stored" else _measured_kl(backend, given),
         kv_cache_bytes=context.kv_cache_bytes if context else None,
         activation_bytes=context.activation_bytes if context else None,
         checkpoint_bytes=model.outline.checkpoint_bytes,
@@ -97,6 +103,22 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         spilled=placement.spilled,
         notes=(*notes, *placement.notes),
     )
+
+
+def _weight_bits(settled: Settled, quantized: list[PlannedTensor]) -> float:
+    """Nominal bits of most quantized weights; where the options do not say, as for some GGUFs, by the tensors."""
+    counts: dict[float, int] = {}
+    for tensor in quantized:
+        counts[tensor.bits] = counts.get(tensor.bits, 0) + prod(tensor.shape)
+    by_tensors = max(counts, key=lambda bits: counts[bits], default=16.0)
+    return (settled.options.weight_bits or by_tensors) if quantized else by_tensors
+
+
+def _measured_kl(backend: Backend, given: Mapping[str, Any]) -> float | None:
+    """The card's figure of the preset that `given` comes to; None where it is no preset, or was not measured."""
+    config, info = backend.config(given), backend.info
+    names = [name for name in info.measured_kl if backend.config(info.presets[name]) == config]
+    return info.measured_kl[names[0]] if names else None
 
 
 def _layer_plans(

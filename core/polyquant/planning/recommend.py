@@ -13,7 +13,7 @@ from polyquant.errors import ConfigError, did_you_mean
 from polyquant.isolated import handles
 from polyquant.planning.measured import Measured, measured_here
 from polyquant.planning.records import Choice, Plans, Recommendation, Row
-from polyquant.planning.scale import published
+from polyquant.planning.scale import standing
 from polyquant.planning.table import load_command
 from polyquant.support.sizes import size
 from polyquant.types import Capabilities
@@ -92,10 +92,10 @@ def _figure(result: Measured | None, goal: Goal) -> float | None:
 
 
 def _order(row: Row, goal: Goal, measured: Mapping[str, Measured]) -> tuple[Any, ...]:
-    """Measured ones by their figure; then, for memory, fewest bytes; else by the published scale."""
+    """Measured ones by their figure; then, for memory, fewest bytes; else by what is declared and published."""
     assert row.plan is not None  # it fits
     figure = _figure(measured.get(row.candidate.name), goal)
-    scale = _published(row).order
+    scale = standing(row.plan).order
     if goal == "memory":
         return (False, row.plan.needed_bytes, *scale, row.candidate.name)
     if figure is not None:
@@ -103,12 +103,6 @@ def _order(row: Row, goal: Goal, measured: Mapping[str, Measured]) -> tuple[Any,
     if goal == "speed":  # fewer bytes to read for each token, where nothing was measured
         return (True, row.plan.weights_planned_bytes, *scale, row.candidate.name)
     return (True, 0.0, *scale, row.plan.needed_bytes, row.candidate.name)
-
-
-def _published(row: Row) -> Any:
-    assert row.plan is not None
-    card = handles.backend(row.candidate.backend).capabilities
-    return published(row.plan, calibrated=card.needs_calibration and "rtn" not in row.candidate.name)
 
 
 def _choice(row: Row, goal: Goal, measured: Mapping[str, Measured], plans: Plans) -> Choice:
@@ -122,7 +116,7 @@ def _choice(row: Row, goal: Goal, measured: Mapping[str, Measured], plans: Plans
     elif goal == "speed":
         reason = f"{size(row.plan.weights_planned_bytes)} of weights to read for each token; its speed was not measured"
     else:
-        reason = _published(row).words
+        reason = standing(row.plan).words
     return Choice(
         candidate=row.candidate,
         reason=reason,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from polyquant.comparison.candidates import Candidate
+from polyquant.options import NumberFormat, RoundingMethod
 from polyquant.types import DeviceMap, LayerPlan, Record
 
 Status = Literal["fits", "too big", "does not run", "not planned", "left out"]
@@ -44,6 +45,11 @@ class Plan(Record, frozen=True):
     quantized_bytes: int  # part of weights_planned_bytes, constants included
     constant_bytes: int  # part of quantized_bytes
     bits_per_weight: float  # of the quantized tensors, constants included
+    weight_bits: float  # nominal, of most quantized weights; 16 where there are none
+    level_bits: float  # of them, what decides how exact a weight is: 4 for int4 that is kept in bytes
+    rounding_method: RoundingMethod  # how weights become codes, as the options declare it
+    number_format: NumberFormat  # what the codes stand for, as the options declare it
+    measured_kl: float | None  # the card's, where the options are those of a preset; nats, on the authors' model
     kv_cache_bytes: int | None  # None: the model's forward pass cannot be followed without weights
     activation_bytes: int | None  # of a prefill of the whole context
     checkpoint_bytes: int  # the weight files as they are now; 0 where only a config is there

@@ -14,9 +14,9 @@ from polyquant.planning.model import PlannedModel
 from polyquant.planning.plan import DENSE, Asked, plan_one
 from polyquant.planning.process import problems_of
 from polyquant.planning.records import Absent, Plans, Row
-from polyquant.planning.scale import published
+from polyquant.planning.scale import standing
 from polyquant.registry.backend import Backend
-from polyquant.registry.catalogue import BACKENDS, package_of
+from polyquant.registry.catalogue import catalogue
 from polyquant.registry.installed import registry
 from polyquant.support.sizes import size
 
@@ -35,9 +35,9 @@ def plan_all(model: PlannedModel, asked: Asked, budget: Budget) -> Plans:
         memory_bytes=budget.total_bytes(device),
         rows=tuple(sorted(rows, key=_place)),
         absent=tuple(
-            Absent(backend=backend, command=f"pip install {package_of(backend)}")
-            for backend in BACKENDS
-            if backend not in registry().names()
+            Absent(backend=name, command=known.command)
+            for name, known in catalogue().items()
+            if name not in registry().names()
         ),
     )
 
@@ -107,8 +107,8 @@ def load_command(candidate: Candidate, model: str) -> str:
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    """What fits first; of that, the least lossy by the published scale, then the smaller."""
+    """What fits first; of that, what should lose least by what is declared and published, then the smaller."""
     plan = row.plan
     if plan is None:
         return (ORDER.index(row.status), 0, 0, row.candidate.name)
-    return (ORDER.index(row.status), *published(plan).order, plan.needed_bytes, row.candidate.name)
+    return (ORDER.index(row.status), *standing(plan).order, plan.needed_bytes, row.candidate.name)

@@ -19,7 +19,7 @@ from polyquant.memory.planned import (
     refuse_experts,
 )
 from polyquant.memory.roles import REASONS, TIED
-from polyquant.options import BackendOptions, Dtype, RoundingMethod, convert, resolved_dtype
+from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import module_of, quantized_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
@@ -57,6 +57,7 @@ __all__ = [
     "LoadRequest",
     "LoadedModel",
     "ModelSource",
+    "NumberFormat",
     "PluginBackend",
     "Problem",
     "Prompt",

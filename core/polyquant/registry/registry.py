@@ -8,7 +8,7 @@ check fails, so that one broken plugin is one row with its reason.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.options import BackendOptions
 from polyquant.registry import hooks
 from polyquant.registry.catalogue import hint
+from polyquant.registry.observers import Call, Trace, calling
 from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
 
 RESULTS: Mapping[str, type] = {
@@ -65,6 +66,8 @@ class Registry:
         for point in entry_points(group=ENTRY_POINT_GROUP):
             if point.name not in disabled and point not in self._found.get(point.name, []):
                 self._found.setdefault(point.name, []).append(point)
+        if os.environ.get("POLYQUANT_TRACE", "0") not in ("", "0"):
+            self.add_observer(Trace())
 
     def names(self) -> list[str]:
         """Every installed backend, broken ones too; imports nothing."""
@@ -102,6 +105,16 @@ class Registry:
         """Undo `add_observer`."""
         self._manager.unregister(observer)
 
+    def observed(self, name: str, hook: str, answer: Callable[[Call], Any], **arguments: Any) -> Any:
+        """What `answer` gives in place of the backend's own hook, in another process; observers see it as a call.
+
+        arguments: the hook's, for observers that ask for them.
+        """
+        call = Call(name, elsewhere=True)
+        caller = self._manager.subset_hook_caller(hook, remove_plugins=list(self._plugins.values()))
+        with calling(call):
+            return caller.call_extra([lambda: answer(call)], arguments)
+
     def call(self, name: str, hook: str, **arguments: Any) -> Any:
         """Call one hook of one backend; the answer's type is checked.
 
@@ -112,7 +125,8 @@ class Registry:
         others = [plugin for other, plugin in self._plugins.items() if other != name]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
         try:
-            result = caller(**arguments)
+            with calling(Call(name)):
+                result = caller(**arguments)
         except (PolyquantError, MemoryError):
             raise
         except Exception as error:

@@ -14,6 +14,9 @@ CURES: Mapping[str, tuple[str, str]] = {
     "imports_nothing_heavy": (
         "backend_info", "import torch and your library in files whose names begin with an underscore",
     ),
+    "facts_are_of_known_kinds": (OPTIONS, "say in rounding_method, number_format and level_bits what the options do"),
+    "measured_figures_are_of_presets": ("backend_info", "give measured_kl figures of presets, or leave it out"),
+    "names_are_its_own": ("backend_info", "take the names that are others' out of also_called"),
     "card_is_complete": ("backend_info", "complete the BackendInfo that it returns"),
     "capabilities_have_their_hooks": ("backend_info", "declare what is implemented, and implement what is declared"),
     "hooks_fit_the_specification": ("backend_info", "write its arguments as contract.hookspecs does, without defaults"),

@@ -6,11 +6,14 @@ import contextlib
 import inspect
 import io
 import logging
+import math
 import os
-from typing import Any
+from typing import Any, get_args
 
 from polyquant.contract import hookspecs
-from polyquant.options import describe_options
+from polyquant.isolated import handles
+from polyquant.options import NumberFormat, RoundingMethod, describe_options
+from polyquant.registry.catalogue import catalogue
 from polyquant.testing.check import check, expect
 from polyquant.testing.processes import run_python
 from polyquant.testing.subject import Subject
@@ -49,6 +52,10 @@ def card_is_complete(subject: Subject) -> None:
         capabilities.on_the_fly or capabilities.loads_prequantized,
         "the backend loads nothing: it neither quantizes on the fly nor reads any quant_method",
     )
+    if capabilities.makes_from != "dense":
+        said = f"makes_from is {capabilities.makes_from!r}"
+        expect(subject.handle.can("quantize"), f"{said}, and there is no quantize hook")
+        expect(capabilities.makes_from in capabilities.loads_prequantized, f"{said}, which loads_prequantized has not")
     kinds = {support.type for support in capabilities.devices}
     unknown = sorted(set(info.compute_dtypes) - kinds)
     expect(not unknown, f"compute_dtypes names {', '.join(unknown)}, which capabilities.devices does not")
@@ -69,6 +76,57 @@ def capabilities_have_their_hooks(subject: Subject) -> None:
         expect(not declared or there, f"{capability} is declared, and the hook {hook} is not implemented")
         if hook != "quantize":  # it may round to nearest, without calibration
             expect(declared or not there, f"the hook {hook} is implemented, and {capability} is not declared")
+
+
+@check(per="backend")
+def facts_are_of_known_kinds(subject: Subject) -> None:
+    """What options declare of every preset is one of the words there are, and fits the rest of the card."""
+    text = subject.handle.can("quantize") or not subject.capabilities.on_the_fly
+    for preset, options in subject.info.presets.items():
+        config = subject.handle.config(options)
+        for name, words in (("rounding_method", get_args(RoundingMethod)), ("number_format", get_args(NumberFormat))):
+            expect(
+                (found := getattr(config, name)) in words,
+                f"{preset}: {name} must be one of {', '.join(words)}, it is {found!r}",
+            )
+        expect(
+            0 < config.level_bits <= config.weight_bits,
+            f"{preset}: level_bits is {config.level_bits:g} of {config.weight_bits:g} weight_bits",
+        )
+        needs_text = config.rounding_method in ("calibrated", "tuned")
+        expect(
+            text or not needs_text,
+            f"{preset}: rounding_method is {config.rounding_method}, and the backend quantizes while loading, without "
+            "text: implement quantize, or say how it rounds",
+        )
+        expect(
+            needs_text or not subject.capabilities.needs_calibration,
+            f"{preset}: needs_calibration is declared, and rounding_method is {config.rounding_method!r}; override it",
+        )
+
+
+@check(per="backend")
+def measured_figures_are_of_presets(subject: Subject) -> None:
+    """measured_kl names presets of the card, with divergences above zero."""
+    info = subject.info
+    unknown = sorted(set(info.measured_kl) - set(info.presets))
+    expect(not unknown, f"measured_kl names {', '.join(unknown)}, and the presets are {', '.join(info.presets)}")
+    wrong = [preset for preset, kl in info.measured_kl.items() if not 0 < kl < math.inf]
+    expect(not wrong, f"measured_kl of {', '.join(wrong)} is no divergence in nats above zero")
+
+
+@check(per="backend")
+def names_are_its_own(subject: Subject) -> None:
+    """also_called is nobody else's name: neither of an installed backend nor of one that polyquant knows."""
+    info = subject.info
+    others = {other.name: {other.name, *other.also_called} for other in handles.backends() if other.name != info.name}
+    for name, known in catalogue().items():
+        if name != info.name:
+            others.setdefault(name, set()).update((name, *known.also_called))
+    for name, names in others.items():
+        shared = sorted(names & {info.name, *info.also_called})
+        expect(not shared, f"{', '.join(shared)} is what {name} is called; take another name")
+    expect(info.name not in info.also_called, f"also_called repeats the name {info.name!r}")
 
 
 @check(per="backend")

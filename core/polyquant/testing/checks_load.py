@@ -22,7 +22,11 @@ def loads(subject: Subject, preset: str, model: str) -> None:
 
 @check(needs=("runs_on_torch",))
 def is_in_eval_mode(subject: Subject, preset: str) -> None:
-    """The model comes in eval mode, all of its modules."""
+    """The model is a torch module, as the card's runtime says, and comes in eval mode, all of its modules."""
+    import torch
+
+    model = subject.loaded(preset).model
+    expect(isinstance(model, torch.nn.Module), f"runtime is 'torch', and the model is a {type(model).__name__}")
     training = [name or "the model" for name, module in subject.loaded(preset).model.named_modules() if module.training]
     expect(not training, f"in training mode: {', '.join(training[:5])}")
 

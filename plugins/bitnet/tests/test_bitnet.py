@@ -201,7 +201,9 @@ def test_norms_within_the_layers(folder, tmp_path):
     assert torch.equal(load(tmp_path / "saved").logits(TOKENS), loaded.logits(TOKENS))
     del tensors[f"{LAYER}.rms_norm.weight"]
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"{LAYER} cannot be read: rms_norm.weight is missing; it has weight, weight_scale"):
+    with pytest.raises(
+        ModelError, match=f"{LAYER} cannot be read: rms_norm.weight is missing; it has weight, weight_scale"
+    ):
         load(checkpoint)
 
 
@@ -233,17 +235,29 @@ def replaced(name, how):
     [
         (without(f"{LAYER}.weight"), f"{LAYER} cannot be read: weight is missing; it has weight_scale"),
         (without(f"{LAYER}.weight_scale"), f"{LAYER} cannot be read: weight_scale is missing; it has weight"),
-        (without("model.layers.0.self_attn.q_proj.bias"), "q_proj cannot be read: bias is missing; it has weight, weight_scale"),
+        (
+            without("model.layers.0.self_attn.q_proj.bias"),
+            "q_proj cannot be read: bias is missing; it has weight, weight_scale",
+        ),
         (without("lm_head.weight"), r"missing or have no place in the model: lm_head\.weight"),
         (
             replaced(f"{LAYER}.weight", lambda weight: weight[:-1]),
             rf"{LAYER} cannot be read: weight of a layer \(512, 256\) should be \(128, 256\) uint8, and is \(127, 256\)",
         ),
         (replaced(f"{LAYER}.weight", lambda weight: weight.float()), r"and is \(128, 256\) float32"),
-        (replaced(f"{LAYER}.weight", lambda weight: weight | 3), f"{LAYER} cannot be read: it has weights that are none of -1, 0 and 1"),
-        (replaced(f"{LAYER}.weight_scale", lambda scale: -scale), f"{LAYER} cannot be read: its weight_scale should be positive"),
+        (
+            replaced(f"{LAYER}.weight", lambda weight: weight | 3),
+            f"{LAYER} cannot be read: it has weights that are none of -1, 0 and 1",
+        ),
+        (
+            replaced(f"{LAYER}.weight_scale", lambda scale: -scale),
+            f"{LAYER} cannot be read: its weight_scale should be positive",
+        ),
         (replaced(f"{LAYER}.weight_scale", lambda scale: scale * float("nan")), "should be positive, and is nan"),
-        (replaced(f"{LAYER}.weight_scale", lambda scale: scale.repeat(2)), r"weight_scale of a layer .* should be \(1,\) float, and is \(2,\) float32"),
+        (
+            replaced(f"{LAYER}.weight_scale", lambda scale: scale.repeat(2)),
+            r"weight_scale of a layer .* should be \(1,\) float, and is \(2,\) float32",
+        ),
         (
             replaced("model.layers.0.self_attn.q_proj.bias", lambda bias: bias[:-1]),
             r"q_proj cannot be read: bias of a layer \(256, 256\) should be \(256,\) float, and is \(255,\) float32",
@@ -266,8 +280,14 @@ def test_damaged_checkpoints_name_the_layer(changed, tensors, words):
         ),
         (lambda stored: stored.update(linear_class="hbitlinear"), r"Invalid enum value 'hbitlinear'"),
         (lambda stored: stored.update(base_bits=4), "it has base_bits, which is not read"),
-        (lambda stored: stored.update(modules_to_not_convert=[]), "lm_head cannot be read: weight_scale is missing; it has weight"),
-        (lambda stored: stored.update(use_rms_norm=True), r"rms_norm\.weight is missing; it has bias, weight, weight_scale"),
+        (
+            lambda stored: stored.update(modules_to_not_convert=[]),
+            "lm_head cannot be read: weight_scale is missing; it has weight",
+        ),
+        (
+            lambda stored: stored.update(use_rms_norm=True),
+            r"rms_norm\.weight is missing; it has bias, weight, weight_scale",
+        ),
     ],
 )
 def test_configs_that_do_not_fit_the_tensors(changed, stored, words):
