@@ -217,6 +217,7 @@ def test_cells_that_are_true(tmp_path, content):
     )
     with guarded(tmp_path, len(content)):
         found = store.read_cell(tmp_path / "cell.json")
+        assert found.result is not None or found.note
         if found.result is not None:
             assert msgspec.json.decode(content, type=Result) == found.result
 

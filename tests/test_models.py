@@ -113,9 +113,11 @@ def test_any_bytes_as_weights_are_read_or_refused(folder, content, sized):
     prefix = struct.pack("<Q", len(content)) if sized else b""
     (folder / "model.safetensors").write_bytes(prefix + content)
     try:
-        resolve(folder)
-    except ModelError:
-        pass
+        found = resolve(folder)
+    except ModelError as error:
+        assert "model.safetensors" in str(error)
+    else:
+        assert found.path == folder
 
 
 def test_pickle_weights_are_refused_unless_allowed(folder):

@@ -56,8 +56,8 @@ def test_what_fits_is_first_and_within_the_budget(table):
 
 def test_what_has_to_be_made_first_says_how(table):
     made = next(row for row in table.rows if row.candidate.name == "gptq:int8")
-    if made.status == "fits":
-        assert made.fix == f"polyquant quantize {CONFIG} --backend gptq --bits 8 --group-size 64 --out DIR"
+    assert made.status == "fits", made.reason
+    assert made.fix == f"polyquant quantize {CONFIG} --backend gptq --bits 8 --group-size 64 --out DIR"
 
 
 def test_backends_that_are_not_installed_come_with_their_command(monkeypatch):
@@ -148,7 +148,9 @@ def test_the_first_has_its_reason_and_each_other_one_too():
 def test_nothing_is_recommended_that_doctor_refuses():
     refused = {each.backend for each in polyquant.doctor(device="cpu") if not each.runs}
     for goal in ("quality", "speed", "memory"):
-        assert not refused & {choice.candidate.backend for choice in recommended(goal=goal).choices}
+        chosen = {choice.candidate.backend for choice in recommended(goal=goal).choices}
+        assert chosen
+        assert not refused & chosen
 
 
 def test_goals_order_differently():

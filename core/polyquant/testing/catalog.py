@@ -15,7 +15,7 @@ from polyquant.testing import (
     checks_train,
 )
 from polyquant.testing.check import CHECKS, Case, Check
-from polyquant.testing.layouts import run_everywhere
+from polyquant.testing.schemes import run_everywhere
 
 MODULES = (
     checks_card, checks_options, checks_load, checks_outputs, checks_layers, checks_bytes, checks_files, checks_train,
@@ -30,8 +30,8 @@ def cases(handle: Backend) -> list[tuple[Check, Case]]:
     """Every run of every check on a backend.
 
     A check of one preset runs on each of the card's. A check of one preset and one architecture runs on each preset
-    with `polyquant.testing.check.FIRST`, and on the check's other architectures once for each layout of the backend's
-    weights: with the presets that `polyquant.testing.layouts.run_everywhere` chooses, and says why.
+    with `polyquant.testing.check.FIRST`, and on the check's other architectures once for each scheme of the backend's
+    presets: with those that `polyquant.testing.schemes.run_everywhere` chooses, and says why.
     """
     presets, everywhere = list(handle.info.presets), run_everywhere(handle)
     return [(each, case) for each in ALL for case in each.cases(presets, everywhere)]

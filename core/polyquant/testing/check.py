@@ -12,7 +12,7 @@ CheckFunction = Callable[..., None]
 REAL = "real"
 """The model that is no tiny one: the subject's `real_model`."""
 FIRST = "llama"
-"""The tiny model that every preset is run on; see `polyquant.testing.layouts` for the others."""
+"""The tiny model that every preset is run on; see `polyquant.testing.schemes` for the others."""
 
 
 class CheckFailed(AssertionError):

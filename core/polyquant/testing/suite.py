@@ -25,7 +25,7 @@ class BackendConformance:
 
     Each test says in its docstring what it holds the backend to; `polyquant.testing.catalog.ALL` lists them, and
     `polyquant.testing.catalog.cases` what each is run on: every preset on one architecture, the other architectures
-    once for each layout of stored weights.
+    once for each scheme.
 
     With pytest-xdist's --dist=loadgroup the tests of one preset run in one process, and so do those that ask for none.
     """
