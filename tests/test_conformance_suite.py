@@ -12,8 +12,9 @@ import pytest
 import torch
 from polyquant.authoring.new import TEMPLATE
 from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
-from polyquant.testing.catalog import ALL
-from polyquant.testing.check import Floor
+from polyquant.testing import keeping
+from polyquant.testing.catalog import ALL, cases
+from polyquant.testing.check import FIRST, Floor
 from polyquant.testing.models import ARCHITECTURES, tiny_model
 from polyquant.testing.running import run_checks
 from polyquant.testing.subject import Subject
@@ -36,11 +37,11 @@ def site(tmp_path_factory):
     write_metadata(folder, "polyquant-rowwise-mutants", rowwise_mutants.PLUGINS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        polyquant.registry.installed.registry.cache_clear()
+        polyquant.registry.registry.installed.registry.cache_clear()
         torch.set_num_threads(1)
         yield folder
     torch.set_num_threads(threads)
-    polyquant.registry.installed.registry.cache_clear()
+    polyquant.registry.registry.installed.registry.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,9 @@ def test_the_five_line_file_of_the_reference_backend_passes(run_pytest, rowwise_
     assert Counter(outcomes.values()).keys() == {"PASSED"}, output
     tested = {name.partition("[")[0] for name in outcomes}
     assert tested == {f"test_{each.name}" for each in ALL if not each.real}
-    assert "test_saves_and_loads_back[int8-bf16-scales-llama-tied]" in outcomes
+    run = {name for name in outcomes if name.startswith("test_saves_and_loads_back[")}
+    expected = ("int8-llama", "int8-llama-tied", "int8-odd", "int8-bf16-scales-llama")  # two presets of one scheme
+    assert run == {f"test_saves_and_loads_back[{case}]" for case in expected}
 
 
 @pytest.mark.real
@@ -232,8 +235,62 @@ def test_the_floor_bites(make_subject):
     assert "the floor asks for top-1 agreement 1.1" in reasons[1]
 
 
+@pytest.mark.parametrize(
+    ("backend", "presets"),
+    [
+        ("bitsandbytes", ["nf4", "fp4", "int8"]),  # nf4-dq is nf4 with other constants
+        ("gptq", ["int4", "int8"]),
+        ("llama-cpp", ["Q4_K_M", "Q4_0", "Q8_0"]),  # does not plan
+    ],
+)
+def test_other_architectures_run_once_a_scheme(backend, presets):
+    handle = polyquant.backend(backend)
+    run = {(each.name, case.preset, case.model) for each, case in cases(handle)}
+    for each in ALL:
+        if each.per != "backend":
+            asked = {(preset, model) for name, preset, model in run if name == each.name}
+            whole = {(preset, FIRST if each.per == "model" else "") for preset in handle.info.presets}
+            assert asked == whole | {(preset, model) for preset in presets for model in each.models}
+
+
+def test_a_quantized_checkpoint_is_kept_until_what_makes_it_changes(make_subject, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path))
+    made = []
+
+    def make_checkpoint(dense, preset, out):
+        made.append(preset)
+        out.mkdir()
+        (out / "preset").write_text(preset)
+
+    def ask(preset):
+        return make_subject("rowwise-reader", make_checkpoint=make_checkpoint).checkpoint(preset, "llama")
+
+    first = ask("int8")
+    assert (first.parent, (first / "preset").read_text()) == (tmp_path / "conformance" / "rowwise-reader", "int8")
+    assert (ask("int8"), made) == (first, ["int8"])
+    monkeypatch.setattr(keeping, "_installed", lambda: "another version of a library")
+    second = ask("int8")
+    assert (second != first, made) == (True, ["int8", "int8"])
+    os.utime(first, (0, 0))
+    monkeypatch.setattr(keeping, "_installed", lambda: "a third one")
+    ask("int8")
+    assert second.exists() and not first.exists(), "nobody has read the first for a week"
+
+
+def test_what_fails_to_be_made_leaves_nothing(make_subject, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path))
+
+    def make_checkpoint(dense, preset, out):
+        out.mkdir()
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        make_subject("rowwise-reader", make_checkpoint=make_checkpoint).checkpoint("int8", "llama")
+    assert [path.suffix for path in (tmp_path / "conformance" / "rowwise-reader").iterdir()] == [".lock"]
+
+
 def test_the_checks_run_without_pytest():
-    code = "import sys; sys.modules['pytest'] = None; from polyquant.testing import running, Floor; print(len(running.ALL))"
+    code = "import sys; sys.modules['pytest'] = None; from polyquant.testing import running, catalog, Floor; print(len(catalog.ALL))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == str(len(ALL)), result.stderr
 

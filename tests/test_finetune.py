@@ -317,7 +317,6 @@ def test_merging_into_the_dequantized_base_changes_nothing(tuned, model, tmp_pat
     quality = polyquant.merge(model, tuned[1], tmp_path / "merged", "dequantize", device="cpu", compute_dtype="float32")
     assert quality.kl_mean < 1e-5
     assert quality.top1 > 0.99
-    from polyquant.models import hf
     from polyquant.loading import dense
     from polyquant.models.resolve import resolve
 

@@ -14,6 +14,7 @@ from polyquant.models import gguf_header, headers
 from polyquant.models.gguf_types import TYPES
 from polyquant.models.outline import outline
 from polyquant.models.resolve import resolve
+from polyquant.request import ModelSource
 from polyquant.types import WeightInfo
 
 from .fuzzing import SETTINGS, TEXTS, VALUES, damaged, guarded, json_files, mutated
@@ -278,7 +279,7 @@ def test_quantization_configs(folder, dialect):
     def run(stored, other):
         for given_config in (stored, {**dialect, "group_size": other, "bits": other}):
             config = CONFIG | {"quantization_config": given_config}
-            source = checkpoints.ModelSource(name="x", path=folder, config=config)
+            source = ModelSource(name="x", path=folder, config=config)
             with guarded(folder, len(json.dumps(config))):
                 method = stored.method_of(source)
                 for info in readers if method else ():
@@ -287,7 +288,7 @@ def test_quantization_configs(folder, dialect):
                         assert isinstance(options, info.options)
                         stored.reconcile(source, options, options, ["skip"])
 
-    warm = checkpoints.ModelSource(name="x", path=folder, config=CONFIG | {"quantization_config": dialect})
+    warm = ModelSource(name="x", path=folder, config=CONFIG | {"quantization_config": dialect})
     for info in readers:  # libraries that reading imports are no part of what it allocates
         try:
             stored.stored_options(warm, info, stored.method_of(warm))

@@ -24,7 +24,7 @@ from polyquant.registry.observers import Recorder
 from polyquant.models.resolve import resolve
 from polyquant.testing.models import tiny_model
 
-from .isolating import environment, gone, isolated_rowwise  # noqa: F401  fixtures
+from .isolating import gone
 
 TOKENS = list(range(3, 40))
 

@@ -22,7 +22,7 @@ from polyquant.isolated.sources import arguments_for
 from polyquant.isolated.worker import Worker
 from polyquant.types import Isolated
 
-from .isolating import environment, gone, isolated_rowwise  # noqa: F401  fixtures
+from .isolating import gone
 
 HELLO = json.dumps({"protocol": protocol.VERSION, "polyquant": installed_version("polyquant")})
 

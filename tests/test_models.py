@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polyquant.errors import ModelError
 from polyquant.support.cache import cache_folder
-from polyquant.models import builtin
 from polyquant.models.resolve import resolve
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -114,9 +113,11 @@ def test_any_bytes_as_weights_are_read_or_refused(folder, content, sized):
     prefix = struct.pack("<Q", len(content)) if sized else b""
     (folder / "model.safetensors").write_bytes(prefix + content)
     try:
-        resolve(folder)
-    except ModelError:
-        pass
+        found = resolve(folder)
+    except ModelError as error:
+        assert "model.safetensors" in str(error)
+    else:
+        assert found.path == folder
 
 
 def test_pickle_weights_are_refused_unless_allowed(folder):

@@ -71,6 +71,8 @@ def test_options_are_described_own_ones_first():
 def test_any_input_gives_options_or_a_config_error(options):
     for strict in (True, False):
         try:
-            convert(Options, options, strict=strict)
-        except ConfigError:
-            pass
+            found = convert(Options, options, strict=strict)
+        except ConfigError as error:
+            assert str(error)
+        else:
+            assert isinstance(found, Options)

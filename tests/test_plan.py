@@ -99,7 +99,6 @@ def test_the_cache_follows_what_layers_see(tmp_path):
 
 def test_planned_cache_is_what_transformers_keeps(tmp_path):
     import torch
-    from polyquant.models import hf
     from polyquant.loading import dense
     from polyquant.memory.storage import tensor_bytes
     from polyquant.models.resolve import resolve_dense

@@ -143,7 +143,9 @@ def test_the_first_has_its_reason_and_each_other_one_too():
 def test_nothing_is_recommended_that_doctor_refuses():
     refused = {each.backend for each in polyquant.doctor(device="cpu") if not each.runs}
     for goal in ("quality", "speed", "memory"):
-        assert not refused & {choice.candidate.backend for choice in recommended(goal=goal).choices}
+        chosen = {choice.candidate.backend for choice in recommended(goal=goal).choices}
+        assert chosen
+        assert not refused & chosen
 
 
 # ranks without anything measured here: by what is declared

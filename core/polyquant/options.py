@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
-"""How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are fitted
-to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text (AutoRound).
+"""How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are
+fitted to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text (AutoRound).
 codebook: groups of weights are entries of learned code books (AQLM)."""
 NumberFormat = Literal["integers", "integers with zero points", "normal floats", "floats", "k-quants", "vectors"]
 """What codes stand for. integers: even steps around zero. integers with zero points: even steps from a minimum of their

@@ -25,8 +25,8 @@ PRESET, WINDOWS = "llamacpp-512", 2
 
 
 def merge(
-    model: str | Path, adapter: Path, out: Path, way: merge_methods.Way, backend: str | None, options: Mapping[str, Any],
-    threshold: float, *, force: bool, overwrite: bool, load: Load, quantize: Quantize,
+    model: str | Path, adapter: Path, out: Path, way: merge_methods.Way, backend: str | None,
+    options: Mapping[str, Any], threshold: float, *, force: bool, overwrite: bool, load: Load, quantize: Quantize,
 ) -> Quality:  # fmt: skip
     """See `polyquant.merge`; load, quantize: `polyquant`'s."""
     if out.exists() and not overwrite:

@@ -1,7 +1,8 @@
-"""All checks, in the order they are run; for anything that runs them: the test class, a command line."""
+"""All checks and their cases, in the order they are run, for whatever runs them: the test class, a command line."""
 
 from __future__ import annotations
 
+from polyquant.registry.backend import Backend
 from polyquant.testing import (
     checks_bytes,
     checks_card,
@@ -13,7 +14,8 @@ from polyquant.testing import (
     checks_state,
     checks_train,
 )
-from polyquant.testing.check import CHECKS, Check
+from polyquant.testing.check import CHECKS, Case, Check
+from polyquant.testing.schemes import run_everywhere
 
 MODULES = (
     checks_card, checks_options, checks_load, checks_outputs, checks_layers, checks_bytes, checks_files, checks_train,
@@ -22,3 +24,14 @@ MODULES = (
 ALL: tuple[Check, ...] = tuple(
     each for module in MODULES for each in CHECKS.values() if each.function.__module__ == module.__name__
 )
+
+
+def cases(handle: Backend) -> list[tuple[Check, Case]]:
+    """Every run of every check on a backend.
+
+    A check of one preset runs on each of the card's. A check of one preset and one architecture runs on each preset
+    with `polyquant.testing.check.FIRST`, and on the check's other architectures once for each scheme of the backend's
+    presets: with those that `polyquant.testing.schemes.run_everywhere` chooses, and says why.
+    """
+    presets, everywhere = list(handle.info.presets), run_everywhere(handle)
+    return [(each, case) for each in ALL for case in each.cases(presets, everywhere)]

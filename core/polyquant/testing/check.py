@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ from polyquant.types import Record
 CheckFunction = Callable[..., None]
 REAL = "real"
 """The model that is no tiny one: the subject's `real_model`."""
+FIRST = "llama"
+"""The tiny model that every preset is run on; see `polyquant.testing.schemes` for the others."""
 
 
 class CheckFailed(AssertionError):
@@ -49,7 +51,7 @@ class Check:
     """A check and when it applies."""
 
     function: CheckFunction
-    per: Literal["backend", "preset", "model"]  # model: each preset on each of `models`
+    per: Literal["backend", "preset", "model"]  # model: each preset on `models`, as `cases` says
     models: tuple[str, ...]
     needs: tuple[str, ...]  # fields of Capabilities that must be set
     real: bool  # loads the real model
@@ -69,13 +71,15 @@ class Check:
         """The promise, in one line."""
         return (self.function.__doc__ or "").partition("\n")[0]
 
-    def cases(self, presets: Sequence[str]) -> list[Case]:
-        """Every run of the check for a backend with these presets."""
+    def cases(self, presets: Sequence[str], everywhere: Collection[str]) -> list[Case]:
+        """Every run of the check for a backend with these presets; those of `everywhere` run on every tiny model."""
         if self.per == "backend":
             return [Case()]
         if self.per == "preset":
             return [Case(preset) for preset in presets]
-        return [Case(preset, model) for preset in presets for model in self.models]
+        return [
+            Case(preset, model) for preset in presets for model in self.models if model == FIRST or preset in everywhere
+        ]
 
     def run(self, subject: Any, case: Case) -> None:
         """Raises CheckFailed, NotApplicable, or what the backend raised."""

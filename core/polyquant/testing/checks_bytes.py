@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from polyquant import LoadedModel
 from polyquant.loading import checks
 from polyquant.loading.records import total
 from polyquant.testing.check import NotApplicable, check, expect
@@ -21,6 +20,8 @@ def described_bytes_are_stored_bytes(subject: Subject, preset: str, model: str) 
     from polyquant.memory.storage import stored_bytes
 
     loaded = subject.loaded(preset, model)
+    first, at_first = total(loaded.initial_layers), subject.stored_at_first(preset, model)
+    expect(first == at_first, f"before any forward pass {first} bytes are described, {at_first} are stored")
     layers = loaded.layers
     described, stored = total(layers), stored_bytes(loaded.model)
     expect(described == stored, f"{described} bytes are described, {stored} are stored")
@@ -31,18 +32,23 @@ def described_bytes_are_stored_bytes(subject: Subject, preset: str, model: str) 
 
 @check(per="model", models=tuple(ARCHITECTURES))
 def plan_is_within_one_percent(subject: Subject, preset: str, model: str) -> None:
-    """Planned bytes are at most 1 % off the stored ones, and what is planned quantized is quantized."""
+    """Planned bytes are at most 1 % off the stored ones; what is planned quantized is, with that scheme and bits."""
     if not subject.handle.can("plan_layers"):
         raise NotApplicable(f"{subject.backend} does not plan")
-    loaded = subject.load(preset, model)
+    loaded = subject.loaded(preset, model)
     assert loaded.settled is not None  # every load sets it
     plans = subject.handle.plan_layers(loaded.settled.weights, loaded.config)
-    stored, planned = _stored(subject, loaded), total(plans)
+    stored, planned = subject.stored_at_first(preset, model), total(plans)
     off = abs(stored - planned) / planned
     expect(off <= checks.PLAN_TOLERANCE, f"{planned} bytes are planned, {stored} stored: {off:.2%} off")
-    quantized = {layer.name for layer in loaded.layers if layer.quantized}
-    astray = [plan.name for plan in plans if plan.quantized != (plan.name in quantized)]
+    kinds = {layer.name: (layer.scheme, layer.bits) for layer in loaded.initial_layers if layer.quantized}
+    planned_kinds = {plan.name: (plan.scheme, plan.bits) for plan in plans if plan.quantized}
+    astray = sorted(kinds.keys() ^ planned_kinds.keys())
     expect(not astray, f"planned otherwise than it is: {', '.join(astray[:5])}")
+    other = [
+        f"{name} as {planned_kinds[name]}, it is {kind}" for name, kind in kinds.items() if kind != planned_kinds[name]
+    ]
+    expect(not other, f"planned with another scheme or other bits: {'; '.join(other[:3])}")
 
 
 @check(needs=("runs_on_torch",))
@@ -66,11 +72,3 @@ def _load_and_let_go(subject: Subject, preset: str) -> tuple[Any, Sequence[tuple
     del loaded, module
     gc.collect()
     return logits, references
-
-
-def _stored(subject: Subject, loaded: LoadedModel) -> int:
-    if not subject.capabilities.runs_on_torch:
-        return total(loaded.layers)
-    from polyquant.memory.storage import stored_bytes
-
-    return stored_bytes(loaded.model)

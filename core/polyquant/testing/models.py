@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyquant.support.files import once
 from polyquant.testing.texts import CALIBRATION
 
 WORDS = 320  # of the tokenizer: 256 bytes, the special tokens and what it learns
@@ -32,11 +33,8 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def tiny_model(name: str, folder: Path) -> Path:
-    """The checkpoint `folder`/`name`, float32 safetensors with a tokenizer; made where it is not there yet."""
-    out = folder / name
-    if not out.exists():
-        _build(name, out)
-    return out
+    """The checkpoint `folder`/`name`, float32 safetensors with a tokenizer; made once, by one process."""
+    return once(folder / name, lambda out: _build(name, out))
 
 
 def _build(name: str, out: Path) -> None:

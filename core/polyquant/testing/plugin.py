@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import pytest
 import polyquant
 from polyquant.contract import hookspecs
 
-MARKERS = ("real: loads the real model", "slow: takes minutes", "gpu: needs an accelerator")
+MARKERS = (
+    "real: loads the real model", "slow: takes minutes", "gpu: needs an accelerator",
+    "xdist_group(name): runs in one process with others of this name, where pytest-xdist runs with --dist=loadgroup",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +32,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     Names: those of `polyquant.testing.ARCHITECTURES`.
     """
-    folder = tmp_path_factory.getbasetemp() / "conformance" / "tiny"
+    folder = shared_folder(tmp_path_factory) / "tiny"
 
     def make(name: str) -> Path:
         from polyquant.testing.models import tiny_model
@@ -36,3 +40,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return tiny_model(name, folder)
 
     return make
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for the whole run, all processes of pytest-xdist, so that tiny models are made once."""
+    base = Path(tmp_path_factory.getbasetemp())
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "conformance"
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Literal
 
 from polyquant.testing.advice import advise
-from polyquant.testing.catalog import ALL
+from polyquant.testing.catalog import cases
 from polyquant.testing.check import Case, Check, CheckFailed, NotApplicable
 from polyquant.testing.subject import Subject
 from polyquant.types import Record
@@ -30,9 +30,8 @@ def planned(
     """Every run of every check on `subject`; the arguments are those of `run_checks`."""
     return [
         (each, case)
-        for each in ALL
+        for each, case in cases(subject.handle)
         if each.name not in without and (real or not each.real)
-        for case in each.cases(list(subject.info.presets))
         if models is None or not case.model or case.model in models
     ]
 

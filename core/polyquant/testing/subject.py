@@ -13,9 +13,12 @@ from typing import Any
 import polyquant
 from polyquant import Backend, LoadedModel
 from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, SaveError
+from polyquant.loading.records import total
 from polyquant.models import builtin
+from polyquant.models.resolve import resolve
 from polyquant.support.devices import choose_device
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
+from polyquant.testing.keeping import kept, key_of
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import CALIBRATION, EVALUATION
 from polyquant.types import BackendInfo, Capabilities
@@ -37,6 +40,7 @@ class Subject:
     device: str = "auto"
     make_checkpoint: MakeCheckpoint | None = None  # (dense folder, preset, out) -> checkpoint; None: the quantize hook
     _loaded: OrderedDict[tuple[str, str], LoadedModel] = field(default_factory=OrderedDict)
+    _stored: dict[tuple[str, str], int] = field(default_factory=dict)
     _refused: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @cached_property
@@ -75,10 +79,16 @@ class Subject:
         options = dict(self.info.presets[preset])
         if self.capabilities.on_the_fly:
             return self.dense(model), options
-        out = self.folder / "quantized" / self.backend / f"{model}-{preset}"
-        if not out.exists():
-            self._quantize(preset, model, out)
-        return str(out), {}
+        return str(self.checkpoint(preset, model)), {}
+
+    def checkpoint(self, preset: str, model: str) -> Path:
+        """A preset's quantized checkpoint, made once and kept while nothing that makes it has changed."""
+        options = self.info.presets[preset]
+        key = key_of(
+            resolve(self.dense(model)).path, options, self.runs_on, plugin=type(self.handle.plugin).__module__,
+            maker=self.make_checkpoint,
+        )  # fmt: skip
+        return kept(self.backend, f"{model}-{preset}", key, lambda out: self._quantize(preset, model, out))
 
     def load(self, preset: str, model: str = "llama", **more: Any) -> LoadedModel:
         """Load anew. Raises NotApplicable where the backend refuses an unusual model, and says why."""
@@ -101,9 +111,18 @@ class Subject:
         key = (preset, model)
         if key not in self._loaded:
             self._loaded[key] = self.load(preset, model)
+            self._stored[key] = _stored_bytes(self._loaded[key])
             while len(self._loaded) > KEPT:
                 self._loaded.popitem(last=False)
         return self._loaded[key]
+
+    def stored_at_first(self, preset: str, model: str) -> int:
+        """Bytes of all storages of the kept model before any forward pass, found by a walk that asks no backend.
+
+        Of a runtime that is not torch: what its backend described then.
+        """
+        self.loaded(preset, model)
+        return self._stored[preset, model]
 
     def forget(self) -> None:
         """Let go of every loaded model."""
@@ -126,6 +145,14 @@ class Subject:
                 f"{self.backend} neither quantizes on the fly nor has a quantize hook: override make_checkpoint "
                 "in the test class to provide a small checkpoint"
             )
+
+
+def _stored_bytes(loaded: LoadedModel) -> int:
+    if not loaded.backend.capabilities.runs_on_torch:
+        return total(loaded.initial_layers)
+    from polyquant.memory.storage import stored_bytes
+
+    return stored_bytes(loaded.model)
 
 
 def _missing_for(model: str) -> str:

@@ -11,8 +11,9 @@ import pytest
 import polyquant
 from polyquant.errors import did_you_mean
 from polyquant.testing.advice import advise
-from polyquant.testing.catalog import ALL
+from polyquant.testing.catalog import ALL, cases
 from polyquant.testing.check import Case, Check, Floor, NotApplicable
+from polyquant.testing.plugin import shared_folder
 from polyquant.testing.running import expected_reason
 from polyquant.testing.subject import Subject
 
@@ -22,7 +23,11 @@ SUBJECTS: dict[type, Subject] = {}  # of the session: loaded models and quantize
 class BackendConformance:
     """Derive a test class from this, name the backend, and every capability it declares is put to the test.
 
-    Each test says in its docstring what it holds the backend to; `polyquant.testing.catalog.ALL` lists them.
+    Each test says in its docstring what it holds the backend to; `polyquant.testing.catalog.ALL` lists them, and
+    `polyquant.testing.catalog.cases` what each is run on: every preset on one architecture, the other architectures
+    once for each scheme.
+
+    With pytest-xdist's --dist=loadgroup the tests of one preset run in one process, and so do those that ask for none.
     """
 
     backend: ClassVar[str]
@@ -43,12 +48,14 @@ class BackendConformance:
         each = getattr(metafunc.function, "conformance_check", None)
         if each is None:
             return
-        info = polyquant.backend(self.backend).info
-        _require_known(self, list(info.presets))
+        handle = polyquant.backend(self.backend)
+        runs = cases(handle)
+        _require_known(self, list(handle.info.presets), runs)
         if each.per != "backend":
-            marks = [getattr(pytest.mark, mark) for mark in _marks(self, each)]
-            cases = [pytest.param(case, id=str(case), marks=marks) for case in each.cases(list(info.presets))]
-            metafunc.parametrize("case", cases)
+            own = [case for one, case in runs if one is each]
+            metafunc.parametrize(
+                "case", [pytest.param(case, id=str(case), marks=_marks(self, each, case)) for case in own]
+            )
 
     def _subject(self, tmp_path_factory: Any) -> Subject:
         own = type(self)
@@ -56,7 +63,7 @@ class BackendConformance:
             makes = own.make_checkpoint is not BackendConformance.make_checkpoint
             SUBJECTS[own] = Subject(
                 backend=self.backend,
-                folder=_shared_folder(tmp_path_factory),
+                folder=shared_folder(tmp_path_factory),
                 floors=self.floors,
                 real_model=self.real_model,
                 device=self.device,
@@ -104,24 +111,20 @@ for _each in ALL:
     setattr(BackendConformance, f"test_{_each.name}", _test(_each))
 
 
-def _marks(suite: BackendConformance, each: Check) -> list[str]:
-    return (["real"] + (["slow"] if suite.real_is_slow else [])) if each.real else []
+def _marks(suite: BackendConformance, each: Check, case: Case) -> list[pytest.MarkDecorator]:
+    """The group of the preset, since its loaded models are shared; and what the real model asks for."""
+    marks = [pytest.mark.xdist_group(f"{suite.backend}:{case.preset}")]
+    if each.real:
+        marks += [pytest.mark.real, *([pytest.mark.slow] if suite.real_is_slow else [])]
+    return marks
 
 
-def _require_known(suite: BackendConformance, presets: list[str]) -> None:
+def _require_known(suite: BackendConformance, presets: list[str], runs: list[tuple[Check, Case]]) -> None:
     """Raises ValueError where expected_failures or floors name what is not there."""
     tests = {f"test_{each.name}" for each in ALL}
-    for each in ALL:
-        for case in each.cases(presets):
-            tests |= {f"test_{each.name}[{case}]", f"test_{each.name}[{case.preset}]"}
+    for each, case in runs:
+        tests |= {f"test_{each.name}[{case}]", f"test_{each.name}[{case.preset}]"}
     for what, known, given in (("test", tests, suite.expected_failures), ("preset", presets, suite.floors)):
         for name in given:
             if name not in known:
                 raise ValueError(f"{type(suite).__name__}: there is no {what} {name!r}.{did_you_mean(name, known)}")
-
-
-def _shared_folder(tmp_path_factory: Any) -> Path:
-    """One for the session, so that tiny models are made once."""
-    folder = Path(tmp_path_factory.getbasetemp()) / "conformance"
-    folder.mkdir(exist_ok=True)
-    return folder

@@ -60,7 +60,6 @@ def test_each_layer_multiplies_with_what_the_format_stands_for(checkpoint):
 
 def test_it_quantizes_on_a_cpu_and_puts_its_device_back(checkpoint, folder):
     from auto_gptq.modeling import _base
-    from polyquant.models import hf
     from polyquant.loading import dense
 
     assert _base.CUDA_0 == torch.device("cuda:0")

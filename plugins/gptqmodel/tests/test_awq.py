@@ -11,7 +11,6 @@ from polyquant.testing.models import tiny_model
 from polyquant.testing.state import differences, snapshot
 from polyquant.testing.texts import CALIBRATION
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
 UP = "model.layers.1.mlp.up_proj"
