@@ -65,6 +65,11 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return weight.name.rpartition(".")[0] in self.skip or by_default or bool(weight.tied_to)
 
     @property
+    def stored_skip(self) -> list[str] | None:
+        """`skip` as most checkpoints store it; None where nothing but the backend's defaults stays dense."""
+        return None if self.skip_defaults and not self.skip else list(self.skip)
+
+    @property
     def rounding_method(self) -> RoundingMethod:
         """How weights become codes with these options."""
         return "nearest"

@@ -5,19 +5,20 @@ Left to itself, autograd would keep each dequantized weight until the backward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.plugin.describe import Quantized, describe
 
 __all__ = [
-    "Quantized", "describe", "differentiable", "frozen_for_adapters", "frozen_linear", "needs_gradient",
-    "prepare_for_training", "rows_at_a_time", "weight_rows",
+    "Quantized", "describe", "differentiable", "finite_weight", "frozen_for_adapters", "frozen_linear",
+    "needs_gradient", "prepare_for_training", "rows_at_a_time", "take_bias", "type_and_shape", "weight_rows",
 ]  # fmt: skip
 
 Multiply = Callable[[Tensor], Tensor]
@@ -127,3 +128,26 @@ def frozen_for_adapters(model: Any) -> Any:
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def finite_weight(linear: Any) -> Tensor:
+    """The weight of a dense layer, to be quantized. Raises ModelError where it holds NaN or infinity."""
+    weight: Tensor = linear.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError("it holds NaN or infinity; the checkpoint is damaged")
+    return weight
+
+
+def take_bias(linear: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a dense layer that has a bias the stored one, in `dtype`. Raises ModelError where its shape is another."""
+    if linear.bias is None:
+        return
+    bias, shape = tensors["bias"], (linear.out_features,)
+    if tuple(bias.shape) != shape:
+        raise ModelError(f"its bias should have shape {shape}, and has {tuple(bias.shape)}")
+    linear.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def type_and_shape(tensor: Tensor) -> str:
+    """As messages say it: 'float32 (4, 2)'."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -72,7 +72,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_direct_call(tiny, name):
 
 @pytest.mark.real
 def test_logits_and_greedy_tokens_are_those_of_the_direct_call_on_the_real_model():
-    from polyquant.models import builtin
+    from polyquant.models.resolve import resolve_dense
 
     same_as_direct(str(resolve_dense("builtin:smollm2").path), *CONFIGURATIONS["nf4"], [504, 3575, 282, 4649, 314])
 
@@ -328,8 +328,8 @@ def test_quantize_writes_nothing_where_verification_fails(experts, tmp_path):
 
 
 def test_offloading_needs_a_word(tiny):
-    from polyquant.models.resolve import resolve, resolve_dense
-    from polyquant.request import LoadRequest
+    from polyquant.models.resolve import resolve
+    from polyquant.plugin import LoadRequest
     from polyquant_bitsandbytes._load import require_offload
     from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
