@@ -139,12 +139,13 @@ def finite_weight(linear: Any) -> Tensor:
 
 
 def take_bias(linear: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Give a dense layer that has a bias the stored one, in `dtype`. Raises ModelError where its shape is another."""
+    """Give a dense layer that has a bias the stored one, in `dtype`. Raises ModelError where that does not fit."""
     if linear.bias is None:
         return
-    bias, shape = tensors["bias"], (linear.out_features,)
-    if tuple(bias.shape) != shape:
-        raise ModelError(f"its bias should have shape {shape}, and has {tuple(bias.shape)}")
+    bias, shape = tensors.get("bias"), (linear.out_features,)
+    if bias is None or tuple(bias.shape) != shape:
+        found = "is missing" if bias is None else f"has {tuple(bias.shape)}"
+        raise ModelError(f"its bias should have shape {shape}, and {found}")
     linear.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
