@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16"]
 RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
 """How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are
-fitted to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text (AutoRound).
-codebook: groups of weights are entries of learned code books (AQLM)."""
+fitted to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text
+(AutoRound). codebook: groups of weights are entries of learned code books (AQLM)."""
 NumberFormat = Literal["integers", "integers with zero points", "normal floats", "floats", "k-quants", "vectors"]
 """What codes stand for. integers: even steps around zero. integers with zero points: even steps from a minimum of their
 own. normal floats: a table of uneven levels (NF4, IQ4_NL). floats: FP8, FP4, MXFP4. k-quants: even steps whose scales
@@ -67,6 +67,11 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Whether the tensor's module stays dense on request, by default, or because it is tied to another."""
         by_default = self.skip_defaults and not self.skip and weight.default_skip
         return weight.name.rpartition(".")[0] in self.skip or by_default or bool(weight.tied_to)
+
+    @property
+    def stored_skip(self) -> list[str] | None:
+        """`skip` as most checkpoints store it; None where nothing but the backend's defaults stays dense."""
+        return None if self.skip_defaults and not self.skip else list(self.skip)
 
     @property
     def rounding_method(self) -> RoundingMethod:

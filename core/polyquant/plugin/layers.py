@@ -25,6 +25,7 @@ __all__ = [
     "describe",
     "differentiable",
     "fill_empty",
+    "finite_weight",
     "frozen_for_adapters",
     "frozen_linear",
     "gptq_tensors",
@@ -32,6 +33,8 @@ __all__ = [
     "needs_gradient",
     "prepare_for_training",
     "rows_at_a_time",
+    "take_bias",
+    "type_and_shape",
     "weight_rows",
 ]
 
@@ -237,3 +240,27 @@ def frozen_for_adapters(model: Any) -> Any:
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def finite_weight(linear: Any) -> Tensor:
+    """The weight of a dense layer, to be quantized. Raises ModelError where it holds NaN or infinity."""
+    weight: Tensor = linear.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError("it holds NaN or infinity; the checkpoint is damaged")
+    return weight
+
+
+def take_bias(linear: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a dense layer that has a bias the stored one, in `dtype`. Raises ModelError where that does not fit."""
+    if linear.bias is None:
+        return
+    bias, shape = tensors.get("bias"), (linear.out_features,)
+    if bias is None or tuple(bias.shape) != shape:
+        found = "is missing" if bias is None else f"has {tuple(bias.shape)}"
+        raise ModelError(f"its bias should have shape {shape}, and {found}")
+    linear.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def type_and_shape(tensor: Tensor) -> str:
+    """As messages say it: 'float32 (4, 2)'."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

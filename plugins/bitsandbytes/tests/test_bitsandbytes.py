@@ -11,7 +11,6 @@ import time
 
 import polyquant
 import pytest
-from polyquant.models.resolve import resolve_dense
 import torch
 import transformers
 from polyquant.errors import (
@@ -73,6 +72,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_direct_call(tiny, name):
 
 @pytest.mark.real
 def test_logits_and_greedy_tokens_are_those_of_the_direct_call_on_the_real_model():
+    from polyquant.models.resolve import resolve_dense
 
     same_as_direct(str(resolve_dense("builtin:smollm2").path), *CONFIGURATIONS["nf4"], [504, 3575, 282, 4649, 314])
 
@@ -329,7 +329,7 @@ def test_quantize_writes_nothing_where_verification_fails(experts, tmp_path):
 
 def test_offloading_needs_a_word(tiny):
     from polyquant.models.resolve import resolve
-    from polyquant.request import LoadRequest
+    from polyquant.plugin import LoadRequest
     from polyquant_bitsandbytes._load import require_offload
     from polyquant_bitsandbytes.options import BitsAndBytesOptions
 

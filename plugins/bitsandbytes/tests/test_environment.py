@@ -111,7 +111,7 @@ def test_no_native_library_for_this_cuda(problems_without):
     code = """
 import json, logging
 logging.disable(logging.CRITICAL)
-from polyquant_bitsandbytes._load import native_problems
+from polyquant_bitsandbytes._library import native_problems
 print(json.dumps([[p.kind, p.what, p.fix, p.detail] for p in native_problems({device!r})]))
 """
     ((kind, what, fix, _),) = problems_without("bitsandbytes", files=files, device="cuda:0", code=code)

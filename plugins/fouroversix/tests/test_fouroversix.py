@@ -7,16 +7,17 @@ import pytest
 import torch
 from fouroversix import FourOverSixLinear, ModuleQuantizationConfig, quantize_to_fp4
 from fouroversix import dequantize as dequantize_by_library
-from polyquant.support import environment
+from polyquant.support import libraries
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
 from polyquant.testing.models import tiny_model
 from polyquant.testing.reference import reference_logits
 from polyquant.testing.texts import EVALUATION
-from polyquant_fouroversix import numbers
+from polyquant_fouroversix import _numbers
 from polyquant_fouroversix._layers import quantized_linear
+from polyquant_fouroversix._library import quantize_config
 from polyquant_fouroversix.formats import RULES
-from polyquant_fouroversix.modules import FouroversixLinear
+from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.options import FouroversixOptions
 from polyquant_fouroversix.plugin import backend
 from safetensors.torch import load_file, save_file
@@ -123,13 +124,13 @@ def test_bad_options(options, words):
 @pytest.mark.parametrize("shape", [(128, 64), (203, 90), (30, 200)])
 @pytest.mark.parametrize(("dtype", "rule"), FORMATS)
 def test_weights_are_those_that_the_library_dequantizes(monkeypatch, dtype, rule, shape, chunk):
-    monkeypatch.setitem(numbers.CHUNK_WEIGHTS, "cpu", chunk)
+    monkeypatch.setitem(_numbers.CHUNK_WEIGHTS, "cpu", chunk)
     linear = torch.nn.Linear(shape[1], shape[0])
     linear.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     linear.weight.data[:20] = 0
     config = FouroversixOptions(dtype=dtype, scale_rule=rule)
-    weight = weight_of(quantized_linear("a", linear, config))
-    theirs = dequantize_by_library(quantize_to_fp4(linear.weight.detach(), config.native()), torch.float32)
+    weight = weight_of(quantized_linear(linear, config))
+    theirs = dequantize_by_library(quantize_to_fp4(linear.weight.detach(), quantize_config(config)), torch.float32)
     # the library multiplies IF4 blocks in float16
     torch.testing.assert_close(weight, theirs, rtol=2e-3 if dtype == "if4" else 1e-6, atol=0)
     assert not weight[:20].any()
@@ -145,7 +146,7 @@ def test_a_layer_answers_as_that_of_the_library(dtype, rule, square):
     generator = torch.Generator().manual_seed(1)
     linear.weight.data.normal_(std=0.1, generator=generator)
     config = FouroversixOptions(dtype=dtype, scale_rule=rule, weight_scale_2d=square)
-    ours, theirs = quantized_linear("a", linear, config), library_linear(linear, config)
+    ours, theirs = quantized_linear(linear, config), library_linear(linear, config)
     for count in (1, 5):
         x = torch.randn(2, count, 100, generator=generator)
         x[0, 0, :64] = 0  # whole blocks of zeros
@@ -307,7 +308,7 @@ def test_damaged_dense_models_are_refused_by_name(folder, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{LAYER}.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"{LAYER} holds NaN or infinity and cannot be quantized"):
+    with pytest.raises(ModelError, match=f"{LAYER} cannot be quantized: it holds NaN or infinity"):
         load(tmp_path)
 
 
@@ -358,16 +359,16 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder):
 
 
 def test_the_gradient_passes_rounded_activations_straight_through():
-    layer = quantized_linear("a", torch.nn.Linear(100, 70), FouroversixOptions())
+    layer = quantized_linear(torch.nn.Linear(100, 70), FouroversixOptions())
     x, gradient = torch.randn(3, 100, requires_grad=True), torch.randn(3, 70)
     layer(x).backward(gradient)
     torch.testing.assert_close(x.grad, gradient @ weight_of(layer))
 
 
 def test_the_fix_of_a_missing_library_is_the_command_that_works(monkeypatch):
-    installed = environment.installed_version
+    installed = libraries.installed_version
     missing = lambda name: None if name == "fouroversix" else installed(name)  # noqa: E731
-    monkeypatch.setattr(environment, "installed_version", missing)
+    monkeypatch.setattr(libraries, "installed_version", missing)
     (problem,) = backend.validate_environment("cpu")
     assert problem.what == "fouroversix is not installed"
     assert "SKIP_CUDA_BUILD=1 FORCE_BUILD=1 pip install --no-build-isolation 'fouroversix>=1.0.5,<1.1'" in problem.fix

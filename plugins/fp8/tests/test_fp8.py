@@ -5,12 +5,12 @@ import json
 import polyquant
 import pytest
 import torch
-from polyquant.plugin import layers
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.measure.quality.divergence import kl_divergence
+from polyquant.plugin import layers
 from polyquant.testing.models import tiny_model
-from polyquant_fp8.blocks import E4M3, dequantize, quantize
-from polyquant_fp8.modules import Fp8Linear
+from polyquant_fp8._blocks import E4M3, dequantize, quantize
+from polyquant_fp8._modules import Fp8Linear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
@@ -253,12 +253,18 @@ def with_nan(weight):
     ("tensors", "words"),
     [
         (without(f"{LAYER}.weight_scale_inv"), f"{LAYER}.weight is torch.float8_e4m3fn, and has no weight_scale_inv"),
-        (without(f"{LAYER}.weight"), f"{LAYER} has weight_scale_inv, where weight, weight_scale_inv were expected"),
-        (without("model.layers.0.self_attn.q_proj.bias"), r"q_proj has weight, weight_scale_inv, where .*, bias were"),
+        (
+            without(f"{LAYER}.weight"),
+            f"{LAYER} cannot be read: it has weight_scale_inv, where weight, weight_scale_inv were expected",
+        ),
+        (
+            without("model.layers.0.self_attn.q_proj.bias"),
+            r"q_proj cannot be read: it has weight, weight_scale_inv, where .*, bias were",
+        ),
         (without("model.norm.weight"), r"missing or have no place in the model: model\.norm\.weight"),
         (
             replaced(f"{LAYER}.weight", lambda weight: weight[:-1]),
-            rf"{LAYER} should be float8_e4m3fn \(512, 256\), and",
+            rf"{LAYER} cannot be read: weight should be float8_e4m3fn \(512, 256\), and",
         ),
         (replaced(f"{LAYER}.weight", lambda weight: weight.bfloat16()), r"and is bfloat16 \(512, 256\)"),
         (
@@ -267,14 +273,17 @@ def with_nan(weight):
         ),
         (
             replaced(f"{LAYER}.weight_scale_inv", lambda scales: scales[:1]),
-            rf"weight_scale_inv of {LAYER} should be float \(4, 2\), and is float32 \(1, 2\)",
+            rf"{LAYER} cannot be read: weight_scale_inv should be float \(4, 2\), and is float32 \(1, 2\)",
         ),
         (
             replaced(f"{LAYER}.weight_scale_inv", lambda scales: scales.to(torch.float8_e8m0fnu)),
             r"should be float \(4, 2\), and is float8_e8m0fnu \(4, 2\)",
         ),
-        (replaced(f"{LAYER}.weight_scale_inv", lambda scales: scales / 0), f"{LAYER} holds NaN or infinity"),
-        (replaced(f"{LAYER}.weight", with_nan), f"{LAYER} holds NaN or infinity"),
+        (
+            replaced(f"{LAYER}.weight_scale_inv", lambda scales: scales / 0),
+            f"{LAYER} cannot be read: it holds NaN or infinity",
+        ),
+        (replaced(f"{LAYER}.weight", with_nan), f"{LAYER} cannot be read: it holds NaN or infinity"),
         (
             lambda tensors: tensors.update({f"{LAYER}.activation_scale": torch.tensor(1.0)}),
             "activation_scale.*, where weight, weight_scale_inv were expected",
@@ -340,7 +349,7 @@ def test_damaged_dense_models_are_refused_by_name(folder, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{LAYER}.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"{LAYER} holds NaN or infinity and cannot be quantized"):
+    with pytest.raises(ModelError, match=f"{LAYER} cannot be quantized: it holds NaN or infinity"):
         load(tmp_path)
 
 

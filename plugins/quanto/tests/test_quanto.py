@@ -5,8 +5,9 @@ import json
 import polyquant
 import pytest
 import torch
+from optimum.quanto import QLinear
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
-from polyquant_quanto import _load
+from polyquant_quanto import _library
 from polyquant_quanto.planning import group_size
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -74,7 +75,7 @@ def test_bytes_and_checkpoint(tiny, tmp_path, weights, dtype, sizes):
 
 
 def test_group_sizes_are_those_of_the_library():
-    from optimum.quanto import QLinear, qint4
+    from optimum.quanto import qint4
 
     for columns in (64, 96, 128, 160, 192, 200, 256, 288, 576, 1536, 4100):
         with torch.device("meta"):
@@ -132,7 +133,7 @@ def test_damaged_checkpoints_name_the_tensor(tiny, tmp_path):
     tensors = load_file(out / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight._data"
     save_file({key: value for key, value in tensors.items() if key != name}, out / "model.safetensors")
-    with pytest.raises(ModelError, match="layers.1.mlp.up_proj is incomplete"):
+    with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be read: it is incomplete"):
         polyquant.load(out, device="cpu")
     save_file({**tensors, "model.extra": torch.zeros(1)}, out / "model.safetensors")
     with pytest.raises(ModelError, match=r"have no place in the model: model\.extra"):
@@ -163,7 +164,7 @@ def test_without_a_compiler_it_unpacks_in_torch(tiny, monkeypatch):
     def no_compiler(**_):
         raise OSError("no g++")
 
-    monkeypatch.setattr(_load.get_extension("quanto_cpp"), "_lib", None)
+    monkeypatch.setattr(_library.get_extension("quanto_cpp"), "_lib", None)
     monkeypatch.setattr("optimum.quanto.library.extensions.extension.load", no_compiler)
     loaded = load(tiny(256, 384), weights="int4")
     assert any("could not be compiled (no g++)" in note for note in loaded.notes)
@@ -178,7 +179,7 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(tiny, weights):
     loaded = load(path, weights=weights)
     dense = LlamaForCausalLM.from_pretrained(path)
     for name, module in loaded.model.named_modules():
-        if isinstance(module, _load.quanto.QLinear):
+        if isinstance(module, QLinear):
             dense.get_submodule(name).weight.data = module.weight.dequantize().detach()
 
     def gradients(model):

@@ -9,9 +9,9 @@ import polyquant
 import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.plugin import WeightInfo
 from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
-from polyquant.types import WeightInfo
 from polyquant_sinq._layers import SinqLinear, quantized_linear
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import plan_layers
@@ -121,10 +121,18 @@ def test_tied_head_bfloat16_and_another_compute_dtype(folder, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "options", "words"),
     [
-        ((64, 90), {}, r"group_size 64 does not divide in_features 90 in a\.q_proj\.weight; use skip=\('q_proj',\)"),
+        (
+            (64, 90),
+            {},
+            r"group_size 64 does not divide in_features 90 in a\.q_proj\.weight \(64, 90\); use skip=\('q_proj',\)",
+        ),
         ((64, 96), {}, r"group_size 64 does not divide in_features 96 .*; use group_size=48 or skip"),
         ((96, 128), {"tiling": "2D"}, r"does not divide out_features 96, as tiling='2D'.*; use group_size=32 or skip"),
-        ((8, 128), {}, r"gives 16 groups, and sinq rounds scales by 32s, in a\.q_proj\.weight; use group_size=32 or"),
+        (
+            (8, 128),
+            {},
+            r"gives 16 groups, and sinq rounds scales by 32s, in a\.q_proj\.weight \(8, 128\); use group_size=32 or",
+        ),
     ],
 )
 def test_a_group_size_that_does_not_fit_names_the_layer(shape, options, words):
@@ -189,7 +197,11 @@ UP = "model.layers.1.mlp.up_proj"
         ({}, {f"{UP}.meta.scale.s": None}, rf"{UP} cannot be read: scale_step .* is missing"),
         ({}, {f"{UP}.meta.zero.x": torch.zeros(2048, 1)}, rf"{UP} cannot be read: zero .* uint8 .* is torch.float32"),
         ({}, {f"{UP}.W_q": None, f"{UP}.meta.scale.x": None}, "has no place in the model|have no place in the model"),
-        ({}, {"model.layers.7.mlp.up_proj.meta.scale.x": torch.zeros(2)}, "model.layers.7.mlp.up_proj cannot be read"),
+        (
+            {},
+            {"model.layers.7.mlp.up_proj.meta.scale.x": torch.zeros(2)},
+            r"no place in the model: model\.layers\.7\.mlp\.up_proj",
+        ),
         ({"nbits": 8}, {}, r"cannot be read: weight of a SINQ layer .* should be uint8 \(.*, and is torch.uint8"),
         ({"nbits": 1.58}, {}, "cannot read its quantization_config"),
         ({"method": "sinq_nf4"}, {}, "cannot read its quantization_config: Invalid enum value 'sinq_nf4'"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError, UnsupportedOperation
 from polyquant.testing.models import tiny_model
+from polyquant_torchao._library import quantize_config
 from torchao.utils import TorchAOBaseTensor
 from transformers import LlamaForCausalLM
 
@@ -72,7 +73,7 @@ def test_odd_sizes(folder, preset):
 def test_a_group_size_that_does_not_divide_names_the_layer(folder):
     odd = tiny_model("odd", folder)
     with pytest.raises(
-        ConfigError, match=r"32 does not divide in_features 90 of model\.layers\.0\.self_attn\.q_proj\.weight"
+        ConfigError, match=r"32 does not divide in_features 90 in model\.layers\.0\.self_attn\.q_proj\.weight"
     ):
         load(odd, weights="int4")
     assert_verified(load(odd, weights="int4", group_size=15, skip=("down_proj",)))
@@ -117,7 +118,7 @@ def test_the_settings_of_torch_compile_stay():
         model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         from torchao.quantization import quantize_
 
-        quantize_(model, polyquant.backend("torchao").config(options).native().quant_type)
+        quantize_(model, quantize_config(polyquant.backend("torchao").config(options)).quant_type)
     assert before == (
         config.coordinate_descent_tuning, config.force_fuse_int_mm_with_mul, torch.get_float32_matmul_precision()
     )  # fmt: skip

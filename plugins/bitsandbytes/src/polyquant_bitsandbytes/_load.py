@@ -1,4 +1,4 @@
-"""Loads models through transformers' bitsandbytes path. The only file that imports torch and the library."""
+"""Loads and saves models through transformers' bitsandbytes path."""
 
 from __future__ import annotations
 
@@ -9,21 +9,11 @@ from typing import Any, cast
 
 import bitsandbytes
 import torch
-from bitsandbytes import cextension
 from polyquant.errors import ConfigError, SaveError
-from polyquant.plugin import LoadedModel, LoadRequest, Problem, checkpoints, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 
+from polyquant_bitsandbytes._library import kernel, quantize_config
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
-
-
-def native_problems(device: str) -> list[Problem]:
-    """The native library of bitsandbytes that this torch build needs, where it could not be loaded."""
-    error = _native_error()
-    if error is None or device.startswith(("cpu", "xpu")):
-        return []  # bitsandbytes itself runs without it there, in plain torch
-    what = f"bitsandbytes {bitsandbytes.__version__} has no native library for CUDA {torch.version.cuda}"
-    fix = "pip install --upgrade bitsandbytes, or set BNB_CUDA_VERSION to one that python -m bitsandbytes lists"
-    return [Problem(what=what, fix=fix, kind="native", detail=error)]
 
 
 def load(request: LoadRequest, config: BitsAndBytesOptions) -> LoadedModel:
@@ -36,20 +26,19 @@ def load(request: LoadRequest, config: BitsAndBytesOptions) -> LoadedModel:
         notes.append(
             "on this CPU the first forward pass repacks 4-bit weights for AVX512 and rounds their scales to bfloat16"
         )
-    tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
-    return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel(request.device), notes=notes)
+    return LoadedModel(model=model, config=config, kernel=kernel(request.device), notes=notes)
 
 
 def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
     require_offload(request, config)
     dtype = resolved_dtype(config)
     if not request.source.stored_quantization:
-        return checkpoints.load_causal_lm(request, dtype, config.native())
+        return checkpoints.load_causal_lm(request, dtype, quantize_config(config))
     model = checkpoints.load_causal_lm(request, dtype)
     _cast_dense(model, getattr(torch, dtype))
     if config.bits == 4:  # transformers takes the stored compute dtype; the one asked for is a load-time option
         model.config.quantization_config.bnb_4bit_compute_dtype = getattr(torch, dtype)
-        for module in _linear_4bit(model):
+        for module in linear_4bit(model):
             module.compute_dtype = getattr(torch, dtype)
     return model
 
@@ -75,31 +64,17 @@ def _cast_dense(model: Any, dtype: torch.dtype) -> None:
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Weights that the CPU kernel has repacked have lost bits of their scales: those are read from the source again."""
-    if not _repacked(loaded.model):
+    if not repacked(loaded.model):
         return checkpoints.save_pretrained(loaded, out)
-    return checkpoints.save_pretrained(loaded, out, _read_again(loaded))
+    return checkpoints.save_pretrained(loaded, out, read_again(loaded))
 
 
-def prepare_for_training(loaded: LoadedModel) -> Any:
-    """Freeze, and let no forward pass repack weights: no gradient passes through those that are."""
-    from peft import prepare_model_for_kbit_training
-
-    if _repacked(loaded.model):
-        exact = dict(_read_again(loaded).named_modules())
-        for name, module in loaded.model.named_modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                module.weight, module.quant_state = exact[name].weight, exact[name].weight.quant_state
-    for module in _linear_4bit(loaded.model):
-        module.support_avx512bf16_for_cpu = False
-    return prepare_model_for_kbit_training(loaded.model, gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _repacked(model: Any) -> bool:
+def repacked(model: Any) -> bool:
     """Whether a forward pass has repacked weights for the CPU, which rounds their scales."""
-    return any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in _linear_4bit(model))
+    return any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in linear_4bit(model))
 
 
-def _read_again(loaded: LoadedModel) -> Any:
+def read_again(loaded: LoadedModel) -> Any:
     """The model as it was loaded. Raises SaveError where it is not known from where."""
     if loaded.request is None:
         raise SaveError(
@@ -108,18 +83,7 @@ def _read_again(loaded: LoadedModel) -> Any:
     return _load_model(loaded.request, cast(BitsAndBytesOptions, loaded.config))
 
 
-def kernel(device: str) -> str:
-    """What multiplies: the native library, or bitsandbytes' plain torch fallback."""
-    return f"bitsandbytes {device.partition(':')[0]}" if _native_error() is None else "bitsandbytes in plain torch"
-
-
-def _native_error() -> str | None:
-    """Why bitsandbytes runs without its native library; None where it has it."""
-    lib = cextension.lib
-    return lib.formatted_error if isinstance(lib, cextension.ErrorHandlerMockBNBNativeLibrary) else None
-
-
-def _linear_4bit(model: Any) -> Iterator[Any]:
+def linear_4bit(model: Any) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit))
 
 

@@ -54,27 +54,23 @@ class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkn
         """nf4, fp4 or int8."""
         return self.quant_type or "int8"
 
-    def native(self) -> Any:
-        """transformers' BitsAndBytesConfig."""
-        from transformers import BitsAndBytesConfig
-
-        skip = None if self.skip_defaults and not self.skip else list(self.skip)
+    def to_stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint: the arguments of transformers' BitsAndBytesConfig."""
+        common = {
+            "quant_method": "bitsandbytes",
+            "llm_int8_enable_fp32_cpu_offload": self.fp32_offload,
+            "llm_int8_skip_modules": self.stored_skip,
+        }
         if self.bits == 8:
-            return BitsAndBytesConfig(
-                load_in_8bit=True,
-                llm_int8_threshold=self.int8_threshold,
-                llm_int8_enable_fp32_cpu_offload=self.fp32_offload,
-                llm_int8_skip_modules=skip,
-            )
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.quant_type,
-            bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_quant_storage=self.quant_storage,
-            bnb_4bit_compute_dtype=self.compute_dtype,
-            llm_int8_enable_fp32_cpu_offload=self.fp32_offload,
-            llm_int8_skip_modules=skip,
-        )
+            return {"load_in_8bit": True, "llm_int8_threshold": self.int8_threshold, **common}
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_quant_storage": self.quant_storage,
+            "bnb_4bit_compute_dtype": self.compute_dtype,
+            **common,
+        }
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

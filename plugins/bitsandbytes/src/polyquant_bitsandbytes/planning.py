@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.plugin import BackendOptions, LayerPlan, WeightInfo, is_skipped, plan_linears
+from polyquant.plugin import BackendOptions, LayerPlan, WeightInfo, plan_linears
 
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
@@ -15,15 +15,14 @@ STORAGE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: BitsAndBytesOptions) -> list[LayerPlan]:
-    def stored_bytes(weight: WeightInfo) -> int:
-        return quantized_bytes(weight.shape, config)
-
-    return plan_linears(weights, config, config.scheme, stored_bytes, takes=is_quantized)
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight.shape, config), takes=is_quantized
+    )
 
 
 def is_quantized(weight: WeightInfo, config: BackendOptions) -> bool:
     """transformers replaces nn.Linear and Conv1D modules; fused experts and embeddings are neither."""
-    return weight.module in ("Linear", "Conv1D") and len(weight.shape) == 2 and not is_skipped(weight, config)
+    return weight.module in ("Linear", "Conv1D") and len(weight.shape) == 2 and not config.skips(weight)
 
 
 def quantized_bytes(shape: tuple[int, ...], config: BitsAndBytesOptions) -> int:

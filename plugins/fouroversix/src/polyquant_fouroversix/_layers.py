@@ -9,14 +9,23 @@ import torch
 from fouroversix import quantize_to_fp4
 from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe
+from polyquant.plugin.layers import (
+    Quantized,
+    describe,
+    finite_weight,
+    prepare_for_training,
+    take_bias,
+    type_and_shape,
+)
 from torch import Tensor
 
+from polyquant_fouroversix._library import quantize_config
+from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.formats import SWIZZLED, padded
-from polyquant_fouroversix.modules import FouroversixLinear
 from polyquant_fouroversix.options import FouroversixOptions
 from polyquant_fouroversix.planning import METADATA, STORED_NAMES, layout
 
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "torch dequantize and matmul"
 WITH_ACTIVATIONS = KERNEL + ", activations rounded to {}"
 
@@ -26,13 +35,10 @@ def kernel(config: FouroversixOptions) -> str:
     return WITH_ACTIVATIONS.format(config.dtype) if config.quantize_activations else KERNEL
 
 
-def quantized_linear(name: str, linear: Any, config: FouroversixOptions) -> FouroversixLinear:
+def quantized_linear(linear: Any, config: FouroversixOptions) -> FouroversixLinear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
-    weight = linear.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        raise ModelError(f"{name} holds NaN or infinity and cannot be quantized; the checkpoint is damaged")
-    found = quantize_to_fp4(weight, config.native())
-    tensors = {"weight": found.values, "scales": found.scale_factors, "amax": found.amax.float().reshape(1)}
+    packed = quantize_to_fp4(finite_weight(linear), quantize_config(config))
+    tensors = {"weight": packed.values, "scales": packed.scale_factors, "amax": packed.amax.float().reshape(1)}
     return FouroversixLinear(linear, config, tensors)
 
 
@@ -44,23 +50,21 @@ def linear_from_tensors(
     if set(expected) != set(tensors):
         raise ModelError(f"it has {', '.join(sorted(tensors))}, where {', '.join(sorted(expected))} were expected")
     shape = (linear.out_features, linear.in_features)
-    kinds = {"weight": torch.uint8, "scales": scale_dtype(config), "amax": torch.float32}
-    found = {name: tensors[stored] for name, stored in STORED_NAMES.items()}
+    dtypes = {"weight": torch.uint8, "scales": scale_dtype(config), "amax": torch.float32}
+    own = {name: tensors[stored] for name, stored in STORED_NAMES.items()}
     for name, size in {**layout(shape, config), "amax": (1,)}.items():
-        kind = found[name].dtype
-        if kind != kinds[name] or found[name].numel() != torch.Size(size).numel():
-            wanted, has = f"{_short(kinds[name])} {size}", f"{_short(kind)} {tuple(found[name].shape)}"
-            raise ModelError(f"{STORED_NAMES[name]} of {config.dtype} weights {shape} should be {wanted}, and is {has}")
-        found[name] = found[name].view(size)
+        if own[name].dtype != dtypes[name] or own[name].numel() != torch.Size(size).numel():
+            wanted, found = f"{str(dtypes[name]).removeprefix('torch.')} {size}", type_and_shape(own[name])
+            raise ModelError(
+                f"{STORED_NAMES[name]} of {config.dtype} weights {shape} should be {wanted}, and is {found}"
+            )
+        own[name] = own[name].view(size)
     if (said := tensors[METADATA].tolist()) != (wanted := metadata(shape, config).tolist()):
         raise ModelError(f"{METADATA} of {config.dtype} weights {shape} should be {wanted}, and is {said}")
-    if not all(bool(torch.isfinite(found[name].float()).all()) for name in ("scales", "amax")):
+    if not all(bool(torch.isfinite(own[name].float()).all()) for name in ("scales", "amax")):
         raise ModelError("its scales hold NaN or infinity; the checkpoint is damaged")
-    if linear.bias is not None:
-        if tuple(tensors["bias"].shape) != shape[:1]:
-            raise ModelError(f"its bias should have shape {shape[:1]}, and has {tuple(tensors['bias'].shape)}")
-        linear.bias = torch.nn.Parameter(tensors["bias"].to(dtype), requires_grad=False)
-    return FouroversixLinear(linear, config, found)
+    take_bias(linear, tensors, dtype)
+    return FouroversixLinear(linear, config, own)
 
 
 def stored_tensors(layer: FouroversixLinear) -> dict[str, Tensor]:
@@ -90,7 +94,3 @@ def _quantized(name: str, module: Any) -> Quantized | None:
         return None
     config = module.config
     return Quantized((module.out_features, module.in_features), 4, config.dtype, kernel(config))
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,19 +6,25 @@ weights padded to 128 rows).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import torch
-from polyquant.errors import ModelError
-from polyquant.memory.weights import list_weights
-from polyquant.models import hf
-from polyquant.plugin import Dtype, LoadedModel, LoadRequest, WeightInfo, checkpoints, is_linear, layers, resolved_dtype
-from tqdm import tqdm
+from polyquant.plugin import (
+    LoadedModel,
+    LoadRequest,
+    WeightInfo,
+    checkpoints,
+    is_linear,
+    module_of,
+    quantized_modules,
+    resolved_dtype,
+)
 
 from polyquant_fouroversix._layers import kernel, linear_from_tensors, quantized_linear, stored_tensors
-from polyquant_fouroversix.modules import FouroversixLinear
+from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.options import FouroversixOptions
 from polyquant_fouroversix.planning import STORED_NAMES, plan_layers
 
@@ -26,19 +32,21 @@ CODES = STORED_NAMES["weight"]
 
 
 def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
-    source = request.source
-    tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=request.trust_remote_code)
-    weights = list_weights(hf.skeleton(source, resolved_dtype(config), trust_remote_code=request.trust_remote_code))
-    notes: list[str] = []
+    weights, source, dtype, notes = request.weights, request.source, resolved_dtype(config), list[str]()
     if source.stored_quantization:
-        config, notes = checkpoints.with_stored_skips(
-            config, weights, checkpoints.packed_modules(source, (CODES,)), source
-        )
-        model = _read(request, config, _names(weights, config))
+        packed = checkpoints.packed_modules(source, (CODES,))
+        config, notes = checkpoints.with_stored_skips(config, weights, packed, source)
+    names = quantized_modules(plan_layers(weights, config))
+
+    def read(_: str, linear: Any, tensors: dict[str, torch.Tensor]) -> FouroversixLinear:
+        return linear_from_tensors(linear, config, getattr(torch, dtype), tensors)
+
+    if source.stored_quantization:
+        model = checkpoints.read_layers(request, dtype, names, read)
     else:
-        model = _quantize(request, config, _names(weights, config))
-    model.config.quantization_config = config.stored(_dense(weights, config))
-    return LoadedModel(model=model, tokenizer=tokenizer, config=config, kernel=kernel(config), notes=notes)
+        model = checkpoints.quantize_layers(request, dtype, names, lambda _, linear: quantized_linear(linear, config))
+    model.config.quantization_config = config.to_stored() | {"modules_to_not_convert": _dense(weights, config)}
+    return LoadedModel(model=model, config=config, kernel=kernel(config), notes=notes)
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:
@@ -53,48 +61,9 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
 
 
-def prepare_for_training(loaded: LoadedModel) -> Any:
-    """Freeze, and recompute activations in the backward pass."""
-    return layers.frozen_for_adapters(loaded.model)
-
-
-def _names(weights: list[WeightInfo], config: FouroversixOptions) -> list[str]:
-    """Modules to quantize."""
-    return [plan.name.rpartition(".")[0] for plan in plan_layers(weights, config) if plan.quantized]
-
-
-def _dense(weights: list[WeightInfo], config: FouroversixOptions) -> list[str]:
-    """Linear modules that stay dense, on request or by default."""
+def _dense(weights: Sequence[WeightInfo], config: FouroversixOptions) -> list[str]:
+    """Linear modules that stay dense, on request or by default: the library itself knows no defaults."""
     everything = msgspec.structs.replace(config, skip=(), skip_defaults=False)
-    tied = [weight.name.rpartition(".")[0] for weight in weights if weight.tied_to]
-    dense = [w.name.rpartition(".")[0] for w in weights if is_linear(w, everything) and not is_linear(w, config)]
+    tied = [module_of(weight) for weight in weights if weight.tied_to]
+    dense = [module_of(weight) for weight in weights if is_linear(weight, everything) and config.skips(weight)]
     return list(dict.fromkeys([*config.skip, *dense, *tied]))
-
-
-def _quantize(request: LoadRequest, config: FouroversixOptions, names: list[str]) -> Any:
-    """The dense model, loaded in the checkpoint's dtype on the CPU, its layers replaced one by one."""
-    wanted: Dtype = resolved_dtype(config)
-    stored = request.source.config.get("dtype") or request.source.config.get("torch_dtype")
-    on_cpu = msgspec.structs.replace(request, device_map={"": "cpu"})
-    model = checkpoints.load_causal_lm(on_cpu, stored if stored in get_args(Dtype) else wanted)
-    for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
-        model.set_submodule(name, quantized_linear(name, model.get_submodule(name), config))
-    dtype = getattr(torch, wanted)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    checkpoints.place(model, request)
-    return model
-
-
-def _read(request: LoadRequest, config: FouroversixOptions, names: list[str]) -> Any:
-    dtype = resolved_dtype(config)
-
-    def make(name: str, module: Any, tensors: dict[str, torch.Tensor]) -> FouroversixLinear:
-        try:
-            return linear_from_tensors(module, config, getattr(torch, dtype), tensors)
-        except ModelError as error:
-            raise ModelError(f"{name} cannot be read: {error}") from error
-
-    return checkpoints.read_layers(request, dtype, names, make)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, RoundingMethod
 
-from polyquant_fouroversix.formats import RULES
+from polyquant_fouroversix.formats import RULES, STATIC
 
 OWN = {"compute_dtype", "quantize_activations", "skip_defaults"}
 """What polyquant adds to the library's settings."""
@@ -57,28 +57,21 @@ class FouroversixOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkno
             raise ValueError(f"weight_scale_2d is for nvfp4, not {self.dtype}")
 
     @property
+    def rounding_method(self) -> RoundingMethod:
+        return "nearest" if self.scale_rule in STATIC else "fitted"
+
+    @property
     def weight_bits(self) -> float:
         return 4
 
-    def native(self) -> Any:
-        """The library's own config of a tensor, for its PyTorch quantizer."""
-        from fouroversix import QuantizationConfig, QuantizeBackend
-
-        return QuantizationConfig(
-            backend=QuantizeBackend.pytorch,
-            block_scale_2d=self.weight_scale_2d,
-            dtype=self.dtype,
-            scale_rule=self.scale_rule,
-        )
-
-    def stored(self, dense: Sequence[str]) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint: transformers' FourOverSixConfig. dense: modules left dense."""
+    def to_stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint: transformers' FourOverSixConfig, and what polyquant adds."""
         return {
             "quant_method": "fouroversix",
             "dtype": self.dtype,
             "scale_rule": self.scale_rule,
             "weight_scale_2d": self.weight_scale_2d,
-            "modules_to_not_convert": list(dense),
+            "modules_to_not_convert": list(self.skip),
             "output_dtype": self.compute_dtype,
             **{name: getattr(self, name) for name in sorted(OWN)},
         }

@@ -51,20 +51,19 @@ class Fp8Options(BackendOptions, frozen=True, kw_only=True, forbid_unknown_field
         """(rows, columns), or None for one scale a matrix."""
         return (self.block_rows, self.block_columns) if self.block_rows else None
 
-    def native(self) -> Any:
-        """transformers' FineGrainedFP8Config."""
-        from transformers import FineGrainedFP8Config
-
-        return FineGrainedFP8Config(
-            activation_scheme=self.activation_scheme,
-            weight_block_size=self.block,  # type: ignore[arg-type,unused-ignore]
-            modules_to_not_convert=None if self.skip_defaults and not self.skip else list(self.skip),
-            scale_fmt=self.scale_fmt,
-        )
-
-    def stored(self) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint; `compute_dtype` is polyquant's addition."""
-        return {**self.native().to_dict(), "compute_dtype": self.compute_dtype}
+    def to_stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint: transformers' FineGrainedFP8Config, and the compute dtype."""
+        return {
+            "quant_method": "fp8",
+            "modules_to_not_convert": self.stored_skip,
+            "modules_to_convert": None,
+            "activation_scheme": self.activation_scheme,
+            "weight_block_size": self.block,
+            "dequantize": False,
+            "scale_fmt": self.scale_fmt,
+            "expert_dtype": "fp8",
+            "compute_dtype": self.compute_dtype,
+        }
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from optimum.quanto import QLinear, QTensor, WeightQBitsTensor
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe
+from polyquant.plugin.layers import Quantized, describe, prepare_for_training
 
+# freezing is all that adapters need; PEFT's prepare_model_for_kbit_training casts every 16-bit parameter to float32,
+# which quanto's tensors refuse
+__all__ = ["prepare_for_training"]
 NAMES = {"qint8": "int8", "qint4": "int4", "qint2": "int2", "qfloat8_e4m3fn": "float8", "qfloat8": "float8"}
 
 

@@ -23,14 +23,15 @@ class QuantoOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fi
     def weight_bits(self) -> float:
         return BITS[self.weights]
 
-    def native(self) -> Any:
-        """transformers' QuantoConfig; it carries the compute dtype along, as saved checkpoints do."""
-        from transformers import QuantoConfig
-
-        skip = None if self.skip_defaults and not self.skip else list(self.skip)
-        config = QuantoConfig(weights=self.weights, modules_to_not_convert=skip)
-        config.compute_dtype = self.compute_dtype
-        return config
+    def to_stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint: transformers' QuantoConfig, and the compute dtype."""
+        return {
+            "quant_method": "quanto",
+            "weights": self.weights,
+            "activations": None,
+            "modules_to_not_convert": self.stored_skip,
+            "compute_dtype": self.compute_dtype,
+        }
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

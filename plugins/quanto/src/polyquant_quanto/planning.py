@@ -13,10 +13,12 @@ ACTIVATION_SCALE_BYTES = 2 * 4  # input and output scale, float32 scalars, unuse
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: QuantoOptions) -> list[LayerPlan]:
-    def stored_bytes(weight: WeightInfo) -> int:
-        return quantized_bytes(weight.shape, config.weights, DTYPE_BYTES[weight.dtype])
-
-    return plan_linears(weights, config, config.weights, stored_bytes)
+    return plan_linears(
+        weights,
+        config,
+        config.weights,
+        lambda weight: quantized_bytes(weight.shape, config.weights, DTYPE_BYTES[weight.dtype]),
+    )
 
 
 def quantized_bytes(shape: tuple[int, ...], weights: str, dtype_bytes: int) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, frozen_linear
+from polyquant.plugin.layers import Quantized, describe, frozen_linear, prepare_for_training, take_bias
 from sinq.quantizer import Quantizer
 from torch import Tensor
 
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import IN_INT32, layout
 
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "dequantize and torch matmul"
 
 
@@ -69,11 +70,13 @@ def unpack(codes: Tensor, bits: int) -> Tensor:
 def quantized_linear(linear: torch.nn.Linear, config: SinqOptions, dtype: torch.dtype) -> SinqLinear:
     """A layer that takes the place of `linear`. Raises ModelError where a scale is not finite."""
     weight = linear.weight.detach()
-    codes, meta = Quantizer.quantize(weight, None, device=weight.device, compute_dtype=dtype, **config.native())
-    found = {"weight": codes, "columns": meta["scale2"]}
+    codes, meta = Quantizer.quantize(
+        weight, None, device=weight.device, compute_dtype=dtype, **config.quantizer_arguments()
+    )
+    made = {"weight": codes, "columns": meta["scale2"]}
     for name in ("scale", "zero"):
-        found[name], found[f"{name}_step"], found[f"{name}_least"], _ = meta[name]
-    tensors = {name: tensor.clone() for name, tensor in found.items()}  # sinq gives views and inference tensors
+        made[name], made[f"{name}_step"], made[f"{name}_least"], _ = meta[name]
+    tensors = {name: tensor.clone() for name, tensor in made.items()}  # sinq gives views and inference tensors
     if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
         raise ModelError("its scales are not finite in float16; skip this module")
     return SinqLinear(linear, config, dtype, tensors)
@@ -84,22 +87,14 @@ def linear_from_tensors(
 ) -> SinqLinear:
     """A layer from stored tensors. Raises ModelError where one is missing, or has another shape or dtype."""
     shape = (linear.out_features, linear.in_features)
-    expected = dict(layout(shape, config))
-    if linear.bias is not None:
-        expected["bias"] = ((linear.out_features,), "")
-    for name, (size, kind) in expected.items():
-        found = tensors.get(name)
-        if found is None or found.numel() != prod(size) or kind not in str(found.dtype):
-            described = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-            raise ModelError(f"{name} of a SINQ layer {shape} should be {kind} {size}, and is {described}")
-    if linear.bias is not None:
-        linear.bias = torch.nn.Parameter(tensors["bias"].to(dtype), requires_grad=False)
-    return SinqLinear(
-        linear,
-        config,
-        dtype,
-        {name: tensors[name].view(size) for name, (size, _) in expected.items() if name != "bias"},
-    )
+    expected = layout(shape, config)
+    for name, (size, dtype_name) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.numel() != prod(size) or dtype_name not in str(tensor.dtype):
+            found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ModelError(f"{name} of a SINQ layer {shape} should be {dtype_name} {size}, and is {found}")
+    take_bias(linear, tensors, dtype)
+    return SinqLinear(linear, config, dtype, {name: tensors[name].view(size) for name, (size, _) in expected.items()})
 
 
 def rounded_plainly(model: Any) -> tuple[int, int]:

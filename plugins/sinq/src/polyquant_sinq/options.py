@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, RoundingMethod
 
 
 class SinqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,6 +28,10 @@ class SinqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = "sinq"
 
     @property
+    def rounding_method(self) -> RoundingMethod:
+        return "fitted" if self.method == "sinq" else "calibrated"
+
+    @property
     def weight_bits(self) -> float:
         return self.bits
 
@@ -36,7 +40,7 @@ class SinqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
         """sinq2 to sinq8."""
         return f"sinq{self.bits}"
 
-    def native(self) -> dict[str, Any]:
+    def quantizer_arguments(self) -> dict[str, Any]:
         """The arguments of sinq's Quantizer; `quantAux`: scales and zero points are rounded to 8 bits."""
         return {
             "nbits": self.bits,
@@ -47,7 +51,7 @@ class SinqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
             "method": "sinq_quantAux",
         }
 
-    def stored(self) -> dict[str, Any]:
+    def to_stored(self) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint: transformers' SinqConfig, with full names of dense modules."""
         return {
             "quant_method": "sinq",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
 
-from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears, unfit
 
 from polyquant_sinq.options import SinqOptions
 
@@ -59,10 +58,8 @@ def _require_fit(weight: WeightInfo, config: SinqOptions) -> None:
     elif (groups := rows * columns // size) % SCALE_ROWS:
         what = f"group_size {size} gives {groups} groups, and sinq rounds scales by {SCALE_ROWS}s,"
     if what:
-        short = weight.name.rpartition(".")[0].rpartition(".")[2]
-        fits = [each for each in range(16, 257, 8) if _fits(weight.shape, each, config.tiling)]
-        fix = f"group_size={min(fits, key=lambda each: abs(each - size))} or " if fits else ""
-        raise ConfigError(f"{what} in {weight.name}; use {fix}skip=({short!r},)")
+        fits = [other for other in range(16, 257, 8) if _fits(weight.shape, other, config.tiling)]
+        raise unfit(weight, what, [f"group_size={min(fits, key=lambda other: abs(other - size))}"] if fits else [])
 
 
 def _fits(shape: Sequence[int], size: int, tiling: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe
+from polyquant.errors import UnsupportedOperation
+from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.plugin.layers import Quantized, describe, frozen_for_adapters
 from torchao.utils import TorchAOBaseTensor
 
 NAMES = {"IntxUnpackedToInt8Tensor": "int4-in-int8", "Int8Tensor": "int8", "Float8Tensor": "float8"}
@@ -21,6 +22,18 @@ KERNELS = {
 def describe_layers(model: Any) -> list[LayerInfo]:
     skipped = getattr(model.config.quantization_config, "modules_to_not_convert", None) or ()
     return describe(model, _quantized, skipped=skipped)
+
+
+def prepare_for_training(loaded: LoadedModel) -> Any:
+    """Freeze, and recompute activations in the backward pass.
+
+    Raises UnsupportedOperation for quantized activations: rounding passes no gradient to the adapters below, silently.
+    """
+    if getattr(loaded.config, "dynamic_activations", False):
+        raise UnsupportedOperation(
+            "no gradient passes through dynamic_activations; load with weights='int8' alone to train"
+        )
+    return frozen_for_adapters(loaded.model)
 
 
 def scheme(weight: Any) -> str:

@@ -52,24 +52,12 @@ class TorchAoOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
         suffix = {"int8": "-dynamic" if self.dynamic_activations else "", "int4": "-in-int8"}
         return self.weights + suffix.get(self.weights, "")
 
-    def native(self) -> Any:
-        """transformers' TorchAoConfig around torchao's own config; it carries the compute dtype along."""
-        from transformers import TorchAoConfig
+    def to_stored(self) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint, with torchao's config as torchao writes it. Imports torchao."""
+        from polyquant_torchao._library import quantize_config
 
-        skip = None if self.skip_defaults and not self.skip else list(self.skip)
-        config = TorchAoConfig(self._quant_type(), modules_to_not_convert=skip)
-        config.compute_dtype = self.compute_dtype
-        return config
-
-    def _quant_type(self) -> Any:
-        import torch
-        from torchao import quantization as ao
-
-        if self.weights == "int4":
-            return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(self.group_size))
-        kind = ao.Float8WeightOnlyConfig if self.weights == "float8" else ao.Int8WeightOnlyConfig
-        kind = ao.Int8DynamicActivationInt8WeightConfig if self.dynamic_activations else kind
-        return kind(set_inductor_config=False)  # torchao changes torch.compile's settings of the process otherwise
+        stored: dict[str, Any] = quantize_config(self).to_dict()
+        return stored
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears, unfit
 
 from polyquant_torchao.options import TorchAoOptions
 
@@ -23,9 +22,6 @@ def quantized_bytes(weight: WeightInfo, config: TorchAoOptions) -> int:
         return prod(weight.shape) + rows * (4 if config.weights == "float8" else 5)
     if columns % config.group_size:
         divisors = [size for size in range(8, min(columns, 257)) if columns % size == 0]
-        fix = f"group_size={max(divisors)} or " if divisors else ""
-        raise ConfigError(
-            f"group_size {config.group_size} does not divide in_features {columns} of {weight.name}; "
-            f"use {fix}skip=({weight.name.rpartition('.')[0].rpartition('.')[2]!r},)"
-        )
+        what = f"group_size {config.group_size} does not divide in_features {columns}"
+        raise unfit(weight, what, [f"group_size={max(divisors)}"] if divisors else [])
     return prod(weight.shape) + prod(weight.shape) // config.group_size * (DTYPE_BYTES[weight.dtype] + 1)
