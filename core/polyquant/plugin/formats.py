@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from polyquant.options import BackendOptions, RoundingMethod
+from polyquant.options import BackendOptions, NumberFormat, RoundingMethod
 
 GEMM = "gemm"
 """AWQ's version whose words run along out_features; those of the other versions are in orders of their own."""
@@ -31,6 +31,10 @@ class GptqFormat(BackendOptions, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def rounding_method(self) -> RoundingMethod:
         return "calibrated"
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "integers" if self.sym else "integers with zero points"
 
     @property
     def weight_bits(self) -> float:
@@ -69,6 +73,10 @@ class AwqFormat(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def rounding_method(self) -> RoundingMethod:
         return "calibrated"
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "integers with zero points"
 
     @property
     def weight_bits(self) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, RoundingMethod
+from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
 
 DEFAULTS: Mapping[str, int] = {"num_codebooks": 1, "nbits_per_codebook": 16, "in_group_size": 8, "out_group_size": 1}
 """What a checkpoint means that does not say."""
@@ -54,6 +54,10 @@ class AqlmOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
     def code_bits(self) -> float:
         """Bits of codes for each weight, without codebooks and scales."""
         return self.num_codebooks * self.nbits_per_codebook / (self.in_group_size * self.out_group_size)
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "vectors"
 
     @property
     def weight_bits(self) -> float:

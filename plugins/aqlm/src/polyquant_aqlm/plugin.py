@@ -27,6 +27,7 @@ INFO = BackendInfo(
         "2x8": {"num_codebooks": 2, "nbits_per_codebook": 8},
         "4x8": {"num_codebooks": 4, "nbits_per_codebook": 8},
     },
+    measured_kl={"2x8": 10.2, "4x8": 1.03},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training"), imports=INFO.libraries)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, RoundingMethod
+from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
 
 METHODS = {"auto_round": "auto-round", "auto_gptq": "gptq", "auto_awq": "awq"}  # format -> quant_method
 SAMPLES, SAMPLE_TOKENS = 32, 256
@@ -55,6 +55,10 @@ class AutoRoundOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown
     @property
     def rounding_method(self) -> RoundingMethod:
         return "tuned" if self.iters else "nearest"
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "integers" if self.sym else "integers with zero points"
 
     @property
     def weight_bits(self) -> float:

@@ -22,6 +22,7 @@ INFO = BackendInfo(
     ),
     options=AutoRoundOptions,
     docs="https://github.com/intel/auto-round",
+    also_called=("autoround", "auto_round"),
     libraries=(
         Library(distribution="auto-round", versions=">=0.16,<0.17", module="auto_round"),
         *KERNELS,
@@ -32,6 +33,7 @@ INFO = BackendInfo(
         "int4": {"bits": 4, "group_size": 64, "iters": 20},
         "rtn-int8": {"bits": 8, "group_size": 64, "iters": 0},
     },
+    measured_kl={"rtn-int4": 0.315, "int4": 0.115, "rtn-int8": 0.00612},
     compute_dtypes={"cpu": "bfloat16"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "quantize", "prepare_for_training"), imports=KERNELS)

@@ -26,6 +26,7 @@ INFO = BackendInfo(
     ),
     options=AutoawqOptions,
     docs="https://github.com/casper-hansen/AutoAWQ",
+    also_called=("auto-awq", "auto_awq"),
     libraries=(AUTOAWQ, Library(distribution="transformers", versions=">=4.51,<4.52")),
     presets={"int4": {"group_size": 64}},
     compute_dtypes={"cpu": "float32"},

@@ -27,6 +27,7 @@ INFO = BackendInfo(
     ),
     options=AutogptqOptions,
     docs="https://github.com/AutoGPTQ/AutoGPTQ",
+    also_called=("auto-gptq", "auto_gptq"),
     libraries=(AUTO_GPTQ, Library(distribution="transformers", versions=">=4.51,<4.52")),
     presets={"int4": {"bits": 4, "group_size": 64}, "int8": {"bits": 8, "group_size": 64}},
     compute_dtypes={"cpu": "float32"},

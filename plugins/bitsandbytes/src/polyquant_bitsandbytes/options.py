@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, NumberFormat
 
 FOUR_BIT = {"quant_type": "nf4", "double_quant": False, "quant_storage": "uint8"}
 EIGHT_BIT = {"int8_threshold": 6.0}
@@ -44,6 +44,10 @@ class BitsAndBytesOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkn
         for name, value in own.items():
             if getattr(self, name) is None:
                 msgspec.structs.force_setattr(self, name, value)
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "normal floats" if self.quant_type == "nf4" else "floats" if self.bits == 4 else "integers"
 
     @property
     def weight_bits(self) -> float:

@@ -27,6 +27,7 @@ INFO = BackendInfo(
     ),
     options=BitsAndBytesOptions,
     docs="https://huggingface.co/docs/bitsandbytes",
+    also_called=("bnb",),
     libraries=(BITSANDBYTES, Library(distribution="accelerate", versions=">=1.6"), TRANSFORMERS),
     presets={
         "nf4": {"bits": 4, "quant_type": "nf4"},
@@ -34,6 +35,7 @@ INFO = BackendInfo(
         "fp4": {"bits": 4, "quant_type": "fp4"},
         "int8": {"bits": 8},
     },
+    measured_kl={"nf4": 0.249, "nf4-dq": 0.249, "fp4": 0.448, "int8": 0.0175},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(

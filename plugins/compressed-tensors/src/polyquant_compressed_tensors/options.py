@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from msgspec import Meta
 from polyquant.errors import ConfigError
-from polyquant.plugin import BackendOptions, RoundingMethod
+from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
 
 Weights = Literal["int4", "int8", "fp8", "mxfp4", "nvfp4"]
 Strategy = Literal["tensor", "channel", "group", "block", "tensor_group"]
@@ -108,6 +108,12 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
     def rounding_method(self) -> RoundingMethod:
         """Of a checkpoint that does not say, the least: to nearest."""
         return "calibrated" if self.method == "gptq" else "nearest"
+
+    @property
+    def number_format(self) -> NumberFormat:
+        if not self.weights.startswith("int"):
+            return "floats"
+        return "integers" if self.symmetric else "integers with zero points"
 
     @property
     def weight_bits(self) -> float:

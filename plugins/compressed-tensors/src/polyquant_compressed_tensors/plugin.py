@@ -20,6 +20,7 @@ INFO = BackendInfo(
     ),
     options=CompressedTensorsOptions,
     docs="https://github.com/vllm-project/compressed-tensors",
+    also_called=("compressed_tensors", "llmcompressor"),
     libraries=(LIBRARY, Library(distribution="accelerate", versions=">=1.6")),
     presets={
         "int4": {"weights": "int4", "group_size": 64},
@@ -27,6 +28,7 @@ INFO = BackendInfo(
         "fp8": {"weights": "fp8"},
         "int4-gptq": {"weights": "int4", "group_size": 64, "method": "gptq"},
     },
+    measured_kl={"int4": 0.399, "int8": 0.00417, "fp8": 0.0165, "int4-gptq": 0.162},
     compute_dtypes={"cpu": "bfloat16"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "quantize", "save", "prepare_for_training"), imports=(LIBRARY,))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, RoundingMethod
+from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
 
 from polyquant_fouroversix.formats import RULES, STATIC
 
@@ -59,6 +59,10 @@ class FouroversixOptions(BackendOptions, frozen=True, kw_only=True, forbid_unkno
     @property
     def rounding_method(self) -> RoundingMethod:
         return "nearest" if self.scale_rule in STATIC else "fitted"
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "integers" if self.dtype == "nvint4" else "floats"
 
     @property
     def weight_bits(self) -> float:

@@ -38,6 +38,7 @@ INFO = BackendInfo(
         "if4": {"dtype": "if4", "scale_rule": "mse"},
         "mxfp4": {"dtype": "mxfp4", "scale_rule": "static_6"},
     },
+    measured_kl={"nvfp4": 0.415, "if4": 0.36, "mxfp4": 1.07},
     compute_dtypes={"cpu": "float32"},
 )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, NumberFormat
 
 BLOCK = (128, 128)
 E4M3 = ("e4m3", "e4m3fn", "float8_e4m3fn")
@@ -41,6 +41,10 @@ class Fp8Options(BackendOptions, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError("block_rows and block_columns are both 0 (one scale for a matrix), or neither")
         if self.block_rows == 0 and self.scale_fmt == "ue8m0":
             raise ValueError("scale_fmt 'ue8m0' is for blocks; one scale for a matrix is a float")
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "floats"
 
     @property
     def weight_bits(self) -> float:

@@ -30,6 +30,7 @@ INFO = BackendInfo(
         "ue8m0": {"block_rows": 128, "block_columns": 128, "scale_fmt": "ue8m0"},
         "tensor": {"block_rows": 0, "block_columns": 0},
     },
+    measured_kl={"block128": 0.0154, "ue8m0": 0.016, "tensor": 0.0153},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training"), imports=INFO.libraries)

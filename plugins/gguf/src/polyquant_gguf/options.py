@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, NumberFormat
 from polyquant.plugin.gguf import TYPES, read_header
 
 OPTIONS_KEY = "polyquant.options"  # metadata of a GGUF that polyquant wrote: the options it was made with, as JSON
@@ -38,6 +38,11 @@ class GgufOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.file and self.type != "file":
             raise ValueError("file belongs to type 'file'")
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """Of the type; a file has its own for each tensor, which this does not tell apart."""
+        return TYPES[self.type].format if self.type != "file" else "integers"
 
     @property
     def weight_bits(self) -> float:

@@ -23,6 +23,7 @@ INFO = BackendInfo(
     docs="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md",
     libraries=(GGUF, Library(distribution="accelerate", versions=">=1.6")),
     presets={name: {"type": name} for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")},
+    measured_kl={"Q4_0": 0.299, "Q5_0": 0.0682, "Q5_1": 0.121, "Q8_0": 0.00111},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "save"), imports=(GGUF,))

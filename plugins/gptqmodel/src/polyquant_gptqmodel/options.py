@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
+from polyquant.plugin import NumberFormat
 from polyquant.plugin.formats import GEMM, AwqFormat, GptqFormat, gptq_layout, has_zero_points
 
 LAYOUTS = ("gptq", "gptq_v2")
@@ -59,6 +60,10 @@ class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def sym(self) -> bool:
         """gptqmodel's word for layers without fitted zero points."""
         return not self.zero_point
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "integers with zero points" if self.zero_point else "integers"
 
     def to_stored(self) -> dict[str, Any]:
         return super().to_stored() | {"zero_point": self.zero_point}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, RoundingMethod
+from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
 
 
 class HqqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,6 +28,10 @@ class HqqOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def rounding_method(self) -> RoundingMethod:
         return "fitted" if self.optimize else "nearest"
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "integers with zero points"
 
     @property
     def weight_bits(self) -> float:

@@ -27,6 +27,7 @@ INFO = BackendInfo(
         "int8": {"bits": 8, "group_size": 64},
         "int3": {"bits": 3, "group_size": 64},
     },
+    measured_kl={"int4": 0.189, "int8": 0.000738, "int3": 1.77},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training"), imports=(HQQ,))

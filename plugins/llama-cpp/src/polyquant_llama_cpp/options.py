@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, RoundingMethod
-from polyquant.plugin.gguf import read_header
+from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
+from polyquant.plugin.gguf import TYPES, read_header
 
 from polyquant_llama_cpp.formats import Quantizable, ReadOnly, bits_of, name_of
 
@@ -56,6 +56,12 @@ class LlamaCppOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
             )
         if self.kv_cache_type in ("Q8_0", "Q4_0") and self.flash_attention == "off":
             raise ValueError(f"kv_cache_type {self.kv_cache_type!r} needs flash attention: leave flash_attention out")
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """Of the block type that the file is named after."""
+        block = TYPES.get(self.type) or TYPES.get(self.type.rpartition("_")[0])
+        return block.format if block else "vectors" if self.type.startswith("IQ") else "integers"
 
     @property
     def weight_bits(self) -> float:

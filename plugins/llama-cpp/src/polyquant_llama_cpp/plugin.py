@@ -22,8 +22,10 @@ INFO = BackendInfo(
     ),
     options=LlamaCppOptions,
     docs="https://llama-cpp-python.readthedocs.io",
+    also_called=("llama.cpp", "llama_cpp"),
     libraries=LIBRARIES,
     presets={name: {"type": name} for name in ("Q4_K_M", "Q4_0", "Q8_0")},
+    measured_kl={"Q4_K_M": 0.0517, "Q4_0": 0.301, "Q8_0": 0.00382},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("quantize",), imports=LIBRARIES)

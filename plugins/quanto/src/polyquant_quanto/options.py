@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, NumberFormat
 
 BITS = {"int8": 8, "float8": 8, "int4": 4, "int2": 2}
 
@@ -18,6 +18,12 @@ class QuantoOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fi
     weights: Annotated[
         Literal["int8", "int4", "int2", "float8"], Meta(description="type of a quantized weight; float8 is e4m3")
     ] = "int8"
+
+    @property
+    def number_format(self) -> NumberFormat:
+        if self.weights == "float8":
+            return "floats"
+        return "integers" if self.weights == "int8" else "integers with zero points"
 
     @property
     def weight_bits(self) -> float:

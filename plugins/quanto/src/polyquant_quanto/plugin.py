@@ -21,12 +21,14 @@ INFO = BackendInfo(
     ),
     options=QuantoOptions,
     docs="https://github.com/huggingface/optimum-quanto",
+    also_called=("optimum-quanto",),
     libraries=(QUANTO, Library(distribution="accelerate", versions=">=1.6")),
     presets={
         "int8": {"weights": "int8"},
         "int4": {"weights": "int4"},
         "float8": {"weights": "float8"},
     },
+    measured_kl={"int8": 0.00261, "int4": 0.415, "float8": 0.0182},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training"), imports=(QUANTO,), native_problems=True)

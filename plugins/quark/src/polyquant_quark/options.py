@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, NumberFormat
 
 BITS = {"int4": 4, "uint4": 4, "int8": 8, "fp8": 8, "mxfp4": 4}
 GRANULARITIES = {
@@ -55,6 +55,12 @@ class QuarkOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fie
             msgspec.structs.force_setattr(self, "group_size", usual)
         if self.weights == "mxfp4" and self.group_size != MX_GROUP_SIZE:
             raise ValueError(f"group_size of mxfp4 is always {MX_GROUP_SIZE}, got {self.group_size}")
+
+    @property
+    def number_format(self) -> NumberFormat:
+        if self.weights in ("fp8", "mxfp4"):
+            return "floats"
+        return "integers with zero points" if self.weights == "uint4" else "integers"
 
     @property
     def weight_bits(self) -> float:

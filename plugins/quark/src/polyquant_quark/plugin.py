@@ -19,6 +19,7 @@ INFO = BackendInfo(
     ),
     options=QuarkOptions,
     docs="https://quark.docs.amd.com",
+    also_called=("amd-quark",),
     libraries=(Library(distribution="accelerate", versions=">=1.6"),),  # amd-quark is needed to quantize only
     presets={
         "int4": {"weights": "int4", "group_size": 64},
@@ -26,6 +27,7 @@ INFO = BackendInfo(
         "fp8": {"weights": "fp8"},
         "mxfp4": {"weights": "mxfp4"},
     },
+    measured_kl={"int4": 0.396, "int8": 0.00298, "fp8": 0.0182, "mxfp4": 0.38},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "quantize", "save", "prepare_for_training"))

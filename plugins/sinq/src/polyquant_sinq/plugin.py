@@ -29,6 +29,7 @@ INFO = BackendInfo(
         "int4": {"bits": 4, "group_size": 64},
         "int8": {"bits": 8, "group_size": 64},
     },
+    measured_kl={"int4": 0.201, "int8": 0.00122},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training"), imports=(SINQ,))

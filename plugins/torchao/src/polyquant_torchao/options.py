@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, NumberFormat
 
 INT4_GROUP = 32
 TYPES: Mapping[str, Mapping[str, Any]] = {
@@ -40,6 +40,14 @@ class TorchAoOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(f"group_size applies to weights='int4' only; {self.weights!r} has one scale a row")
         if self.group_size is None and self.weights == "int4":
             msgspec.structs.force_setattr(self, "group_size", INT4_GROUP)
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return "floats" if self.weights == "float8" else "integers"
+
+    @property
+    def level_bits(self) -> float:
+        return 4 if self.weights == "int4" else 8
 
     @property
     def weight_bits(self) -> float:

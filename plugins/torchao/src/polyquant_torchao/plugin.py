@@ -21,6 +21,7 @@ INFO = BackendInfo(
     ),
     options=TorchAoOptions,
     docs="https://docs.pytorch.org/ao",
+    also_called=("ao",),
     libraries=(
         TORCHAO,
         Library(distribution="transformers", versions=">=5"),  # older ones save torchao's tensors with pickle only
@@ -32,6 +33,7 @@ INFO = BackendInfo(
         "int4": {"weights": "int4"},
         "float8": {"weights": "float8"},
     },
+    measured_kl={"int8": 0.00298, "int8-dynamic": 0.0275, "int4": 0.389, "float8": 0.0182},
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training"), imports=(TORCHAO,))
