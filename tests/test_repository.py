@@ -21,7 +21,8 @@ TEMPLATE = ROOT / "core" / "polyquant" / "authoring" / "template"  # a plugin, a
 CORE = sorted(path for path in (ROOT / "core").rglob("*.py") if TEMPLATE not in path.parents)
 PLUGINS = [*sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")), TEMPLATE]
 SURFACE = re.compile(r"polyquant\.(plugin|errors)(\.|$)")
-LIGHT_SURFACE = ("polyquant.plugin", "polyquant.plugin.gguf", "polyquant.plugin.layouts", "polyquant.errors")
+LIGHT_SURFACE = ("polyquant.plugin", "polyquant.plugin.gguf", "polyquant.plugin.layouts", "polyquant.plugin.formats",
+                 "polyquant.errors")  # fmt: skip
 HEAVY_SURFACE = ("checkpoints", "layers", "calibration", "process")  # as `from polyquant.plugin import ...` names them
 LIGHT_ROLES = {
     "__init__": "a docstring",

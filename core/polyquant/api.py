@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from polyquant.errors import BackendFailed, BrokenBackend, ConfigError, UnsupportedOperation
-from polyquant.isolated.handles import backend, backends, environment_name
+from polyquant.isolated.doctor import Diagnosis, doctor
+from polyquant.isolated.handles import backend, backends
 from polyquant.options import BackendOptions
 from polyquant.registry.installed import registry
 from polyquant.request import MaxMemory, Offload
-from polyquant.types import Problem, Record
 
 if TYPE_CHECKING:
     from polyquant.comparison.candidates import Candidate
@@ -34,41 +32,6 @@ __all__ = [
     "quantize", "read_comparison", "recommend", "verify",
 ]  # fmt: skip
 SAMPLE_PROMPT = "The capital of France is"
-
-
-class Diagnosis(Record, frozen=True):
-    """What `doctor` found for one backend on one device."""
-
-    backend: str
-    origin: str  # the distribution that provides it
-    device: str
-    problems: list[Problem]
-    environment: str = ""  # the name of its own, where it runs in one
-
-    @property
-    def runs(self) -> bool:
-        """Whether nothing stops it."""
-        return not self.problems
-
-
-def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
-    """Whether each installed backend, or one, can run here; every problem with the command that fixes it."""
-    from polyquant.support.devices import choose_device
-
-    diagnoses = []
-    for each in [name] if name else registry().names():
-        try:
-            handle = backend(each)
-            chosen = choose_device(device, handle.capabilities)
-            problems, where = handle.problems(chosen), environment_name(handle)
-            diagnoses.append(
-                Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=problems, environment=where)
-            )
-        except (BrokenBackend, BackendFailed) as error:
-            fix = f"update or uninstall {registry().origin(each)}, or set POLYQUANT_DISABLE={each}"
-            broken = Problem(what=str(error), fix=fix, kind="import", detail=str(error.__cause__ or ""))
-            diagnoses.append(Diagnosis(backend=each, origin=registry().origin(each), device=device, problems=[broken]))
-    return diagnoses
 
 
 def load(
@@ -179,24 +142,13 @@ def plan(
 
     >>> polyquant.plan("builtin:smollm2", backend="bitsandbytes", bits=4).ratio
     """
-    from polyquant.planning.devices import read_budget
-    from polyquant.planning.model import PlannedModel
-    from polyquant.planning.plan import Asked, plan_one
-    from polyquant.planning.process import problems_of
-    from polyquant.planning.table import plan_all
+    from polyquant.planning.plan import Asked
+    from polyquant.planning.table import plan_model
 
     asked = Asked(context=context, batch=batch, device=device, offload=offload)
-    if backend is None:
-        if options:
-            raise ConfigError(f"name the backend that {', '.join(options)} belongs to (backend=...), or leave it out")
-        budget = read_budget(memory, devices)
-        return plan_all(PlannedModel(model, revision=revision, trust_remote_code=trust_remote_code), asked, budget)
-    handle = handle_of(backend)
-    handle.config(options)  # raises for wrong options before any file is read
-    budget = read_budget(memory, devices)
-    found = PlannedModel(model, revision=revision, trust_remote_code=trust_remote_code)
-    problems_of(handle, "cpu")  # imports what the backend imports, so that the process is weighed with it
-    return plan_one(found, handle, options, asked, budget)
+    return plan_model(
+        model, backend, options, asked, memory, devices, revision=revision, trust_remote_code=trust_remote_code
+    )
 
 
 def recommend(
@@ -219,15 +171,13 @@ def recommend(
     comparisons: folder of comparisons measured on this machine; None: polyquant's own. What is not measured is ordered
         by published figures. Nothing that `doctor` refuses is recommended.
     """
-    from polyquant.comparison.store import comparisons_folder
-    from polyquant.planning.recommend import choose, require
+    from polyquant.planning import recommend as recommending
+    from polyquant.planning.plan import Asked
 
-    require(goal, needs)
-    found = plan(
-        model, None, context=context, batch=batch, device=device, memory=memory, revision=revision,
-        trust_remote_code=trust_remote_code,
+    return recommending.recommend(
+        model, goal, needs, Asked(context=context, batch=batch, device=device), memory,
+        Path(comparisons) if comparisons is not None else None, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return choose(found, goal, needs, Path(comparisons) if comparisons is not None else comparisons_folder())
 
 
 def compare(
@@ -305,22 +255,11 @@ def finetune(
 
     >>> polyquant.finetune("builtin:smollm2", "train.jsonl", "adapter", backend="bitsandbytes", bits=4, steps=30)
     """
-    from polyquant.finetuning.options import TrainingOptions
-    from polyquant.finetuning.run import finetune as run
-    from polyquant.options import convert
-    from polyquant.support.progress import SILENT
+    from polyquant.finetuning.run import finetune_model
 
-    training = {name: options.pop(name) for name in TrainingOptions.__struct_fields__ if name in options}
-    chosen = convert(TrainingOptions, training)
-    if isinstance(model, (str, Path)):
-        if backend is not None and not handle_of(backend).capabilities.trains:
-            raise UnsupportedOperation(
-                f"{backend} cannot train adapters; installed backends that do: {', '.join(backends(trains=True).names)}"
-            )
-        model = load(model, backend, progress=progress is not None and sys.stderr.isatty(), **options)
-    elif options or backend is not None:
-        raise ConfigError(f"the model is loaded already: leave out {', '.join(options) or 'backend'}")
-    return run(model, data, Path(out), chosen, overwrite=overwrite, restart=restart, progress=progress or SILENT)
+    return finetune_model(
+        model, data, Path(out), backend, options, overwrite=overwrite, restart=restart, progress=progress
+    )
 
 
 def merge(
@@ -345,10 +284,7 @@ def merge(
     """
     from polyquant.finetuning.merge import merge as run
 
-    return run(
-        model, Path(adapter), Path(out), way, backend, options, threshold, force=force, overwrite=overwrite, load=load,
-        quantize=quantize,
-    )  # fmt: skip
+    return run(model, Path(adapter), Path(out), way, backend, options, threshold, force=force, overwrite=overwrite)
 
 
 @contextmanager
@@ -362,6 +298,3 @@ def observing(observer: object) -> Iterator[None]:
         yield
     finally:
         registry().remove_observer(observer)
-
-
-handle_of = backend  # the function, where a parameter is called `backend` too

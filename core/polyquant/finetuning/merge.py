@@ -11,6 +11,8 @@ from polyquant.errors import ConfigError, SaveError
 from polyquant.finetuning import merge_methods
 from polyquant.loaded import LoadedModel
 from polyquant.loading.adapter import read_card
+from polyquant.loading.load import load
+from polyquant.loading.quantize import quantize
 from polyquant.measure.quality.records import Quality
 from polyquant.measure.quality.windows import Window, cut, preset_named
 from polyquant.models.generation import logits_of
@@ -19,16 +21,14 @@ from polyquant.plugin import checkpoints
 from polyquant.support.files import atomic_folder
 from polyquant.support.texts import evaluation_text
 
-Load = Callable[..., LoadedModel]
-Quantize = Callable[..., Path]
 PRESET, WINDOWS = "llamacpp-512", 2
 
 
 def merge(
     model: str | Path, adapter: Path, out: Path, way: merge_methods.Way, backend: str | None,
-    options: Mapping[str, Any], threshold: float, *, force: bool, overwrite: bool, load: Load, quantize: Quantize,
+    options: Mapping[str, Any], threshold: float, *, force: bool, overwrite: bool,
 ) -> Quality:  # fmt: skip
-    """See `polyquant.merge`; load, quantize: `polyquant`'s."""
+    """See `polyquant.merge`."""
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
     options = dict(options)

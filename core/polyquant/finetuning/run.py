@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,15 +21,35 @@ from polyquant.finetuning.data import Example, read_examples
 from polyquant.finetuning.options import TrainingOptions, TrainingStep, Tuned
 from polyquant.finetuning.requirements import require_dora, require_optimizer
 from polyquant.finetuning.targets import target_modules
+from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading.adapter import CARD, WEIGHTS, Card
+from polyquant.loading.load import load
 from polyquant.memory.peak import measure_peak
 from polyquant.models import versions
 from polyquant.models.hashing import content_hash
+from polyquant.options import convert
 from polyquant.support.files import atomic_folder
 from polyquant.support.machine import this_machine
 from polyquant.support.peft import import_peft
 from polyquant.support.progress import SILENT, Progress
+
+
+def finetune_model(
+    model: LoadedModel | str | Path, data: str | Path, out: Path, backend: str | None, options: dict[str, Any], *,
+    overwrite: bool, restart: bool, progress: Progress | None,
+) -> Tuned:  # fmt: skip
+    """See `polyquant.finetune`; options: of training, the others of loading."""
+    training = {name: options.pop(name) for name in TrainingOptions.__struct_fields__ if name in options}
+    chosen = convert(TrainingOptions, training)
+    if isinstance(model, (str, Path)):
+        if backend is not None and not handles.backend(backend).capabilities.trains:
+            able = ", ".join(handles.backends(trains=True).names)
+            raise UnsupportedOperation(f"{backend} cannot train adapters; installed backends that do: {able}")
+        model = load(model, backend, progress=progress is not None and sys.stderr.isatty(), **options)
+    elif options or backend is not None:
+        raise ConfigError(f"the model is loaded already: leave out {', '.join(options) or 'backend'}")
+    return finetune(model, data, out, chosen, overwrite=overwrite, restart=restart, progress=progress or SILENT)
 
 
 def finetune(

@@ -9,12 +9,16 @@ from typing import Any, get_args
 import msgspec
 
 from polyquant.comparison.records import Goal
+from polyquant.comparison.store import comparisons_folder
 from polyquant.errors import ConfigError, did_you_mean
 from polyquant.isolated import handles
+from polyquant.planning.devices import read_budget
 from polyquant.planning.measured import Measured, measured_here
+from polyquant.planning.model import PlannedModel
+from polyquant.planning.plan import Asked
 from polyquant.planning.records import Choice, Plans, Recommendation, Row
 from polyquant.planning.scale import standing
-from polyquant.planning.table import load_command
+from polyquant.planning.table import load_command, plan_all
 from polyquant.support.sizes import size
 from polyquant.types import Capabilities
 
@@ -26,6 +30,17 @@ FIGURES = {
     "speed": "{:.1f} generated tokens a second",
     "memory": "{}",
 }
+
+
+def recommend(
+    model: str | Path, goal: Goal, needs: Collection[str], asked: Asked, memory: int | str | None,
+    comparisons: Path | None, *, revision: str | None, trust_remote_code: bool,
+) -> Recommendation:  # fmt: skip
+    """See `polyquant.recommend`."""
+    require(goal, needs)
+    found = PlannedModel(model, revision=revision, trust_remote_code=trust_remote_code)
+    plans = plan_all(found, asked, read_budget(memory, None))
+    return choose(plans, goal, needs, comparisons or comparisons_folder())
 
 
 def require(goal: str, needs: Collection[str]) -> None:

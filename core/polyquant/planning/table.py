@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from polyquant.comparison.candidates import Candidate, presets_of
-from polyquant.errors import BrokenBackend, CheckpointConflict, PolyquantError
+from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, PolyquantError
 from polyquant.isolated import handles
 from polyquant.loading.settle import as_flags, make_command, route_of
-from polyquant.planning.devices import Budget, free_bytes
+from polyquant.planning.devices import Budget, free_bytes, read_budget
 from polyquant.planning.model import PlannedModel
 from polyquant.planning.plan import DENSE, Asked, plan_one
 from polyquant.planning.process import problems_of
-from polyquant.planning.records import Absent, Plans, Row
+from polyquant.planning.records import Absent, Plan, Plans, Row
 from polyquant.planning.scale import standing
 from polyquant.registry.backend import Backend
 from polyquant.registry.catalogue import catalogue
@@ -21,6 +22,24 @@ from polyquant.registry.installed import registry
 from polyquant.support.sizes import size
 
 ORDER = ("fits", "too big", "not planned", "does not run", "left out")
+
+
+def plan_model(
+    model: str | Path, backend: str | None, options: Mapping[str, object], asked: Asked, memory: int | str | None,
+    devices: str | None, *, revision: str | None, trust_remote_code: bool,
+) -> Plan | Plans:  # fmt: skip
+    """See `polyquant.plan`; options: the backend's own, as the user wrote them."""
+    if backend is None and options:
+        raise ConfigError(f"name the backend that {', '.join(options)} belongs to (backend=...), or leave it out")
+    handle = handles.backend(backend) if backend is not None else None
+    if handle is not None:
+        handle.config(options)  # raises for wrong options before any file is read
+    budget = read_budget(memory, devices)
+    found = PlannedModel(model, revision=revision, trust_remote_code=trust_remote_code)
+    if handle is None:
+        return plan_all(found, asked, budget)
+    problems_of(handle, "cpu")  # imports what the backend imports, so that the process is weighed with it
+    return plan_one(found, handle, options, asked, budget)
 
 
 def plan_all(model: PlannedModel, asked: Asked, budget: Budget) -> Plans:

@@ -6,20 +6,17 @@ For backends whose library leaves no format of transformers' own; never pickle. 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import accelerate
 import msgspec
-import psutil
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -28,11 +25,11 @@ from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
 from polyquant.models import hf, versions
 from polyquant.models.checks import check_folder
-from polyquant.models.headers import located_tensors
 from polyquant.models.hf import load_tokenizer, read_config
 from polyquant.models.versions import dtype_argument, forget_quantization, progress_bars, tied_tensors
 from polyquant.options import BackendOptions, Dtype
 from polyquant.plugin.layers import fill_empty
+from polyquant.plugin.tensors import own_tensors, packed_modules, read_tensors
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
@@ -42,7 +39,6 @@ __all__ = [
     "read_layers", "read_tensors", "require_linears", "require_packed", "save", "save_pretrained", "single_device",
     "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
-OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 Options = TypeVar("Options", bound=BackendOptions)
 
 
@@ -74,46 +70,6 @@ def single_device(request: LoadRequest) -> str:
             f"give device_map={{'': {request.device!r}}}"
         )
     return devices.pop()
-
-
-def read_tensors(source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor in the safetensors files of `source`, one at a time, on the CPU.
-
-    In memory of their own where that leaves as much free. Views of one mapped file keep all of its pages that were read
-    resident for as long as one of them lives, beside what the others were made into.
-    """
-    views = source.checkpoint_bytes > psutil.virtual_memory().available / 2
-    for name in source.weight_files:
-        yield from (_views if views else _copies)(source.path / name)
-
-
-def _views(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        for key in file.keys():  # noqa: SIM118  not a mapping
-            yield key, file.get_tensor(key)
-
-
-def _copies(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with path.open("rb") as file:
-        for key, (stored, start) in sorted(located_tensors(path).items()):  # the order of views
-            dtype = getattr(torch, stored.dtype, None)
-            if dtype is None:
-                raise ModelError(f"{path.name}: {key} is {stored.dtype}, for which torch has no dtype")
-            tensor = torch.empty(stored.shape, dtype=dtype)
-            file.seek(start)
-            if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != stored.nbytes:
-                raise ModelError(f"{path.name} ended while {key} was read; fetch or write it again")
-            yield key, tensor
-
-
-def own_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """`read_tensors` without those that are tied, that the model computes, or that transformers leaves out too."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OBSOLETE]
-    computed = {name for name, _ in model.named_buffers()}.difference(model.state_dict())
-    left_out = {*versions.tied_tensors(model), *computed}
-    for name, tensor in read_tensors(source):
-        if name not in left_out and not any(re.search(pattern, name) for pattern in patterns):
-            yield name, tensor
 
 
 def read_layers(
@@ -193,16 +149,6 @@ def quantize_layers(
     if on_cpu:
         place(model, request)
     return model
-
-
-def packed_modules(source: ModelSource, parts: tuple[str, ...]) -> set[str]:
-    """Names of the modules that have a tensor called like one of `parts`; no weight is read."""
-    names: set[str] = set()
-    for name in source.weight_files:
-        with safe_open(source.path / name, framework="pt", device="cpu") as file:
-            split = (key.rpartition(".") for key in file.keys())  # noqa: SIM118  not a mapping
-            names.update(module for module, _, part in split if part in parts)
-    return names
 
 
 def with_stored_skips(

@@ -13,7 +13,7 @@ from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
 from polyquant.testing.models import tiny_model
 from polyquant.testing.reference import reference_logits
 from polyquant.testing.texts import EVALUATION
-from polyquant_fouroversix import _numbers
+from polyquant_fouroversix import _decode
 from polyquant_fouroversix._layers import quantized_linear
 from polyquant_fouroversix._library import quantize_config
 from polyquant_fouroversix.formats import RULES
@@ -124,7 +124,7 @@ def test_bad_options(options, words):
 @pytest.mark.parametrize("shape", [(128, 64), (203, 90), (30, 200)])
 @pytest.mark.parametrize(("dtype", "rule"), FORMATS)
 def test_weights_are_those_that_the_library_dequantizes(monkeypatch, dtype, rule, shape, chunk):
-    monkeypatch.setitem(_numbers.CHUNK_WEIGHTS, "cpu", chunk)
+    monkeypatch.setitem(_decode.CHUNK_WEIGHTS, "cpu", chunk)
     linear = torch.nn.Linear(shape[1], shape[0])
     linear.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     linear.weight.data[:20] = 0

@@ -9,7 +9,7 @@ from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.plugin import layers
 from polyquant.testing.models import tiny_model
-from polyquant_fp8._blocks import E4M3, dequantize, quantize
+from polyquant_fp8._decode import E4M3, dequantize, quantize
 from polyquant_fp8._modules import Fp8Linear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config

@@ -9,7 +9,7 @@ import torch
 from polyquant.plugin.layers import frozen_linear
 from torch import Tensor, nn
 
-from polyquant_fouroversix._numbers import dequantize, rounded
+from polyquant_fouroversix._decode import dequantize, rounded
 from polyquant_fouroversix.options import FouroversixOptions
 
 

@@ -18,7 +18,7 @@ from polyquant.plugin.layers import (
 )
 from torch import Tensor
 
-from polyquant_fp8._blocks import E4M3, has_nan, quantize
+from polyquant_fp8._decode import E4M3, has_nan, quantize
 from polyquant_fp8._modules import KERNEL, Fp8Linear
 from polyquant_fp8.options import Fp8Options
 from polyquant_fp8.planning import SCHEME, scale_shape

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from polyquant.plugin.layers import frozen_linear, rows_at_a_time
 from torch import Tensor, nn
 
-from polyquant_fp8._blocks import Block, dequantize
+from polyquant_fp8._decode import Block, dequantize
 
 KERNEL = "torch dequantize and matmul"
 
