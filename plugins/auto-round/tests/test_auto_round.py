@@ -214,7 +214,7 @@ def test_a_missing_kernel_is_a_problem_and_the_slow_one_says_so(made, monkeypatc
         ({"quant_method": "gptq", "desc_act": True}, r"reordered \(desc_act\).*backend='gptq'"),
         ({"quant_method": "awq", "version": "gemv"}, "its layout is 'gemv'"),
         ({"bits": 5}, "cannot read its quantization_config"),
-        ({"group_size": 32}, r"qzeros of .* should be \(16, 32\) int32, and is \(8, 32\)"),
+        ({"group_size": 32}, r"q_proj cannot be read: qzeros of .* should be \(8, 32\) int32, and is \(4, 32\)"),
         ({"bits": 8}, r"qweight of a layer .* should be"),
     ],
 )
