@@ -170,7 +170,7 @@ def quantize_layers(
     Raises ModelError, with the checkpoint's name, where `make` does.
     """
     source, wanted = request.source, getattr(torch, dtype)
-    stored = source.config.get("dtype") or source.config.get("torch_dtype")
+    stored: Any = source.config.get("dtype") or source.config.get("torch_dtype")
     where = msgspec.structs.replace(request, device_map={"": "cpu"}) if on_cpu else request
     model = load_causal_lm(where, stored if stored in get_args(Dtype) else dtype)
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
