@@ -382,7 +382,11 @@ class Calibrated(Variant):
     def quantize(self, request, config, calibration, out):
         if not calibration:
             raise ConfigError("this backend needs calibration texts")
-        return self.save(self.load(request, config), out)
+        from polyquant.plugin import checkpoints
+
+        loaded = rowwise.load(request, config)
+        loaded.tokenizer = checkpoints.load_tokenizer(request.source)  # the core gives one to what its load returns
+        return rowwise.save(loaded, out)
 
 
 @plugin()

@@ -128,7 +128,7 @@ def quantize_layers(
     Raises ModelError, with the checkpoint's name, where `make` does.
     """
     source, wanted = request.source, getattr(torch, dtype)
-    stored = source.config.get("dtype") or source.config.get("torch_dtype")
+    stored: Any = source.config.get("dtype") or source.config.get("torch_dtype")
     where = msgspec.structs.replace(request, device_map={"": "cpu"}) if on_cpu else request
     own: Dtype = stored if stored in get_args(Dtype) else dtype  # type: ignore[assignment]  # one of the three
     model = load_causal_lm(where, own)

@@ -43,7 +43,7 @@ class BitnetOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fi
         return 2
 
     def to_stored(self) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint, as transformers' BitNetQuantConfig has it, and `compute_dtype`."""
+        """The `quantization_config` of a checkpoint, as BitNetQuantConfig has it, and `compute_dtype`."""
         return {
             "quant_method": "bitnet",
             "modules_to_not_convert": None if self.skip_defaults and not self.skip else list(self.skip),
