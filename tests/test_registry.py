@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 from polyquant.registry.backend import Backend
 from polyquant.registry.catalogue import catalogue, maker_of, readers_of
-from polyquant.errors import BackendConflict, BackendFailed, BrokenBackend, ConfigError, UnknownBackend, UnsupportedOperation
+from polyquant.errors import (
+    BackendConflict,
+    BackendFailed,
+    BrokenBackend,
+    ConfigError,
+    UnknownBackend,
+    UnsupportedOperation,
+)
 from polyquant.contract import hookspecs
 from polyquant.registry.observers import ADDRESSED, Recorder
 from polyquant.registry.registry import Registry

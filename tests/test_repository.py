@@ -227,7 +227,10 @@ def test_the_workflow_runs_what_runs_here_and_a_fault_comes_with_the_doctors_ans
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
-    assert next(step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", "")) == "3.11"
+    assert (
+        next(step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
+        == "3.11"
+    )
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
     fault = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "fault.yml").read_text())
     asked = [part for part in fault["body"] if part["attributes"]["label"] == "polyquant doctor --json"]
