@@ -58,8 +58,8 @@ def python_page() -> str:
 
 
 def entry(module: Any, name: str) -> str:
-    if module is polyquant.testing and name in polyquant.testing.HOMES:  # not imported: the suite imports pytest
-        home = f"{module.__name__}.{polyquant.testing.HOMES[name]}.{name}"
+    if module is polyquant.testing and name in polyquant.testing._HOMES:  # not imported: the suite imports pytest
+        home = f"{module.__name__}.{polyquant.testing._HOMES[name]}.{name}"
     elif hasattr(thing := getattr(module, name), "__qualname__"):
         home = f"{thing.__module__}.{thing.__qualname__}"
     else:

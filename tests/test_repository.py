@@ -1,16 +1,19 @@
 """The repository's shape: layout, one-way light modules, generated parts, nothing undocumented."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import msgspec
 import polyquant
 import pytest
+import yaml
 from polyquant import errors
 from polyquant.comparison.records import Result
 from polyquant.contract import hookspecs
@@ -335,3 +338,72 @@ def test_cards_and_measurements_agree():
     cards = [polyquant.backend(name).info for name in catalogue()]
     assert measured == {f"{info.name}:{preset}": kl for info in cards for preset, kl in info.measured_kl.items()}
     assert {name for name in results if name not in measured} == {"dense:float32", "dense:bfloat16", "gguf:Q4_1"}
+
+
+def test_the_wheel_has_what_is_no_python(tmp_path):
+    """py.typed, for type checkers of those who use polyquant, and the data files that modules read."""
+    words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    built = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(["git", "ls-files", "core"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    data = {name.removeprefix("core/") for name in tracked.split() if not name.endswith(".py")}
+    assert {"polyquant/py.typed", "polyquant/registry/catalogue.json"} <= data <= names
+
+
+@pytest.mark.parametrize("package", ["polyquant", "polyquant.plugin", "polyquant.testing"])
+def test_what_a_package_makes_public_is_in_its_list(package):
+    """`__all__` has every name that the package's `__init__.py` defines or takes from polyquant, and no other."""
+    path = ROOT / "core" / package.replace(".", "/") / "__init__.py"
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("polyquant"):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    listed = importlib.import_module(package).__all__
+    assert listed == sorted(listed, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    assert {name for name in names if not name.startswith("_")} == set(listed)
+    assert all(getattr(importlib.import_module(package), name) is not None for name in listed)
+
+
+def lint_versions():
+    """Tool -> version, of pyproject's lint group."""
+    group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["lint"]
+    return dict(line.split("==") for line in group if "==" in line)
+
+
+def test_pre_commit_has_the_versions_of_the_lint_session():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    versions = {"ruff": next(each["rev"] for each in hooks if "ruff" in each["repo"]).removeprefix("v")}
+    for each in hooks:
+        for hook in each["hooks"]:
+            versions |= dict(line.split("==") for line in hook.get("additional_dependencies", ()) if "==" in line)
+    assert versions == lint_versions()
+
+
+def test_the_workflow_runs_what_runs_here_and_a_fault_comes_with_the_doctors_answer():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert (
+        next(step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
+        == "3.11"
+    )
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+    fault = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "fault.yml").read_text())
+    asked = [part for part in fault["body"] if part["attributes"]["label"] == "polyquant doctor --json"]
+    assert [part["validations"]["required"] for part in asked] == [True]
+
+
+def test_contributing_leads_from_a_clone_to_a_test_in_five_commands():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    commands = text.partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert len(commands) == 5
+    for path in re.findall(r"tests/\w+\.py", " ".join(commands)):
+        assert (ROOT / path).exists()
+    for target in re.findall(r"\]\(([^)#:]+)", text):
+        assert (ROOT / ".github" / target).exists(), target

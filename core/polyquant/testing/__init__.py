@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ARCHITECTURES", "BackendConformance", "Floor", "Outcome", "Subject", "run_checks", "tiny_model"]
 
-HOMES = {
+_HOMES = {
     "ARCHITECTURES": "models", "tiny_model": "models", "Outcome": "running", "run_checks": "running",
     "Subject": "subject", "BackendConformance": "suite",
 }  # fmt: skip
@@ -32,6 +32,6 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
