@@ -130,7 +130,7 @@ def quantize_layers(
     source, wanted = request.source, getattr(torch, dtype)
     stored: Any = source.config.get("dtype") or source.config.get("torch_dtype")
     where = msgspec.structs.replace(request, device_map={"": "cpu"}) if on_cpu else request
-    own: Dtype = stored if stored in get_args(Dtype) else dtype  # type: ignore[assignment]  # one of the three
+    own: Dtype = stored if stored in get_args(Dtype) else dtype
     model = load_causal_lm(where, own)
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
         try:
