@@ -37,11 +37,11 @@ def site(tmp_path_factory):
     write_metadata(folder, "polyquant-rowwise-mutants", rowwise_mutants.PLUGINS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        polyquant.registry.registry.installed.registry.cache_clear()
+        polyquant.registry.installed.registry.cache_clear()
         torch.set_num_threads(1)
         yield folder
     torch.set_num_threads(threads)
-    polyquant.registry.registry.installed.registry.cache_clear()
+    polyquant.registry.installed.registry.cache_clear()
 
 
 @pytest.fixture(scope="module")
