@@ -314,7 +314,9 @@ def test_on_other_options_it_loads_and_says_so(tuned, model):
 
 
 def test_merging_into_the_dequantized_base_changes_nothing(tuned, model, tmp_path):
-    quality = polyquant.merge(model, tuned[1], tmp_path / "merged", "dequantize", device="cpu", compute_dtype="float32")
+    quality = polyquant.merge(
+        model, tuned[1], tmp_path / "merged", "dequantized", device="cpu", compute_dtype="float32"
+    )
     assert quality.kl_mean < 1e-5
     assert quality.top1 > 0.99
     from polyquant.loading import dense
@@ -328,7 +330,7 @@ def test_merging_into_the_dequantized_base_changes_nothing(tuned, model, tmp_pat
 
 
 def test_a_merge_that_is_too_far_is_refused_and_forced(tuned, model, tmp_path):
-    with pytest.raises(MergeRefused, match=r"KL.*0.0 is allowed. Nothing was written.*--way dequantize"):
+    with pytest.raises(MergeRefused, match=r"KL.*0.0 is allowed. Nothing was written.*--into dequantized"):
         polyquant.merge(model, tuned[1], tmp_path / "merged", "dense", device="cpu", threshold=0.0)
     assert not (tmp_path / "merged").exists()
     quality = polyquant.merge(model, tuned[1], tmp_path / "merged", "dense", device="cpu", threshold=0.0, force=True)
@@ -337,7 +339,7 @@ def test_a_merge_that_is_too_far_is_refused_and_forced(tuned, model, tmp_path):
 
 
 def test_merging_and_quantizing_again_gives_a_quantized_checkpoint(tuned, model, tmp_path):
-    polyquant.merge(model, tuned[1], tmp_path / "merged", "requantize", device="cpu", threshold=1.0)
+    polyquant.merge(model, tuned[1], tmp_path / "merged", "requantized", device="cpu", threshold=1.0)
     again = polyquant.load(tmp_path / "merged", device="cpu")
     assert again.backend.name == "rowwise"
     assert polyquant.verify(again).passed

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from polyquant.comparison.progress import ComparisonProgress
     from polyquant.comparison.records import Goal, Part
     from polyquant.comparison.result import Comparison
-    from polyquant.finetuning.merge_methods import Way
+    from polyquant.finetuning.merge_methods import Target
     from polyquant.finetuning.options import Tuned
     from polyquant.loaded import LoadedModel, Prompt
     from polyquant.loading.records import Verification
@@ -266,7 +266,7 @@ def merge(
     model: str | Path,
     adapter: str | Path,
     out: str | Path,
-    way: Way,
+    into: Target,
     *,
     backend: str | None = None,
     threshold: float = 0.1,
@@ -276,15 +276,15 @@ def merge(
 ) -> Quality:
     """Merge an adapter into `model` and write the result to `out`, if it stays close to base and adapter.
 
-    way: `dense` (into the dense model), `dequantize` (into the dequantized base) or `requantize` (into the dense model,
-        quantized again); `polyquant.finetuning.merge_methods` says what each loses.
+    into: `dense` (the dense model), `dequantized` (the dequantized base) or `requantized` (the dense model, quantized
+        again); `polyquant.finetuning.merge_methods` says what each loses.
     backend, options: of the base, as `load` takes them; where left out, those on the adapter's card.
     threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`.
     Returns the comparison, on the text that comes with polyquant.
     """
     from polyquant.finetuning.merge import merge as run
 
-    return run(model, Path(adapter), Path(out), way, backend, options, threshold, force=force, overwrite=overwrite)
+    return run(model, Path(adapter), Path(out), into, backend, options, threshold, force=force, overwrite=overwrite)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from polyquant.registry.installed import registry
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from polyquant.testing.check import Case, Check
+    from polyquant.testing.check import Case, ConformanceCheck
     from polyquant.testing.running import Outcome
 
 Status = Literal["passed", "failed", "not applicable", "failed as expected"]
@@ -125,7 +125,7 @@ def check_backend(
 
 
 @contextmanager
-def _progress(runs: int) -> Iterator[Callable[[Check, Case], None] | None]:
+def _progress(runs: int) -> Iterator[Callable[[ConformanceCheck, Case], None] | None]:
     """A line on standard error with the run under way, where it is a terminal."""
     if not sys.stderr.isatty():
         yield None

@@ -42,8 +42,8 @@ def merge(
     model: Model,
     adapter: Annotated[Path, typer.Option(help="Folder of the adapter.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    way: Annotated[
-        Literal["dense", "dequantize", "requantize"],
+    into: Annotated[
+        Literal["dense", "dequantized", "requantized"],
         typer.Option(help="Into the dense model, the dequantized base, or the dense model quantized again."),
     ],
     loading: Loading,
@@ -54,13 +54,13 @@ def merge(
 ) -> None:
     """Merge an adapter into its base; compared with base and adapter before anything is written.
 
-    Example: polyquant merge builtin:smollm2 --adapter adapter --way dequantize --out merged
+    Example: polyquant merge builtin:smollm2 --adapter adapter --into dequantized --out merged
     """
     from polyquant.cli import show
 
     with show.loading(model):
         quality = api.merge(
-            model, adapter, out, way, backend=loading.backend, threshold=threshold, force=force, overwrite=overwrite,
+            model, adapter, out, into, backend=loading.backend, threshold=threshold, force=force, overwrite=overwrite,
             **{name: value for name, value in loading.options.items() if value not in ("", None)},
         )  # fmt: skip
     show.print_json(quality) if json else show.merged(out, quality)

@@ -25,7 +25,7 @@ PRESET, WINDOWS = "llamacpp-512", 2
 
 
 def merge(
-    model: str | Path, adapter: Path, out: Path, way: merge_methods.Way, backend: str | None,
+    model: str | Path, adapter: Path, out: Path, into: merge_methods.Target, backend: str | None,
     options: Mapping[str, Any], threshold: float, *, force: bool, overwrite: bool,
 ) -> Quality:  # fmt: skip
     """See `polyquant.merge`."""
@@ -39,29 +39,29 @@ def merge(
         backend, options = card.backend, {**card.backend_options, **options}
     loaded = load(model, backend, adapter=str(adapter), **options)
     with merge_methods.gate(loaded, _windows(loaded)) as compare, atomic_folder(out, overwrite=overwrite) as partial:
-        if way == "requantize":
+        if into == "requantized":
 
             def again(dense: Path, written: Path) -> LoadedModel:
                 return load(quantize(dense, loaded.backend.name, written, **options))
 
             quality = _requantized(model, adapter, loaded, again, partial, compare)
         else:
-            merged = _merged(way, model, adapter, loaded)
+            merged = _merged(into, model, adapter, loaded)
             quality = compare(lambda tokens: logits_of(merged, tokens))
             checkpoints.save_pretrained(loaded, partial, merged)
-        merge_methods.require_close(quality, threshold, way, force=force)
+        merge_methods.require_close(quality, threshold, into, force=force)
     return quality
 
 
-def _merged(way: merge_methods.Way, model: str | Path, adapter: Path, loaded: LoadedModel) -> Any:
+def _merged(into: merge_methods.Target, model: str | Path, adapter: Path, loaded: LoadedModel) -> Any:
     dtype = loaded.config.compute_dtype
     if dtype == "auto":
         raise ConfigError("the compute dtype is not settled: load through polyquant.load")
     source = resolve_dense(model)
-    if way == "dequantize":
+    if into == "dequantized":
         return merge_methods.dequantized_merged(loaded, source, dtype)
     if source.stored_quantization:
-        raise ConfigError(f"{model} is quantized, there is no dense model to merge into; use way='dequantize'")
+        raise ConfigError(f"{model} is quantized, there is no dense model to merge into; use into='dequantized'")
     return merge_methods.dense_merged(source, adapter, dtype)
 
 

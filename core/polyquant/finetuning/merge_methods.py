@@ -1,8 +1,8 @@
 """Merges an adapter into its base, in one of three ways, and compares the result with base and adapter first.
 
 dense: into the dense model that the base was quantized from. The adapter then corrects errors that are no longer there.
-dequantize: into the dequantized base: the closest to what was trained, and as large as the dense model.
-requantize: into the dense model, which is quantized again with the same backend: small, and rounded twice.
+dequantized: into the dequantized base: the closest to what was trained, and as large as the dense model.
+requantized: into the dense model, which is quantized again with the same backend: small, and rounded twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from polyquant.models import hf
 from polyquant.options import Dtype
 from polyquant.request import ModelSource
 
-Way = Literal["dense", "dequantize", "requantize"]
+Target = Literal["dense", "dequantized", "requantized"]
 
 
 def dense_merged(source: ModelSource, adapter: Path, dtype: Dtype) -> Any:
@@ -77,15 +77,15 @@ def gate(
         yield compare
 
 
-def require_close(quality: Quality, threshold: float, way: Way, *, force: bool) -> None:
+def require_close(quality: Quality, threshold: float, into: Target, *, force: bool) -> None:
     """Raises MergeRefused where the merged model is further than `threshold` nats from base and adapter."""
     if quality.kl_mean <= threshold or force:
         return
-    other = {"dense": "dequantize", "dequantize": "dense", "requantize": "dequantize"}[way]
+    other = {"dense": "dequantized", "dequantized": "dense", "requantized": "dequantized"}[into]
     raise MergeRefused(
-        f"merged the way {way!r}, the model is {quality.kl_mean:.4f} nats (KL) from base and adapter, with the same "
+        f"merged into {into!r}, the model is {quality.kl_mean:.4f} nats (KL) from base and adapter, with the same "
         f"first token in {quality.top1:.1%} of {quality.tokens_scored} positions; {threshold} is allowed. "
-        f"Nothing was written: try way={other!r} (--way {other}), or accept it with force=True (--force)"
+        f"Nothing was written: try into={other!r} (--into {other}), or accept it with force=True (--force)"
     )
 
 

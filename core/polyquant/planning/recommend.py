@@ -16,7 +16,7 @@ from polyquant.planning.devices import read_budget
 from polyquant.planning.measured import Measured, measured_here
 from polyquant.planning.model import PlannedModel
 from polyquant.planning.plan import Asked
-from polyquant.planning.records import Choice, Plans, Recommendation, Row
+from polyquant.planning.records import Choice, PlannedRow, Plans, Recommendation
 from polyquant.planning.scale import standing
 from polyquant.planning.table import load_command, plan_all
 from polyquant.support.sizes import size
@@ -106,7 +106,7 @@ def _figure(result: Measured | None, goal: Goal) -> float | None:
     return float(memory.weights_stored_bytes) if memory else None
 
 
-def _order(row: Row, goal: Goal, measured: Mapping[str, Measured]) -> tuple[Any, ...]:
+def _order(row: PlannedRow, goal: Goal, measured: Mapping[str, Measured]) -> tuple[Any, ...]:
     """Measured ones by their figure; then, for memory, fewest bytes; else by what is declared and published."""
     assert row.plan is not None  # it fits
     figure = _figure(measured.get(row.candidate.name), goal)
@@ -120,7 +120,7 @@ def _order(row: Row, goal: Goal, measured: Mapping[str, Measured]) -> tuple[Any,
     return (True, 0.0, *scale, row.plan.needed_bytes, row.candidate.name)
 
 
-def _choice(row: Row, goal: Goal, measured: Mapping[str, Measured], plans: Plans) -> Choice:
+def _choice(row: PlannedRow, goal: Goal, measured: Mapping[str, Measured], plans: Plans) -> Choice:
     assert row.plan is not None
     found = measured.get(row.candidate.name)
     figure = _figure(found, goal)

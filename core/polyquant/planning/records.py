@@ -75,7 +75,7 @@ class Plan(Record, frozen=True):
         return self.needed_bytes <= self.memory_bytes
 
 
-class Row(Record, frozen=True):
+class PlannedRow(Record, frozen=True):
     """One candidate of a table."""
 
     candidate: Candidate
@@ -98,17 +98,17 @@ class Plans(Record, frozen=True):
     model: str
     device: str
     memory_bytes: int
-    rows: tuple[Row, ...]
+    rows: tuple[PlannedRow, ...]
     absent: tuple[Absent, ...]
     notes: tuple[str, ...] = ()
 
     @property
-    def fitting(self) -> list[Row]:
+    def fitting(self) -> list[PlannedRow]:
         """The candidates that fit and run here."""
         return [row for row in self.rows if row.status == "fits"]
 
     @property
-    def nearest(self) -> Row | None:
+    def nearest(self) -> PlannedRow | None:
         """Of what runs here, the candidate that needs least."""
         planned = [row for row in self.rows if row.plan is not None and row.status in ("fits", "too big")]
         return min(planned, key=lambda row: row.plan.needed_bytes if row.plan else 0, default=None)

@@ -14,7 +14,7 @@ from polyquant.planning.devices import Budget, free_bytes, read_budget
 from polyquant.planning.model import PlannedModel
 from polyquant.planning.plan import DENSE, Asked, plan_one
 from polyquant.planning.process import problems_of
-from polyquant.planning.records import Absent, Plan, Plans, Row
+from polyquant.planning.records import Absent, Plan, PlannedRow, Plans
 from polyquant.planning.scale import standing
 from polyquant.registry.backend import Backend
 from polyquant.registry.catalogue import catalogue
@@ -69,12 +69,12 @@ def _device(asked: Asked, budget: Budget) -> str:
     return asked.device if asked.device != "auto" else available_devices()[0].partition(":")[0]
 
 
-def _rows_of(name: str, model: PlannedModel, asked: Asked, budget: Budget) -> Iterator[Row]:
+def _rows_of(name: str, model: PlannedModel, asked: Asked, budget: Budget) -> Iterator[PlannedRow]:
     """The rows of one backend."""
     try:
         backend = handles.backend(name)
     except BrokenBackend as error:
-        yield Row(
+        yield PlannedRow(
             candidate=Candidate(name=name, backend=name), status="does not run", reason=str(error),
             fix=f"update or uninstall {registry().origin(name)}, or set POLYQUANT_DISABLE={name}",
         )  # fmt: skip
@@ -92,28 +92,30 @@ def candidates_of(backend: Backend, model: PlannedModel) -> list[Candidate]:
     return [Candidate(name=backend.name, backend=backend.name)] if stored else presets_of(backend.info)
 
 
-def _row(candidate: Candidate, backend: Backend, model: PlannedModel, asked: Asked, budget: Budget) -> Row:
+def _row(candidate: Candidate, backend: Backend, model: PlannedModel, asked: Asked, budget: Budget) -> PlannedRow:
     device = _device(asked, budget)
     try:
         problems = problems_of(backend, device)
     except PolyquantError as error:  # a plugin that raises where it should answer is out, like one that says why
-        return Row(candidate=candidate, status="does not run", reason=str(error))
+        return PlannedRow(candidate=candidate, status="does not run", reason=str(error))
     try:
         plan = plan_one(model, backend, candidate.options, _on(asked, device), budget)
     except PolyquantError as error:
         if problems:
-            return Row(candidate=candidate, status="does not run", reason=problems[0].what, fix=problems[0].fix)
-        return Row(candidate=candidate, status="not planned", reason=str(error).partition("\n")[0])
+            return PlannedRow(candidate=candidate, status="does not run", reason=problems[0].what, fix=problems[0].fix)
+        return PlannedRow(candidate=candidate, status="not planned", reason=str(error).partition("\n")[0])
     if problems:
-        return Row(candidate=candidate, status="does not run", reason=problems[0].what, fix=problems[0].fix, plan=plan)
+        return PlannedRow(
+            candidate=candidate, status="does not run", reason=problems[0].what, fix=problems[0].fix, plan=plan
+        )
     if DENSE in plan.notes:
-        return Row(candidate=candidate, status="left out", reason=DENSE, plan=plan)
+        return PlannedRow(candidate=candidate, status="left out", reason=DENSE, plan=plan)
     if not plan.fits or plan.spilled:
         over = plan.needed_bytes - plan.memory_bytes
         reason = f"needs {size(plan.needed_bytes)}, {size(over)} more than there is" if over > 0 else plan.notes[-1]
-        return Row(candidate=candidate, status="too big", reason=reason, plan=plan)
+        return PlannedRow(candidate=candidate, status="too big", reason=reason, plan=plan)
     made = make_command(model.name, backend, candidate.options) if plan.route == "make first" else ""
-    return Row(candidate=candidate, status="fits", fix=made, plan=plan)
+    return PlannedRow(candidate=candidate, status="fits", fix=made, plan=plan)
 
 
 def _on(asked: Asked, device: str) -> Asked:
@@ -125,7 +127,7 @@ def load_command(candidate: Candidate, model: str) -> str:
     return f"polyquant verify {model} --backend {candidate.backend}{as_flags(candidate.options)}"
 
 
-def _place(row: Row) -> tuple[Any, ...]:
+def _place(row: PlannedRow) -> tuple[Any, ...]:
     """What fits first; of that, what should lose least by what is declared and published, then the smaller."""
     plan = row.plan
     if plan is None:

@@ -14,19 +14,19 @@ from polyquant.testing import (
     checks_state,
     checks_train,
 )
-from polyquant.testing.check import CHECKS, Case, Check
+from polyquant.testing.check import CHECKS, Case, ConformanceCheck
 from polyquant.testing.schemes import run_everywhere
 
 MODULES = (
     checks_card, checks_options, checks_load, checks_outputs, checks_layers, checks_bytes, checks_files, checks_train,
     checks_state,
 )  # fmt: skip
-ALL: tuple[Check, ...] = tuple(
+ALL: tuple[ConformanceCheck, ...] = tuple(
     each for module in MODULES for each in CHECKS.values() if each.function.__module__ == module.__name__
 )
 
 
-def cases(handle: Backend) -> list[tuple[Check, Case]]:
+def cases(handle: Backend) -> list[tuple[ConformanceCheck, Case]]:
     """Every run of every check on a backend.
 
     A check of one preset runs on each of the card's. A check of one preset and one architecture runs on each preset

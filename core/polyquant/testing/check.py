@@ -47,7 +47,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Check:
+class ConformanceCheck:
     """A check and when it applies."""
 
     function: CheckFunction
@@ -89,7 +89,7 @@ class Check:
         self.function(subject, *case.arguments)
 
 
-CHECKS: dict[str, Check] = {}
+CHECKS: dict[str, ConformanceCheck] = {}
 """Every check by name, in the order of definition; `polyquant.testing.catalog` fills it."""
 
 
@@ -100,7 +100,7 @@ def check(
     """Register a function as a check: f(subject), f(subject, preset) or f(subject, preset, model), as `per` says."""
 
     def register(function: CheckFunction) -> CheckFunction:
-        CHECKS[function.__name__] = Check(function, per, tuple(models), tuple(needs), real)
+        CHECKS[function.__name__] = ConformanceCheck(function, per, tuple(models), tuple(needs), real)
         return function
 
     return register

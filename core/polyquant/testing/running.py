@@ -8,7 +8,7 @@ from typing import Literal
 
 from polyquant.testing.advice import advise
 from polyquant.testing.catalog import cases
-from polyquant.testing.check import Case, Check, CheckFailed, NotApplicable
+from polyquant.testing.check import Case, CheckFailed, ConformanceCheck, NotApplicable
 from polyquant.testing.subject import Subject
 from polyquant.types import Record
 
@@ -26,7 +26,7 @@ class Outcome(Record, frozen=True):
 
 def planned(
     subject: Subject, *, without: Collection[str] = (), models: Collection[str] | None = None, real: bool = True
-) -> list[tuple[Check, Case]]:
+) -> list[tuple[ConformanceCheck, Case]]:
     """Every run of every check on `subject`; the arguments are those of `run_checks`."""
     return [
         (each, case)
@@ -38,7 +38,7 @@ def planned(
 
 def run_checks(
     subject: Subject, *, without: Collection[str] = (), models: Collection[str] | None = None, real: bool = True,
-    expected_failures: Mapping[str, str] | None = None, begin: Callable[[Check, Case], None] | None = None,
+    expected_failures: Mapping[str, str] | None = None, begin: Callable[[ConformanceCheck, Case], None] | None = None,
 ) -> Iterator[Outcome]:  # fmt: skip
     """The outcome of every check on `subject`, as they come.
 
@@ -54,7 +54,7 @@ def run_checks(
         yield _against_expectation(outcome, reason) if reason else outcome
 
 
-def run_check(each: Check, subject: Subject, case: Case) -> Outcome:
+def run_check(each: ConformanceCheck, subject: Subject, case: Case) -> Outcome:
     """The outcome of one run; whatever the backend raises is a failure."""
     name, shown, started = each.name, str(case), perf_counter()
     try:
@@ -70,7 +70,7 @@ def run_check(each: Check, subject: Subject, case: Case) -> Outcome:
     return Outcome(check=name, case=shown, status="passed", seconds=perf_counter() - started)
 
 
-def expected_reason(failures: Mapping[str, str], each: Check, case: Case) -> str:
+def expected_reason(failures: Mapping[str, str], each: ConformanceCheck, case: Case) -> str:
     """Why a run is expected to fail; empty where it is not. `failures`: as in `BackendConformance`."""
     names = (f"test_{each.name}[{case}]", f"test_{each.name}[{case.preset}]", f"test_{each.name}")
     return next((failures[name] for name in names if name in failures), "")

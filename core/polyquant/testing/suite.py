@@ -12,7 +12,7 @@ import polyquant
 from polyquant.errors import did_you_mean
 from polyquant.testing.advice import advise
 from polyquant.testing.catalog import ALL, cases
-from polyquant.testing.check import Case, Check, Floor, NotApplicable
+from polyquant.testing.check import Case, ConformanceCheck, Floor, NotApplicable
 from polyquant.testing.plugin import shared_folder
 from polyquant.testing.running import expected_reason
 from polyquant.testing.subject import Subject
@@ -71,7 +71,7 @@ class BackendConformance:
             )
         return SUBJECTS[own]
 
-    def _run(self, each: Check, subject: Subject, case: Case) -> None:
+    def _run(self, each: ConformanceCheck, subject: Subject, case: Case) -> None:
         reason = expected_reason(self.expected_failures, each, case)
         try:
             each.run(subject, case)
@@ -89,7 +89,7 @@ class BackendConformance:
             pytest.fail(f"passes now; take it out of expected_failures, which says: {reason}", pytrace=False)
 
 
-def _test(each: Check) -> Any:
+def _test(each: ConformanceCheck) -> Any:
     """The test method of a check."""
     if each.per == "backend":
 
@@ -111,7 +111,7 @@ for _each in ALL:
     setattr(BackendConformance, f"test_{_each.name}", _test(_each))
 
 
-def _marks(suite: BackendConformance, each: Check, case: Case) -> list[pytest.MarkDecorator]:
+def _marks(suite: BackendConformance, each: ConformanceCheck, case: Case) -> list[pytest.MarkDecorator]:
     """The group of the preset, since its loaded models are shared; and what the real model asks for."""
     marks = [pytest.mark.xdist_group(f"{suite.backend}:{case.preset}")]
     if each.real:
@@ -119,7 +119,7 @@ def _marks(suite: BackendConformance, each: Check, case: Case) -> list[pytest.Ma
     return marks
 
 
-def _require_known(suite: BackendConformance, presets: list[str], runs: list[tuple[Check, Case]]) -> None:
+def _require_known(suite: BackendConformance, presets: list[str], runs: list[tuple[ConformanceCheck, Case]]) -> None:
     """Raises ValueError where expected_failures or floors name what is not there."""
     tests = {f"test_{each.name}" for each in ALL}
     for each, case in runs:
