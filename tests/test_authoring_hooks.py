@@ -328,8 +328,12 @@ def test_a_subclass_writes_out_what_differs(acme):
 
 def test_faults_of_the_card_and_the_options_are_told_of_their_files(acme):
     plugin = Registry().plugin("acme")
-    assert hooks.place(plugin.backend_info) == hooks.place(plugin.validate_environment) == "polyquant_acme/plugin.py"
-    assert hooks.place(plugin.build_config) == "polyquant_acme/options.py"
+    assert (
+        hooks.defined_at(plugin.backend_info)
+        == hooks.defined_at(plugin.validate_environment)
+        == "polyquant_acme/plugin.py"
+    )
+    assert hooks.defined_at(plugin.build_config) == "polyquant_acme/options.py"
 
 
 # several at once, and what cannot be imported

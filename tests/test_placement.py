@@ -6,7 +6,7 @@ from polyquant.errors import PlacementError
 from polyquant.memory.planned import plan_dense
 from polyquant.memory.weights import list_weights
 from polyquant.options import BackendOptions
-from polyquant.loading.placement import place
+from polyquant.loading.placement import fill_devices
 
 MIB = 2**20
 
@@ -24,20 +24,20 @@ def model():
 
 
 def test_one_device_that_holds_everything(model):
-    assert place(*model, "cuda", {0: "1GiB", "cpu": "1GiB"}, "error") == {"": 0}
-    assert place(*model, "cpu", {"cpu": "1GiB"}, "error") == {"": "cpu"}
+    assert fill_devices(*model, "cuda", {0: "1GiB", "cpu": "1GiB"}, "error") == {"": 0}
+    assert fill_devices(*model, "cpu", {"cpu": "1GiB"}, "error") == {"": "cpu"}
 
 
 def test_several_devices_are_filled_in_order(model):
     skeleton, plans = model
     each = sum(plan.stored_bytes for plan in plans) * 3 // 4
-    device_map = place(skeleton, plans, "cuda", {0: each, 1: each, "cpu": "1GiB"}, "error")
+    device_map = fill_devices(skeleton, plans, "cuda", {0: each, 1: each, "cpu": "1GiB"}, "error")
     assert set(device_map.values()) == {0, 1}
     assert device_map["model.embed_tokens"] == 0
 
 
 def test_an_indexed_device_is_the_only_one_used(model):
-    assert set(place(*model, "cuda:1", {0: "1GiB", 1: "1GiB", "cpu": "1GiB"}, "error").values()) == {1}
+    assert set(fill_devices(*model, "cuda:1", {0: "1GiB", 1: "1GiB", "cpu": "1GiB"}, "error").values()) == {1}
 
 
 def test_what_would_spill_is_refused_and_can_be_allowed(model):
@@ -46,13 +46,13 @@ def test_what_would_spill_is_refused_and_can_be_allowed(model):
         PlacementError,
         match=r"modules would not be on cuda: .* -> cpu.*planned \d+ MiB, room for 0: 6 MiB.*offload='cpu'",
     ):
-        place(*model, "cuda", small, "error")
+        fill_devices(*model, "cuda", small, "error")
 
 
 def test_offloading_is_allowed_where_asked(model):
-    assert set(place(*model, "cuda", {0: 6 * MIB, "cpu": "1GiB"}, "cpu").values()) == {0, "cpu"}
+    assert set(fill_devices(*model, "cuda", {0: 6 * MIB, "cpu": "1GiB"}, "cpu").values()) == {0, "cpu"}
 
 
 def test_the_disk_is_never_used(model):
     with pytest.raises(PlacementError, match="-> disk"):
-        place(*model, "cuda", {0: 6 * MIB, "cpu": MIB}, "cpu")
+        fill_devices(*model, "cuda", {0: 6 * MIB, "cpu": MIB}, "cpu")

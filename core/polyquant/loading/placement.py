@@ -36,10 +36,10 @@ def device_map_for(model: Model, backend: Backend, settled: Settled, how: LoadOp
     if not plans:
         raise ConfigError(f"{backend.name} does not plan its memory, so max_memory cannot be kept; leave it out")
     planned = backend.plan_layers(settled.weights, settled.options)
-    return place(model.skeleton(settled.dtype), planned, device, how.max_memory, how.offload)
+    return fill_devices(model.skeleton(settled.dtype), planned, device, how.max_memory, how.offload)
 
 
-def place(
+def fill_devices(
     skeleton: Any, plans: Sequence[LayerPlan], device: str, max_memory: MaxMemory | None, offload: Offload
 ) -> DeviceMap:
     """A device map from planned bytes, filling devices in order; accelerate does the packing.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import psutil
 
 from polyquant.errors import ConfigError
-from polyquant.loading.placement import arrange as place
+from polyquant.loading.placement import arrange as packed_map
 from polyquant.options import Dtype
 from polyquant.planning.model import PlannedModel
 from polyquant.planning.records import Placed
@@ -87,7 +87,7 @@ def arrange(
         return Placement({"": device}, (), (), ())
     rooms = {_key(name): room for name, room in budget.devices}
     skeleton = model.skeleton(dtype)
-    device_map = {name: str(where) for name, where in place(skeleton, plans, rooms).items()}
+    device_map = {name: str(where) for name, where in packed_map(skeleton, plans, rooms).items()}
     kind = budget.kind
     named = {str(_key(name)): name for name, _ in budget.devices}
     device_map = {name: named.get(where, where) for name, where in device_map.items()}

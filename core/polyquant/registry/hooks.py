@@ -62,7 +62,7 @@ def misfits(plugin: object, marked: list[Implementation], specification: type, r
     """What keeps `plugin` from answering as `specification` has it, in words that name the file and the cure."""
     if isinstance(plugin, type):
         yield (
-            f"the entry point names the class {plugin.__name__} ({place(plugin)}), and must name an object; write "
+            f"the entry point names the class {plugin.__name__} ({defined_at(plugin)}), and must name an object; write "
             f"backend = {plugin.__name__}() below the class, and name that"
         )
         return
@@ -70,19 +70,19 @@ def misfits(plugin: object, marked: list[Implementation], specification: type, r
     known = {name: _asked(member)[1:] for name, member in vars(specification).items() if callable(member)}
     for each in unknown:
         yield (
-            f"{place(each.method)}: unknown hook {each.hook!r}.{did_you_mean(each.hook, known)} Rename it, or take "
+            f"{defined_at(each.method)}: unknown hook {each.hook!r}.{did_you_mean(each.hook, known)} Rename it, or take "
             "@hookimpl off; a hook that only a newer polyquant has is marked @hookimpl(optionalhook=True)"
         )
     for each in marked:
         for name in each.asks if each.hook in known else ():
             if name not in known[each.hook]:
                 why = _not_given(each.hook, name, known, removed)
-                yield f"{place(each.method)}: {each.hook} asks for {name!r}, {why}"
+                yield f"{defined_at(each.method)}: {each.hook} asks for {name!r}, {why}"
     missing = set(known).difference(each.hook for each in marked)
     for hook in [hook for hook in known if hook in missing]:
         unmarked = getattr(plugin, hook, None)
         if callable(unmarked):
-            yield f"{place(unmarked)}: {hook} has no mark, so it is never called; put @hookimpl above it"
+            yield f"{defined_at(unmarked)}: {hook} has no mark, so it is never called; put @hookimpl above it"
         elif hook in hookspecs.REQUIRED and not unknown:
             yield _missing(plugin, hook, known[hook])
 
@@ -100,7 +100,7 @@ def _not_given(hook: str, name: str, known: Mapping[str, tuple[str, ...]], remov
 def _missing(plugin: object, hook: str, arguments: tuple[str, ...]) -> str:
     others = [name for name in dir(plugin) if not name.startswith("_") and name not in hookspecs.REQUIRED]
     return (
-        f"{place(type(plugin))}: lacks the required hook {hook}.{did_you_mean(hook, others)} Add it: @hookimpl def "
+        f"{defined_at(type(plugin))}: lacks the required hook {hook}.{did_you_mean(hook, others)} Add it: @hookimpl def "
         f"{hook}({', '.join(('self', *arguments))}); {CURES[hook]}"
     )
 
@@ -112,7 +112,7 @@ def _asked(method: Any) -> tuple[str, ...]:
     return tuple(each.name for each in parameters if each.kind in kinds and each.default is each.empty)
 
 
-def place(thing: Any) -> str:
+def defined_at(thing: Any) -> str:
     """Where a function or class is defined, from its top package on: polyquant_acme/plugin.py:57."""
     thing = inspect.unwrap(thing)
     if forwarded := _forwarded(thing):

@@ -148,7 +148,7 @@ class Registry:
         return result
 
     def _place(self, name: str, hook: str) -> str:
-        return hooks.place(getattr(self._plugins[name], hook))
+        return hooks.defined_at(getattr(self._plugins[name], hook))
 
     def _raised_at(self, name: str, error: BaseException) -> str:
         return hooks.raised_at(error, self._found[name][0].module)
@@ -220,7 +220,7 @@ class Registry:
         return ""
 
     def _checked_info(self, name: str, plugin: Any, origin: str) -> BackendInfo:
-        at = hooks.place(plugin.backend_info)
+        at = hooks.defined_at(plugin.backend_info)
         try:
             info = plugin.backend_info()
         except Exception as error:

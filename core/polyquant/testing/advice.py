@@ -85,5 +85,5 @@ def advise(subject: Subject, check: str, error: BaseException) -> str:
     package = getattr(plugin, "package", type(plugin).__module__)  # a PluginBackend's, else that of its own class
     at = hooks.raised_at(error.__cause__ or error, package)
     if not at:
-        at = hooks.place(options if hook == OPTIONS else getattr(plugin, hook, type(plugin)))
+        at = hooks.defined_at(options if hook == OPTIONS else getattr(plugin, hook, type(plugin)))
     return f"{at}, {hook}: {cure}"
