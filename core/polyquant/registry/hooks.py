@@ -70,8 +70,8 @@ def misfits(plugin: object, marked: list[Implementation], specification: type, r
     known = {name: _asked(member)[1:] for name, member in vars(specification).items() if callable(member)}
     for each in unknown:
         yield (
-            f"{defined_at(each.method)}: unknown hook {each.hook!r}.{did_you_mean(each.hook, known)} Rename it, or take "
-            "@hookimpl off; a hook that only a newer polyquant has is marked @hookimpl(optionalhook=True)"
+            f"{defined_at(each.method)}: unknown hook {each.hook!r}.{did_you_mean(each.hook, known)} Rename it, or "
+            "take @hookimpl off; a hook that only a newer polyquant has is marked @hookimpl(optionalhook=True)"
         )
     for each in marked:
         for name in each.asks if each.hook in known else ():
@@ -100,8 +100,8 @@ def _not_given(hook: str, name: str, known: Mapping[str, tuple[str, ...]], remov
 def _missing(plugin: object, hook: str, arguments: tuple[str, ...]) -> str:
     others = [name for name in dir(plugin) if not name.startswith("_") and name not in hookspecs.REQUIRED]
     return (
-        f"{defined_at(type(plugin))}: lacks the required hook {hook}.{did_you_mean(hook, others)} Add it: @hookimpl def "
-        f"{hook}({', '.join(('self', *arguments))}); {CURES[hook]}"
+        f"{defined_at(type(plugin))}: lacks the required hook {hook}.{did_you_mean(hook, others)} Add it: @hookimpl "
+        f"def {hook}({', '.join(('self', *arguments))}); {CURES[hook]}"
     )
 
 
