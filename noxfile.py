@@ -89,8 +89,9 @@ def chosen(session: nox.Session, marks: str = "not slow and not gpu") -> list[st
     process, of a conformance suite what tests one preset: see tests/grouping.py.
     """
     session.env.setdefault("OMP_NUM_THREADS", "1")
+    session.env["PYTHONPATH"] = str(ROOT / "tests")  # a library's package `tests` hides the folder of that name
     given = [argument for argument in session.posargs if argument != COMMON]
-    shared = ["--numprocesses=2", "-p", "tests.grouping", "--dist=loadgroup", "--max-worker-restart=0"]
+    shared = ["--numprocesses=2", "-p", "grouping", "--dist=loadgroup", "--max-worker-restart=0"]
     return given or ["-m", marks, *shared]
 
 

@@ -1,4 +1,4 @@
-"""How the tests are shared out to the processes of pytest-xdist with --dist=loadgroup: `-p tests.grouping`."""
+"""How the tests are shared out to the processes of pytest-xdist with --dist=loadgroup: `-p grouping`."""
 
 from __future__ import annotations
 
