@@ -36,8 +36,6 @@ ENDS = {
 without an index of one's own, several gigabytes each."""
 CORE_TESTS = ("editables", "hatchling", "hypothesis", "jinja2", "matplotlib", "pandas", "plotly", "pytest",
               "pytest-timeout", "pytest-xdist", "tensorboard")  # fmt: skip
-QUICK = ("--no-compile",)
-"""For pip: Python compiles what is imported; compiling all of torch triples the time it takes."""
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 
 nox.needs_version = ">=2024.4"
@@ -62,18 +60,18 @@ def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
             unisolated += table.get("without-build-isolation", [])
             session.env.update(table.get("environment", {}))
         (alone if table else usual).extend(("-e", str(path)))
-    session.install(*QUICK, "-c", "constraints.txt", *usual)
-    session.install(*QUICK, "--no-deps", "-c", "constraints.txt", *alone)
+    session.install("-c", "constraints.txt", *usual)
+    session.install("--no-deps", "-c", "constraints.txt", *alone)
     if unisolated:
-        session.install(*QUICK, "--no-deps", "--no-build-isolation", "-c", "constraints.txt", *unisolated)
+        session.install("--no-deps", "--no-build-isolation", "-c", "constraints.txt", *unisolated)
     session.env.update(variables(session))
 
 
 def install_own(session: nox.Session, plugin: Path) -> None:
     """The core and one plugin whose library needs other versions than constraints.txt has: those of its card."""
     table = DEVELOPMENT[plugin.name]
-    session.install(*QUICK, *table["dependencies"], "-e", str(ROOT), "gguf", *GROUPS["plugin"])
-    session.install(*QUICK, "--no-deps", *table["without-dependencies"], BUILTIN_MODEL, "-e", str(plugin))
+    session.install(*table["dependencies"], "-e", str(ROOT), "gguf", *GROUPS["plugin"])
+    session.install("--no-deps", *table["without-dependencies"], BUILTIN_MODEL, "-e", str(plugin))
     session.env.update(variables(session))
 
 
@@ -91,7 +89,7 @@ def chosen(session: nox.Session, marks: str = "not slow and not gpu") -> list[st
     session.env.setdefault("OMP_NUM_THREADS", "1")
     session.env["PYTHONPATH"] = str(ROOT / "tests")  # a library's package `tests` hides the folder of that name
     given = [argument for argument in session.posargs if argument != COMMON]
-    shared = ["--numprocesses=2", "-p", "grouping", "--dist=loadgroup", "--max-worker-restart=0"]
+    shared = ["--numprocesses=2", "-p", "grouping", "--dist=loadscope", "--max-worker-restart=0"]
     return given or ["-m", marks, *shared]
 
 

@@ -13,7 +13,6 @@ from polyquant.contract import hookspecs
 
 MARKERS = (
     "real: loads the real model", "slow: takes minutes", "gpu: needs an accelerator",
-    "xdist_group(name): runs in one process with others of this name, where pytest-xdist runs with --dist=loadgroup",
 )  # fmt: skip
 
 

@@ -26,8 +26,6 @@ class BackendConformance:
     Each test says in its docstring what it holds the backend to; `polyquant.testing.catalog.ALL` lists them, and
     `polyquant.testing.catalog.cases` what each is run on: every preset on one architecture, the other architectures
     once for each scheme.
-
-    With pytest-xdist's --dist=loadgroup the tests of one preset run in one process, and so do those that ask for none.
     """
 
     backend: ClassVar[str]
@@ -53,9 +51,7 @@ class BackendConformance:
         _require_known(self, list(handle.info.presets), runs)
         if each.per != "backend":
             own = [case for one, case in runs if one is each]
-            metafunc.parametrize(
-                "case", [pytest.param(case, id=str(case), marks=_marks(self, each, case)) for case in own]
-            )
+            metafunc.parametrize("case", [pytest.param(case, id=str(case), marks=_marks(self, each)) for case in own])
 
     def _subject(self, tmp_path_factory: Any) -> Subject:
         own = type(self)
@@ -111,12 +107,9 @@ for _each in ALL:
     setattr(BackendConformance, f"test_{_each.name}", _test(_each))
 
 
-def _marks(suite: BackendConformance, each: ConformanceCheck, case: Case) -> list[pytest.MarkDecorator]:
-    """The group of the preset, since its loaded models are shared; and what the real model asks for."""
-    marks = [pytest.mark.xdist_group(f"{suite.backend}:{case.preset}")]
-    if each.real:
-        marks += [pytest.mark.real, *([pytest.mark.slow] if suite.real_is_slow else [])]
-    return marks
+def _marks(suite: BackendConformance, each: ConformanceCheck) -> list[pytest.MarkDecorator]:
+    """What the real model asks for."""
+    return [pytest.mark.real, *([pytest.mark.slow] if suite.real_is_slow else [])] if each.real else []
 
 
 def _require_known(suite: BackendConformance, presets: list[str], runs: list[tuple[ConformanceCheck, Case]]) -> None:
