@@ -275,6 +275,11 @@ class Renames(Variant):
     def describe_layers(self, model):
         return redescribe(lambda layer: {"scheme": "int8"} if layer.quantized else None, rowwise.describe_layers(model))
 
+    @hookimpl
+    def plan_layers(self, weights, config):
+        plans = rowwise.plan_layers(weights, config)
+        return redescribe(lambda plan: {"scheme": "int8"} if plan.quantized else None, plans)
+
 
 @plugin(breaks="dense_tensors_have_reasons")
 class Silent(Variant):
