@@ -275,12 +275,12 @@ def test_quantization_configs(folder, dialect):
     readers = [info for info in SELECTION if set(info.capabilities.loads_prequantized) - {"gguf"}]
 
     @settings(**SETTINGS)
-    @given(stored=mutated(dialect), other=VALUES)
-    def run(stored, other):
-        for given_config in (stored, {**dialect, "group_size": other, "bits": other}):
-            config = CONFIG | {"quantization_config": given_config}
-            source = ModelSource(name="x", path=folder, config=config)
-            with guarded(folder, len(json.dumps(config))):
+    @given(config=mutated(dialect), other=VALUES)
+    def run(config, other):
+        for given_config in (config, {**dialect, "group_size": other, "bits": other}):
+            whole = CONFIG | {"quantization_config": given_config}
+            source = ModelSource(name="x", path=folder, config=whole)
+            with guarded(folder, len(json.dumps(whole))):
                 method = stored.method_of(source)
                 for info in readers if method else ():
                     if method in info.capabilities.loads_prequantized:
