@@ -24,6 +24,7 @@ from polyquant.registry.observers import Recorder
 from polyquant.models.resolve import resolve
 from polyquant.testing.models import tiny_model
 
+from .installing import write_metadata
 from .isolating import gone
 
 TOKENS = list(range(3, 40))
@@ -40,10 +41,13 @@ def loaded(environment, folder):
 
 
 @pytest.fixture(scope="module")
-def here(environment, folder):
+def here(environment, folder, tmp_path_factory):
     """The same model, loaded by the plugin in this process: the environment sees the same libraries."""
-    handle = Backend("rowwise", polyquant.registry.installed.registry())
-    return load_source(resolve(folder), handle, handle.config({}), {}, LoadOptions(device="cpu"))
+    handle, site = Backend("rowwise", polyquant.registry.installed.registry()), tmp_path_factory.mktemp("site")
+    write_metadata(site, "polyquant-outer", {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        return load_source(resolve(folder), handle, handle.config({}), {}, LoadOptions(device="cpu"))
 
 
 def test_the_doctor_and_the_command_line_know_it(environment, run_python, isolated_rowwise, folder):
