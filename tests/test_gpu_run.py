@@ -253,7 +253,7 @@ def test_the_table_of_a_rehearsal_holds_every_step(rehearsed):
 @pytest.mark.parametrize(
     "step",
     ["doctor", "model:tiny", "conformance:fp8", "dense@tiny", "checkpoint:compressed-tensors:int4@tiny",
-     "bitsandbytes:nf4@tiny", "bitsandbytes:nf4@tiny direct", "auto@tiny"],
+     "bitsandbytes:nf4@tiny", "bitsandbytes:nf4@tiny direct", "auto@tiny", "qlora@tiny"],
 )  # fmt: skip
 def test_each_step_killed_leaves_the_others(rehearsed, tmp_path, step):
     killed = killing(tmp_path, step)
