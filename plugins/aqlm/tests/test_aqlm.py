@@ -1,6 +1,6 @@
 """AQLM on small checkpoints made by a simple quantizer: products, dialects, damage, training, other readers."""
 
-import json
+from functools import partial
 
 import numba
 import polyquant
@@ -9,6 +9,7 @@ import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.models.resolve import resolve_dense
 from polyquant.measure.quality.divergence import kl_divergence
+from polyquant.testing.checkpoints import changed_copy, replaced, without
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
 from polyquant_aqlm._layers import QuantizedLinear
@@ -38,22 +39,7 @@ def checkpoint(folder):
 @pytest.fixture
 def changed(checkpoint, tmp_path):
     """The checkpoint with its tensors and its quantization_config changed by functions."""
-
-    def change(tensors=lambda found: None, stored=lambda found: None):
-        found, config = (
-            load_file(checkpoint / "model.safetensors"),
-            json.loads((checkpoint / "config.json").read_text()),
-        )
-        tensors(found)
-        stored(config["quantization_config"])
-        for file in checkpoint.iterdir():
-            if file.suffix != ".safetensors":
-                (tmp_path / file.name).write_bytes(file.read_bytes())
-        save_file(found, tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return tmp_path
-
-    return change
+    return partial(changed_copy, checkpoint, tmp_path)
 
 
 def load(path, **options):
@@ -137,14 +123,6 @@ def test_kernels(checkpoint):
     loaded = load(checkpoint, kernel="dequantize")
     assert loaded.kernel == DEQUANTIZE
     assert "numba" in load(checkpoint).notes[0]
-
-
-def without(name):
-    return lambda tensors: tensors.pop(name)
-
-
-def replaced(name, how):
-    return lambda tensors: tensors.update({name: how(tensors[name])})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """BitNet: the products are those of transformers' layers; dialects, damage, training, other readers."""
 
 import json
+from functools import partial
 
 import polyquant
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.models.resolve import resolve_dense
 from polyquant.measure.quality.divergence import kl_divergence
+from polyquant.testing.checkpoints import assert_verified, changed_copy, replaced, without
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
 from polyquant_bitnet._modules import FLOAT, INT8, TernaryLinear, exact, pack, scaled, ternarize, unpack
@@ -43,22 +45,7 @@ def checkpoint(folder):
 @pytest.fixture
 def changed(checkpoint, tmp_path):
     """The checkpoint with its tensors and its quantization_config changed by functions."""
-
-    def change(tensors=lambda found: None, stored=lambda found: None):
-        found, config = (
-            load_file(checkpoint / "model.safetensors"),
-            json.loads((checkpoint / "config.json").read_text()),
-        )
-        tensors(found)
-        stored(config["quantization_config"])
-        for file in checkpoint.iterdir():
-            if file.suffix != ".safetensors":
-                (tmp_path / file.name).write_bytes(file.read_bytes())
-        save_file(found, tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return tmp_path
-
-    return change
+    return partial(changed_copy, checkpoint, tmp_path)
 
 
 def load(path, **options):
@@ -72,11 +59,6 @@ def theirs(path):
 def logits(model, tokens=TOKENS):
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0]
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 @pytest.mark.parametrize(
@@ -220,14 +202,6 @@ def test_an_online_checkpoint_becomes_a_packed_one(folder, tmp_path):
     again = load(tmp_path / "saved")
     assert not again.notes
     assert torch.equal(again.logits(TOKENS), loaded.logits(TOKENS))
-
-
-def without(name):
-    return lambda tensors: tensors.pop(name)
-
-
-def replaced(name, how):
-    return lambda tensors: tensors.update({name: how(tensors[name])})
 
 
 @pytest.mark.parametrize(

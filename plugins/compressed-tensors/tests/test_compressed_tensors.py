@@ -1,18 +1,16 @@
 """compressed-tensors on small random models: schemes, checkpoints of other tools, damage, calibration, training, quiet."""
 
-import json
-
 import polyquant
 import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, EnvironmentProblem, ModelError, UnsupportedOperation
 from polyquant.memory.storage import stored_bytes
+from polyquant.testing.checkpoints import assert_verified, changed_copy
 from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
 from polyquant.testing.state import differences, snapshot
 from polyquant.testing.texts import CALIBRATION
 from polyquant_compressed_tensors._layers import CompressedLinear
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
@@ -54,30 +52,13 @@ def changed(checkpoint, tmp_path):
     """A copy of a checkpoint with another quantization_config or other tensors."""
 
     def make(*, config=None, tensors=None, **options):
-        source, out = checkpoint(**options), tmp_path / "changed"
-        out.mkdir()
-        for path in source.iterdir():
-            (out / path.name).write_bytes(path.read_bytes())
-        content = json.loads((out / "config.json").read_text())
-        if config is not None:
-            config(content["quantization_config"])
-        (out / "config.json").write_text(json.dumps(content))
-        if tensors is not None:
-            stored = load_file(out / "model.safetensors")
-            tensors(stored)
-            save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
-        return out
+        return changed_copy(checkpoint(**options), tmp_path / "changed", tensors, config)
 
     return make
 
 
 def load(path, **options):
     return polyquant.load(path, device="cpu", **options)
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 @pytest.mark.parametrize(

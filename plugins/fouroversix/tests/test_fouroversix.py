@@ -1,6 +1,6 @@
 """Four Over Six on small models: agreement with the library, checkpoints, damage, training, the environment check."""
 
-import json
+from functools import partial
 
 import polyquant
 import pytest
@@ -10,6 +10,7 @@ from fouroversix import dequantize as dequantize_by_library
 from polyquant.support import libraries
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
+from polyquant.testing.checkpoints import assert_verified, changed_copy, replaced, without
 from polyquant.testing.models import tiny_model
 from polyquant.testing.reference import reference_logits
 from polyquant.testing.texts import EVALUATION
@@ -44,20 +45,7 @@ def checkpoint(folder):
 @pytest.fixture
 def changed(checkpoint, tmp_path):
     """The checkpoint with its tensors and its quantization_config changed by functions."""
-
-    def change(tensors=lambda found: None, stored=lambda found: None):
-        found = load_file(checkpoint / "model.safetensors")
-        config = json.loads((checkpoint / "config.json").read_text())
-        tensors(found)
-        stored(config["quantization_config"])
-        for file in checkpoint.iterdir():
-            if file.suffix != ".safetensors":
-                (tmp_path / file.name).write_bytes(file.read_bytes())
-        save_file(found, tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return tmp_path
-
-    return change
+    return partial(changed_copy, checkpoint, tmp_path)
 
 
 def load(path, **options):
@@ -67,11 +55,6 @@ def load(path, **options):
 def logits(model, tokens=TOKENS):
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float()
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 def weight_of(layer):
@@ -220,14 +203,6 @@ def test_a_layer_that_the_checkpoint_holds_dense_is_said(folder, changed):
     layer = next(layer for layer in loaded.layers if layer.name == f"{LAYER}.weight")
     assert (layer.quantized, layer.reason) == (False, "skipped on request")
     assert_verified(loaded)
-
-
-def without(name):
-    return lambda tensors: tensors.pop(name)
-
-
-def replaced(name, how):
-    return lambda tensors: tensors.update({name: how(tensors[name])})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """FP8 on small models: numbers and bytes, checkpoints of other writers, damage, training, other readers."""
 
-import json
+from functools import partial
 
 import polyquant
 import pytest
@@ -8,6 +8,7 @@ import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.plugin import layers
+from polyquant.testing.checkpoints import assert_verified, changed_copy, replaced, without
 from polyquant.testing.models import tiny_model
 from polyquant_fp8._decode import E4M3, dequantize, quantize
 from polyquant_fp8._modules import Fp8Linear
@@ -38,22 +39,7 @@ def checkpoint(folder):
 @pytest.fixture
 def changed(checkpoint, tmp_path):
     """The checkpoint with its tensors and its quantization_config changed by functions."""
-
-    def change(tensors=lambda found: None, stored=lambda found: None):
-        found, config = (
-            load_file(checkpoint / "model.safetensors"),
-            json.loads((checkpoint / "config.json").read_text()),
-        )
-        tensors(found)
-        stored(config["quantization_config"])
-        for file in checkpoint.iterdir():
-            if file.suffix != ".safetensors":
-                (tmp_path / file.name).write_bytes(file.read_bytes())
-        save_file(found, tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return tmp_path
-
-    return change
+    return partial(changed_copy, checkpoint, tmp_path)
 
 
 def load(path, **options):
@@ -63,11 +49,6 @@ def load(path, **options):
 def logits(model, tokens=TOKENS):
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float()
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 def defined(weight, scales, block):
@@ -233,14 +214,6 @@ def test_a_layer_that_the_checkpoint_holds_dense_is_said(folder, changed):
     layer = next(layer for layer in loaded.layers if layer.name == f"{LAYER}.weight")
     assert (layer.quantized, layer.reason) == (False, "skipped on request")
     assert_verified(loaded)
-
-
-def without(name):
-    return lambda tensors: tensors.pop(name)
-
-
-def replaced(name, how):
-    return lambda tensors: tensors.update({name: how(tensors[name])})
 
 
 def with_nan(weight):

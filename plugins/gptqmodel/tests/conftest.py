@@ -101,6 +101,9 @@ def write_awq(dense, out, *, group_size=64, zero_point=True, keep=()):
     return write(dense, out, layer, stored | {"modules_to_not_convert": list(keep) or None}, keep)
 
 
+WRITERS = {"gptq": write_gptq, "awq": write_awq}
+
+
 def change_config(folder, **values):
     """Sets values in config.json; None removes one."""
     config = json.loads((folder / "config.json").read_text()) | values
@@ -171,8 +174,8 @@ def assert_adapters_train_as_on(dense, loaded):
 def packing():
     """The functions above: tests are imported without their folder."""
     return SimpleNamespace(
-        write_gptq=write_gptq, write_awq=write_awq, change_config=change_config, change_stored=change_stored,
-        change_tensors=change_tensors, equal_dense=equal_dense, with_odd_sizes=with_odd_sizes,
+        write_gptq=write_gptq, write_awq=write_awq, writers=WRITERS, change_config=change_config,
+        change_stored=change_stored, change_tensors=change_tensors, equal_dense=equal_dense, with_odd_sizes=with_odd_sizes,
         assert_layers_multiply_with=assert_layers_multiply_with,
         assert_adapters_train_as_on=assert_adapters_train_as_on,
     )  # fmt: skip
@@ -182,3 +185,15 @@ def packing():
 def folder(tmp_path_factory):
     """Where tiny models are made, once a file of tests."""
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, method):
+    """int4 in groups of 64, of the llama model: symmetric for GPTQ, with zero points for AWQ."""
+    return WRITERS[method](tiny_model("llama", folder), folder / f"{method}-int4")
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """Its files, to be changed."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")

@@ -2,16 +2,15 @@
 
 import json
 import os
-import shutil
 
 import polyquant
 import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
 from polyquant.testing.state import differences, snapshot
 from polyquant.testing.texts import CALIBRATION
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
@@ -19,15 +18,8 @@ UP = "model.layers.1.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder, packing):
-    """int4 in groups of 64, symmetric, of the llama model."""
-    return packing.write_gptq(tiny_model("llama", folder), folder / "int4")
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path):
-    """Its files, to be changed."""
-    return shutil.copytree(checkpoint, tmp_path / "copy")
+def method():
+    return "gptq"
 
 
 def load(path, **options):
@@ -36,11 +28,6 @@ def load(path, **options):
 
 def quantize(model, out, calibration=CALIBRATION, **options):
     return polyquant.quantize(model, "gptq", out, calibration=calibration, device="cpu", **options)
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 def logits_of(model):
@@ -116,21 +103,6 @@ def test_a_bias_that_is_not_zero_has_no_place(copy, packing):
         load(copy)
 
 
-@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
-def test_damaged_checkpoints_name_the_tensor(copy, part, packing):
-    def cut(tensors):
-        tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"][:-1].contiguous()
-
-    packing.change_tensors(copy, cut)
-    with pytest.raises(ModelError, match=rf"{UP} cannot be read: {part} has shape .* was expected"):
-        load(copy)
-    packing.change_tensors(copy, lambda tensors: tensors.pop(f"{UP}.{part}"))
-    with pytest.raises(
-        ModelError, match=rf"{UP} cannot be read: 1 tensors are missing or have no place in the model: {part}"
-    ):
-        load(copy)
-
-
 @pytest.mark.parametrize(
     ("stored", "words"),
     [
@@ -155,15 +127,6 @@ def test_a_config_that_does_not_fit_the_tensors(copy, stored, tensor, packing):
         load(copy)
 
 
-def test_dense_checkpoints(folder, copy):
-    dense = tiny_model("llama", folder)
-    with pytest.raises(CheckpointConflict, match="is dense, and gptq loads quantized checkpoints only"):
-        load(dense, backend="gptq")
-    save_file(load_file(dense / "model.safetensors"), copy / "model.safetensors")
-    with pytest.raises(ModelError, match=r"its config says that it is quantized, and no tensor in it is"):
-        load(copy)
-
-
 def test_layers_that_the_checkpoint_leaves_dense_stay_dense(folder, tmp_path, packing):
     """gptqmodel's rules are patterns; what is dense shows in the tensors."""
     path = packing.write_gptq(tiny_model("llama", folder), tmp_path / "out", keep=("up_proj", "o_proj"))
@@ -185,32 +148,6 @@ def test_kernels(checkpoint):
         load(checkpoint, kernel="torch_aten", compute_dtype="float32")
     with pytest.raises(ConfigError, match="kernel 'marlin' cannot be used on cpu: it needs a GPU"):
         load(checkpoint, kernel="marlin")
-
-
-def test_a_layer_of_a_size_that_the_int4_matmul_does_not_take_is_unpacked(folder, tmp_path, packing):
-    model = packing.with_odd_sizes(folder, tmp_path / "model")
-    loaded = load(packing.write_gptq(model, tmp_path / "out", group_size=32))
-    assert loaded.kernel == "gptqmodel TorchAtenLinear, gptqmodel TorchLinear"
-    assert_verified(loaded)
-    kernels = {layer.name: layer.kernel for layer in loaded.layers if layer.quantized}
-    assert kernels["model.layers.0.self_attn.k_proj.weight"] == "gptqmodel TorchLinear"
-    assert kernels["model.layers.0.self_attn.q_proj.weight"] == "gptqmodel TorchAtenLinear"
-
-
-def test_calibration_that_is_not_enough(folder, tmp_path):
-    with pytest.raises(ConfigError, match="the calibration text has . tokens, at least 256 are needed"):
-        quantize(tiny_model("llama", folder), tmp_path / "out", ("Hi!",))
-    assert not (tmp_path / "out").exists()
-
-
-def test_models_that_cannot_be_quantized_name_the_layer(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"64 does not divide in_features 90 in model\.layers\.0\.self_attn\.q_proj"):
-        quantize(tiny_model("odd", folder), tmp_path / "out", group_size=64)
-    with pytest.raises(ConfigError, match=r"words hold 8 weights, which does not divide 90 x 90"):
-        quantize(tiny_model("odd", folder), tmp_path / "out", group_size=-1)
-    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj is no Linear module but MixtralExperts"):
-        quantize(tiny_model("mixtral", folder), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_is_made(folder, tmp_path, capfd):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hqq.core.quantize import HQQLinear
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
 from transformers import LlamaForCausalLM
 
@@ -20,11 +21,6 @@ def folder(tmp_path_factory):
 
 def load(path, **options):
     return polyquant.load(path, "hqq", device="cpu", **options)
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from optimum.quanto import QLinear
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.testing.checkpoints import assert_verified
 from polyquant_quanto import _library
 from polyquant_quanto.planning import group_size
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,11 +40,6 @@ def tiny(tmp_path_factory):
 
 def load(path, **options):
     return polyquant.load(path, "quanto", device="cpu", **options)
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.plugin import WeightInfo
+from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
 from polyquant_sinq._layers import SinqLinear, quantized_linear
@@ -47,11 +48,6 @@ def copied(checkpoint, out, config=None, tensors=None):
     changed = load_file(out / "model.safetensors") | (tensors or {})
     save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, out / "model.safetensors")
     return out
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 @pytest.mark.parametrize(

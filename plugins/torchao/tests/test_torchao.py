@@ -6,6 +6,7 @@ import polyquant
 import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError, UnsupportedOperation
+from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
 from polyquant_torchao._library import quantize_config
 from torchao.utils import TorchAOBaseTensor
@@ -23,11 +24,6 @@ def folder(tmp_path_factory):
 
 def load(path, **options):
     return polyquant.load(path, "torchao", device="cpu", **options)
-
-
-def assert_verified(loaded):
-    report = polyquant.verify(loaded, max_new_tokens=2)
-    assert not [check for check in report.failures if check.name != "sample"]
 
 
 @pytest.mark.parametrize(
