@@ -277,6 +277,22 @@ def test_a_quantized_checkpoint_is_kept_until_what_makes_it_changes(make_subject
     assert second.exists() and not first.exists(), "nobody has read the first for a week"
 
 
+@pytest.mark.parametrize(
+    ("backend", "home"), [("gptq", "polyquant_gptqmodel"), ("fouroversix", "polyquant_fouroversix")]
+)
+def test_a_kept_checkpoint_depends_on_the_plugins_own_files(make_subject, tmp_path, monkeypatch, backend, home):
+    """Of a plugin that is a PluginBackend, and of one that is a class of its own."""
+    monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path))
+
+    def ask():
+        subject = make_subject(backend, make_checkpoint=lambda dense, preset, out: out.mkdir())
+        return subject.checkpoint(next(iter(subject.info.presets)), "llama")
+
+    first, sources = ask(), keeping._sources
+    monkeypatch.setattr(keeping, "_sources", lambda path: sources(path) + ("changed" if path.name == home else ""))
+    assert ask() != first
+
+
 def test_what_fails_to_be_made_leaves_nothing(make_subject, tmp_path, monkeypatch):
     monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path))
 

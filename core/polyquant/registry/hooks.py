@@ -112,6 +112,11 @@ def _asked(method: Any) -> tuple[str, ...]:
     return tuple(each.name for each in parameters if each.kind in kinds and each.default is each.empty)
 
 
+def package_of(plugin: object) -> str:
+    """The module of a plugin's own files: a PluginBackend says where they are, else that of its class."""
+    return getattr(plugin, "package", "") or type(plugin).__module__
+
+
 def defined_at(thing: Any) -> str:
     """Where a function or class is defined, from its top package on: polyquant_acme/plugin.py:57."""
     thing = inspect.unwrap(thing)

@@ -82,8 +82,7 @@ def advise(subject: Subject, check: str, error: BaseException) -> str:
     if raised := getattr(error, "hook", ""):
         must = hooks.CURES[raised]
         hook, cure = raised, f"mend it there; it must {must}" if isinstance(error, BackendFailed) else must
-    package = getattr(plugin, "package", type(plugin).__module__)  # a PluginBackend's, else that of its own class
-    at = hooks.raised_at(error.__cause__ or error, package)
+    at = hooks.raised_at(error.__cause__ or error, hooks.package_of(plugin))
     if not at:
         at = hooks.defined_at(options if hook == OPTIONS else getattr(plugin, hook, type(plugin)))
     return f"{at}, {hook}: {cure}"

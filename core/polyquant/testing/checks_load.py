@@ -27,7 +27,7 @@ def is_in_eval_mode(subject: Subject, preset: str) -> None:
 
     model = subject.loaded(preset).model
     expect(isinstance(model, torch.nn.Module), f"runtime is 'torch', and the model is a {type(model).__name__}")
-    training = [name or "the model" for name, module in subject.loaded(preset).model.named_modules() if module.training]
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
     expect(not training, f"in training mode: {', '.join(training[:5])}")
 
 

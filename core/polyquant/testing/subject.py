@@ -16,6 +16,7 @@ from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, SaveE
 from polyquant.loading.records import total
 from polyquant.models import builtin
 from polyquant.models.resolve import resolve
+from polyquant.registry.hooks import package_of
 from polyquant.support.devices import choose_device
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
 from polyquant.testing.keeping import kept, key_of
@@ -85,7 +86,7 @@ class Subject:
         """A preset's quantized checkpoint, made once and kept while nothing that makes it has changed."""
         options = self.info.presets[preset]
         key = key_of(
-            resolve(self.dense(model)).path, options, self.runs_on, plugin=type(self.handle.plugin).__module__,
+            resolve(self.dense(model)).path, options, self.runs_on, plugin=package_of(self.handle.plugin),
             maker=self.make_checkpoint,
         )  # fmt: skip
         return kept(self.backend, f"{model}-{preset}", key, lambda out: self._quantize(preset, model, out))

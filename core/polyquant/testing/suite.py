@@ -17,6 +17,7 @@ from polyquant.testing.plugin import shared_folder
 from polyquant.testing.running import expected_reason
 from polyquant.testing.subject import Subject
 
+RUNS: dict[type, list[tuple[ConformanceCheck, Case]]] = {}  # of the session, by test class
 SUBJECTS: dict[type, Subject] = {}  # of the session: loaded models and quantized checkpoints are shared by the tests
 
 
@@ -46,9 +47,7 @@ class BackendConformance:
         each = getattr(metafunc.function, "conformance_check", None)
         if each is None:
             return
-        handle = polyquant.backend(self.backend)
-        runs = cases(handle)
-        _require_known(self, list(handle.info.presets), runs)
+        runs = _runs(self)
         if each.per != "backend":
             own = [case for one, case in runs if one is each]
             metafunc.parametrize("case", [pytest.param(case, id=str(case), marks=_marks(self, each)) for case in own])
@@ -105,6 +104,17 @@ def _test(each: ConformanceCheck) -> Any:
 
 for _each in ALL:
     setattr(BackendConformance, f"test_{_each.name}", _test(_each))
+
+
+def _runs(suite: BackendConformance) -> list[tuple[ConformanceCheck, Case]]:
+    """What the suite runs, planned once. Raises ValueError as `_require_known` does."""
+    own = type(suite)
+    if own not in RUNS:
+        handle = polyquant.backend(suite.backend)
+        runs = cases(handle)
+        _require_known(suite, list(handle.info.presets), runs)
+        RUNS[own] = runs
+    return RUNS[own]
 
 
 def _marks(suite: BackendConformance, each: ConformanceCheck) -> list[pytest.MarkDecorator]:
