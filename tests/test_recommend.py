@@ -272,6 +272,11 @@ def test_what_cannot_be_asked(more, message):
         recommended(**more)
 
 
+def test_a_wrong_budget_is_said_before_the_model_is_looked_for():
+    with pytest.raises(ConfigError, match="a size is written as 6GiB"):
+        polyquant.recommend("nowhere", memory="two")
+
+
 def test_a_budget_that_nothing_fits():
     found = recommended(memory="64MiB")
     assert found.best is None

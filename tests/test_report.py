@@ -206,7 +206,7 @@ def test_best_names_the_nearest_where_nothing_fits(comparison):
             changed(comparison, "gguf:Q4_1", quality=replace(result(comparison, "gguf:Q4_1").quality, kl_mean=1e-8)),
             kl=1e-9,
         )
-    with pytest.raises(ConfigError, match=r"got 'sped'. Did you mean 'speed'"):
+    with pytest.raises(ConfigError, match=r"one of quality, speed, memory, got 'sped'. Did you mean 'speed'"):
         comparison.best("sped")
     with pytest.raises(PolyquantError, match="no candidate of comparison was measured"):
         replace(comparison, rows=comparison.rows[-2:]).best()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from polyquant.comparison.records import Goal, Row, Run
 from polyquant.comparison.report.columns import GOALS
@@ -31,8 +32,7 @@ def best(
     kl: most nats from the reference; None: any for quality, USABLE_KL for speed and memory.
     Raises PolyquantError where nothing was measured or nothing fits; it names the nearest.
     """
-    if goal not in GOALS:
-        raise ConfigError(f"the goal is one of {', '.join(GOALS)}, got {goal!r}.{did_you_mean(goal, GOALS)}")
+    require_goal(goal)
     column, kl_key = GOALS[goal], GOALS["quality"].key
     limit = USABLE_KL if kl is None and goal != "quality" else kl
     candidates = [row for row in run.done if row.status == "done" and not run.is_reference(row)]
@@ -55,6 +55,13 @@ def best(
         (pair for pair in close if pair[0] in fitting),
         key=lambda pair: (sign * pair[1][column.key], pair[1]["weights_stored_bytes"] or 0),
     )[0]
+
+
+def require_goal(goal: str) -> None:
+    """Raises ConfigError for a goal that there is not."""
+    goals = get_args(Goal)
+    if goal not in goals:
+        raise ConfigError(f"the goal is one of {', '.join(goals)}, got {goal!r}.{did_you_mean(goal, goals)}")
 
 
 def needed_bytes(row: Row, run: Run, context_tokens: int = CONTEXT_TOKENS) -> int | None:

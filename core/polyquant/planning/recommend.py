@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
+from polyquant.comparison.choice import require_goal
 from polyquant.comparison.records import Goal
 from polyquant.comparison.store import comparisons_folder
 from polyquant.errors import ConfigError, did_you_mean
@@ -38,16 +39,14 @@ def recommend(
 ) -> Recommendation:  # fmt: skip
     """See `polyquant.recommend`."""
     require(goal, needs)
+    budget = read_budget(memory, None)  # raises for a wrong one before any file is read
     found = PlannedModel(model, revision=revision, trust_remote_code=trust_remote_code)
-    plans = plan_all(found, asked, read_budget(memory, None))
-    return choose(plans, goal, needs, comparisons or comparisons_folder())
+    return choose(plan_all(found, asked, budget), goal, needs, comparisons or comparisons_folder())
 
 
 def require(goal: str, needs: Collection[str]) -> None:
     """Raises ConfigError for a goal or an ability that there is not."""
-    goals = get_args(Goal)
-    if goal not in goals:
-        raise ConfigError(f"the goal is one of {', '.join(goals)}, got {goal!r}.{did_you_mean(goal, goals)}")
+    require_goal(goal)
     for need in needs:
         if need not in ABILITIES:
             raise ConfigError(f"no ability {need!r}; there are {', '.join(ABILITIES)}.{did_you_mean(need, ABILITIES)}")

@@ -51,14 +51,14 @@ def frontiers(run: Run) -> dict[str, list[int]]:
     The reference is no candidate, and what failed its verification is out.
     """
     usable = [row.status == "done" and not run.is_reference(row) for row in run.rows]
-    lines = {}
+    rows, lines = plain_rows(run), {}
     for axis in AXES:
         sign = 1 if axis.better == "lower" else -1
         points = [
             (sign * values[axis.key], values[KL.key])
             if fit and None not in (values[axis.key], values[KL.key])
             else None
-            for values, fit in zip(plain_rows(run), usable, strict=True)
+            for values, fit in zip(rows, usable, strict=True)
         ]
         lines[axis.key] = frontier(points)[::sign]
     return lines

@@ -11,7 +11,8 @@ from polyquant.comparison.report.columns import GOALS, KEYS, SPEEDS, STANDARD_ER
 
 def plain_rows(run: Run) -> list[dict[str, Any]]:
     """The values of every row, in the order of the comparison."""
-    return [values_of(row, bfloat16_bytes(run)) for row in run.rows]
+    dense_bytes = bfloat16_bytes(run)
+    return [values_of(row, dense_bytes) for row in run.rows]
 
 
 def bfloat16_bytes(run: Run) -> int | None:
