@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from polyquant.isolated.doctor import Diagnosis, doctor
 from polyquant.isolated.handles import backend, backends
+from polyquant.loaded import SAMPLE_PROMPT
 from polyquant.options import BackendOptions
 from polyquant.registry.installed import registry
 from polyquant.request import MaxMemory, Offload
@@ -31,7 +32,6 @@ __all__ = [
     "Diagnosis", "backend", "backends", "compare", "doctor", "finetune", "load", "merge", "observing", "plan",
     "quantize", "read_comparison", "recommend", "verify",
 ]  # fmt: skip
-SAMPLE_PROMPT = "The capital of France is"
 
 
 def load(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[dict[str, str]]
 """Plain text, or chat messages such as [{"role": "user", "content": "Hello"}] for the model's chat template."""
+SAMPLE_PROMPT = "The capital of France is"
+"""What a loaded model is shown to run with, where nobody says."""
 
 
 class Owner(Protocol):

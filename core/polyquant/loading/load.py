@@ -18,7 +18,7 @@ from polyquant.loading.placement import device_map_for
 from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
 from polyquant.models.outline import outline_of
-from polyquant.models.resolve import resolve
+from polyquant.models.resolve import dense_of, resolve
 from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
@@ -125,10 +125,7 @@ def prepare(
     backend.require(device)
     packed_name = source.gguf_file
     if first := needs_dense_file(source, backend, route):
-        from polyquant.models.builtin import dense_from_gguf
-        from polyquant.models.checks import check_folder
-
-        source = check_folder(dense_from_gguf(source, progress=how.progress), source.name)
+        source = dense_of(source, progress=how.progress)
     if source.config and backend.capabilities.runs_on_torch:
         from polyquant.models import versions
 

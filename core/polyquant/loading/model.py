@@ -19,7 +19,6 @@ class Model:
         self.outline = outline
         self.name = outline.source.name
         self._trust = trust_remote_code
-        self._skeleton: Any = None
         self._weights: dict[Dtype, tuple[WeightInfo, ...]] = {}
 
     def skeleton(self, dtype: Dtype) -> Any:
@@ -29,7 +28,7 @@ class Model:
         return hf.skeleton(self.outline.source, dtype, trust_remote_code=self._trust)
 
     def weights(self, dtype: Dtype) -> tuple[WeightInfo, ...]:
-        """Its tensors, dense ones in `dtype`, off one skeleton for all dtypes.
+        """Its tensors, dense ones in `dtype`; listed once for each dtype.
 
         Raises ModelError where transformers cannot build it, or its shapes contradict the checkpoint's headers.
         """

@@ -9,14 +9,12 @@ from typing import NamedTuple
 import msgspec
 
 from polyquant.isolated.remote import RemoteModel
-from polyquant.loaded import LoadedModel, Prompt
+from polyquant.loaded import SAMPLE_PROMPT, LoadedModel, Prompt
 from polyquant.loading import checks
 from polyquant.loading.records import Check, Memory, Sample, Verification, total
 from polyquant.memory.peak import measure_peak
 from polyquant.memory.predicted import predict, weights_of
 from polyquant.types import LayerInfo, LayerPlan
-
-SAMPLE_PROMPT = "The capital of France is"
 
 
 def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_tokens: int = 16) -> Verification:

@@ -23,14 +23,9 @@ DTYPE_BYTES = {
 }
 
 
-def is_skipped(weight: WeightInfo, config: BackendOptions) -> bool:
-    """Whether the tensor's module stays dense on request, by default, or because it is tied to another."""
-    return config.skips(weight)
-
-
 def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:
     """Whether a backend that replaces nn.Linear modules takes it: Conv1D, fused experts and embeddings are none."""
-    return weight.role in ("linear", "head") and "Linear" in weight.module and not is_skipped(weight, config)
+    return weight.role in ("linear", "head") and "Linear" in weight.module and not config.skips(weight)
 
 
 def dense_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> list[str]:
@@ -38,14 +33,14 @@ def dense_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> list
     return [
         weight.name.rpartition(".")[0]
         for weight in weights
-        if weight.role in ("linear", "head") and "Linear" in weight.module and not is_linear(weight, config)
+        if weight.role in ("linear", "head") and "Linear" in weight.module and config.skips(weight)
     ]
 
 
 def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> None:
     """Raises ConfigError where experts are fused into one tensor that is to be quantized."""
     for weight in weights:
-        if weight.role == "experts" and not is_skipped(weight, config):
+        if weight.role == "experts" and not config.skips(weight):
             module = weight.name.rpartition(".")[0]
             raise ConfigError(
                 f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized; "

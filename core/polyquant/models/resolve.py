@@ -44,11 +44,14 @@ def resolve(
     return _from_hub(name, revision, allow_pickle, progress)
 
 
-def resolve_dense(model: str | Path, *, progress: bool = False) -> ModelSource:
+def resolve_dense(model: str | Path) -> ModelSource:
     """`resolve`, and of a builtin model the dense checkpoint, which is made on first use (under a minute)."""
-    source = resolve(model, progress=progress)
-    if not source.packaged:
-        return source
+    source = resolve(model)
+    return dense_of(source) if source.packaged else source
+
+
+def dense_of(source: ModelSource, *, progress: bool = False) -> ModelSource:
+    """The dense float32 checkpoint of a GGUF, made on first use."""
     return checks.check_folder(builtin.dense_from_gguf(source, progress=progress), source.name)
 
 

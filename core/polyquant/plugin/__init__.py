@@ -13,7 +13,6 @@ from polyquant.memory.planned import (
     DTYPE_BYTES,
     dense_linears,
     is_linear,
-    is_skipped,
     plan_dense,
     plan_linears,
     refuse_experts,
@@ -24,7 +23,7 @@ from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import module_of, quantized_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.support.devices import device_problems
-from polyquant.support.libraries import contained, import_problems, library_problems, quiet_imports, require_library
+from polyquant.support.libraries import contained, import_problems, library_problems, require_library
 from polyquant.types import (
     BackendInfo,
     Capabilities,
@@ -71,13 +70,11 @@ __all__ = [
     "hookimpl",
     "import_problems",
     "is_linear",
-    "is_skipped",
     "library_problems",
     "module_of",
     "plan_dense",
     "plan_linears",
     "quantized_modules",
-    "quiet_imports",
     "refuse_experts",
     "require_library",
     "resolved_dtype",

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from polyquant.contract import hookspecs
 from polyquant.contract.markers import hookimpl
 from polyquant.errors import BrokenBackend, did_you_mean
 from polyquant.loaded import LoadedModel
@@ -26,7 +27,6 @@ FILES: Mapping[str, str] = {
     "quantize": "_quantize",
 }
 """hook -> the file of the package whose function of that name answers it."""
-REQUIRED = ("load", "describe_layers")
 
 
 class PluginBackend:
@@ -57,7 +57,7 @@ class PluginBackend:
         self.info, self.imports, self.native_problems = info, tuple(imports), native_problems
         self.package = package or info.options.__module__.rpartition(".")[0]
         for hook, function in _forwarding(self._answer).items():
-            if hook in (*REQUIRED, *hooks) and not hasattr(type(self), hook):
+            if hook in (*hookspecs.REQUIRED, *hooks) and not hasattr(type(self), hook):
                 function.forwards_to = f"{self.package}.{FILES[hook]}:{hook}"  # type: ignore[attr-defined]
                 setattr(self, hook, hookimpl(function))
 

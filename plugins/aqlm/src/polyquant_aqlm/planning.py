@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_skipped, module_of, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, module_of, plan_linears
 
 from polyquant_aqlm.options import AqlmOptions
 
@@ -16,7 +16,7 @@ SCHEME = "aqlm"
 def plan_layers(weights: Sequence[WeightInfo], config: AqlmOptions) -> list[LayerPlan]:
     """Raises ConfigError where groups do not fit a layer, or experts are fused into one tensor."""
     for weight in weights:
-        if weight.role == "experts" and not is_skipped(weight, config):
+        if weight.role == "experts" and not config.skips(weight):
             raise ConfigError(
                 f"{weight.name} holds the experts of a layer in one tensor {weight.shape}: "
                 "AQLM checkpoints of such models are not read"

@@ -7,7 +7,7 @@ from math import prod
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, is_skipped, module_of, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, module_of, plan_linears
 
 from polyquant_bitnet.options import BitnetOptions
 
@@ -19,7 +19,7 @@ def plan_layers(weights: Sequence[WeightInfo], config: BitnetOptions) -> list[La
     """Raises ConfigError where the rows of a layer cannot be packed by four, or experts are fused into one tensor."""
     config = with_full_names(weights, config)
     for weight in weights:
-        if weight.role == "experts" and not is_skipped(weight, config):
+        if weight.role == "experts" and not config.skips(weight):
             raise ConfigError(
                 f"{weight.name} holds the experts of a layer in one tensor {weight.shape}: "
                 "BitNet checkpoints of such models are not read"

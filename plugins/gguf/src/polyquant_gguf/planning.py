@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import LayerPlan, WeightInfo, is_skipped, plan_dense, unfit
+from polyquant.plugin import LayerPlan, WeightInfo, plan_dense, unfit
 from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES, BlockType, read_header
 
 from polyquant_gguf.names import place
@@ -64,7 +64,7 @@ def _chosen(weight: WeightInfo, config: GgufOptions) -> str | None:
         return None
     if weight.module == "Embedding" or weight.module.endswith("ScaledWordEmbedding"):
         return None if config.embedding_type == "dense" else config.embedding_type
-    return config.type if weight.module == "Linear" and not is_skipped(weight, config) else None
+    return config.type if weight.module == "Linear" and not config.skips(weight) else None
 
 
 def _plan(weight: WeightInfo, block: BlockType, config: GgufOptions) -> LayerPlan:

@@ -32,7 +32,7 @@ class RowwiseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
             "bits": self.bits,
             "scale_dtype": self.scale_dtype,
             "compute_dtype": self.compute_dtype,
-            "modules_to_not_convert": None if self.skip_defaults and not self.skip else list(self.skip),
+            "modules_to_not_convert": self.stored_skip,
         }
 
     @classmethod

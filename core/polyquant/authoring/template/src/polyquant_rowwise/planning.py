@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from polyquant.plugin import DTYPE_BYTES, BackendOptions, LayerPlan, WeightInfo, is_skipped, plan_linears
+from polyquant.plugin import DTYPE_BYTES, BackendOptions, LayerPlan, WeightInfo, plan_linears
 
 from polyquant_rowwise.options import RowwiseOptions
 
@@ -25,4 +25,4 @@ def plan_layers(weights: Sequence[WeightInfo], config: RowwiseOptions) -> list[L
 
 def is_quantized(weight: WeightInfo, config: BackendOptions) -> bool:
     """Weights of plain `nn.Linear` modules are; a tied head, fused experts and embeddings are not."""
-    return weight.module == "Linear" and len(weight.shape) == 2 and not is_skipped(weight, config)
+    return weight.module == "Linear" and len(weight.shape) == 2 and not config.skips(weight)
