@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import polyquant
@@ -61,8 +62,9 @@ def bitsandbytes() -> None:
 
 
 @pytest.fixture
-def make_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Write an importable module with a distribution's metadata beside it, and put both on sys.path."""
+def make_plugin(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Write a module with a distribution's metadata beside it; both can be imported until the test ends."""
+    until_it_ends = ExitStack()
 
     def make(
         code: str = GOOD_PLUGIN, *, backend: str = "acme", distribution: str = "polyquant-acme", version: str = "1.0"
@@ -72,11 +74,11 @@ def make_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         site.mkdir(parents=True)
         (site / f"{module}.py").write_text(textwrap.dedent(code))
         write_metadata(site, distribution, {backend: f"{module}:backend"}, version)
-        monkeypatch.syspath_prepend(str(site))
-        monkeypatch.delitem(sys.modules, module, raising=False)
+        until_it_ends.enter_context(importable(module, site))
         return module
 
-    return make
+    with until_it_ends:
+        yield make
 
 
 @pytest.fixture(scope="session")
