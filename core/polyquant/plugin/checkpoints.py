@@ -26,18 +26,18 @@ from polyquant.memory.planned import is_linear
 from polyquant.models import hf, versions
 from polyquant.models.checks import check_folder
 from polyquant.models.hf import load_tokenizer, read_config
-from polyquant.models.versions import dtype_argument, forget_quantization, progress_bars, tied_tensors
+from polyquant.models.versions import tied_tensors
 from polyquant.options import BackendOptions, Dtype
 from polyquant.plugin.layers import fill_empty
-from polyquant.plugin.tensors import own_tensors, packed_modules, read_tensors
+from polyquant.plugin.planning import module_of
+from polyquant.plugin.tensors import own_tensors, packed_modules
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 __all__ = [
-    "check_folder", "complete", "dtype_argument", "empty_causal_lm", "fill", "forget_quantization", "load_causal_lm",
-    "load_tokenizer", "own_tensors", "packed_modules", "place", "progress_bars", "quantize_layers", "read_config",
-    "read_layers", "read_tensors", "require_linears", "require_packed", "save", "save_pretrained", "single_device",
-    "tied_tensors", "with_stored_skips",
+    "check_folder", "complete", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer", "packed_modules",
+    "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed", "save",
+    "save_pretrained", "single_device", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
 
@@ -159,13 +159,13 @@ def with_stored_skips(
     Raises ModelError where no module is packed, or one that is has no Linear module in the model.
     """
     anything = msgspec.structs.replace(config, skip=(), skip_defaults=False)
-    linears = [_module(weight) for weight in weights if is_linear(weight, anything)]
+    linears = [module_of(weight) for weight in weights if is_linear(weight, anything)]
     if not quantized:
         raise ModelError(f"{source.name}: its config says that it is quantized, and no tensor in it is")
     if astray := sorted(set(quantized).difference(linears)):
         named = ", ".join(astray[:3])
         raise ModelError(f"{source.name}: {len(astray)} packed layers have no Linear module in the model: {named}")
-    if set(quantized) == {_module(weight) for weight in weights if is_linear(weight, config)}:
+    if set(quantized) == {module_of(weight) for weight in weights if is_linear(weight, config)}:
         return config, []
     dense = tuple(name for name in linears if name not in quantized)
     notes = [f"{len(dense)} layers are dense in the checkpoint: {', '.join(dense[:3])}"] if dense else []
@@ -176,7 +176,7 @@ def require_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> No
     """Raises ConfigError where a matrix of a block is no Linear module's, such as fused experts, and is not skipped."""
     for weight in weights:
         other = weight.role == "experts" or (weight.role == "linear" and "Linear" not in weight.module)
-        if other and _module(weight) not in config.skip:
+        if other and module_of(weight) not in config.skip:
             raise ConfigError(
                 f"{weight.name} is no Linear module but {weight.module} with shape {weight.shape}; "
                 "this backend quantizes Linear modules only"
@@ -203,10 +203,6 @@ def require_packed(out: Path, modules: Sequence[str], library: str) -> None:
     packed = packed_modules(check_folder(out, str(out)), ("qweight",))
     if left := [name for name in modules if name not in packed]:
         raise SaveError(f"{library} left {len(left)} of {len(modules)} layers dense: {', '.join(left[:3])}")
-
-
-def _module(weight: WeightInfo) -> str:
-    return weight.name.rpartition(".")[0]
 
 
 def place(model: Any, request: LoadRequest) -> None:
