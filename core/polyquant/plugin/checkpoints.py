@@ -37,7 +37,7 @@ from polyquant.types import WeightInfo
 __all__ = [
     "check_folder", "complete", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer", "packed_modules",
     "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed", "save",
-    "save_pretrained", "single_device", "tied_tensors", "with_stored_skips",
+    "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
 
@@ -59,6 +59,13 @@ def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
     if (source.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
     return model.eval()
+
+
+def stored_dtype(source: ModelSource, otherwise: Dtype) -> Dtype:
+    """The dtype that the checkpoint's config names; `otherwise` where it names none of a backend's."""
+    stored: Any = source.config.get("dtype") or source.config.get("torch_dtype")
+    named: Dtype = stored if stored in get_args(Dtype) else otherwise
+    return named
 
 
 def single_device(request: LoadRequest) -> str:
@@ -128,10 +135,8 @@ def quantize_layers(
     Raises ModelError, with the checkpoint's name, where `make` does.
     """
     source, wanted = request.source, getattr(torch, dtype)
-    stored: Any = source.config.get("dtype") or source.config.get("torch_dtype")
     where = msgspec.structs.replace(request, device_map={"": "cpu"}) if on_cpu else request
-    own: Dtype = stored if stored in get_args(Dtype) else dtype
-    model = load_causal_lm(where, own)
+    model = load_causal_lm(where, stored_dtype(source, dtype))
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
         try:
             layer = make(name, model.get_submodule(name))

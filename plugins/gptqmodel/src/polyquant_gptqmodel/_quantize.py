@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from polyquant.plugin import Dtype, LoadRequest, ModelSource, checkpoints, quantized_modules, resolved_dtype
+from polyquant.plugin import LoadRequest, ModelSource, checkpoints, quantized_modules, resolved_dtype
 from polyquant.plugin.calibration import token_windows
 from polyquant.plugin.process import run_in_process
 
@@ -43,7 +42,7 @@ def _dtype(source: ModelSource, config: Options) -> str:
 
     Less float32 for AWQ: gptqmodel packs no AWQ layer from it.
     """
-    stored = source.config.get("dtype") or source.config.get("torch_dtype")
     if isinstance(config, AwqOptions):
-        return stored if stored in ("bfloat16", "float16") else "bfloat16"
-    return stored if stored in get_args(Dtype) else resolved_dtype(config)
+        stored = checkpoints.stored_dtype(source, "bfloat16")
+        return "bfloat16" if stored == "float32" else stored
+    return checkpoints.stored_dtype(source, resolved_dtype(config))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 from polyquant.errors import ConfigError
-from polyquant.plugin import Dtype, LoadRequest, checkpoints, dense_linears, require_library, resolved_dtype
+from polyquant.plugin import LoadRequest, checkpoints, dense_linears, require_library, resolved_dtype
 
 from polyquant_quark._library import AMD_QUARK, quiet_quark, tensor_config
 from polyquant_quark.options import QuarkOptions
@@ -41,8 +40,7 @@ def _run(request: LoadRequest, config: QuarkOptions, out: Path) -> None:
     from quark.torch import ModelQuantizer, export_safetensors
     from quark.torch.quantization.config.config import QConfig, QLayerConfig
 
-    stored = request.source.config.get("dtype") or request.source.config.get("torch_dtype")
-    model = checkpoints.load_causal_lm(request, stored if stored in get_args(Dtype) else resolved_dtype(config))
+    model = checkpoints.load_causal_lm(request, checkpoints.stored_dtype(request.source, resolved_dtype(config)))
     layers = QLayerConfig(weight=tensor_config(config))
     scheme = QConfig(global_quant_config=layers, exclude=dense_linears(request.weights, config))
     quantizer = ModelQuantizer(scheme)
