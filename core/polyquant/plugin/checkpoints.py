@@ -231,8 +231,20 @@ def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -
     model.tie_weights()
 
 
-def save(loaded: LoadedModel, out: Path, tensors: dict[str, torch.Tensor], quantization_config: dict[str, Any]) -> Path:
-    """Write the tensors, less those that are tied to another, with config and tokenizer."""
+def save(
+    loaded: LoadedModel,
+    out: Path,
+    tensors: dict[str, torch.Tensor] | None = None,
+    quantization_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write the tensors, less those that are tied to another, with config and tokenizer.
+
+    tensors: None is the model's state dict. quantization_config: None is the one of the model's config.
+    """
+    if tensors is None:
+        tensors = dict(loaded.model.state_dict())
+    if quantization_config is None:
+        quantization_config = dict(loaded.model.config.quantization_config)
     tied = versions.tied_tensors(loaded.model)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}
     save_torch_state_dict(kept, out, metadata={"format": "pt"})

@@ -37,5 +37,4 @@ def load(request: LoadRequest, config: AqlmOptions) -> LoadedModel:
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Under the names transformers gives them: codes, codebooks and scales of each layer."""
-    stored = dict(loaded.model.config.quantization_config)
-    return checkpoints.save(loaded, out, dict(loaded.model.state_dict()), stored)
+    return checkpoints.save(loaded, out)

@@ -41,5 +41,4 @@ def load(request: LoadRequest, config: BitnetOptions) -> LoadedModel:
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Under the names transformers gives them: the packed weight and weight_scale of each layer."""
-    tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
-    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out)

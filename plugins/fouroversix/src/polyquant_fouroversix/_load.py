@@ -58,7 +58,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     }
     for name, layer in layers.items():
         tensors |= {f"{name}.{short}": tensor for short, tensor in stored_tensors(layer).items()}
-    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors)
 
 
 def _dense(weights: Sequence[WeightInfo], config: FouroversixOptions) -> list[str]:

@@ -31,8 +31,7 @@ def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
 
 def save(loaded: LoadedModel, out: Path) -> Path:
     """Under the names transformers gives them: weight and weight_scale_inv of each layer."""
-    tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
-    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out)
 
 
 def _read(request: LoadRequest, config: Fp8Options) -> LoadedModel:

@@ -43,4 +43,4 @@ def save(loaded: LoadedModel, out: Path) -> Path:
             tensors |= {f"{prefix}{key}": module.meta[key] for key in ("scale", "zero")}
         kept = set(module._buffers) - module._non_persistent_buffers_set
         tensors |= {f"{prefix}{key}": module._buffers[key] for key in kept if module._buffers[key] is not None}
-    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors)

@@ -36,5 +36,4 @@ def load(request: LoadRequest, config: QuarkOptions) -> LoadedModel:
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:
-    stored = dict(loaded.model.config.quantization_config)
-    return checkpoints.save(loaded, out, dict(loaded.model.state_dict()), stored)
+    return checkpoints.save(loaded, out)

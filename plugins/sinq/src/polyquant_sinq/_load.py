@@ -45,7 +45,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     for name, tensor in loaded.model.state_dict().items():
         module, _, short = name.rpartition(".")
         tensors[f"{module}.{STORED_NAMES.get(short, short)}" if module in layers else name] = tensor
-    return checkpoints.save(loaded, out, tensors, dict(loaded.model.config.quantization_config))
+    return checkpoints.save(loaded, out, tensors)
 
 
 def _quantize(request: LoadRequest, config: SinqOptions) -> Any:
