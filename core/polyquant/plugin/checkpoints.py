@@ -35,9 +35,9 @@ from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 __all__ = [
-    "check_folder", "complete", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer", "packed_modules",
-    "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed", "save",
-    "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
+    "as_packed", "check_folder", "complete", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer",
+    "packed_modules", "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed",
+    "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
 
@@ -154,6 +154,12 @@ def quantize_layers(
     if on_cpu:
         place(model, request)
     return model
+
+
+def as_packed(config: Options, request: LoadRequest, parts: tuple[str, ...]) -> tuple[Options, list[str]]:
+    """`with_stored_skips` of the modules that have a tensor called like one of `parts` in the checkpoint."""
+    packed = packed_modules(request.source, parts)
+    return with_stored_skips(config, request.weights, packed, request.source)
 
 
 def with_stored_skips(

@@ -18,8 +18,7 @@ from polyquant_auto_round.planning import plan_layers
 def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
     layout = packing(source.stored_quantization)
-    packed = checkpoints.packed_modules(source, ("qweight", "qzeros", "scales"))
-    config, notes = checkpoints.with_stored_skips(config, request.weights, packed, source)
+    config, notes = checkpoints.as_packed(config, request, ("qweight", "qzeros", "scales"))
     floats = torch.float32 if is_fast(config.bits) else getattr(torch, wanted)  # auto-round-lib keeps float32
 
     def make(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 from polyquant.plugin.layers import bias_as_parameter, fill_empty
 
 from polyquant_autoawq._layers import empty_layer, kernel
@@ -20,9 +20,8 @@ SLOW = "Using naive"  # the library's warning, once a process; `kernel` says the
 def load(request: LoadRequest, config: AutoawqOptions) -> LoadedModel:
     wanted = resolved_dtype(config)
     kept = {"scales": torch.float16, "bias": getattr(torch, wanted)}  # the library multiplies in float16
-    names = sorted(checkpoints.packed_modules(request.source, PARTS))
-    config, notes = checkpoints.with_stored_skips(config, request.weights, names, request.source)
-    plan_layers(request.weights, config)  # refuses layers that cannot be packed
+    config, notes = checkpoints.as_packed(config, request, PARTS)
+    names = sorted(quantized_modules(plan_layers(request.weights, config)))
 
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         layer = empty_layer(linear, config)

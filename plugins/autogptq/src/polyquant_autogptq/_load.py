@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 from polyquant.plugin.layers import bias_as_parameter, fill_empty, gptq_tensors
 
 from polyquant_autogptq._layers import empty_layer, kernel
@@ -19,9 +19,8 @@ def load(request: LoadRequest, config: AutogptqOptions) -> LoadedModel:
     wanted = resolved_dtype(config)
     dtype = getattr(torch, wanted)
     kept = {"scales": dtype, "bias": dtype}  # the library multiplies in the compute dtype
-    names = sorted(checkpoints.packed_modules(request.source, PARTS))
-    config, notes = checkpoints.with_stored_skips(config, request.weights, names, request.source)
-    plan_layers(request.weights, config)  # refuses layers that cannot be held
+    config, notes = checkpoints.as_packed(config, request, PARTS)
+    names = sorted(quantized_modules(plan_layers(request.weights, config)))
 
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         layer = empty_layer(linear, config, dtype)

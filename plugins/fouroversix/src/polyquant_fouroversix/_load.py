@@ -34,8 +34,7 @@ CODES = STORED_NAMES["weight"]
 def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
     weights, source, dtype, notes = request.weights, request.source, resolved_dtype(config), list[str]()
     if source.stored_quantization:
-        packed = checkpoints.packed_modules(source, (CODES,))
-        config, notes = checkpoints.with_stored_skips(config, weights, packed, source)
+        config, notes = checkpoints.as_packed(config, request, (CODES,))
     names = quantized_modules(plan_layers(weights, config))
 
     def read(_: str, linear: Any, tensors: dict[str, torch.Tensor]) -> FouroversixLinear:

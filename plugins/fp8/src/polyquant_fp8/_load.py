@@ -36,8 +36,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def _read(request: LoadRequest, config: Fp8Options) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
-    stored = checkpoints.packed_modules(source, ("weight_scale_inv",))
-    config, notes = checkpoints.with_stored_skips(config, request.weights, stored, source)
+    config, notes = checkpoints.as_packed(config, request, ("weight_scale_inv",))
 
     def make(_: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return linear_from_tensors(linear, config, getattr(torch, wanted), tensors)

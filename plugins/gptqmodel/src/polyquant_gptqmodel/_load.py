@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 from polyquant.plugin.formats import gptq_layout
 from polyquant.plugin.layers import fill_empty, gptq_tensors
 
@@ -21,11 +21,10 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 def load(request: LoadRequest, config: Options) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
     dtype, on_cpu = getattr(torch, wanted), request.device == "cpu"
-    names = sorted(checkpoints.packed_modules(source, PARTS))
-    config, notes = checkpoints.with_stored_skips(config, request.weights, names, source)
+    config, notes = checkpoints.as_packed(config, request, PARTS)
     if on_cpu and config.kernel == "auto":
         config = msgspec.structs.replace(config, kernel=cpu_kernel(config, wanted))
-    plan_layers(request.weights, config)  # refuses layers that cannot be packed
+    names = sorted(quantized_modules(plan_layers(request.weights, config)))
     is_gptq = isinstance(config, GptqOptions)
     layout = gptq_layout(source.stored_quantization) if is_gptq else config.written_layout
     kernel = select_kernel(config, layout, request.device)

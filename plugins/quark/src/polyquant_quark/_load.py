@@ -27,8 +27,7 @@ def load(request: LoadRequest, config: QuarkOptions) -> LoadedModel:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(f"{source.name}: {name} is {kind}, and there is no weight_scale beside it")
 
-    packed = checkpoints.packed_modules(source, ("weight_scale",))
-    config, notes = checkpoints.with_stored_skips(config, request.weights, packed, source)
+    config, notes = checkpoints.as_packed(config, request, ("weight_scale",))
     names = quantized_modules(plan_layers(request.weights, config))
     model = checkpoints.read_layers(request, wanted, names, make, check=check)
     model.config.quantization_config = {**stored, "exclude": list(config.skip)}
