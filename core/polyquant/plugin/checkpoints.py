@@ -35,9 +35,9 @@ from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 __all__ = [
-    "as_packed", "check_folder", "complete", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer",
-    "packed_modules", "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed",
-    "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
+    "as_packed", "complete", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer", "packed_modules", "place",
+    "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed", "save", "save_pretrained",
+    "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
 

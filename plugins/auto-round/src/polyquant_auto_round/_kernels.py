@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from polyquant.errors import EnvironmentProblem, ModelError
 from polyquant.plugin import contained
+from polyquant.plugin.layers import bias_as_parameter
 
 from polyquant_auto_round.options import AutoRoundOptions
 
@@ -91,7 +92,7 @@ def settle(layer: Any) -> None:
             raise ModelError("its zero points are fitted, and the checkpoint's config says that they are symmetric")
         layer.post_init()
     if layer.bias is not None and layer.bias.numel():
-        layer.register_parameter("bias", torch.nn.Parameter(layer._buffers.pop("bias"), requires_grad=False))
+        bias_as_parameter(layer)
     layer.in_features, layer.out_features = layer.infeatures, layer.outfeatures
     layer.register_parameter("weight", None)
     layer.__class__ = _linear_class(type(layer))

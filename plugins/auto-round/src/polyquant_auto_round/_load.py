@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
-from polyquant.plugin.layers import layer_tensors
+from polyquant.plugin.layers import gptq_tensors, layer_tensors
 
 from polyquant_auto_round import _kernels
 from polyquant_auto_round._kernels import FAST_BITS, empty_layer, is_fast, settle
@@ -24,9 +24,8 @@ def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     def make(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         layer = empty_layer(linear, layout, config)
         layer.polyquant_scheme = config.scheme
-        _require_plain_order(layer, tensors.pop("g_idx", None))
-        if linear.bias is None and "bias" in tensors and not tensors["bias"].any():
-            del tensors["bias"]  # auto-gptq wrote biases of zeros for layers that have none
+        tensors = gptq_tensors(linear, tensors, config.group_size)
+        _require_plain_order(layer, tensors.pop("g_idx"))
         expected = {
             key: (tuple(buffer.shape), "float" if buffer.is_floating_point() else "int32")
             for key, buffer in layer.named_buffers()
@@ -43,10 +42,8 @@ def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     return LoadedModel(model=model, config=config, kernel=_kernels.name(config.bits), notes=notes)
 
 
-def _require_plain_order(layer: Any, group_of_column: torch.Tensor | None) -> None:
+def _require_plain_order(layer: Any, group_of_column: torch.Tensor) -> None:
     """Raises ModelError where columns are reordered."""
-    if group_of_column is None:
-        return
     plain = torch.arange(layer.infeatures) // layer.group_size
     if not torch.equal(group_of_column.long(), plain):
         raise ModelError("its columns are reordered; load it with backend='gptq'")

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from polyquant.errors import ConfigError, SaveError
+from polyquant.errors import ConfigError
 from polyquant.plugin import LoadRequest, checkpoints, module_of, quantized_modules
 from polyquant.plugin.calibration import token_windows
-from polyquant.plugin.checkpoints import check_folder
 from polyquant.plugin.process import run_in_process
 
 from polyquant_auto_round.options import AutoRoundOptions
@@ -34,10 +33,7 @@ def quantize(request: LoadRequest, config: AutoRoundOptions, calibration: Sequen
     }  # fmt: skip
     run_in_process("polyquant_auto_round._worker", job, shown=request.progress)
     _complete(out, config)
-    written = checkpoints.packed_modules(check_folder(out, str(out)), ("qweight",))
-    quantized = quantized_modules(plans)
-    if left := [name for name in quantized if name not in written]:
-        raise SaveError(f"auto-round left {len(left)} of {len(quantized)} layers dense: {', '.join(left[:3])}")
+    checkpoints.require_packed(out, quantized_modules(plans), "auto-round")
     return out
 
 
