@@ -9,7 +9,7 @@ import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, prepare_for_training
+from polyquant.plugin.layers import Quantized, bias_as_parameter, describe, prepare_for_training
 
 from polyquant_hqq.options import HqqOptions
 from polyquant_hqq.planning import packed_shape
@@ -25,7 +25,8 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 def quantized_linear(linear: torch.nn.Linear, config: HqqOptions, dtype: torch.dtype) -> HQQLinear:
     """A layer that takes the place of `linear`, whose own weight is let go."""
     layer = HQQLinear(linear, config.quantize_config(), compute_dtype=dtype, device=str(linear.weight.device))
-    return _with_parameters(layer)
+    bias_as_parameter(layer)
+    return layer.eval()
 
 
 def linear_from_tensors(
@@ -59,13 +60,7 @@ def linear_from_tensors(
     layer.out_features, layer.in_features = shape
     layer.bias = tensors["bias"].to(dtype) if linear.bias is not None else None
     layer.in_gpu = layer.ready = True
-    return _with_parameters(layer)
-
-
-def _with_parameters(layer: HQQLinear) -> HQQLinear:
-    """hqq keeps the bias as a plain attribute; as a parameter it is seen and moved like any other."""
-    if layer.bias is not None:
-        layer.bias = torch.nn.Parameter(layer.bias.detach(), requires_grad=False)
+    bias_as_parameter(layer)
     return layer.eval()
 
 
