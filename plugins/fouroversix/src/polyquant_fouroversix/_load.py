@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from polyquant.plugin import (
     LoadedModel,
     LoadRequest,
     WeightInfo,
     checkpoints,
-    is_linear,
+    dense_linears,
     module_of,
     quantized_modules,
     resolved_dtype,
@@ -62,7 +61,5 @@ def save(loaded: LoadedModel, out: Path) -> Path:
 
 def _dense(weights: Sequence[WeightInfo], config: FouroversixOptions) -> list[str]:
     """Linear modules that stay dense, on request or by default: the library itself knows no defaults."""
-    everything = msgspec.structs.replace(config, skip=(), skip_defaults=False)
     tied = [module_of(weight) for weight in weights if weight.tied_to]
-    dense = [module_of(weight) for weight in weights if is_linear(weight, everything) and config.skips(weight)]
-    return list(dict.fromkeys([*config.skip, *dense, *tied]))
+    return list(dict.fromkeys([*config.skip, *dense_linears(weights, config), *tied]))
