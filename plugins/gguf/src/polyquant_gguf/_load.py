@@ -9,6 +9,7 @@ import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 from polyquant.plugin.gguf import read_header
+from polyquant.plugin.layers import finite_weight
 
 from polyquant_gguf import _modules
 from polyquant_gguf._quantize import quantize
@@ -52,7 +53,7 @@ def _on_the_fly(request: LoadRequest, config: GgufOptions) -> Any:
 
     def pack(name: str, module: Any) -> _modules.Packed:
         block = types[f"{name}.weight"]
-        return _modules.packed_like(module, quantize(module.weight, block), block, dtype)
+        return _modules.packed_like(module, quantize(finite_weight(module), block), block, dtype)
 
     def share(model: Any) -> None:
         _modules.share_tied(model, checkpoints.tied_tensors(model), dtype)
