@@ -42,7 +42,7 @@ def quantize(request: LoadRequest, config: LlamaCppOptions, calibration: Sequenc
     _check_source(header, config)
     path = out / f"model-{config.type}.gguf"
     planned = _run(header, path, config, dry=True)
-    _check_substitutes(header, config, planned.text())
+    _check_substitutes(config, planned.text())
     with tqdm(total=len(header.tensors), desc="Quantizing", unit="tensor", disable=not request.progress) as bar:
         _run(header, path, config, on_tensor=bar.update)
     return out
@@ -73,7 +73,7 @@ def _check_source(header: Header, config: LlamaCppOptions) -> None:
         )
 
 
-def _check_substitutes(header: Header, config: LlamaCppOptions, said: str) -> None:
+def _check_substitutes(config: LlamaCppOptions, said: str) -> None:
     """Raises ConfigError where llama.cpp would take another type, because rows are not whole blocks.
 
     Not for the embedding and the head, which get a larger type than the others anyway.
