@@ -46,7 +46,7 @@ class BitnetOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fi
         """The `quantization_config` of a checkpoint, as BitNetQuantConfig has it, and `compute_dtype`."""
         return {
             "quant_method": "bitnet",
-            "modules_to_not_convert": None if self.skip_defaults and not self.skip else list(self.skip),
+            "modules_to_not_convert": self.stored_skip,
             **{name: getattr(self, name) for name in OWN},
             "compute_dtype": self.compute_dtype,
         }
