@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,31 @@ def without(name: str) -> Change:
 def replaced(name: str, how: Callable[[Any], Any]) -> Change:
     """Puts what `how` makes of a tensor in its place."""
     return lambda tensors: tensors.update({name: how(tensors[name])})
+
+
+def put(given: Mapping[str, Any]) -> Change:
+    """Puts tensors in, by their names; None takes one out."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        for name, tensor in given.items():
+            if tensor is None:
+                del tensors[name]
+            else:
+                tensors[name] = tensor
+
+    return change
+
+
+def adapter_gradients(model: Any, tokens: Sequence[int]) -> dict[str, Any]:
+    """Name -> gradient of what is trained where LoRA adapters, with values that are the same each time, are put on."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    adapters = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted, ids = get_peft_model(model, adapters).train(), torch.tensor([list(tokens)])
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    return {name: value.grad for name, value in adapted.named_parameters() if value.grad is not None}
 
 
 def assert_verified(loaded: LoadedModel) -> None:

@@ -9,7 +9,7 @@ import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.models.resolve import resolve_dense
 from polyquant.measure.quality.divergence import kl_divergence
-from polyquant.testing.checkpoints import changed_copy, replaced, without
+from polyquant.testing.checkpoints import adapter_gradients, changed_copy, replaced, without
 from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import EVALUATION
 from polyquant_aqlm._layers import QuantizedLinear
@@ -263,22 +263,12 @@ def test_nothing_is_printed_and_codes_stay_as_they_were(checkpoint, capfd):
 
 
 def test_adapters_get_the_gradients_of_the_dequantized_model(folder, checkpoint):
-    from peft import LoraConfig, get_peft_model
-
     twin = dense_twin(tiny_model("qwen2", folder), checkpoint)
     loaded = load(checkpoint)
     assert any(isinstance(module, QuantizedLinear) for module in loaded.model.modules())
 
-    def gradients(model, count):
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        model.train()
-        ids = torch.tensor([TOKENS[:count]])
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-
-    expected = gradients(twin, 5)
-    found = gradients(loaded.backend.prepare_for_training(loaded), 5)
+    expected = adapter_gradients(twin, TOKENS[:5])
+    found = adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS[:5])
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.testing.checkpoints import adapter_gradients
 from polyquant.testing.models import tiny_model
 from polyquant.testing.state import differences, snapshot
 from polyquant.testing.texts import CALIBRATION
@@ -324,24 +325,14 @@ def test_what_auto_round_says_last_is_kept(folder, tmp_path):
 
 @pytest.mark.parametrize("options", [{"bits": 2, "sym": False, "group_size": 32}, {"bits": 3}], ids=str)
 def test_adapters_get_the_gradients_of_the_dequantized_model(made, folder, options):
-    from peft import LoraConfig, get_peft_model
-
     loaded = load(made("qwen2", **options), compute_dtype="float32")
     dense = transformers.AutoModelForCausalLM.from_pretrained(folder / "qwen2")
     for name, module in loaded.model.named_modules():
         if hasattr(module, "polyquant_scheme"):
             dense.get_submodule(name).weight.data = multiplied(module).contiguous()
 
-    def gradients(model):
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        model.train()
-        ids = torch.tensor([TOKENS])
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-
-    expected = gradients(dense)
-    found = gradients(loaded.backend.prepare_for_training(loaded))
+    expected = adapter_gradients(dense, TOKENS)
+    found = adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS)
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         error = (gradient - expected[name]).norm() / expected[name].norm()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, EnvironmentProblem, ModelError, UnsupportedOperation
 from polyquant.memory.storage import stored_bytes
-from polyquant.testing.checkpoints import assert_verified, changed_copy
+from polyquant.testing.checkpoints import adapter_gradients, assert_verified, changed_copy
 from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
 from polyquant.testing.state import differences, snapshot
@@ -307,24 +307,14 @@ def test_training_with_rounded_activations_is_refused(checkpoint):
 
 @pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"weights": "fp8"}, {"weights": "nvfp4"}])
 def test_adapters_get_the_gradients_of_the_dequantized_model(checkpoint, folder, options):
-    from peft import LoraConfig, get_peft_model
-
     loaded = load(checkpoint("qwen2", compute_dtype="float32", **options), compute_dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2", folder / "dense"))
     for name, module in loaded.model.named_modules():
         if isinstance(module, CompressedLinear):
             dense.get_submodule(name).weight.data = module.dequantize()
 
-    def gradients(model):
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        model.train()
-        ids = torch.tensor([TOKENS])
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-
-    expected = gradients(dense)
-    found = gradients(loaded.backend.prepare_for_training(loaded))
+    expected = adapter_gradients(dense, TOKENS)
+    found = adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS)
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)

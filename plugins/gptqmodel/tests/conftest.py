@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from polyquant.testing.checkpoints import adapter_gradients
 from polyquant.testing.models import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -153,17 +154,8 @@ def assert_layers_multiply_with(dense, loaded, dtype):
 
 def assert_adapters_train_as_on(dense, loaded):
     """Adapters get the gradients that they get on the dense model, in bfloat16."""
-    from peft import LoraConfig, get_peft_model
-
-    def gradients(model):
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        ids = torch.tensor([TOKENS])
-        model.train()(input_ids=ids, labels=ids).loss.backward()
-        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-
-    expected = gradients(dense)
-    found = gradients(loaded.backend.prepare_for_training(loaded))
+    expected = adapter_gradients(dense, TOKENS)
+    found = adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS)
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         similarity = torch.cosine_similarity(gradient.flatten().float(), expected[name].flatten(), dim=0)

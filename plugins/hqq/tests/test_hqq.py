@@ -7,7 +7,7 @@ import pytest
 import torch
 from hqq.core.quantize import HQQLinear
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
-from polyquant.testing.checkpoints import assert_verified
+from polyquant.testing.checkpoints import adapter_gradients, assert_verified
 from polyquant.testing.models import tiny_model
 from transformers import LlamaForCausalLM
 
@@ -173,8 +173,6 @@ def test_progress_is_drawn_only_where_asked(folder, capfd):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_adapters_get_the_gradients_of_the_dequantized_model(folder, bits):
-    from peft import LoraConfig, get_peft_model
-
     path = tiny_model("qwen2", folder)
     loaded = load(path, bits=bits)
     from transformers import AutoModelForCausalLM
@@ -184,16 +182,8 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder, bits):
         if isinstance(module, HQQLinear):
             dense.get_submodule(name).weight.data = module.dequantize().detach()
 
-    def gradients(model):
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        model.train()
-        ids = torch.tensor([TOKENS])
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-
-    expected = gradients(dense)
-    found = gradients(loaded.backend.prepare_for_training(loaded))
+    expected = adapter_gradients(dense, TOKENS)
+    found = adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS)
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)

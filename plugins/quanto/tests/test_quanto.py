@@ -7,7 +7,7 @@ import pytest
 import torch
 from optimum.quanto import QLinear
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
-from polyquant.testing.checkpoints import assert_verified
+from polyquant.testing.checkpoints import adapter_gradients, assert_verified
 from polyquant_quanto import _library
 from polyquant_quanto.planning import group_size
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -169,8 +169,6 @@ def test_without_a_compiler_it_unpacks_in_torch(tiny, monkeypatch):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_adapters_get_the_gradients_of_the_dequantized_model(tiny, weights):
-    from peft import LoraConfig, get_peft_model
-
     path = tiny(256, 384)
     loaded = load(path, weights=weights)
     dense = LlamaForCausalLM.from_pretrained(path)
@@ -178,16 +176,8 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(tiny, weights):
         if isinstance(module, QLinear):
             dense.get_submodule(name).weight.data = module.weight.dequantize().detach()
 
-    def gradients(model):
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        model.train()
-        ids = torch.tensor([TOKENS])
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-
-    expected = gradients(dense)
-    found = gradients(loaded.backend.prepare_for_training(loaded))
+    expected = adapter_gradients(dense, TOKENS)
+    found = adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS)
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name])

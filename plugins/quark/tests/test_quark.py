@@ -1,12 +1,10 @@
 """Quark on small random models: every format against Quark itself, options, what is refused, what is left behind."""
 
-import json
-
 import polyquant
 import pytest
 import torch
 from polyquant.errors import ConfigError, EnvironmentProblem, ModelError
-from polyquant.testing.checkpoints import assert_verified
+from polyquant.testing.checkpoints import assert_verified, changed_copy, put
 from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
 from polyquant.types import WeightInfo
@@ -14,7 +12,6 @@ from polyquant_quark._layers import NIBBLES, QuarkLinear, quark_linear
 from polyquant_quark._library import quiet_quark
 from polyquant_quark.options import QuarkOptions
 from polyquant_quark.planning import plan_layers
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
@@ -48,20 +45,6 @@ def made(folder):
         return out
 
     return make
-
-
-def copied(checkpoint, out, change=None, tensors=None):
-    """A copy of a checkpoint with its quantization_config changed, and tensors replaced; None takes one out."""
-    out.mkdir()
-    for file in checkpoint.iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
-    config = json.loads((out / "config.json").read_text())
-    if change is not None:
-        change(config["quantization_config"])
-    (out / "config.json").write_text(json.dumps(config))
-    changed = load_file(out / "model.safetensors") | (tensors or {})
-    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, out / "model.safetensors")
-    return out
 
 
 @pytest.mark.parametrize(
@@ -159,7 +142,7 @@ def weight_of(stored):
 )
 def test_what_is_not_read_is_refused(made, tmp_path, change, words):
     with pytest.raises(ModelError, match=words):
-        polyquant.load(copied(made(weights="int8"), tmp_path / "out", change), device="cpu")
+        polyquant.load(changed_copy(made(weights="int8"), tmp_path / "out", stored=change), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -179,14 +162,16 @@ def test_what_is_not_read_is_refused(made, tmp_path, change, words):
 )
 def test_damaged_checkpoints_name_the_layer(made, tmp_path, change, tensors, words):
     with pytest.raises(ModelError, match=words):
-        polyquant.load(copied(made(weights="int8"), tmp_path / "out", change, tensors), device="cpu")
+        polyquant.load(changed_copy(made(weights="int8"), tmp_path / "out", put(tensors), change), device="cpu")
 
 
 def test_layers_that_a_pattern_excludes(folder, tmp_path):
     out = polyquant.quantize(
         tiny_model("llama", folder), "quark", tmp_path / "plain", device="cpu", weights="fp8", skip=("down_proj",)
     )
-    loaded = polyquant.load(copied(out, tmp_path / "out", lambda stored: stored.update(exclude=["*down_proj", "lm_*"])))
+    loaded = polyquant.load(
+        changed_copy(out, tmp_path / "out", stored=lambda stored: stored.update(exclude=["*down_proj", "lm_*"]))
+    )
     down = {f"model.layers.{index}.mlp.down_proj" for index in range(2)}
     assert set(loaded.config.skip) == down | {"lm_head"}
     assert_verified(loaded)

@@ -10,13 +10,12 @@ import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.plugin import WeightInfo
-from polyquant.testing.checkpoints import assert_verified
+from polyquant.testing.checkpoints import assert_verified, changed_copy, put
 from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
 from polyquant_sinq._layers import SinqLinear, quantized_linear
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import plan_layers
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
@@ -35,19 +34,6 @@ def checkpoint(folder):
 
 def load(path, **options):
     return polyquant.load(path, "sinq", device="cpu", **options)
-
-
-def copied(checkpoint, out, config=None, tensors=None):
-    """A copy of a checkpoint with entries of its quantization_config and tensors replaced; None takes one out."""
-    out.mkdir()
-    for file in checkpoint.iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
-    stored = json.loads((out / "config.json").read_text())
-    stored["quantization_config"].update(config or {})
-    (out / "config.json").write_text(json.dumps(stored))
-    changed = load_file(out / "model.safetensors") | (tensors or {})
-    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, out / "model.safetensors")
-    return out
 
 
 @pytest.mark.parametrize(
@@ -179,9 +165,8 @@ def test_a_checkpoint_written_by_sinq_itself(folder, tmp_path):
 def test_asinq_is_read_and_not_made(folder, checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="'asinq' is read from checkpoints only"):
         load(tiny_model("llama", folder), method="asinq")
-    assert (
-        polyquant.load(copied(checkpoint, tmp_path / "out", {"method": "asinq"}), device="cpu").config.method == "asinq"
-    )
+    out = changed_copy(checkpoint, tmp_path / "out", stored=lambda stored: stored.update(method="asinq"))
+    assert polyquant.load(out, device="cpu").config.method == "asinq"
 
 
 UP = "model.layers.1.mlp.up_proj"
@@ -206,7 +191,9 @@ UP = "model.layers.1.mlp.up_proj"
 )
 def test_damaged_and_foreign_checkpoints_are_refused(checkpoint, tmp_path, config, tensors, words):
     with pytest.raises(ModelError, match=words):
-        polyquant.load(copied(checkpoint, tmp_path / "out", config, tensors), device="cpu")
+        polyquant.load(
+            changed_copy(checkpoint, tmp_path / "out", put(tensors), lambda stored: stored.update(config)), device="cpu"
+        )
 
 
 def test_layers_that_sinq_rounds_plainly_are_counted(folder, tmp_path):

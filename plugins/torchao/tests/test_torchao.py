@@ -6,7 +6,7 @@ import polyquant
 import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError, UnsupportedOperation
-from polyquant.testing.checkpoints import assert_verified
+from polyquant.testing.checkpoints import adapter_gradients, assert_verified
 from polyquant.testing.models import tiny_model
 from polyquant_torchao._library import quantize_config
 from torchao.utils import TorchAOBaseTensor
@@ -128,8 +128,6 @@ def test_training_with_quantized_activations_is_refused(folder):
 
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "int8-dynamic"])
 def test_adapters_get_the_gradients_of_the_dequantized_model(folder, preset):
-    from peft import LoraConfig, get_peft_model
-
     path = tiny_model("llama", folder)
     loaded = load(path, **PRESETS[preset])
     dense = LlamaForCausalLM.from_pretrained(path)
@@ -137,16 +135,8 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder, preset):
         if isinstance(getattr(module, "weight", None), TorchAOBaseTensor):
             dense.get_submodule(name).weight.data = module.weight.dequantize().detach()
 
-    def gradients(model):
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        model.train()
-        ids = torch.tensor([TOKENS])
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-
-    expected = gradients(dense)
-    found = gradients(loaded.backend.prepare_for_training(loaded))
+    expected = adapter_gradients(dense, TOKENS)
+    found = adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS)
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
