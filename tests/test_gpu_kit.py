@@ -122,6 +122,13 @@ def test_large_wheels_go_into_parts_and_none_may_exceed_one(kit, tmp_path, monke
         packed(kit, tmp_path / "other", {"name": "huge", "files": {"x": "a" * 9000}})
 
 
+def test_what_is_shown_of_a_kit_is_what_its_manifest_says(kit, tmp_path, capsys):
+    folder = packed(kit, tmp_path / "kit", {"name": "a"}, {"name": "b"})
+    total = sum(row["bytes"] for row in json.loads((folder / "manifest.json").read_text())["wheels"])
+    kit.show(kit.Kit(folder, kit.Target(HERE, {}, None)))
+    assert f"2 wheels, {total} bytes (0.0 MiB), 1 part(s): {folder}" in capsys.readouterr().out
+
+
 def test_a_kit_installs_without_an_index_and_says_what_is_not_met(kit, tmp_path):
     needs = ("b>=1.0", "missing-thing", "pip<1", "only-there; extra == 'more'")
     folder = packed(kit, tmp_path / "kit", {"name": "a", "needs": needs}, {"name": "b"})

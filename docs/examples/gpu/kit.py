@@ -102,8 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     target = Target(arguments.python, read_there(arguments.there), interpreter_of(arguments.python))
     kit = gather(arguments.out, target)
-    total = sum(path.stat().st_size for path in kit.folder.glob("*/*.whl"))
-    show(kit, total)
+    show(kit)
     if arguments.tried:
         try_out(kit)
 
@@ -269,9 +268,10 @@ def in_parts(kit: Kit, wheelhouse: Path) -> None:
     shutil.copy(HERE / "install.py", kit.folder / "install.py")
 
 
-def show(kit: Kit, total: int) -> None:
+def show(kit: Kit) -> None:
     """The manifest, for the eye."""
     manifest = json.loads((kit.folder / "manifest.json").read_text(encoding="utf-8"))
+    total = sum(row["bytes"] for row in manifest["wheels"])
     for row in manifest["wheels"]:
         less = f"  without {row['without']}" if row["without"] else ""
         print(f"{row['part']}  {row['bytes']:>9}  {row['name']} {row['version']}{less}")
