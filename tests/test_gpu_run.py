@@ -119,6 +119,8 @@ def test_models_are_chosen_by_room(gpu):
     fitting, missing = gpu.sizes(70 * gib, 10 * gib, small=False)
     assert fitting == ["1b"] and "20.0 GiB of the disk" in missing
     assert gpu.sizes(gib, gib, small=False)[0] == ["tiny"]
+    fitting, missing = gpu.sizes(gib, 2**20, small=True)
+    assert fitting == ["tiny"] and missing.startswith("the tiny needs 0.2 GiB of the device and 0.2 GiB of the disk")
     assert gpu.busy(79 * gib, 80 * gib) == ""
     assert gpu.busy(20 * gib, 80 * gib).startswith("the GPU is busy: 60.0 GiB of 80.0 GiB are taken by others")
 

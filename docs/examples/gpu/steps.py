@@ -39,17 +39,18 @@ class Step:
 
 
 def sizes(free_bytes: int, disk_bytes: int, *, small: bool) -> tuple[list[str], str]:
-    """The models that there is room for, the smaller first, and in a sentence what there is no room for."""
+    """The models that there is room for, the smaller first, and in a sentence what there is no room for.
+
+    Where there is room for none it is the tiny one, whose own step looks at the disk.
+    """
     wanted = ["tiny"] if small else ["1b", "8b"]
     fitting = [size for size in wanted if free_bytes >= ROOM[size][0] and disk_bytes >= ROOM[size][1]]
     missing = [
         f"the {size} needs {_gib(ROOM[size][0])} of the device and {_gib(ROOM[size][1])} of the disk"
         for size in wanted if size not in fitting
     ]  # fmt: skip
-    if not fitting and not small:
-        fitting = ["tiny"]
     there = f"; free are {_gib(free_bytes)} and {_gib(disk_bytes)}" if missing else ""
-    return fitting, "; ".join(missing) + there
+    return fitting or ["tiny"], "; ".join(missing) + there
 
 
 def busy(free_bytes: int, total_bytes: int) -> str:
