@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .isolating import gone
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "docs" / "examples" / "gpu.py"
 STEPS = {
@@ -21,7 +23,8 @@ STEPS = {
     "dies": "write({'status': 'unfinished', 'reason': '', 'facts': {}}); os.kill(os.getpid(), signal.SIGSEGV)",
     "half": 'path.write_text(\'{"status": "do\')',
     "silent": "print('nothing to say'); sys.exit(3)",
-    "leaves": "subprocess.Popen(['sleep', '600']); write({'status': 'done', 'reason': '', 'facts': {}})",
+    "leaves": "child = subprocess.Popen(['sleep', '600']); "
+    "write({'status': 'done', 'reason': '', 'facts': {'pid': child.pid}})",
 }
 HEAD = """
 import json, os, signal, subprocess, sys, time
@@ -81,24 +84,74 @@ def test_however_a_step_ends_it_is_a_row_and_the_next_runs(gpu, run, script, sta
 
 
 def test_what_a_step_leaves_running_is_ended(gpu, run):
-    before = sleeping()
-    run.take(gpu.Step("leaves", "leaves"))
-    deadline = time.monotonic() + 5
-    while sleeping() > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert sleeping() == before
+    row = run.take(gpu.Step("leaves", "leaves"))
+    assert gone(row["facts"]["pid"])
 
 
-def sleeping() -> int:
-    """How many `sleep 600` run that are no zombies."""
-    count = 0
-    for status in Path("/proc").glob("[0-9]*/status"):
+@pytest.fixture
+def doctoring(tmp_path):
+    """The runner, at its first step, which never ends; (process, the step's id). nohup: as that would start it."""
+    (tmp_path / "machine.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(SCRIPT.with_suffix(""))!r})
+import common
+def measure(arguments, note):
+    note({{"at": "the first"}})
+    time.sleep(600)
+common.step(measure)
+""")
+    code = f"""
+import pathlib, signal, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import gpu
+gpu.SCRIPTS = pathlib.Path({str(tmp_path)!r})
+gpu.main()
+"""
+    started = []
+
+    def start(*, nohup: bool = False) -> tuple[subprocess.Popen, int]:
+        ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if nohup else ""
+        arguments = ("--device", "cpu", "--out", tmp_path / "out", "--work", tmp_path / "work")
+        runner = subprocess.Popen([sys.executable, "-c", ignoring + code, *arguments], stderr=subprocess.DEVNULL)
+        started.append(runner)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "work" / "doctor.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started.append(json.loads((tmp_path / "out" / "state.json").read_text())["doctor"])
+        return tuple(started)
+
+    yield start
+    for each in started:
         try:
-            command = (status.parent / "cmdline").read_bytes()
-            count += command == b"sleep\x00600\x00" and "State:\tZ" not in status.read_text()
-        except (FileNotFoundError, ProcessLookupError):
+            os.kill(each if isinstance(each, int) else each.pid, signal.SIGKILL)
+        except ProcessLookupError:
             continue
-    return count
+    started[0].wait()
+
+
+def test_a_step_ends_with_its_runner(doctoring):
+    runner, step = doctoring()
+    runner.kill()
+    runner.wait()
+    assert gone(step)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_ends_what_runs_and_what_is_known_is_written(doctoring, tmp_path, name):
+    runner, step = doctoring()
+    runner.send_signal(signal.Signals[name])
+    assert runner.wait(30) == 1 and gone(step)
+    (row,) = results(tmp_path / "out")["steps"]
+    assert row["reason"] == "killed by SIGKILL, at the first"
+
+
+def test_a_hangup_that_nohup_ignores_ends_nothing(doctoring, tmp_path):
+    runner, step = doctoring(nohup=True)
+    runner.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        runner.wait(0.5)
+    runner.terminate()
+    assert runner.wait(30) == 1 and gone(step)
 
 
 def test_the_clock_the_doctor_and_what_comes_before_decide(gpu, run):

@@ -41,7 +41,10 @@ DOCTOR_SECONDS = 90.0
 LEAST_SECONDS = 8.0  # with less time left nothing is started: importing torch takes about that
 REHEARSAL_PATIENCE = 4.0  # times the limits: beside other work on two cores, importing torch alone may take a minute
 SAID_LINES = 15  # of what a step printed last, kept where it failed
-QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+    "POLYQUANT_CHILD": "1",  # has end_with_parent end a step when this process is gone
+}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -150,8 +153,9 @@ def main() -> None:
     head: Row = {"date": date, "asked": {"device": arguments.device, "small": arguments.small,
                                          "minutes": arguments.minutes, "only": arguments.only}}  # fmt: skip
     run = Run(arguments.out.absolute(), arguments.work.absolute(), arguments.minutes, head)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, run.stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
+            signal.signal(number, run.stop)
     common = {"device": arguments.device, "small": arguments.small, "work": str(run.work), "date": date}
     doctor = run.take(Step("doctor", "machine", common, DOCTOR_SECONDS))
     head |= doctor["facts"]
