@@ -115,7 +115,7 @@ gpu.main()
         runner = subprocess.Popen([sys.executable, "-c", ignoring + code, *arguments], stderr=subprocess.DEVNULL)
         started.append(runner)
         deadline = time.monotonic() + 60
-        while not (tmp_path / "work" / "doctor.json").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "work" / "polyquant-gpu" / "doctor.json").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         started.append(json.loads((tmp_path / "out" / "state.json").read_text())["doctor"])
         return tuple(started)
@@ -200,6 +200,25 @@ def test_no_gpu_says_what_to_do(tmp_path):
     assert f"no GPU: torch {torch.__version__}" in done.stderr and "--device cpu --small" in done.stderr
     (row,) = results(tmp_path)["steps"]
     assert row["status"] == "not run"
+
+
+@pytest.mark.parametrize(("before", "keep"), [(True, False), (False, False), (False, True)])
+def test_of_the_folder_for_models_only_its_own_part_is_removed(gpu, tmp_path, monkeypatch, before, keep):
+    """Here where the first step finds nothing to run on, and the results go into the same folder."""
+    (tmp_path / "machine.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(gpu, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    work = tmp_path / "scratch"
+    if before:
+        work.mkdir()
+        (work / "thesis.txt").write_text("precious")
+    out = work if before else tmp_path / "out"
+    arguments = ["--work", work, "--out", out, "--device", "cpu", *(["--keep"] if keep else [])]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="nothing more was run: ended with 1 without a result"):
+        gpu.main()
+    assert work.exists() == (before or keep) and (work / "polyquant-gpu").exists() == keep
+    assert (work / "thesis.txt").exists() == before and (out / "gpu.json").exists()
 
 
 def test_a_model_without_room_on_the_disk_is_not_begun(tmp_path):

@@ -45,6 +45,7 @@ QUIET = {
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
     "POLYQUANT_CHILD": "1",  # has end_with_parent end a step when this process is gone
 }  # fmt: skip
+OWN = "polyquant-gpu"  # folder in --work: what else lies there is not this script's to remove
 Row = dict[str, Any]
 
 
@@ -148,28 +149,45 @@ class Run:
 def main() -> None:
     arguments = parse()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    work = arguments.work.absolute() / OWN
+    made = not work.parent.exists()
+    work.mkdir(parents=True, exist_ok=True)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     head: Row = {"date": date, "asked": {"device": arguments.device, "small": arguments.small,
                                          "minutes": arguments.minutes, "only": arguments.only}}  # fmt: skip
-    run = Run(arguments.out.absolute(), arguments.work.absolute(), arguments.minutes, head)
+    run = Run(arguments.out.absolute(), work, arguments.minutes, head)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
             signal.signal(number, run.stop)
-    common = {"device": arguments.device, "small": arguments.small, "work": str(run.work), "date": date}
+    try:
+        carry_out(run, arguments)
+    finally:
+        if not arguments.keep:
+            tidy(work, parent_too=made)
+    print(f"{len(run.rows)} steps in {monotonic() - run.started:.0f} s: {run.out / 'gpu.md'}")
+
+
+def carry_out(run: Run, arguments: argparse.Namespace) -> None:
+    """Every step. Ends the process where the first finds nothing that the others could run on."""
+    head = run.head
+    common = {"device": arguments.device, "small": arguments.small, "work": str(run.work), "date": head["date"]}
     doctor = run.take(Step("doctor", "machine", common, DOCTOR_SECONDS))
     head |= doctor["facts"]
     if "backends" not in head:
         run.write()
-        shutil.rmtree(run.work, ignore_errors=True)
         sys.exit(f"nothing more was run: {doctor['reason']}")
     for group in groups(chosen(run, arguments), small=arguments.small):
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(run.take, group))
     run.write()
-    if not arguments.keep:
-        shutil.rmtree(run.work, ignore_errors=True)
-    print(f"{len(run.rows)} steps in {monotonic() - run.started:.0f} s: {run.out / 'gpu.md'}")
+
+
+def tidy(work: Path, *, parent_too: bool) -> None:
+    """Remove the folder of models; the one that it is in where that is empty then, and was made for it."""
+    shutil.rmtree(work, ignore_errors=True)
+    if parent_too:
+        with suppress(OSError):  # not empty: --out may be there
+            work.parent.rmdir()
 
 
 def parse() -> argparse.Namespace:
