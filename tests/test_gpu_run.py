@@ -192,6 +192,18 @@ def test_the_most_valuable_comes_first_and_each_step_has_its_script(gpu, tmp_pat
     assert {step.script for step in first} == {"model", "conformance"}, "nothing that is timed runs beside another"
 
 
+def test_what_a_chosen_step_comes_after_is_chosen_too(gpu, tmp_path):
+    listed = gpu.steps(["fp8", "gptq"], ["1b", "8b"], device="cuda", small=False, work=tmp_path)
+
+    def names(only: str) -> list[str]:
+        return [step.name for step in gpu.selected(listed, only)]
+
+    assert names("") == [step.name for step in listed]
+    assert names("gptq:int4@1b direct") == ["model:1b", "checkpoint:gptq:int4@1b", "gptq:int4@1b direct"]
+    assert names("budget,conformance:fp8") == ["model:8b", "conformance:fp8", "dense@8b", "budget@8b"]
+    assert names("no such step") == []
+
+
 def test_no_gpu_says_what_to_do(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

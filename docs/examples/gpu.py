@@ -198,7 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="for the results")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-work", help="for models, up to 20 GiB")
     parser.add_argument("--keep", action="store_true", help="leave the models and the steps' logs there")
-    parser.add_argument("--only", default="", help="steps whose name holds one of these words: nf4,qlora,model")
+    parser.add_argument("--only", default="", help="steps with one of these words, and what they need: nf4,qlora,model")
     cores = os.cpu_count() or 1
     parser.add_argument(
         "--jobs",
@@ -222,8 +222,17 @@ def chosen(run: Run, arguments: argparse.Namespace) -> list[Step]:
             head["diagnoses"].append({"backend": name, "on_gpus": on_gpus, "problems": []})
     backends = [name for name, on_gpus in head["backends"].items() if on_gpus]
     listed = steps(backends, fitting, device=arguments.device, small=arguments.small, work=run.work)
-    words = [word for word in arguments.only.split(",") if word]
-    return [step for step in listed if not words or step.script == "model" or any(word in step.name for word in words)]
+    return selected(listed, arguments.only)
+
+
+def selected(listed: list[Step], only: str) -> list[Step]:
+    """The steps whose name holds one of the words of `only`, and those that they come after; all where it is empty."""
+    words = [word for word in only.split(",") if word]
+    wanted = {step.name for step in listed if not words or any(word in step.name for word in words)}
+    for step in reversed(listed):
+        if step.name in wanted:
+            wanted |= set(step.after)
+    return [step for step in listed if step.name in wanted]
 
 
 def groups(listed: list[Step], *, small: bool) -> Iterator[list[Step]]:
