@@ -145,6 +145,28 @@ def test_a_signal_ends_what_runs_and_what_is_known_is_written(doctoring, tmp_pat
     assert row["reason"] == "killed by SIGKILL, at the first"
 
 
+def test_a_signal_while_a_step_is_started_ends_it_too(gpu, run, monkeypatch):
+    start = subprocess.Popen
+
+    def signalled(*arguments, **settings):
+        process = start(*arguments, **settings)
+        run.stop(signal.SIGTERM, None)  # which does not know of the process yet
+        return process
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", signalled)
+    row = run.take(gpu.Step("first", "hangs", limit_seconds=30.0))
+    assert row["reason"].startswith("killed by SIGKILL") and row["seconds"] < 15
+
+
+def test_a_process_that_cannot_be_killed_is_not_waited_for_for_ever(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "END_SECONDS", 0.1)
+    monkeypatch.setattr(gpu.os, "killpg", lambda *_: None)
+    with subprocess.Popen(["sleep", "20"]) as process:
+        gpu.end(process)
+        assert process.poll() is None
+        process.kill()
+
+
 def test_a_hangup_that_nohup_ignores_ends_nothing(doctoring, tmp_path):
     runner, step = doctoring(nohup=True)
     runner.send_signal(signal.SIGHUP)

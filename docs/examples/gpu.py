@@ -40,6 +40,7 @@ SCHEMA = 1
 DOCTOR_SECONDS = 90.0
 LEAST_SECONDS = 8.0  # with less time left nothing is started: importing torch takes about that
 REHEARSAL_PATIENCE = 4.0  # times the limits: beside other work on two cores, importing torch alone may take a minute
+END_SECONDS = 10.0  # for a killed process to be gone
 SAID_LINES = 15  # of what a step printed last, kept where it failed
 QUIET = {
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
@@ -112,6 +113,8 @@ class Run:
         with self.lock:
             self.processes[step.name] = process
             self.write_state()
+        if self.stopped:  # before `stop` could see the process
+            kill(process)
         try:
             process.wait(limit)
             ended = ending(process.returncode)
@@ -140,10 +143,10 @@ class Run:
         replace(self.out / "state.json", json.dumps(running))
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """End what runs; what is known is written as the steps end."""
+        """Kill what runs; who waits for it ends it, and what is known is written then."""
         self.stopped = True
         for process in list(self.processes.values()):
-            end(process)
+            kill(process)
 
 
 def main() -> None:
@@ -272,11 +275,17 @@ def judged(answer: Path, ended: str, log: Path) -> Row:
     return row
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and what it has started, where any of it is left."""
     with suppress(ProcessLookupError):  # all may have ended
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill it and wait until it has ended: not for ever, since one may hang in its GPU's driver."""
+    kill(process)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
     if process.stdin is not None:
         process.stdin.close()  # was open for as long as this process lived: see end_with_parent
 
