@@ -22,6 +22,10 @@ STEPS = {
     "hangs": "write({'status': 'unfinished', 'reason': '', 'facts': {'at': '3/9'}}); time.sleep(600)",
     "dies": "write({'status': 'unfinished', 'reason': '', 'facts': {}}); os.kill(os.getpid(), signal.SIGSEGV)",
     "half": 'path.write_text(\'{"status": "do\')',
+    "null": "write(None)",
+    "number": "write(3)",
+    "list": "write([1])",
+    "factless": "write({'status': 'done', 'reason': '', 'facts': None})",
     "silent": "print('nothing to say'); sys.exit(3)",
     "leaves": "child = subprocess.Popen(['sleep', '600']); "
     "write({'status': 'done', 'reason': '', 'facts': {'pid': child.pid}})",
@@ -69,6 +73,10 @@ def run(gpu, tmp_path, monkeypatch):
         ("hangs", "failed", "no end within 2 s, at 3/9"),
         ("dies", "failed", "killed by SIGSEGV"),
         ("half", "failed", "ended and left a result that is not whole"),
+        ("null", "failed", "ended and left a result that is not whole"),
+        ("number", "failed", "ended and left a result that is not whole"),
+        ("list", "failed", "ended and left a result that is not whole"),
+        ("factless", "failed", "ended and left a result that is not whole"),
         ("silent", "failed", "ended with 3 without a result"),
     ],
 )
@@ -81,6 +89,41 @@ def test_however_a_step_ends_it_is_a_row_and_the_next_runs(gpu, run, script, sta
     assert json.loads((run.out / "state.json").read_text()) == {}
     if script == "silent":
         assert row["said"] == ["nothing to say"]
+
+
+def test_a_step_that_cannot_be_started_is_a_row(gpu, run):
+    (run.work / "first.log").mkdir()
+    row = run.take(gpu.Step("first", "well"))
+    assert row["status"] == "failed" and row["reason"].startswith("could not be started: [Errno 21] Is a directory")
+    assert run.take(gpu.Step("second", "well"))["status"] == "done"
+
+
+def test_a_full_disk_keeps_the_results_before_and_the_run_goes_on(gpu, run, monkeypatch, capsys):
+    run.take(gpu.Step("first", "well"))
+    before = (run.out / "gpu.json").read_text()
+    write = Path.write_text
+
+    def full(path: Path, text: str, **settings) -> int:
+        if path.name.endswith(".partial"):
+            write(path, text[:10])
+            raise OSError(28, "No space left on device")
+        return write(path, text, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert run.take(gpu.Step("second", "well"))["status"] == "done"
+    assert (run.out / "gpu.json").read_text() == before
+    assert "gpu.json is as it was before: [Errno 28] No space left on device\n" in capsys.readouterr().out
+    run.take(gpu.Step("third", "well"))
+    assert [row["step"] for row in results(run.out)["steps"]] == ["first", "second", "third"]
+
+
+def test_a_terminal_that_hung_up_ends_no_run(gpu, run, monkeypatch):
+    def hung_up(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", hung_up)
+    assert run.take(gpu.Step("first", "well"))["status"] == "done"
 
 
 def test_what_a_step_leaves_running_is_ended(gpu, run):

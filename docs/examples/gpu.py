@@ -79,9 +79,7 @@ class Run:
         with self.lock:
             self.rows.append(row)
             self.write()
-        print(
-            f"{monotonic() - self.started:6.1f} s  {row['status']:<10} {step.name}  {row['reason'][:150]}", flush=True
-        )
+        say(f"{monotonic() - self.started:6.1f} s  {row['status']:<10} {step.name}  {row['reason'][:150]}")
         return row
 
     def reason_not_to(self, step: Step) -> str:
@@ -105,11 +103,14 @@ class Run:
         """The step's answer, whatever becomes of its process."""
         name = step.name.translate(str.maketrans(":@ ", "---"))
         answer, log = self.work / f"{name}.json", self.work / f"{name}.log"
-        answer.unlink(missing_ok=True)
         command = [sys.executable, str(SCRIPTS / f"{step.script}.py"), str(answer), json.dumps(step.arguments)]
-        with log.open("wb") as said:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True,
-                                       cwd=self.work, env={**os.environ, **QUIET})  # fmt: skip
+        try:
+            answer.unlink(missing_ok=True)
+            with log.open("wb") as said:
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=self.work,
+                                           start_new_session=True, env={**os.environ, **QUIET})  # fmt: skip
+        except OSError as error:
+            return {"status": "failed", "reason": f"could not be started: {error}", "facts": {}}
         with self.lock:
             self.processes[step.name] = process
             self.write_state()
@@ -167,7 +168,7 @@ def main() -> None:
     finally:
         if not arguments.keep:
             tidy(work, parent_too=made)
-    print(f"{len(run.rows)} steps in {monotonic() - run.started:.0f} s: {run.out / 'gpu.md'}")
+    say(f"{len(run.rows)} steps in {monotonic() - run.started:.0f} s: {run.out / 'gpu.md'}")
 
 
 def carry_out(run: Run, arguments: argparse.Namespace) -> None:
@@ -262,7 +263,7 @@ def judged(answer: Path, ended: str, log: Path) -> Row:
     """The answer of a step, from its file and how its process ended."""
     row: Row = {"status": "failed", "reason": ended, "facts": {}}
     try:
-        row |= json.loads(answer.read_text(encoding="utf-8"))
+        row |= read_answer(answer)
     except FileNotFoundError:
         row["reason"] = f"{ended or 'ended'} without a result"
     except ValueError:
@@ -273,6 +274,15 @@ def judged(answer: Path, ended: str, log: Path) -> Row:
     if row["status"] == "failed":
         row["said"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SAID_LINES:]
     return row
+
+
+def read_answer(path: Path) -> Row:
+    """What a step wrote. Raises ValueError for what is no whole answer, FileNotFoundError where there is none."""
+    answer = json.loads(path.read_text(encoding="utf-8"))
+    known = {"status": str, "reason": str, "facts": dict}
+    if not isinstance(answer, dict) or not all(isinstance(answer.get(name), kind) for name, kind in known.items()):
+        raise ValueError(f"{path.name} is no answer of a step")
+    return answer
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -291,10 +301,19 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """The whole file, or the one that was there before."""
+    """The whole file, or the one that was there before: where the disk is full, a line says so and the run goes on."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        say(f"{path.name} is as it was before: {error}")
+
+
+def say(text: str) -> None:
+    """Print a line, where anybody is still there to read it: a terminal may have hung up."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
