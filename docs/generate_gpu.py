@@ -31,6 +31,9 @@ def read_gpu_run(path: Path) -> GpuRun | None:
         )
     if results["asked"]["small"]:
         sys.exit(f"{path.name} is a rehearsal (--small), which verifies nothing: run docs/examples/gpu.py without it")
+    if "diagnoses" not in results:
+        why = "; ".join(row["reason"] for row in results["steps"]) or "it was cut off"
+        sys.exit(f"{path.name} is of a run that ended before any backend was looked at: {why}")
     ended = {row["arguments"]["backend"]: row for row in results["steps"] if row["kind"] == "conformance"}
     reasons = {backend: reason for backend, row in ended.items() if (reason := why_not(row))}
     for diagnosis in results["diagnoses"]:
@@ -44,10 +47,10 @@ def why_not(row: dict[str, Any]) -> str:
     """Why a conformance step does not verify its backend; empty where it does."""
     if row["status"] != "done":
         return str(row["reason"])
-    failed = row["facts"]["counts"].get("failed", 0)
-    if failed:
-        return f"{failed} of {row['facts']['runs']} checks fail"
-    return "" if row["facts"]["counts"].get("passed") else "no check applied"
+    counts = row["facts"].get("counts", {})  # none where no check was planned
+    if counts.get("failed"):
+        return f"{counts['failed']} of {row['facts']['runs']} checks fail"
+    return "" if counts.get("passed") else "no check applied"
 
 
 def conditions(results: dict[str, Any]) -> str:

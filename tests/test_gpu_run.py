@@ -98,6 +98,28 @@ def test_a_step_that_cannot_be_started_is_a_row(gpu, run):
     assert run.take(gpu.Step("second", "well"))["status"] == "done"
 
 
+def test_a_relative_import_path_holds_in_the_steps_folder(gpu, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("site", "", "/elsewhere")))
+    assert gpu.environment()["PYTHONPATH"] == os.pathsep.join((str(tmp_path / "site"), "/elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--minutes", "nan"], "--minutes must be a number above 0, got nan"),
+        (["--minutes", "0"], "--minutes must be a number above 0, got 0.0"),
+        (["--minutes", "inf"], "--minutes must be a number above 0, got inf"),
+        (["--jobs", "0"], "--jobs must be 1 or more, got 0"),
+    ],
+)
+def test_what_is_no_time_or_no_process_is_refused(gpu, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    with pytest.raises(SystemExit):
+        gpu.parse()
+    assert said in capsys.readouterr().err
+
+
 def test_a_full_disk_keeps_the_results_before_and_the_run_goes_on(gpu, run, monkeypatch, capsys):
     run.take(gpu.Step("first", "well"))
     before = (run.out / "gpu.json").read_text()
@@ -485,6 +507,7 @@ def test_a_failed_check_verifies_nothing(rehearsed, tmp_path, generate):
     path.write_text(json.dumps(changed))
     found = generate[1].read_gpu_run(path)
     assert not found.verified and found.reasons["fp8"] == f"2 of {row['facts']['runs']} checks fail"
+    assert generate[1].why_not({"status": "done", "reason": "", "facts": {}}) == "no check applied"
 
 
 def test_the_docs_refuse_a_rehearsal_and_another_schema(rehearsed, tmp_path, generate):
@@ -493,6 +516,11 @@ def test_the_docs_refuse_a_rehearsal_and_another_schema(rehearsed, tmp_path, gen
     with pytest.raises(SystemExit, match="is a rehearsal"):
         generate_gpu.read_gpu_run(rehearsed / "gpu.json")
     path = tmp_path / "gpu.json"
+    asked = {"device": "cuda", "small": False}
+    doctor = {"step": "doctor", "kind": "machine", "status": "not run", "reason": "no GPU: torch sees none"}
+    path.write_text(json.dumps({"schema": 1, "asked": asked, "steps": [doctor]}))
+    with pytest.raises(SystemExit, match="ended before any backend was looked at: no GPU: torch sees none"):
+        generate_gpu.read_gpu_run(path)
     path.write_text(json.dumps(results(rehearsed) | {"schema": 0}))
     with pytest.raises(SystemExit, match="has schema 0, and 1 is read"):
         generate_gpu.read_gpu_run(path)

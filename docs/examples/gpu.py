@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from threading import Lock
 from time import monotonic
@@ -108,7 +109,7 @@ class Run:
             answer.unlink(missing_ok=True)
             with log.open("wb") as said:
                 process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=self.work,
-                                           start_new_session=True, env={**os.environ, **QUIET})  # fmt: skip
+                                           start_new_session=True, env=environment())  # fmt: skip
         except OSError as error:
             return {"status": "failed", "reason": f"could not be started: {error}", "facts": {}}
         with self.lock:
@@ -210,7 +211,12 @@ def parse() -> argparse.Namespace:
         default=max(1, min(8, cores // 2)),
         help="so many steps at a time, of those that are not timed",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 < arguments.minutes < inf:
+        parser.error(f"--minutes must be a number above 0, got {arguments.minutes}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be 1 or more, got {arguments.jobs}")
+    return arguments
 
 
 def chosen(run: Run, arguments: argparse.Namespace) -> list[Step]:
@@ -250,6 +256,13 @@ def groups(listed: list[Step], *, small: bool) -> Iterator[list[Step]]:
             yield list(group)
         else:
             yield from ([step] for step in group)
+
+
+def environment() -> dict[str, str]:
+    """A step's variables: this process's, with an import path that holds in another folder."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in entries if entry)
+    return {**os.environ, **QUIET, "PYTHONPATH": path}
 
 
 def ending(code: int) -> str:
