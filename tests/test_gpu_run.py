@@ -445,6 +445,14 @@ def test_each_step_killed_leaves_the_others(rehearsed, tmp_path, step):
         assert rows[name]["status"] == before[name]["status"], (name, rows[name]["reason"])
 
 
+def test_a_budget_is_of_the_card_that_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.with_suffix("")))
+    import placing
+
+    rooms = [placing.room_on(device, 5) for device in ("cpu", "cuda", "cuda:0", "cuda:1")]
+    assert rooms == [{"cpu": 5}, {0: 5}, {0: 5}, {1: 5}]
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_packed_weights_stand_for_rounded_ones(method):
     code = f"""

@@ -27,19 +27,25 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     note({"planned_bytes": planned, "budget_bytes": budget, "refused": refusal(model, device, budget, options)})
     if device == "cpu":
         return  # there is no slower device to spill to: the refusal is all there is to see
-    settings: dict[str, Any] = {"max_memory": {0: budget, "cpu": 4 * planned}, "offload": "cpu", **options}
+    room = {**room_on(device, budget), "cpu": 4 * planned}
+    settings: dict[str, Any] = {"max_memory": room, "offload": "cpu", **options}
     loaded = polyquant.load(model, BACKEND, device=device, **settings)
     look(loaded, arguments, note)
 
 
 def refusal(model: Path, device: str, budget: int, options: common.Facts) -> str:
     """How the load is refused where nothing may spill. Raises RuntimeError where it is not."""
-    room = {"cpu": budget} if device == "cpu" else {0: budget}
     try:
-        polyquant.load(model, BACKEND, device=device, max_memory=room, **options)
+        polyquant.load(model, BACKEND, device=device, max_memory=room_on(device, budget), **options)
     except PlacementError as error:
         return str(error)
     raise RuntimeError(f"a load that needs more than its budget of {budget} bytes was not refused")
+
+
+def room_on(device: str, budget: int) -> dict[int | str, int]:
+    """The budget as `max_memory` takes it: of the card that `device` names, the first where it names none."""
+    kind, _, index = device.partition(":")
+    return {"cpu" if kind == "cpu" else int(index or 0): budget}
 
 
 def look(loaded: Any, arguments: common.Facts, note: common.Note) -> None:
