@@ -400,6 +400,12 @@ def by_step(out: Path) -> dict:
 def test_a_rehearsal_gives_every_row_but_that_of_the_step_that_was_killed(rehearsed):
     rows = by_step(rehearsed)
     assert rows.pop("qlora@tiny")["reason"] == "killed by SIGKILL without a result"
+    known = results(rehearsed)
+    assert known["machine"].keys() >= {"processor", "cores", "memory_bytes", "disk_free_bytes", "system", "python"}
+    assert known["device"]["name"] == known["machine"]["processor"] and known["versions"].keys() >= {
+        "polyquant",
+        "torch",
+    }
     nf4, dense = rows["bitsandbytes:nf4@tiny"]["facts"], rows["dense@tiny"]["facts"]
     assert abs(nf4["stored_bytes"] / nf4["planned_bytes"] - 1) < 0.01 and nf4["failed_checks"] == []
     assert 0.02 < nf4["kl"] < 1 and nf4["tg"] > 0 and dense["tg"] > 0

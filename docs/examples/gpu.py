@@ -175,7 +175,7 @@ def main() -> None:
 def carry_out(run: Run, arguments: argparse.Namespace) -> None:
     """Every step. Ends the process where the first finds nothing that the others could run on."""
     head = run.head
-    common = {"device": arguments.device, "small": arguments.small, "work": str(run.work), "date": head["date"]}
+    common = {"device": arguments.device, "small": arguments.small, "work": str(run.work)}
     doctor = run.take(Step("doctor", "machine", common, DOCTOR_SECONDS))
     head |= doctor["facts"]
     if "backends" not in head:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import subprocess
-from importlib import metadata
-from pathlib import Path
 
 import common
 import polyquant
+from msgspec.structs import asdict
+from polyquant.support.machine import this_machine
 
-LIBRARIES = ("polyquant", "torch", "transformers", "accelerate", "triton", "safetensors", "tokenizers", "numpy", "peft")
+LIBRARIES = ("triton", "safetensors", "tokenizers", "numpy", "peft")
+"""Whose versions are told besides those of the core's own libraries and of the backends'."""
 
 
 def measure(arguments: common.Facts, note: common.Note) -> None:
     device = arguments["device"]
-    note({"date": arguments["date"], "machine": machine(Path(arguments["work"]))})
-    note({"device": gpu(device) if device.startswith("cuda") else {"kind": device, "name": processor()}})
-    named = {library.distribution for info in polyquant.backends() for library in info.libraries}
-    note({"versions": versions({*LIBRARIES, *named})})
     found = polyquant.backends()
+    named = {library.distribution for info in found for library in info.libraries}
+    machine = asdict(this_machine(sorted({*LIBRARIES, *named})))
+    machine["disk_free_bytes"] = shutil.disk_usage(arguments["work"]).free
+    note({"versions": machine.pop("versions"), "machine": machine})
+    note({"device": gpu(device) if device.startswith("cuda") else {"kind": device, "name": machine["processor"]}})
     on_gpus = {info.name: any(each.type == "cuda" for each in info.capabilities.devices) for info in found}
     on_gpus |= {miss.name: True for miss in found.misses if miss.broken}
     note({"backends": on_gpus})  # before they are asked: one whose import ends the process takes no other with it
@@ -32,22 +32,6 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
             problems = [{"what": each.what, "fix": each.fix, "kind": each.kind} for each in diagnosis.problems]
             diagnoses.append({"backend": name, "on_gpus": declares, "problems": problems})
             note({"diagnoses": diagnoses})
-
-
-def machine(work: Path) -> common.Facts:
-    import psutil
-
-    return {
-        "processor": processor(), "cores": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total,
-        "disk_free_bytes": shutil.disk_usage(work).free, "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-    }  # fmt: skip
-
-
-def processor() -> str:
-    from polyquant.support.machine import this_machine
-
-    return this_machine().processor
 
 
 def gpu(device: str) -> common.Facts:
@@ -77,16 +61,6 @@ def driver() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return ended.stdout.splitlines()[0].strip() if ended.returncode == 0 and ended.stdout else ""
-
-
-def versions(names: set[str]) -> dict[str, str]:
-    found = {}
-    for name in sorted(names):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":
