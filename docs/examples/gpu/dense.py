@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 
 import common
+from direct import through_transformers
 
 TOKENS = 256  # of the reference, fixed
 TOKENS_SMALL = 64
@@ -14,12 +15,11 @@ TOKENS_SMALL = 64
 def measure(arguments: common.Facts, note: common.Note) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder, device = Path(arguments["model"]), arguments["device"]
     started = perf_counter()
-    load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=common.all_on(device))  # noqa: E731
-    model, peak = common.peak_of(load)
+    model, peak = common.peak_of(lambda: through_transformers(folder, device, torch.bfloat16))
     note({"load_seconds": perf_counter() - started, "load_peak_bytes": peak, "compute_dtype": "bfloat16"})
     note({"stored_bytes": model.get_memory_footprint()})
     vocabulary = len(AutoTokenizer.from_pretrained(folder))

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import common
+from steps import gib
 
 SIZES: dict[str, common.Facts] = {
     "tiny": {
@@ -104,10 +105,6 @@ def save(tensors: dict[str, Any], path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, path, {"format": "pt"})
-
-
-def gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
 
 
 if __name__ == "__main__":

@@ -46,10 +46,10 @@ def sizes(free_bytes: int, disk_bytes: int, *, small: bool) -> tuple[list[str], 
     wanted = ["tiny"] if small else ["1b", "8b"]
     fitting = [size for size in wanted if free_bytes >= ROOM[size][0] and disk_bytes >= ROOM[size][1]]
     missing = [
-        f"the {size} needs {_gib(ROOM[size][0])} of the device and {_gib(ROOM[size][1])} of the disk"
+        f"the {size} needs {gib(ROOM[size][0])} of the device and {gib(ROOM[size][1])} of the disk"
         for size in wanted if size not in fitting
     ]  # fmt: skip
-    there = f"; free are {_gib(free_bytes)} and {_gib(disk_bytes)}" if missing else ""
+    there = f"; free are {gib(free_bytes)} and {gib(disk_bytes)}" if missing else ""
     return fitting or ["tiny"], "; ".join(missing) + there
 
 
@@ -58,7 +58,7 @@ def busy(free_bytes: int, total_bytes: int) -> str:
     taken = total_bytes - free_bytes
     if taken <= BUSY_SHARE * total_bytes:
         return ""
-    return f"the GPU is busy: {_gib(taken)} of {_gib(total_bytes)} are taken by others, so speeds here are not its own"
+    return f"the GPU is busy: {gib(taken)} of {gib(total_bytes)} are taken by others, so speeds here are not its own"
 
 
 def steps(backends: list[str], chosen: list[str], *, device: str, small: bool, work: Path) -> list[Step]:
@@ -134,5 +134,5 @@ def _placing(way: str, size: str, common: dict[str, Any], work: Path) -> Step:
     return Step(f"{way}@{size}", "placing", arguments, 75.0, after=(f"dense@{size}",), backend="bitsandbytes")
 
 
-def _gib(nbytes: float) -> str:
+def gib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB"

@@ -6,22 +6,13 @@ import json
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 
 import common
 import polyquant
 
 BACKEND, PRESET = "bitsandbytes", "nf4"
 ADAPTER_BYTES = 4 + 4 + 8  # of each trained weight: itself, its gradient, and Adam's two moments, float32
-
-
-class Ends:
-    """Notes when each step of training ends."""
-
-    def __init__(self, ends: list[float]) -> None:
-        self.ends = ends
-
-    def step(self, step: object) -> None:
-        self.ends.append(perf_counter())
 
 
 def measure(arguments: common.Facts, note: common.Note) -> None:
@@ -38,7 +29,7 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     tuned = polyquant.finetune(
         model, data, out, backend=BACKEND, device=device, overwrite=True, restart=True, steps=steps, batch_size=1,
         max_length=length, packing=True, completion_only=False, warmup=0.0, checkpoint_every=steps,
-        progress=Ends(ends), **options,
+        progress=SimpleNamespace(step=lambda _: ends.append(perf_counter())), **options,
     )  # fmt: skip
     intervals = sorted(later - earlier for earlier, later in pairwise(ends))
     note({
