@@ -56,7 +56,7 @@ def main() -> None:
         report = polyquant.verify(loaded)
         console.print(f"verified: {report.passed}, {len(report.checks)} checks")
         for check in report.failures:
-            console.print(f"  {check.name}: expected {check.expected}, found {check.found}")
+            console.print(f"  {check}")
         started = time.perf_counter()
         text = loaded.generate(PROMPT, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
         rate = TOKENS / (time.perf_counter() - started)

@@ -58,5 +58,5 @@ def _require_passed(loaded: LoadedModel) -> None:
     """Raises SaveError where a model that is to be written fails its verification."""
     report = verify(loaded)
     if not report.passed:
-        failed = "; ".join(f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures)
+        failed = "; ".join(map(str, report.failures))
         raise SaveError(f"not written, because verification failed: {failed}")

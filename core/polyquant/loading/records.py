@@ -18,6 +18,9 @@ class Check(Record, frozen=True):
     expected: str
     found: str
 
+    def __str__(self) -> str:
+        return f"{self.name}: expected {self.expected}, found {self.found}"
+
 
 class Memory(Record, frozen=True):
     """Bytes of a loaded model, each under its own name; docs/explanation/memory.md defines them."""

@@ -91,11 +91,6 @@ def far_from_dense(loaded: Any, model: Path, device: str) -> Facts:
     return {"kl": float(kl.mean()), "kl_standard_error": error, "top1": float(same.float().mean())}
 
 
-def failed_checks(report: Any) -> list[str]:
-    """What a verification found otherwise than expected."""
-    return [f"{check.name}: expected {check.expected}, found {check.found}" for check in report.failures]
-
-
 def peak_of(work: Callable[[], Any]) -> tuple[Any, int | None]:
     """What `work` returns, and the peak while it ran: of the allocator on a GPU, else of the resident set."""
     from polyquant.memory.peak import measure_peak

@@ -57,7 +57,7 @@ def look(loaded: Any, arguments: common.Facts, note: common.Note) -> None:
     note({
         "bytes_on": dict(where), "load_seconds": report.load_seconds, "notes": report.notes,
         "load_peak_bytes": report.memory.load_peak_bytes, "run_peak_bytes": report.memory.run_peak_bytes,
-        "failed_checks": common.failed_checks(report),
+        "failed_checks": [str(check) for check in report.failures],
     })  # fmt: skip
     note(common.far_from_dense(loaded, Path(arguments["model"]), arguments["device"]))
     note({"tg": report.sample.tokens_per_second})
