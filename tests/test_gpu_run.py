@@ -212,6 +212,17 @@ def test_a_signal_ends_what_runs_and_what_is_known_is_written(doctoring, tmp_pat
     assert row["reason"] == "killed by SIGKILL, at the first"
 
 
+def test_a_run_that_was_stopped_says_so(gpu, run):
+    run.stop(signal.SIGTERM, None)
+    assert run.take(gpu.Step("first", "well"))["reason"] == "stopped before it began"
+    assert results(run.out)["stopped"] == "SIGTERM"
+
+
+def test_a_log_that_is_gone_costs_no_row(gpu, run, tmp_path):
+    row = gpu.judged(tmp_path / "no answer.json", "ended with 1", tmp_path / "no such.log")
+    assert (row["status"], row["reason"]) == ("failed", "ended with 1 without a result")
+
+
 def test_a_signal_while_a_step_is_started_ends_it_too(gpu, run, monkeypatch):
     start = subprocess.Popen
 

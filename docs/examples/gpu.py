@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ SCRIPTS = Path(__file__).with_suffix("")
 ROOT = SCRIPTS.parent.parent.parent
 sys.path.insert(0, str(SCRIPTS))
 
+from folders import Workplace, own_folder, replace, say  # noqa: E402
 from steps import Step, busy, sizes, steps  # noqa: E402
 from table import markdown  # noqa: E402
 
@@ -47,7 +47,6 @@ QUIET = {
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
     "POLYQUANT_CHILD": "1",  # has end_with_parent end a step when this process is gone
 }  # fmt: skip
-OWN = "polyquant-gpu"  # folder in --work: what else lies there is not this script's to remove
 Row = dict[str, Any]
 
 
@@ -60,7 +59,8 @@ class Run:
         self.head = head
         self.rows: list[Row] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.stopped = False
+        self.stopped = ""  # by which signal
+        self.unwritten = ""  # why the results are not whole, where they are not
         self.lock = Lock()
 
     @property
@@ -136,8 +136,8 @@ class Run:
         """The results so far, as JSON and as a table, each whole or as it was before."""
         taken = {"seconds": round(monotonic() - self.started, 1)}
         content = {"schema": SCHEMA, **self.head, **taken, "steps": self.rows}
-        replace(self.out / "gpu.json", json.dumps(content, indent=1) + "\n")
-        replace(self.out / "gpu.md", markdown(content))
+        written = (("gpu.json", json.dumps(content, indent=1) + "\n"), ("gpu.md", markdown(content)))
+        self.unwritten = "; ".join(filter(None, [replace(self.out / name, text) for name, text in written]))
 
     def write_state(self) -> None:
         """Which process runs which step."""
@@ -146,21 +146,22 @@ class Run:
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Kill what runs; who waits for it ends it, and what is known is written then."""
-        self.stopped = True
+        self.stopped = self.head["stopped"] = signal.Signals(number).name
         for process in list(self.processes.values()):
             kill(process)
 
 
 def main() -> None:
     arguments = parse()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    work = arguments.work.absolute() / OWN
-    made = not work.parent.exists()
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        place = Workplace(arguments.work)
+    except OSError as error:
+        sys.exit(f"--out or --work cannot be used: {error}")
     date = datetime.now(UTC).isoformat(timespec="seconds")
     head: Row = {"date": date, "asked": {"device": arguments.device, "small": arguments.small,
                                          "minutes": arguments.minutes, "only": arguments.only}}  # fmt: skip
-    run = Run(arguments.out.absolute(), work, arguments.minutes, head)
+    run = Run(arguments.out.absolute(), place.path, arguments.minutes, head)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
             signal.signal(number, run.stop)
@@ -168,8 +169,13 @@ def main() -> None:
         carry_out(run, arguments)
     finally:
         if not arguments.keep:
-            tidy(work, parent_too=made)
+            place.tidy()
+        place.close()
     say(f"{len(run.rows)} steps in {monotonic() - run.started:.0f} s: {run.out / 'gpu.md'}")
+    if run.unwritten:
+        sys.exit(f"the results there are not whole: {run.unwritten}")
+    if run.stopped:
+        sys.exit(f"stopped by {run.stopped}")
 
 
 def carry_out(run: Run, arguments: argparse.Namespace) -> None:
@@ -185,14 +191,6 @@ def carry_out(run: Run, arguments: argparse.Namespace) -> None:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(run.take, group))
     run.write()
-
-
-def tidy(work: Path, *, parent_too: bool) -> None:
-    """Remove the folder of models; the one that it is in where that is empty then, and was made for it."""
-    shutil.rmtree(work, ignore_errors=True)
-    if parent_too:
-        with suppress(OSError):  # not empty: --out may be there
-            work.parent.rmdir()
 
 
 def parse() -> argparse.Namespace:
@@ -216,6 +214,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"--minutes must be a number above 0, got {arguments.minutes}")
     if arguments.jobs < 1:
         parser.error(f"--jobs must be 1 or more, got {arguments.jobs}")
+    out, own = arguments.out.resolve(), own_folder(arguments.work)
+    if own in (out, *out.parents):
+        parser.error(f"--out must lie elsewhere than in {own}, which is removed at the end")
     return arguments
 
 
@@ -232,12 +233,19 @@ def chosen(run: Run, arguments: argparse.Namespace) -> list[Step]:
             head["diagnoses"].append({"backend": name, "on_gpus": on_gpus, "problems": []})
     backends = [name for name, on_gpus in head["backends"].items() if on_gpus]
     listed = steps(backends, fitting, device=arguments.device, small=arguments.small, work=run.work)
+    if strange := [word for word in words_of(arguments.only) if not any(word in step.name for step in listed)]:
+        names = ", ".join(step.name for step in listed)
+        sys.exit(f"--only: no step has {' or '.join(strange)} in its name; there are {names}")
     return selected(listed, arguments.only)
+
+
+def words_of(only: str) -> list[str]:
+    return [word.strip() for word in only.split(",") if word.strip()]
 
 
 def selected(listed: list[Step], only: str) -> list[Step]:
     """The steps whose name holds one of the words of `only`, and those that they come after; all where it is empty."""
-    words = [word for word in only.split(",") if word]
+    words = words_of(only)
     wanted = {step.name for step in listed if not words or any(word in step.name for word in words)}
     for step in reversed(listed):
         if step.name in wanted:
@@ -285,7 +293,8 @@ def judged(answer: Path, ended: str, log: Path) -> Row:
         at = f", at {row['facts']['at']}" if "at" in row["facts"] else ""
         row |= {"status": "failed", "reason": f"{ended or 'ended before it was finished'}{at}"}
     if row["status"] == "failed":
-        row["said"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SAID_LINES:]
+        with suppress(OSError):
+            row["said"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SAID_LINES:]
     return row
 
 
@@ -311,22 +320,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait(END_SECONDS)
     if process.stdin is not None:
         process.stdin.close()  # was open for as long as this process lived: see end_with_parent
-
-
-def replace(path: Path, text: str) -> None:
-    """The whole file, or the one that was there before: where the disk is full, a line says so and the run goes on."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        say(f"{path.name} is as it was before: {error}")
-
-
-def say(text: str) -> None:
-    """Print a line, where anybody is still there to read it: a terminal may have hung up."""
-    with suppress(OSError):
-        print(text, flush=True)
 
 
 if __name__ == "__main__":
