@@ -4,7 +4,7 @@ import pytest
 import torch
 from polyquant.errors import PlacementError
 from polyquant.memory.planned import plan_dense
-from polyquant.memory.weights import list_weights
+from polyquant.models.weights import list_weights
 from polyquant.options import BackendOptions
 from polyquant.loading.placement import fill_devices
 

@@ -11,6 +11,18 @@ from polyquant.options import BackendOptions, Dtype
 
 DeviceMap = Mapping[str, int | str]
 Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "adapter", "other"]
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes of an element of a dense tensor, by the name of its dtype."""
 
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)

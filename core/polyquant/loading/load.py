@@ -12,11 +12,11 @@ import msgspec
 from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, DenseModelError
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
-from polyquant.loading.model import Model
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
 from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
+from polyquant.models.model import Model
 from polyquant.models.outline import outline_of
 from polyquant.models.resolve import dense_of, resolve
 from polyquant.options import BackendOptions

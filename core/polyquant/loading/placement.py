@@ -8,9 +8,9 @@ from typing import Any
 import psutil
 
 from polyquant.errors import ConfigError, PlacementError
-from polyquant.loading.model import Model
 from polyquant.loading.options import LoadOptions
 from polyquant.loading.settle import Settled
+from polyquant.models.model import Model
 from polyquant.registry.backend import Backend
 from polyquant.request import MaxMemory, Offload
 from polyquant.support.libraries import quiet_imports

@@ -12,9 +12,9 @@ from typing import Literal, Protocol
 import msgspec
 
 from polyquant.errors import CheckpointConflict
-from polyquant.loading.model import Model
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
+from polyquant.models.model import Model
 from polyquant.options import BackendOptions, Dtype
 from polyquant.registry.catalogue import maker_of
 from polyquant.request import ModelSource

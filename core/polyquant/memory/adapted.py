@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from polyquant.memory.roles import REASONS
+from polyquant.models.roles import REASONS
 from polyquant.types import LayerInfo
 
 BASE_LAYER = "base_layer"  # PEFT's name of the module that an adapter wraps

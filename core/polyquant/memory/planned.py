@@ -6,21 +6,9 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.memory.roles import REASONS, SKIPPED, TIED
+from polyquant.models.roles import REASONS, SKIPPED, TIED
 from polyquant.options import BackendOptions
-from polyquant.types import LayerPlan, WeightInfo
-
-DTYPE_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
+from polyquant.types import DTYPE_BYTES, LayerPlan, WeightInfo
 
 
 def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:

@@ -10,7 +10,6 @@ import msgspec
 
 from polyquant.errors import ConfigError, UnsupportedOperation
 from polyquant.loading.settle import Settled, make_command, route_of, settle
-from polyquant.memory.planned import DTYPE_BYTES
 from polyquant.memory.predicted import predict, weights_of
 from polyquant.planning.devices import Budget, arrange
 from polyquant.planning.model import PlannedModel
@@ -18,7 +17,7 @@ from polyquant.planning.process import process_bytes
 from polyquant.planning.records import Plan, PlannedTensor, total
 from polyquant.registry.backend import Backend
 from polyquant.support.devices import choose_device
-from polyquant.types import LayerPlan, Record
+from polyquant.types import DTYPE_BYTES, LayerPlan, Record
 
 DENSE = "every tensor would stay dense, and a load refuses that without allow_dequantize=True"
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyquant.memory.roles import REASONS, SKIPPED, TIED, role_of
 from polyquant.memory.storage import walk
 from polyquant.models import versions
+from polyquant.models.roles import REASONS, SKIPPED, TIED, role_of
 from polyquant.types import LayerInfo
 
 

@@ -6,10 +6,9 @@ from math import prod
 from typing import Any
 
 from polyquant.errors import ModelError
-from polyquant.memory.planned import DTYPE_BYTES
 from polyquant.models.outline import Outline
 from polyquant.options import Dtype
-from polyquant.types import WeightInfo
+from polyquant.types import DTYPE_BYTES, WeightInfo
 
 
 class Model:
@@ -32,7 +31,7 @@ class Model:
 
         Raises ModelError where transformers cannot build it, or its shapes contradict the checkpoint's headers.
         """
-        from polyquant.memory.weights import list_weights
+        from polyquant.models.weights import list_weights
 
         if dtype not in self._weights:
             listed = tuple(list_weights(self.skeleton(dtype)))

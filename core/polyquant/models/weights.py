@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyquant.memory.roles import role_of
 from polyquant.models import versions
+from polyquant.models.roles import role_of
 from polyquant.types import WeightInfo
 
 
