@@ -17,8 +17,6 @@ from polyquant.loading.placement import device_map_for
 from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
 from polyquant.models.model import Model
-from polyquant.models.outline import outline_of
-from polyquant.models.resolve import dense_of, resolve
 from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
@@ -31,11 +29,14 @@ def load(model: str | Path, backend: str | None = None, *, revision: str | None 
     how, own = split_options(options)
     handle = handles.backend(backend) if backend else None
     config = handle.config(own) if handle else None  # raises for wrong options before any file is read
-    source = resolve(model, revision=revision, allow_pickle=how.allow_pickle, progress=how.progress)
+    found = Model.find(
+        model, revision=revision, allow_pickle=how.allow_pickle, trust_remote_code=how.trust_remote_code,
+        progress=how.progress,
+    )  # fmt: skip
     if handle is None or config is None:
-        handle = handles.backend(reader_for(source))
+        handle = handles.backend(reader_for(found.source))
         config = handle.config(own)
-    return load_source(source, handle, config, own, how)
+    return load_model(found, handle, config, own, how)
 
 
 def of_config(
@@ -70,18 +71,18 @@ def reader_for(source: ModelSource) -> str:
     return reader_of(method, handles.backends())
 
 
-def load_source(
-    source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
+def load_model(
+    model: Model, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
 ) -> LoadedModel:
-    """Load `source` with `backend`; `given` are the options as the user wrote them, `config` the same, checked."""
-    route = route_of(source, backend)
+    """Load `model` with `backend`; `given` are the options as the user wrote them, `config` the same, checked."""
+    route = route_of(model.source, backend)
     if route == "make first":
         can = backend.capabilities
         raise CheckpointConflict(
-            f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
-            f"({', '.join(can.loads_prequantized)}); make one with: {make_command(source.name, backend, given)}"
+            f"{model.name} is dense, and {backend.name} loads quantized checkpoints only "
+            f"({', '.join(can.loads_prequantized)}); make one with: {make_command(model.name, backend, given)}"
         )
-    request, settled = prepare(source, backend, config, given, how, route)
+    request, settled = prepare(model, backend, config, given, how, route)
     with giving_back(settled) if how.return_freed_memory else nullcontext():
         loaded = load_settled(backend, request, settled)
     loaded.requested = config
@@ -114,7 +115,7 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
 
 
 def prepare(
-    source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions,
+    model: Model, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions,
     route: Route,
 ) -> tuple[LoadRequest, Settled]:  # fmt: skip
     """What the backend's `load` or `quantize` is asked for, and what is settled about it.
@@ -123,21 +124,17 @@ def prepare(
     """
     device = choose_device(how.device, backend.capabilities)
     backend.require(device)
-    packed_name = source.gguf_file
-    if first := needs_dense_file(source, backend, route):
-        source = dense_of(source, progress=how.progress)
-    if source.config and backend.capabilities.runs_on_torch:
-        from polyquant.models import versions
-
-        source = versions.readable(source)
-    model = Model(outline_of(source), trust_remote_code=how.trust_remote_code)
+    packed_name = model.source.gguf_file
+    first = needs_dense_file(model.source, backend, route)
+    if first or backend.capabilities.runs_on_torch:
+        model = model.as_transformers_reads(dense=first, progress=how.progress)
     settled = settle(model, backend, config, given, device, route)
     if first:
         note = f"{packed_name} was dequantized to a float32 checkpoint first, then quantized again"
         settled = msgspec.structs.replace(settled, notes=(note, *settled.notes))
     return (
         LoadRequest(
-            source=source,
+            source=model.source,
             device=device,
             device_map=device_map_for(model, backend, settled, how),
             weights=settled.weights,

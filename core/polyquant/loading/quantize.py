@@ -13,7 +13,7 @@ from polyquant.loading.load import load, prepare
 from polyquant.loading.options import split_options
 from polyquant.loading.settle import route_of
 from polyquant.loading.verify import verify
-from polyquant.models.resolve import resolve
+from polyquant.models.model import Model
 
 
 def quantize(
@@ -32,9 +32,11 @@ def quantize(
     if handle.can("quantize"):
         how, own = split_options(options)
         config = handle.config(own)
-        source = resolve(model, allow_pickle=how.allow_pickle, progress=how.progress)
-        route = route_of(source, handle, to_quantize=True)
-        request, settled = prepare(source, handle, config, own, how, route)
+        found = Model.find(
+            model, allow_pickle=how.allow_pickle, trust_remote_code=how.trust_remote_code, progress=how.progress
+        )
+        route = route_of(found.source, handle, to_quantize=True)
+        request, settled = prepare(found, handle, config, own, how, route)
 
         def accept(written: Path) -> None:
             _require_passed(

@@ -98,7 +98,7 @@ def settle(
     config: the checked options; given: as the user wrote them. Raises CheckpointConflict where they contradict what is
     stored, ConfigError for a skip pattern that matches nothing, ModelError where transformers cannot build the model.
     """
-    source, notes = model.outline.source, list[str]()
+    source, notes = model.source, list[str]()
     stored = route == "as stored"
     if stored:
         config = reconcile(source, stored_options(source, backend.info, method_of(source)), config, given)
@@ -108,11 +108,12 @@ def settle(
     config = msgspec.structs.replace(config, compute_dtype=dtype)
     only_gguf = backend.info.capabilities.makes_from == "gguf"  # its runtime may know models that transformers does not
     weights = () if only_gguf else model.weights(dtype)
+    checkpoint = _checkpoint(model, weights, route)
     if not (stored or only_gguf):
         config = config.with_full_names(weights)
     return Settled(
         route=route, options=config, device=device, dtype=dtype, weights=weights,
-        checkpoint=_checkpoint(model, weights, route), notes=tuple(notes),
+        checkpoint=checkpoint, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -161,5 +162,5 @@ def _checkpoint(model: Model, weights: tuple[WeightInfo, ...], route: Route) -> 
         embeddings = (outline.tensors.get(weight.name) for weight in weights if weight.role == "embedding")
         dtype = next((found.dtype for found in embeddings if found), outline.dtype)
         return Checkpoint(nbytes=outline.checkpoint_bytes, dtype=dtype, quantized=True)
-    dtype = "float32" if outline.source.gguf_file else outline.dtype
+    dtype = "float32" if model.source.gguf_file else outline.dtype
     return Checkpoint(nbytes=model.dense_file_bytes(weights), dtype=dtype, quantized=False)

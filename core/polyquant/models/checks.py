@@ -40,7 +40,7 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
             return check_gguf(path / gguf[0], name)
         hint = f"it has several GGUF files, name the one to load: {path / gguf[0]}" if gguf else "is it a model folder?"
         raise ModelError(f"{name}: no config.json among {_shown(files)}; {hint}")
-    config = _with_sidecar(_read_object(path / "config.json", name), path, name, files)
+    config = with_sidecar(read_object(path / "config.json", name), path, name, files)
     weights = _weight_files(path, name, files, allow_pickle)
     for file in weights:
         if file.endswith(".safetensors"):
@@ -48,7 +48,7 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
     return ModelSource(name=name, path=path, config=config, weight_files=tuple(weights))
 
 
-def _with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str]) -> dict[str, Any]:
+def with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str]) -> dict[str, Any]:
     """`config` with the quantization config that a file beside it holds, where it has none of its own.
 
     Raises ModelError where either is not what such a file holds.
@@ -57,7 +57,7 @@ def _with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str
     beside = next((file for file in SIDECARS if file in files), None)
     if beside is None or config.get("quantization_config"):
         return config
-    return config | {"quantization_config": {"quant_method": SIDECARS[beside], **_read_object(path / beside, name)}}
+    return config | {"quantization_config": {"quant_method": SIDECARS[beside], **read_object(path / beside, name)}}
 
 
 def require_plausible(config: dict[str, Any], name: str) -> None:
@@ -85,7 +85,7 @@ def require_plausible(config: dict[str, Any], name: str) -> None:
 
 def _weight_files(path: Path, name: str, files: list[str], allow_pickle: bool) -> list[str]:
     if INDEX in files:
-        shards = _read_object(path / INDEX, name).get("weight_map")
+        shards = read_object(path / INDEX, name).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise ModelError(f"{name}: {INDEX} has no weight_map from tensor names to file names")
         wanted = sorted(set(shards.values()))
@@ -129,7 +129,7 @@ def _check_safetensors(path: Path, name: str) -> None:
         raise ModelError(f"{name}: {path.name} holds no tensors; fetch or write it again")
 
 
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+def read_object(path: Path, name: str) -> dict[str, Any]:
     if path.stat().st_size > CONFIG_LIMIT_BYTES:
         raise ModelError(f"{name}: {path.name} is larger than {CONFIG_LIMIT_BYTES} bytes; it is no config")
     try:

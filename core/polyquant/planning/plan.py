@@ -46,7 +46,7 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     device = budget.kind or choose_device(asked.device, backend.capabilities)
     if asked.offload == "cpu" and not backend.capabilities.offloads:
         raise ConfigError(f"{backend.name} cannot offload; leave offload at 'error'")
-    route = route_of(model.outline.source, backend)
+    route = route_of(model.source, backend)
     settled = settle(model, backend, backend.config(given), given, device, route)
     notes, dtype = list(settled.notes), settled.dtype
     if route == "make first":

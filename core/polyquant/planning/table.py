@@ -86,7 +86,7 @@ def _rows_of(name: str, model: PlannedModel, asked: Asked, budget: Budget) -> It
 def candidates_of(backend: Backend, model: PlannedModel) -> list[Candidate]:
     """Its presets; for a checkpoint that it reads as it is, that checkpoint."""
     try:
-        stored = route_of(model.outline.source, backend) == "as stored"
+        stored = route_of(model.source, backend) == "as stored"
     except CheckpointConflict:  # every preset's row says why
         stored = False
     return [Candidate(name=backend.name, backend=backend.name)] if stored else presets_of(backend.info)
