@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from polyquant.errors import OutOfMemory
 from polyquant.loaded import LoadedModel
@@ -31,10 +30,8 @@ def load_dense(source: ModelSource, dtype: Dtype = "float32", device: str = "cpu
 
 
 def _load_dense(source: ModelSource, dtype: Dtype) -> Any:
-    source = versions.readable(source)
     with versions.progress_bars(enabled=False):
-        arguments = versions.dtype_argument(getattr(torch, dtype))
-        return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments).eval()
+        return hf.load_model(versions.readable(source), getattr(torch, dtype))
 
 
 def as_loaded(model: Any, source: ModelSource, dtype: Dtype) -> LoadedModel:

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-from polyquant.errors import ModelError
+from polyquant.models.fit import Misfit, require_fit
 from polyquant.models.outline import Outline, outline_of
 from polyquant.models.resolve import dense_of, resolve
 from polyquant.options import Dtype
@@ -45,20 +45,20 @@ class Model:
         """Its modules on the meta device, in `dtype`; a new one at each call, for whoever changes it."""
         from polyquant.models import hf
 
-        return hf.skeleton(self.source, dtype, trust_remote_code=self._trust)
+        return hf.skeleton(self.source, dtype, trust_remote_code=self._trust, stored=self.outline.tensors or None)
 
     def weights(self, dtype: Dtype) -> tuple[WeightInfo, ...]:
         """Its tensors, dense ones in `dtype`; listed once for each dtype.
 
-        Raises ModelError where transformers cannot build it, or its shapes contradict the checkpoint's headers.
+        Raises ModelError where transformers cannot build it, or the checkpoint's headers name other tensors.
         """
         from polyquant.models.weights import list_weights
 
         if dtype not in self._weights:
-            listed = tuple(list_weights(self.skeleton(dtype)))
+            skeleton = self.skeleton(dtype)
             if not self._weights:
-                self._check_shapes(listed)
-            self._weights[dtype] = listed
+                self._require_fit(skeleton)
+            self._weights[dtype] = tuple(list_weights(skeleton))
         return self._weights[dtype]
 
     def dense_file_bytes(self, weights: tuple[WeightInfo, ...]) -> int:
@@ -68,13 +68,33 @@ class Model:
         each = 4 if self.source.gguf_file else DTYPE_BYTES.get(self.outline.dtype, 2)  # GGUFs are made float32
         return sum(each * prod(weight.shape) for weight in weights if not weight.tied_to and weight.role != "buffer")
 
-    def _check_shapes(self, weights: tuple[WeightInfo, ...]) -> None:
-        if self.source.stored_quantization or self.source.gguf_file:
+    def _require_fit(self, skeleton: Any) -> None:
+        """Raises ModelError where the checkpoint's headers lack a tensor of the model, or hold others."""
+        if self.source.gguf_file or not self.outline.tensors:
             return
-        for weight in weights:
-            found = self.outline.tensors.get(weight.name)
-            if found is not None and found.shape != weight.shape and weight.role != "buffer":
-                raise ModelError(
-                    f"{self.name}: {weight.name} has the shape {found.shape} in its weight files, and "
-                    f"{weight.shape} by its config.json; one of them belongs to another model"
-                )
+        import torch
+
+        from polyquant.models import versions
+
+        if self.source.stored_quantization:
+            require_fit(self.name, Misfit(self._modules_without_tensors(skeleton), ()))
+            return
+        tensors = {
+            name: torch.empty(found.shape, dtype=getattr(torch, found.dtype, torch.uint8), device="meta")
+            for name, found in self.outline.tensors.items()
+        }
+        require_fit(self.name, versions.misfit(skeleton, tensors))
+
+    def _modules_without_tensors(self, skeleton: Any) -> list[str]:
+        """Parameters of modules of which a packed checkpoint holds nothing at all: of a packed one it holds parts.
+
+        None where it names its modules otherwise, as some do that transformers renames while it loads them.
+        """
+        from polyquant.models import versions
+
+        tied = versions.tied_tensors(skeleton)
+        named = [name for name, _ in skeleton.named_parameters() if name not in {*tied, *tied.values()}]
+        held = {name.rpartition(".")[0] for name in self.outline.tensors}
+        held |= {name.rpartition(".")[0] for name in held}  # parts of a packed tensor: weight.absmax, weight._data
+        without = [name for name in named if name.rpartition(".")[0] not in held]
+        return without if len(without) < len(named) / 2 else []

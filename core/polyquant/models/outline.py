@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase as fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +71,18 @@ def _config_alone(path: Path, name: str) -> ModelSource | None:
         return None
     config = checks.with_sidecar(checks.read_object(path / "config.json", name), path, name, files)
     return ModelSource(name=name, path=path, config=config)
+
+
+def stored_names(source: ModelSource) -> frozenset[str]:
+    """Names of the tensors in the safetensors files of `source`, read once as long as they do not change."""
+    files = [source.path / file for file in source.weight_files if file.endswith(".safetensors")]
+    stats = [(file, file.stat()) for file in files]
+    return _names(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+
+
+@lru_cache(maxsize=16)
+def _names(files: tuple[tuple[Path, int, int], ...]) -> frozenset[str]:
+    return frozenset(name for file, _, _ in files for name in read_safetensors(file))
 
 
 def outline_of(source: ModelSource) -> Outline:

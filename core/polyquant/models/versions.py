@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -19,6 +21,7 @@ import msgspec
 from packaging.version import Version
 
 from polyquant.errors import ModelError
+from polyquant.models.fit import Misfit
 from polyquant.request import ModelSource
 from polyquant.support.cache import cache_folder
 from polyquant.support.files import once
@@ -45,6 +48,103 @@ def tied_tensors(model: Any) -> dict[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+
+
+def class_ties(model_class: Any) -> dict[str, str]:
+    """Names of tensors that the class ties where its config says so -> the tensor each is tied to; before 5 no class
+    says to what: it is the embedding of a causal language model."""
+    tied = model_class._tied_weights_keys or {}
+    return (
+        dict(tied)
+        if isinstance(tied, dict)
+        else dict.fromkeys(tied, f"{model_class.base_model_prefix}.embed_tokens.weight")
+    )
+
+
+def kept_in_float32(model: Any, dtype: Any) -> Callable[[str], bool]:
+    """Whether transformers keeps the tensor of that name in float32 where the model is loaded in `dtype`."""
+    import torch
+
+    parts: set[str] = set()
+    if dtype == torch.float16:
+        parts |= set(model._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        parts |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if not parts:
+        return lambda name: False
+    between = ("", "") if VERSION_5 else (r"((^|\.)", r"($|\.))")
+    pattern = re.compile("|".join(between[0] + part.replace("*", ".*") + between[1] for part in sorted(parts)))
+    return lambda name: pattern.search(name) is not None
+
+
+def misfit(skeleton: Any, tensors: Mapping[str, Any]) -> Misfit:
+    """How a checkpoint of these tensors, which may be on the meta device, differs from the model of a skeleton."""
+    if not VERSION_5:
+        return _misfit_by_names(skeleton, tensors)
+    with progress_bars(enabled=False):
+        return reporting(
+            type(skeleton).from_pretrained, None, config=skeleton.config, state_dict=dict(tensors),
+            device_map={"": "meta"}, trust_remote_code=False,
+        )[1]  # fmt: skip
+
+
+def reporting(from_pretrained: Callable[..., Any], *arguments: Any, **more: Any) -> tuple[Any, Misfit]:
+    """The model that transformers loads, and how its checkpoint differs from it, which transformers only logs."""
+    table, logger = _Table(), logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(table)
+    try:
+        model, report = from_pretrained(*arguments, output_loading_info=True, ignore_mismatched_sizes=True, **more)
+    except RuntimeError:
+        if not table.unmade:
+            raise
+        return None, Misfit(table.unmade, ())
+    finally:
+        logger.removeFilter(table)
+    shapes = [(name, tuple(held), tuple(wanted)) for name, held, wanted in report["mismatched_keys"]]
+    return model, Misfit(report["missing_keys"], report["unexpected_keys"], shapes)
+
+
+class _Table(logging.Filter):
+    """Takes transformers' table of what does not fit out of the log: what is in it is raised, or reported.
+
+    The names of tensors that could not be put together, as of experts that are not all there, stand nowhere else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unmade: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "LOAD REPORT" not in message:
+            return True
+        rows = (line.split("|") for line in message.splitlines() if "CONVERSION" in line)
+        self.unmade += [row[0].strip() for row in rows]
+        return False
+
+
+def _misfit_by_names(skeleton: Any, tensors: Mapping[str, Any]) -> Misfit:
+    own, prefix = skeleton.state_dict(), f"{skeleton.base_model_prefix}."
+    renamed = getattr(skeleton, "_checkpoint_conversion_mapping", None) or {}
+    found = {}
+    for stored, tensor in tensors.items():
+        name = stored
+        for pattern, to in renamed.items():
+            name = re.sub(pattern, to, name)
+        found[name if name in own or prefix + name not in own else prefix + name] = tensor
+    tied = tied_tensors(skeleton)
+    both = {name for pair in tied.items() for name in pair if not found.keys().isdisjoint(pair)}
+    obsolete = [*(skeleton._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    return Misfit(
+        _less(own.keys() - found.keys() - both, skeleton._keys_to_ignore_on_load_missing),
+        _less(found.keys() - own.keys(), obsolete),
+        [(name, tuple(found[name].shape), tuple(own[name].shape)) for name in found.keys() & own.keys()
+         if found[name].shape != own[name].shape],
+    )  # fmt: skip
+
+
+def _less(names: Collection[str], ignored: Iterable[str] | None) -> set[str]:
+    return {name for name in names if not any(re.search(pattern, name) for pattern in ignored or ())}
 
 
 def default_dense_modules(model: Any) -> set[str]:

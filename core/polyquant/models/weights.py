@@ -11,6 +11,7 @@ from polyquant.types import WeightInfo
 
 def list_weights(skeleton: Any) -> list[WeightInfo]:
     """Every parameter and buffer of `skeleton`, tied ones too (they name the tensor they share)."""
+    in_float32 = versions.kept_in_float32(skeleton, skeleton.dtype)
     head, tied = skeleton.get_output_embeddings(), versions.tied_tensors(skeleton)
     default_dense = versions.default_dense_modules(skeleton)
     weights = []
@@ -24,7 +25,7 @@ def list_weights(skeleton: Any) -> list[WeightInfo]:
                     WeightInfo(
                         name=name,
                         shape=tuple(tensor.shape),
-                        dtype=str(tensor.dtype).removeprefix("torch."),
+                        dtype="float32" if in_float32(name) else str(tensor.dtype).removeprefix("torch."),
                         role=role_of(tensor, module, head=head, is_buffer=is_buffer),
                         module=type(module).__name__,
                         tied_to=tied.get(name, ""),

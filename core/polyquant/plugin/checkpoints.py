@@ -266,24 +266,20 @@ def save(
 
 def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
     """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode."""
-    source = request.source
-    arguments: dict[str, Any] = versions.dtype_argument(getattr(torch, dtype))
+    source, arguments = request.source, dict[str, Any]()
     if quantization_config is not None:
         arguments["quantization_config"] = quantization_config
-    if source.gguf_file:
-        arguments["gguf_file"] = source.gguf_file
     if request.attention:
         arguments["attn_implementation"] = request.attention
     with versions.progress_bars(request.progress):
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source.path),
-            device_map=dict(request.device_map),
+        return hf.load_model(
+            source,
+            getattr(torch, dtype),
             trust_remote_code=request.trust_remote_code,
+            device_map=dict(request.device_map),
             use_safetensors=None if request.allow_pickle or source.gguf_file else True,
-            local_files_only=True,
             **arguments,
         )
-    return model.eval()
 
 
 def save_pretrained(loaded: LoadedModel, out: Path, model: Any = None) -> Path:
