@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from polyquant.errors import ModelError
 from polyquant.models import versions
 from polyquant.models.fit import require_fit
-from polyquant.models.outline import stored_names
+from polyquant.models.outline import stored_tensors
 from polyquant.options import Dtype
 from polyquant.request import ModelSource
 
@@ -50,7 +50,7 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False, stored:
     if not needs_code:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         _require_class(source, config, model_class)
-        _untie_two(config, model_class, stored_names(source) if stored is None else stored)
+        _untie_two(config, model_class, stored_tensors(source) if stored is None else stored)
     return config
 
 

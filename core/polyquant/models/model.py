@@ -86,7 +86,7 @@ class Model:
         require_fit(self.name, versions.misfit(skeleton, tensors))
 
     def _modules_without_tensors(self, skeleton: Any) -> list[str]:
-        """Parameters of modules of which a packed checkpoint holds nothing at all: of a packed one it holds parts.
+        """Parameters of modules of which a packed checkpoint holds no part, nor a part of a module inside.
 
         None where it names its modules otherwise, as some do that transformers renames while it loads them.
         """
@@ -94,7 +94,6 @@ class Model:
 
         tied = versions.tied_tensors(skeleton)
         named = [name for name, _ in skeleton.named_parameters() if name not in {*tied, *tied.values()}]
-        held = {name.rpartition(".")[0] for name in self.outline.tensors}
-        held |= {name.rpartition(".")[0] for name in held}  # parts of a packed tensor: weight.absmax, weight._data
+        held = {name[:end] for name in self.outline.tensors for end, letter in enumerate(name) if letter == "."}
         without = [name for name in named if name.rpartition(".")[0] not in held]
         return without if len(without) < len(named) / 2 else []

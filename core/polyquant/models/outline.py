@@ -73,27 +73,23 @@ def _config_alone(path: Path, name: str) -> ModelSource | None:
     return ModelSource(name=name, path=path, config=config)
 
 
-def stored_names(source: ModelSource) -> frozenset[str]:
-    """Names of the tensors in the safetensors files of `source`, read once as long as they do not change."""
+def stored_tensors(source: ModelSource) -> Mapping[str, StoredTensor]:
+    """The tensors in the safetensors files of `source`, whose headers are read once as long as they do not change."""
     files = [source.path / file for file in source.weight_files if file.endswith(".safetensors")]
     stats = [(file, file.stat()) for file in files]
-    return _names(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+    return _tensors(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
 
 
 @lru_cache(maxsize=16)
-def _names(files: tuple[tuple[Path, int, int], ...]) -> frozenset[str]:
-    return frozenset(name for file, _, _ in files for name in read_safetensors(file))
+def _tensors(files: tuple[tuple[Path, int, int], ...]) -> Mapping[str, StoredTensor]:
+    return {name: tensor for file, _, _ in files for name, tensor in read_safetensors(file).items()}
 
 
 def outline_of(source: ModelSource) -> Outline:
     """What the headers of checked files say; of pickles nothing but their size."""
     if source.gguf_file:
         return _of_gguf(source)
-    tensors: dict[str, StoredTensor] = {}
-    for file in source.weight_files:
-        if file.endswith(".safetensors"):
-            tensors |= read_safetensors(source.path / file)
-    return Outline(source, tensors, source.checkpoint_bytes)
+    return Outline(source, stored_tensors(source), source.checkpoint_bytes)
 
 
 def _of_gguf(source: ModelSource) -> Outline:

@@ -61,15 +61,23 @@ def class_ties(model_class: Any) -> dict[str, str]:
     )
 
 
-def kept_in_float32(model: Any, dtype: Any) -> Callable[[str], bool]:
+def kept_in_float32(model: Any, dtype: str) -> Callable[[str], bool]:
     """Whether transformers keeps the tensor of that name in float32 where the model is loaded in `dtype`."""
-    import torch
-
     parts: set[str] = set()
-    if dtype == torch.float16:
+    if dtype == "float16":
         parts |= set(model._keep_in_fp32_modules or ())
-    if dtype in (torch.float16, torch.bfloat16):
+    if dtype in ("float16", "bfloat16"):
         parts |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return _naming(parts)
+
+
+def never_quantized(model: Any) -> Callable[[str], bool]:
+    """Whether transformers' quantizers leave the module of that tensor alone, since it is better off in float32."""
+    return _naming(model._keep_in_fp32_modules or ())
+
+
+def _naming(parts: Iterable[str]) -> Callable[[str], bool]:
+    """Whether one of `parts` is found in a name, as transformers finds it."""
     if not parts:
         return lambda name: False
     between = ("", "") if VERSION_5 else (r"((^|\.)", r"($|\.))")

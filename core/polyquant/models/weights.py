@@ -11,7 +11,8 @@ from polyquant.types import WeightInfo
 
 def list_weights(skeleton: Any) -> list[WeightInfo]:
     """Every parameter and buffer of `skeleton`, tied ones too (they name the tensor they share)."""
-    in_float32 = versions.kept_in_float32(skeleton, skeleton.dtype)
+    in_float32 = versions.kept_in_float32(skeleton, str(skeleton.dtype).removeprefix("torch."))
+    left_alone = versions.never_quantized(skeleton)
     head, tied = skeleton.get_output_embeddings(), versions.tied_tensors(skeleton)
     default_dense = versions.default_dense_modules(skeleton)
     weights = []
@@ -29,7 +30,7 @@ def list_weights(skeleton: Any) -> list[WeightInfo]:
                         role=role_of(tensor, module, head=head, is_buffer=is_buffer),
                         module=type(module).__name__,
                         tied_to=tied.get(name, ""),
-                        default_skip=module_name in default_dense,
+                        default_skip=module_name in default_dense or left_alone(name),
                     )
                 )
     return weights
