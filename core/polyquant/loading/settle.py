@@ -6,7 +6,7 @@ the backend's card and the options; never from what an earlier command left in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -109,12 +109,28 @@ def settle(
     only_gguf = backend.info.capabilities.makes_from == "gguf"  # its runtime may know models that transformers does not
     weights = () if only_gguf else model.weights(dtype)
     checkpoint = _checkpoint(model, weights, route)
-    if not (stored or only_gguf):
+    if stored:
+        config = _skipping_what_is_dense(model, weights, config)
+    elif not only_gguf:
         config = config.with_full_names(weights)
     return Settled(
         route=route, options=config, device=device, dtype=dtype, weights=weights,
         checkpoint=checkpoint, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _skipping_what_is_dense(model: Model, weights: Sequence[WeightInfo], config: BackendOptions) -> BackendOptions:
+    """`config` with `skip` as the checkpoint's headers have it, whatever words its quantization_config has for that.
+
+    Unchanged where they agree, and where the checkpoint names its tensors otherwise than the model.
+    """
+    matrices = [weight for weight in weights if weight.role in ("linear", "head") and not weight.tied_to]
+    dense = {weight.name for weight in matrices if model.holds_dense(weight)}
+    found = all(weight.name in dense or model.holds_part(weight) for weight in matrices)
+    if not found or dense == {weight.name for weight in matrices if config.skips(weight)}:
+        return config
+    skip = tuple(weight.name.rpartition(".")[0] for weight in matrices if weight.name in dense)
+    return msgspec.structs.replace(config, skip=skip, skip_defaults=False)
 
 
 def make_command(model: str, backend: Quantizer, options: Mapping[str, object]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +14,8 @@ from polyquant.models.resolve import dense_of, resolve
 from polyquant.options import Dtype
 from polyquant.request import ModelSource
 from polyquant.types import DTYPE_BYTES, WeightInfo
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 class Model:
@@ -94,6 +98,25 @@ class Model:
 
         tied = versions.tied_tensors(skeleton)
         named = [name for name, _ in skeleton.named_parameters() if name not in {*tied, *tied.values()}]
-        held = {name[:end] for name in self.outline.tensors for end, letter in enumerate(name) if letter == "."}
-        without = [name for name in named if name.rpartition(".")[0] not in held]
+        without = [name for name in named if name.rpartition(".")[0] not in self._inside]
         return without if len(without) < len(named) / 2 else []
+
+    def holds_dense(self, weight: WeightInfo) -> bool:
+        """Whether the checkpoint holds a weight as it is in the model, with nothing but a bias beside it."""
+        found = self.outline.tensors.get(weight.name)
+        same = found is not None and found.shape == weight.shape and found.dtype in FLOATS
+        return same and self._inside[weight.name.rpartition(".")[0]] <= {"weight", "bias"}
+
+    def holds_part(self, weight: WeightInfo) -> bool:
+        """Whether the checkpoint holds anything of the module of a weight."""
+        return weight.name.rpartition(".")[0] in self._inside
+
+    @cached_property
+    def _inside(self) -> Mapping[str, Set[str]]:
+        """Name of a module that the checkpoint holds something of -> names of its tensors inside it."""
+        inside: dict[str, set[str]] = {}
+        for name in self.outline.tensors:
+            parts = name.split(".")
+            for end in range(1, len(parts)):
+                inside.setdefault(".".join(parts[:end]), set()).add(".".join(parts[end:]))
+        return inside
