@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -112,7 +113,7 @@ class Model:
         return weight.name.rpartition(".")[0] in self._inside
 
     @cached_property
-    def _inside(self) -> Mapping[str, Set[str]]:
+    def _inside(self) -> Mapping[str, AbstractSet[str]]:
         """Name of a module that the checkpoint holds something of -> names of its tensors inside it."""
         inside: dict[str, set[str]] = {}
         for name in self.outline.tensors:

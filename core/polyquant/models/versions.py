@@ -230,6 +230,32 @@ def forget_quantization(model: Any) -> None:
         del model.config.quantization_config
 
 
+@contextmanager
+def savable(model: Any) -> Iterator[None]:
+    """Within it a model that was loaded packed can be saved.
+
+    transformers 5 undoes on saving what it did to the tensors on loading, and has no way back from the packed objects
+    that a quantizer made; there is none needed: their state dict holds the parts that the checkpoint had.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        yield
+        return
+    model._weight_conversions = [each for each in conversions if _has_a_way_back(each)] or None
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions
+
+
+def _has_a_way_back(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
 def readable(source: ModelSource) -> ModelSource:
     """`source` as the installed transformers reads it.
 

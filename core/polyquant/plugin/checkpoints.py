@@ -311,7 +311,8 @@ def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any 
 
 def save_pretrained(loaded: LoadedModel, out: Path, model: Any = None) -> Path:
     """Write `model`, or the loaded one, with its tokenizer, as transformers saves them."""
-    with versions.progress_bars(loaded.request is not None and loaded.request.progress):
-        (model or loaded.model).save_pretrained(out)
+    model = model or loaded.model
+    with versions.progress_bars(loaded.request is not None and loaded.request.progress), versions.savable(model):
+        model.save_pretrained(out)
         loaded.tokenizer.save_pretrained(out)
     return out
