@@ -10,7 +10,7 @@ import msgspec
 from polyquant.options import BackendOptions, Dtype
 
 DeviceMap = Mapping[str, int | str]
-Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "adapter", "other"]
+Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "adapter", "tower", "other"]
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,

@@ -103,11 +103,15 @@ class RemoteBackend(Backend):
         found = self._observed("describe_layers", model, lambda: model.call("layers"), model=model)
         return msgspec.convert(found, list[LayerInfo])
 
-    def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path:
+    def save(
+        self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None
+    ) -> Path:
         self._require_hook("save")
         with atomic_folder(out, overwrite=overwrite) as partial:
             worker, folder = loaded.model, str(partial.absolute())
             self._observed("save", worker, lambda: worker.call("save", out=folder), loaded=loaded, out=partial)
+            if accept is not None:
+                accept(partial)
         return out
 
     def quantize(

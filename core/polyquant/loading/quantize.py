@@ -29,23 +29,20 @@ def quantize(
     handle = handles.backend(backend)
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    how, own = split_options(options)
+
+    def accept(written: Path) -> None:
+        _require_passed(
+            load(written, backend, device=how.device, trust_remote_code=how.trust_remote_code, progress=how.progress)
+        )
+
     if handle.can("quantize"):
-        how, own = split_options(options)
         config = handle.config(own)
         found = Model.find(
             model, allow_pickle=how.allow_pickle, trust_remote_code=how.trust_remote_code, progress=how.progress
         )
         route = route_of(found.source, handle, to_quantize=True)
         request, settled = prepare(found, handle, config, own, how, route)
-
-        def accept(written: Path) -> None:
-            _require_passed(
-                load(
-                    written, backend, device=request.device, trust_remote_code=how.trust_remote_code,
-                    progress=how.progress,
-                )
-            )  # fmt: skip
-
         return handle.quantize(request, settled.options, calibration or (), out, overwrite=overwrite, accept=accept)
     if not handle.can("save"):
         raise UnsupportedOperation(f"{backend} cannot write checkpoints")
@@ -53,7 +50,7 @@ def quantize(
         raise ConfigError(f"{backend} quantizes without calibration text; leave calibration (--calibration) out")
     loaded = load(model, backend, **options)
     _require_passed(loaded)
-    return loaded.save(out, overwrite=overwrite)
+    return handle.save(loaded, out, overwrite=overwrite, accept=accept)
 
 
 def _require_passed(loaded: LoadedModel) -> None:

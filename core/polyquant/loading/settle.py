@@ -108,6 +108,8 @@ def settle(
     config = msgspec.structs.replace(config, compute_dtype=dtype)
     only_gguf = backend.info.capabilities.makes_from == "gguf"  # its runtime may know models that transformers does not
     weights = () if only_gguf else model.weights(dtype)
+    if towers := list(dict.fromkeys(".".join(w.name.split(".")[:2]) for w in weights if w.role == "tower")):
+        notes.append(f"vision and audio parts stay dense: {', '.join(towers)}")
     checkpoint = _checkpoint(model, weights, route)
     if stored:
         config = _skipping_what_is_dense(model, weights, config)

@@ -64,7 +64,7 @@ def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:
     module = weight.name.rpartition(".")[0]
     if weight.tied_to:
         reason = TIED.format(weight.tied_to)
-    elif module in config.skip and weight.role != "embedding":
+    elif module in config.skip and weight.role not in ("embedding", "tower"):
         reason = SKIPPED
     else:
         reason = REASONS[weight.role]

@@ -9,7 +9,7 @@ import torch
 
 from polyquant.memory.storage import walk
 from polyquant.models import versions
-from polyquant.models.roles import REASONS, SKIPPED, TIED, role_of
+from polyquant.models.roles import REASONS, SKIPPED, TIED, beside_the_language_model, role_of
 from polyquant.types import LayerInfo
 
 
@@ -38,7 +38,7 @@ def describe(
         parts.setdefault(stored.module, {})[stored.attribute] = stored.nbytes
         devices.setdefault(stored.module, stored.device)
     head, tied = model.get_output_embeddings(), versions.tied_tensors(model)
-    layers: list[LayerInfo] = []
+    is_tower, layers = beside_the_language_model(model), list[LayerInfo]()
     for name, module in model.named_modules():
         remaining = parts.get(name, {})
         found = quantized(name, module)
@@ -55,13 +55,13 @@ def describe(
                 and not _is_parameter(module, short)
             ):
                 continue  # a second name of a storage that is described already
-            role = role_of(tensor, module, head=head, is_buffer=is_buffer)
+            role = role_of(tensor, module, head=head, is_buffer=is_buffer, tower=is_tower(name))
             dtype = str(tensor.dtype).removeprefix("torch.")
             reason = (
                 TIED.format(tied[whole])
                 if whole in tied
                 else SKIPPED
-                if name in skipped and role != "embedding"
+                if name in skipped and role not in ("embedding", "tower")
                 else REASONS[role]
             )
             layers.append(

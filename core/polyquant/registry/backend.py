@@ -72,15 +72,20 @@ class Backend:
         """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
         return self._call("plan_layers", weights=weights, config=config)
 
-    def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path:
+    def save(
+        self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None
+    ) -> Path:
         """Write a checkpoint, all or nothing.
 
+        accept: called with what was written before it takes its place; what it raises leaves `out` as it was.
         Raises UnsupportedOperation before any work where the backend cannot, SaveError where writing fails.
         """
         self._require_hook("save")
         with atomic_folder(out, overwrite=overwrite) as partial:
             _, recorder = self._recorded("save", loaded=loaded, out=partial)
-        loaded.records += recorder.records
+            loaded.records += recorder.records
+            if accept is not None:
+                accept(partial)
         return out
 
     def quantize(

@@ -21,14 +21,15 @@ SKIP: dict[str, Any] = {"skip": ("layers.0",)}  # contradicts every checkpoint t
 
 @check(per="model", models=("llama", "llama-tied", "odd"), needs=("saves",))
 def saves_and_loads_back(subject: Subject, preset: str, model: str) -> None:
-    """A saved model loads back with the same logits, bytes and options, also when it has run before it was saved."""
+    """A saved model loads back with the same logits, bytes and options: before and after it ran, and a second time."""
     loaded = subject.load(preset, model)
     tokens = subject.tokens(loaded, 40)
     with TemporaryDirectory(dir=subject.folder) as folder:
         fresh = loaded.save(Path(folder) / "fresh")
         expected = loaded.logits(tokens)
-        used = loaded.save(Path(folder) / "used")
-        for name, path in (("before it ran", fresh), ("after a forward pass", used)):
+        used, again = loaded.save(Path(folder) / "used"), loaded
+        for name, saved in (("before it ran", fresh), ("after a forward pass", used), ("a second time", None)):
+            path = saved or again.save(Path(folder) / "again")
             again = polyquant.load(path, subject.backend, device=subject.runs_on)
             same = bool((again.logits(tokens) == expected).all())
             expect(same, f"saved {name}, loaded back, it gives other logits")
