@@ -17,6 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from polyquant.errors import ModelError
 from polyquant.models import versions
 from polyquant.models.fit import require_fit
+from polyquant.models.gguf_config import require_as_stated
+from polyquant.models.gguf_header import read_header
 from polyquant.models.outline import stored_tensors
 from polyquant.options import Dtype
 from polyquant.request import ModelSource
@@ -42,6 +44,8 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False, stored:
     except Exception as error:
         raise ModelError(f"{source.name}: transformers cannot read its config: {error}") from error
     config = versions.choosing_attention(config)
+    if source.gguf_file:
+        require_as_stated(source.name, read_header(source.path / source.gguf_file), config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not needs_code:
         raise ModelError(
             f"{source.name} is not a causal language model: its architecture {config.model_type!r} "

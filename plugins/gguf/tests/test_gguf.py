@@ -285,8 +285,8 @@ def test_architectures_that_would_load_wrong_are_refused(tmp_path):
     for extra, message in (
         ({}, "the architecture 'falcon'; this backend reads llama"),
         ({"expert_count": 8}, "a mixture of 8 experts"),
-        ({"rope.scaling.type": "yarn"}, "scales its rotary positions"),
-        ({"rope.scale_linear": 2.0}, "scales its rotary positions .linear"),
+        ({"rope.scaling.type": "yarn"}, "rope.scaling.type = yarn, .* takes none"),
+        ({"rope.scale_linear": 2.0}, "rope.scale_linear = 2.0, .* takes 1"),
     ):
         writer = GGUFWriter(tmp_path / "x.gguf", "llama" if extra else "falcon")
         for key, value in extra.items():
@@ -353,3 +353,21 @@ def test_the_packaged_model_packed_is_the_dense_one():
         reference = dense(torch.tensor([ids])).logits[0].log_softmax(-1)
     kl = (reference.exp() * (reference - loaded.logits(ids).log_softmax(-1))).sum(-1).mean()
     assert kl < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "keys", "message"),
+    [
+        ("gemma2", {"head_dim": 32}, {}, "gemma2.attention.key_length = 32, and transformers, .* takes 256"),
+        ("gemma3", {"head_dim": 32}, {}, "gemma3.attention.key_length = 32, and transformers, .* takes 256"),
+        ("gemma2", {}, {"gemma2.final_logit_softcapping": 12.0}, "final_logit_softcapping = 12.0, .* takes 30"),
+        ("llama", {}, {"llama.rope.scaling.type": "linear"}, "rope.scaling.type = linear, .* takes none"),
+        ("qwen2", {}, {"qwen2.attention.key_length": 32}, "attention.key_length = 32, .* takes 16"),
+    ],
+)  # fmt: skip
+def test_what_transformers_does_not_read_of_a_file_is_not_guessed(tmp_path, architecture, more, keys, message):
+    dense = tiny(architecture, tie_word_embeddings=architecture == "gemma2", **more)
+    path = write_gguf(tmp_path / "model.gguf", dense, architecture, more=keys)
+    for way in (polyquant.load, polyquant.plan):
+        with pytest.raises(ModelError, match=message):
+            way(path, "gguf", device="cpu")
