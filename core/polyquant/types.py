@@ -80,6 +80,7 @@ class Capabilities(Record, frozen=True):
     needs_calibration: bool = False  # quantizing needs sample text
     loads_prequantized: tuple[str, ...] = ()  # the quant_method names it reads
     saves: bool = False  # writes a checkpoint that loads back bit for bit
+    readable_by: tuple[str, ...] = ()  # who else reads what it writes: "transformers", or a runtime; others refuse it
     trains: bool = False  # adapters train on its frozen base
     compiles: bool = False  # torch.compile works
     offloads: bool = False  # part of the model may live on a slower device

@@ -17,6 +17,7 @@ HUB_FILES = [
     "*.py",
     "model*.safetensors",
     "gptq_model*.safetensors",
+    "packed*.safetensors",  # checkpoints of polyquant's that transformers must not take for its own
 ]
 PICKLE_FILES = ["pytorch_model*.bin"]
 

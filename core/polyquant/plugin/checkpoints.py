@@ -41,6 +41,8 @@ __all__ = [
     "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
+OWN_FORMAT = "packed"
+"""What the files of a checkpoint that transformers cannot read are called."""
 
 
 def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
@@ -272,6 +274,8 @@ def save(
 ) -> Path:
     """Write the tensors, less those that are tied to another, with config and tokenizer.
 
+    Under a name that transformers does not look for, where the backend's card does not say that it reads this format:
+    it knows the words of several quantization_configs without the tensors, and puts random numbers in their place.
     tensors: None is the model's state dict. quantization_config: None is the one of the model's config.
     """
     if tensors is None:
@@ -280,7 +284,8 @@ def save(
         quantization_config = dict(loaded.model.config.quantization_config)
     tied = versions.tied_tensors(loaded.model)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}
-    save_torch_state_dict(kept, out, metadata={"format": "pt"})
+    stem = "model" if "transformers" in loaded.backend.capabilities.readable_by else OWN_FORMAT
+    save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": "pt"})
     config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
     config.quantization_config = quantization_config
     config.architectures = [type(loaded.model).__name__]

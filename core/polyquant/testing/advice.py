@@ -54,6 +54,9 @@ CURES: Mapping[str, tuple[str, str]] = {
     ),
     "plan_is_within_one_percent": ("plan_layers", "count a layer's bytes as your module stores it, constants included"),
     "memory_comes_back": ("load", "keep no reference to the model or its tensors: no globals, no caches"),
+    "others_read_it_right_or_refuse_it": (
+        "readable_by", "name transformers on the card if it reads the format, else write with checkpoints.save"
+    ),
     "saves_and_loads_back": ("save", "write every tensor of the quantized modules exactly, and read all of it in load"),
     "writes_no_pickle": ("save", "write safetensors: polyquant.plugin.checkpoints.save does"),
     "contradicting_options_are_refused": (

@@ -20,9 +20,10 @@ def changed_copy(checkpoint: Path, out: Path, tensors: Change | None = None, sto
 
     shutil.copytree(checkpoint, out, dirs_exist_ok=True)
     if tensors is not None:
-        found = load_file(checkpoint / "model.safetensors")
+        (path,) = checkpoint.glob("*.safetensors")
+        found = load_file(path)
         tensors(found)
-        save_file(found, out / "model.safetensors", {"format": "pt"})
+        save_file(found, out / path.name, {"format": "pt"})
     if stored is not None:
         config = json.loads((checkpoint / "config.json").read_text())
         stored(config["quantization_config"])

@@ -360,7 +360,7 @@ def test_the_packaged_model_packed_is_the_dense_one():
     [
         ("gemma2", {"head_dim": 32}, {}, "gemma2.attention.key_length = 32, and transformers, .* takes 256"),
         ("gemma3", {"head_dim": 32}, {}, "gemma3.attention.key_length = 32, and transformers, .* takes 256"),
-        ("gemma2", {}, {"gemma2.final_logit_softcapping": 12.0}, "final_logit_softcapping = 12.0, .* takes 30"),
+        ("gemma2", {"head_dim": 256}, {"gemma2.final_logit_softcapping": 12.0}, "final_logit_softcapping = 12.0, .* 30"),
         ("llama", {}, {"llama.rope.scaling.type": "linear"}, "rope.scaling.type = linear, .* takes none"),
         ("qwen2", {}, {"qwen2.attention.key_length": 32}, "attention.key_length = 32, .* takes 16"),
     ],

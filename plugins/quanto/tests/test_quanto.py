@@ -126,12 +126,12 @@ def test_damaged_checkpoints_name_the_tensor(tiny, tmp_path):
 
     out = tmp_path / "out"
     load(tiny()).save(out)
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_file(out / "packed.safetensors")
     name = "model.layers.1.mlp.up_proj.weight._data"
-    save_file({key: value for key, value in tensors.items() if key != name}, out / "model.safetensors")
+    save_file({key: value for key, value in tensors.items() if key != name}, out / "packed.safetensors")
     with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be read: it is incomplete"):
         polyquant.load(out, device="cpu")
-    save_file({**tensors, "model.extra": torch.zeros(1)}, out / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(1)}, out / "packed.safetensors")
     with pytest.raises(ModelError, match=r"have no place in the model: model\.extra"):
         polyquant.load(out, device="cpu")
     config = json.loads((out / "config.json").read_text())

@@ -82,7 +82,7 @@ def test_bytes_and_checkpoint(folder, tmp_path, bits, tiling):
     assert_verified(again)
     assert torch.equal(loaded.logits(TOKENS), again.logits(TOKENS))
     again.save(tmp_path / "second")
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "second")]
+    files = [(tmp_path / name / "packed.safetensors").read_bytes() for name in ("out", "second")]
     assert files[0] == files[1]
 
 
