@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,14 +48,16 @@ PARTLY = {"sample", "coverage"}
 """Checks that random weights, or experts that stay dense, may fail."""
 
 
-def configs() -> Iterator[tuple[str, Any, type]]:
-    """(model type, small config, class) of each causal architecture that builds, by name."""
+def configs(kinds: Collection[str] = ()) -> Iterator[tuple[str, Any, type]]:
+    """(model type, small config, class) of each causal architecture that builds, by name; of those in `kinds` alone."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     for kind, names in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
+        if kinds and kind not in kinds:
+            continue
         try:
             default = CONFIG_MAPPING[kind]()
             known = {*default.to_dict(), *default.attribute_map}
@@ -128,7 +130,7 @@ def cell(folder: Path, backend: str) -> tuple[str, str]:
 
 def run_one(kind: str) -> None:
     """Print a JSON line for each backend with the architecture `kind`, in this process."""
-    config, model_class = next((config, found) for name, config, found in configs() if name == kind)
+    (_, config, model_class), *_ = configs([kind])
     with TemporaryDirectory() as folder:
         build(config, model_class, Path(folder) / "model")
         for backend in on_the_fly():
