@@ -96,6 +96,24 @@ def misfit(skeleton: Any, tensors: Mapping[str, Any]) -> Misfit:
         )[1]  # fmt: skip
 
 
+def renamed(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
+    """Name of a checkpoint's tensor, or of a part of a packed one -> what transformers makes of it in the model.
+
+    Experts that are stored one by one get the name of the tensor that they become.
+    """
+    if not VERSION_5:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(skeleton)
+    one = [each for each in conversions if isinstance(each, WeightRenaming)]
+    many = [each for each in conversions if isinstance(each, WeightConverter)]
+    own, prefix = skeleton.state_dict(), skeleton.base_model_prefix
+    found = {name: rename_source_key(name, one, many, prefix, own)[0] for name in names if name not in own}
+    return {name: to for name, to in found.items() if to != name}
+
+
 def reporting(from_pretrained: Callable[..., Any], *arguments: Any, **more: Any) -> tuple[Any, Misfit]:
     """The model that transformers loads, and how its checkpoint differs from it, which transformers only logs."""
     table, logger = _Table(), logging.getLogger("transformers.modeling_utils")
