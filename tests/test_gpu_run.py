@@ -175,9 +175,11 @@ gpu.main()
     started = []
 
     def start(*, nohup: bool = False) -> tuple[subprocess.Popen, int]:
-        ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if nohup else ""
+        hangup = "SIG_IGN" if nohup else "SIG_DFL"  # set, since the tests themselves may run under nohup
+        handling = f"import signal; signal.signal(signal.SIGHUP, signal.{hangup})\n"
+        handling += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         arguments = ("--device", "cpu", "--out", tmp_path / "out", "--work", tmp_path / "work")
-        runner = subprocess.Popen([sys.executable, "-c", ignoring + code, *arguments], stderr=subprocess.DEVNULL)
+        runner = subprocess.Popen([sys.executable, "-c", handling + code, *arguments], stderr=subprocess.DEVNULL)
         started.append(runner)
         deadline = time.monotonic() + 60
         while not (tmp_path / "work" / "polyquant-gpu" / "doctor.json").exists() and time.monotonic() < deadline:
