@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from polyquant.errors import ModelError
-from polyquant.models import versions
+from polyquant.models import fit
 from polyquant.models.model import Model
 from polyquant.testing.checkpoints import assert_verified, changed_copy, put, replaced, without
 from polyquant.testing.models import SIZES, tiny_model
@@ -62,7 +62,7 @@ def test_names_alone_tell_the_same_as_transformers(tmp_path, case):
         pytest.skip("transformers 5 fuses experts, which earlier ones hold apart")
     skeleton = model.skeleton("float32")
     tensors = {name: torch.empty(found.shape, device="meta") for name, found in model.outline.tensors.items()}
-    by_names, reported = versions._misfit_by_names(skeleton, tensors), versions.misfit(skeleton, tensors)
+    by_names, reported = fit._misfit_by_names(skeleton, tensors), fit.misfit(skeleton, tensors)
     assert any(by_names)
     assert [sorted(names) for names in by_names] == [sorted(names) for names in reported]
 

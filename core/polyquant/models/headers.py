@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors: eight bytes of length, JSON, th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from polyquant.errors import ModelError
+from polyquant.request import ModelSource
 from polyquant.types import UNREADABLE
 
 DTYPE_BITS = {
@@ -48,6 +50,18 @@ class _Entry(msgspec.Struct):
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a local file, from its header alone. Raises ModelError for a header that lies."""
     return {name: tensor for name, (tensor, _) in located_tensors(path).items()}
+
+
+def stored_tensors(source: ModelSource) -> Mapping[str, StoredTensor]:
+    """The tensors in the safetensors files of `source`, whose headers are read once as long as they do not change."""
+    files = [source.path / file for file in source.weight_files if file.endswith(".safetensors")]
+    stats = [(file, file.stat()) for file in files]
+    return _tensors(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+
+
+@lru_cache(maxsize=16)
+def _tensors(files: tuple[tuple[Path, int, int], ...]) -> Mapping[str, StoredTensor]:
+    return {name: tensor for file, _, _ in files for name, tensor in read_safetensors(file).items()}
 
 
 def located_tensors(path: Path) -> dict[str, tuple[StoredTensor, int]]:

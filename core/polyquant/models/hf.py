@@ -16,10 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from polyquant.errors import ModelError
 from polyquant.models import versions
-from polyquant.models.fit import require_fit
+from polyquant.models.fit import reporting, require_fit
 from polyquant.models.gguf_config import require_as_stated
 from polyquant.models.gguf_header import read_header
-from polyquant.models.outline import stored_tensors
+from polyquant.models.headers import stored_tensors
 from polyquant.options import Dtype
 from polyquant.request import ModelSource
 
@@ -112,7 +112,7 @@ def load_model(source: ModelSource, dtype: Any, *, trust_remote_code: bool = Fal
     """
     config = read_config(source, trust_remote_code=trust_remote_code)
     more = {"gguf_file": source.gguf_file} if source.gguf_file else {"config": config}
-    model, misfit = versions.reporting(
+    model, misfit = reporting(
         AutoModelForCausalLM.from_pretrained,
         str(source.path),
         trust_remote_code=trust_remote_code,

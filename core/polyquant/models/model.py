@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-from polyquant.models.fit import Misfit, require_fit
 from polyquant.models.outline import Outline, outline_of
 from polyquant.models.resolve import dense_of, resolve
 from polyquant.options import Dtype
@@ -80,17 +79,17 @@ class Model:
             return
         import torch
 
-        from polyquant.models import versions
+        from polyquant.models.fit import Misfit, misfit, renamed, require_fit
 
         if self.source.stored_quantization:
-            self._renamed = versions.renamed(skeleton, self.outline.tensors)
+            self._renamed = renamed(skeleton, self.outline.tensors)
             require_fit(self.name, Misfit(self._modules_without_tensors(skeleton), ()))
             return
         tensors = {
             name: torch.empty(found.shape, dtype=getattr(torch, found.dtype, torch.uint8), device="meta")
             for name, found in self.outline.tensors.items()
         }
-        require_fit(self.name, versions.misfit(skeleton, tensors))
+        require_fit(self.name, misfit(skeleton, tensors))
 
     def _modules_without_tensors(self, skeleton: Any) -> list[str]:
         """Parameters of modules of which a packed checkpoint holds no part, nor a part of a module inside.

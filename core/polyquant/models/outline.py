@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase as fnmatch
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from polyquant.errors import ModelError, did_you_mean
 from polyquant.models import checks
 from polyquant.models.gguf_header import read_header
 from polyquant.models.gguf_types import FLOAT_DTYPES
-from polyquant.models.headers import StoredTensor, read_hub_repository, read_safetensors
+from polyquant.models.headers import StoredTensor, read_hub_repository, stored_tensors
 from polyquant.models.resolve import on_disk, refusal
 from polyquant.request import ModelSource
 
@@ -71,18 +70,6 @@ def _config_alone(path: Path, name: str) -> ModelSource | None:
         return None
     config = checks.with_sidecar(checks.read_object(path / "config.json", name), path, name, files)
     return ModelSource(name=name, path=path, config=config)
-
-
-def stored_tensors(source: ModelSource) -> Mapping[str, StoredTensor]:
-    """The tensors in the safetensors files of `source`, whose headers are read once as long as they do not change."""
-    files = [source.path / file for file in source.weight_files if file.endswith(".safetensors")]
-    stats = [(file, file.stat()) for file in files]
-    return _tensors(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
-
-
-@lru_cache(maxsize=16)
-def _tensors(files: tuple[tuple[Path, int, int], ...]) -> Mapping[str, StoredTensor]:
-    return {name: tensor for file, _, _ in files for name, tensor in read_safetensors(file).items()}
 
 
 def outline_of(source: ModelSource) -> Outline:

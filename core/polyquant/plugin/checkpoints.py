@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar
 
 import accelerate
 import msgspec
@@ -26,9 +26,9 @@ from polyquant.memory.planned import is_linear
 from polyquant.models import hf, versions
 from polyquant.models.checks import check_folder
 from polyquant.models.hf import load_tokenizer, read_config
-from polyquant.models.outline import stored_tensors
 from polyquant.models.versions import tied_tensors
 from polyquant.options import BackendOptions, Dtype
+from polyquant.plugin.dtypes import cast_dense, dense_dtypes, stored_dtype
 from polyquant.plugin.layers import fill_empty
 from polyquant.plugin.planning import module_of
 from polyquant.plugin.tensors import own_tensors, packed_modules
@@ -62,22 +62,6 @@ def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
     if (source.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
     return model.eval()
-
-
-def stored_dtype(source: ModelSource, otherwise: Dtype) -> Dtype:
-    """The dtype that holds the checkpoint's tensors as they are; of pickles, what the config names, else `otherwise`.
-
-    Beside float16 others mean float32: float16 has not their range. Beside bfloat16 it is what most bytes have.
-    """
-    sizes: Counter[Dtype] = Counter()
-    for tensor in stored_tensors(source).values():
-        if tensor.dtype in get_args(Dtype):
-            sizes[cast("Dtype", tensor.dtype)] += tensor.nbytes
-    if sizes:
-        return "float32" if len(sizes) > 1 and "float16" in sizes else sizes.most_common(1)[0][0]
-    stored: Any = source.config.get("dtype") or source.config.get("torch_dtype")
-    named: Dtype = stored if stored in get_args(Dtype) else otherwise
-    return named
 
 
 def single_device(request: LoadRequest) -> str:
@@ -117,7 +101,9 @@ def read_layers(
             continue
         if check is not None:
             check(name, tensor)
-        dense[name] = _cast(source, name, tensor, dtypes.get(name, wanted)) if tensor.is_floating_point() else tensor
+        dense[name] = (
+            cast_dense(source, name, tensor, dtypes.get(name, wanted)) if tensor.is_floating_point() else tensor
+        )
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
             layer = make(name, model.get_submodule(name), layers.pop(name, {}))
@@ -161,28 +147,11 @@ def quantize_layers(
     for name, parameter in model.named_parameters():
         owner, _, short = name.rpartition(".")
         if parameter.is_floating_point() and (owner not in made or short == "bias"):
-            parameter.data = _cast(source, name, parameter.data, dtypes.get(name, wanted))
+            parameter.data = cast_dense(source, name, parameter.data, dtypes.get(name, wanted))
     model.config.dtype = wanted
     if on_cpu:
         place(model, request)
     return model
-
-
-def dense_dtypes(request: LoadRequest) -> dict[str, torch.dtype]:
-    """Of the model's dense tensors: the compute dtype, but for those that transformers keeps in another."""
-    return {weight.name: getattr(torch, weight.dtype) for weight in request.weights}
-
-
-def _cast(source: ModelSource, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A dense tensor in `dtype`. Raises ModelError where it holds numbers that this dtype does not."""
-    narrowed = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not bool(torch.isfinite(narrowed).all()):
-        largest, kind = float(tensor.abs().max()), str(dtype).removeprefix("torch.")
-        raise ModelError(
-            f"{source.name}: {name} holds {largest:.3g}, and {kind} ends at {torch.finfo(dtype).max:.3g}; "
-            "load it with compute_dtype='bfloat16' or 'float32' (--compute-dtype)"
-        )
-    return narrowed
 
 
 def as_packed(config: Options, request: LoadRequest, parts: tuple[str, ...]) -> tuple[Options, list[str]]:
