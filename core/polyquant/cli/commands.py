@@ -175,7 +175,7 @@ def quantize(
         Path | None,
         typer.Option(help="Text file, one sample a paragraph, for backends that calibrate.", dir_okay=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of polyquant.")] = False,
 ) -> None:
     """Write a quantized checkpoint: load, verify, save; all or nothing.
 
@@ -186,8 +186,10 @@ def quantize(
             f"name the backend to quantize with: --backend, one of {', '.join(registry().names()) or 'none installed'}"
         )
     from polyquant.plugin.calibration import read_calibration
+    from polyquant.support.outputs import require_free
 
     texts = read_calibration(calibration) if calibration else None
+    require_free(out, overwrite=overwrite, keeps=(calibration,) if calibration else ())
     options = {**loading.options, "progress": sys.stderr.isatty()}
     path = api.quantize(model, loading.backend, out, calibration=texts, overwrite=overwrite, **options)
     print(f"wrote {path}: {sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB")

@@ -107,7 +107,7 @@ class RemoteBackend(Backend):
         self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None
     ) -> Path:
         self._require_hook("save")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=loaded.files) as partial:
             worker, folder = loaded.model, str(partial.absolute())
             self._observed("save", worker, lambda: worker.call("save", out=folder), loaded=loaded, out=partial)
             if accept is not None:
@@ -119,7 +119,7 @@ class RemoteBackend(Backend):
         overwrite: bool = False, accept: Callable[[Path], None] | None = None,
     ) -> Path:  # fmt: skip
         self._require_hook("quantize")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=request.source.files) as partial:
             worker = self._worker(shown=request.progress)
             try:
                 given = {"request": request, "config": config, "calibration": list(calibration)}

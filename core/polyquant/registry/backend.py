@@ -81,7 +81,7 @@ class Backend:
         Raises UnsupportedOperation before any work where the backend cannot, SaveError where writing fails.
         """
         self._require_hook("save")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=loaded.files) as partial:
             _, recorder = self._recorded("save", loaded=loaded, out=partial)
             loaded.records += recorder.records
             if accept is not None:
@@ -103,7 +103,7 @@ class Backend:
         accept: called with what was written before it takes its place; what it raises leaves `out` as it was.
         """
         self._require_hook("quantize")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=request.source.files) as partial:
             self._call("quantize", request=request, config=config, calibration=calibration, out=partial)
             if accept is not None:
                 accept(partial)
