@@ -63,7 +63,8 @@ def _merged(into: merge_methods.Target, model: str | Path, adapter: Path, loaded
         return merge_methods.dequantized_merged(loaded, source, dtype)
     if source.stored_quantization:
         raise ConfigError(f"{model} is quantized, there is no dense model to merge into; use into='dequantized'")
-    return merge_methods.dense_merged(source, adapter, dtype)
+    trusted = loaded.request is not None and loaded.request.trust_remote_code
+    return merge_methods.dense_merged(source, adapter, dtype, trust_remote_code=trusted)
 
 
 def _requantized(

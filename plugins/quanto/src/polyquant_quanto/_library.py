@@ -42,7 +42,8 @@ def prepare_unpacking() -> list[str]:
     except Exception as error:  # no compiler, no ninja, or a folder that cannot be written
         logging.getLogger(__name__).debug("quanto_cpp", exc_info=error)
         extension._lib = SimpleNamespace(unpack=_unpack)
-        return [*notes, f"unpacks in torch: quanto's C++ unpacking could not be compiled ({str(error).splitlines()[0]})"]
+        why = str(error).splitlines()[0]
+        return [*notes, f"unpacks in torch: quanto's C++ unpacking could not be compiled ({why})"]
     return notes
 
 
