@@ -12,6 +12,7 @@ import msgspec
 
 from polyquant.errors import SaveError
 from polyquant.support.libraries import installed_version
+from polyquant.support.paths import require_utf8
 from polyquant.types import UNREADABLE, Record
 
 MARK = ".polyquant-output"  # the file that tells an output of ours, and what was written with it
@@ -34,6 +35,7 @@ def require_free(out: Path, *, overwrite: bool, keeps: Iterable[Path] = ()) -> N
     With `overwrite`, an empty folder or an earlier output of polyquant is, to which nothing was added, unless it is or
     holds the working directory or one of `keeps`.
     """
+    require_utf8(out)
     if not out.exists():
         return
     if not overwrite:
