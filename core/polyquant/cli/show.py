@@ -124,6 +124,7 @@ def doctor(diagnoses: Sequence[Diagnosis]) -> None:
         where = f" in environment {diagnosis.environment}" if diagnosis.environment and diagnosis.runs else ""
         about = (diagnosis.backend, diagnosis.origin, diagnosis.device)
         console.print(styled(f"[bold]{{}}[/] ({{}}) on {{}}: {mark}{{}}", *about, where))
+        _notes(diagnosis.notes)
         for problem in diagnosis.problems:
             console.print(styled("  - {}\n    fix: [bold]{}[/]", problem.what, problem.fix))
             if problem.detail:
