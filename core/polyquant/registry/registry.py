@@ -10,10 +10,9 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -30,30 +29,13 @@ from polyquant.errors import (
     UnsupportedOperation,
     did_you_mean,
 )
-from polyquant.loaded import LoadedModel
-from polyquant.options import BackendOptions
 from polyquant.registry import hooks
+from polyquant.registry.answers import cure_of_import, wrong_answer
 from polyquant.registry.catalogue import hint
 from polyquant.registry.observers import Call, Trace, calling
 from polyquant.support.containing import output_to
-from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
+from polyquant.types import BackendInfo
 
-RESULTS: Mapping[str, type] = {
-    "backend_info": BackendInfo,
-    "validate_environment": list,
-    "build_config": BackendOptions,
-    "load": LoadedModel,
-    "describe_layers": list,
-    "plan_layers": list,
-    "quantize": Path,
-    "prepare_for_training": object,
-    "save": Path,
-}
-ITEMS: Mapping[str, type] = {
-    "validate_environment": Problem,
-    "describe_layers": LayerInfo,
-    "plan_layers": LayerPlan,
-}
 SLOW_SECONDS = 3.0  # of importing a plugin, which imports nothing heavy
 
 
@@ -150,7 +132,7 @@ class Registry:
             raise failure from error
         if isinstance(result, list) and hook == "backend_info":
             result = result[0] if result else None
-        if wrong := _wrong(hook, result):
+        if wrong := wrong_answer(hook, result):
             broken = BrokenBackend(
                 f"{self.origin(name)}: {hook} {wrong} ({self._place(name, hook)}): {hooks.CURES[hook]}"
             )
@@ -230,7 +212,7 @@ class Registry:
         except BaseException as error:  # sys.exit too
             at = self._raised_at(name, error) or point.value
             raise BrokenBackend(
-                f"{origin}: import failed with {type(error).__name__}: {error} ({at}): {_cure_of_import(point, error)}"
+                f"{origin}: import failed with {type(error).__name__}: {error} ({at}): {cure_of_import(point, error)}"
                 f"{self._requirement(name)}"
             ) from error
         try:
@@ -286,39 +268,10 @@ class Registry:
                 f"{origin}: backend_info failed with {type(error).__name__}: {error} ({at}): "
                 f"{hooks.CURES['backend_info']}{self._requirement(name)}"
             ) from error
-        if wrong := _wrong("backend_info", info):
+        if wrong := wrong_answer("backend_info", info):
             raise BrokenBackend(f"{origin}: backend_info {wrong} ({at}): {hooks.CURES['backend_info']}")
         if info.name != name:
             raise BrokenBackend(
                 f"{origin}: entry point {name!r} answers with the card of {info.name!r} ({at}); give both one name"
             )
         return info  # type: ignore[no-any-return]  # checked above
-
-
-def _wrong(hook: str, result: object) -> str:
-    """What is wrong with a hook's answer, in words; empty where it has the right type."""
-    wanted, item = RESULTS[hook], ITEMS.get(hook)
-    if result is None:
-        return f"must answer with {wanted.__name__}, it answered with NoneType (does it return?)"
-    if not isinstance(result, wanted):
-        return f"must answer with {wanted.__name__}, it answered with {type(result).__name__}"
-    strange = [each for each in result if not isinstance(each, item)] if item and isinstance(result, list) else []
-    if strange and item:
-        return f"must answer with a list of {item.__name__}, {type(strange[0]).__name__} is in it"
-    return ""
-
-
-def _cure_of_import(point: EntryPoint, error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return "a plugin must not end the program: raise an error there, or in validate_environment return a Problem"
-    own = point.module.partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        if error.name.partition(".")[0] == own:
-            return f"the entry point names {point.value}; write that module, or mend the entry point in pyproject.toml"
-        return (
-            f"install {error.name}; a library that only the hooks need is imported inside them, so that listing works "
-            "without it"
-        )
-    if isinstance(error, AttributeError) and point.attr and str(error).endswith(f"has no attribute {point.attr!r}"):
-        return f"the entry point names {point.value}; write {point.attr} = YourBackend() at the end of that module"
-    return "mend it there"

@@ -38,7 +38,7 @@ def output_to(other: TextIO) -> Iterator[None]:
     """Within the block, what this thread writes to standard output goes to `other`; other threads are left alone."""
     with _parting:
         parted = sys.stdout if isinstance(sys.stdout, _Parted) else _Parted(sys.stdout)
-        sys.stdout = parted  # type: ignore[assignment]
+        sys.stdout = parted
         parted.users += 1
     before = parted.of_thread.get(get_ident())
     parted.of_thread[get_ident()] = other
