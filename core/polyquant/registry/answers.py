@@ -1,36 +1,12 @@
-"""What a plugin must answer with, and in words what is wrong with what it gave."""
+"""In words, what is wrong with what a plugin gave: the answer of a hook, or an error when it was imported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import EntryPoint
-from pathlib import Path
-
-from polyquant.loaded import LoadedModel
-from polyquant.options import BackendOptions
-from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
-
-RESULTS: Mapping[str, type] = {
-    "backend_info": BackendInfo,
-    "validate_environment": list,
-    "build_config": BackendOptions,
-    "load": LoadedModel,
-    "describe_layers": list,
-    "plan_layers": list,
-    "quantize": Path,
-    "prepare_for_training": object,
-    "save": Path,
-}
-ITEMS: Mapping[str, type] = {
-    "validate_environment": Problem,
-    "describe_layers": LayerInfo,
-    "plan_layers": LayerPlan,
-}
 
 
-def wrong_answer(hook: str, result: object) -> str:
+def wrong_answer(result: object, wanted: type, item: type | None) -> str:
     """What is wrong with a hook's answer, in words; empty where it has the right type."""
-    wanted, item = RESULTS[hook], ITEMS.get(hook)
     if result is None:
         return f"must answer with {wanted.__name__}, it answered with NoneType (does it return?)"
     if not isinstance(result, wanted):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -29,13 +30,31 @@ from polyquant.errors import (
     UnsupportedOperation,
     did_you_mean,
 )
+from polyquant.loaded import LoadedModel
+from polyquant.options import BackendOptions
 from polyquant.registry import hooks
 from polyquant.registry.answers import cure_of_import, wrong_answer
 from polyquant.registry.catalogue import hint
 from polyquant.registry.observers import Call, Trace, calling
 from polyquant.support.containing import output_to
-from polyquant.types import BackendInfo
+from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
 
+RESULTS: Mapping[str, type] = {
+    "backend_info": BackendInfo,
+    "validate_environment": list,
+    "build_config": BackendOptions,
+    "load": LoadedModel,
+    "describe_layers": list,
+    "plan_layers": list,
+    "quantize": Path,
+    "prepare_for_training": object,
+    "save": Path,
+}
+ITEMS: Mapping[str, type] = {
+    "validate_environment": Problem,
+    "describe_layers": LayerInfo,
+    "plan_layers": LayerPlan,
+}
 SLOW_SECONDS = 3.0  # of importing a plugin, which imports nothing heavy
 
 
@@ -132,7 +151,7 @@ class Registry:
             raise failure from error
         if isinstance(result, list) and hook == "backend_info":
             result = result[0] if result else None
-        if wrong := wrong_answer(hook, result):
+        if wrong := wrong_answer(result, RESULTS[hook], ITEMS.get(hook)):
             broken = BrokenBackend(
                 f"{self.origin(name)}: {hook} {wrong} ({self._place(name, hook)}): {hooks.CURES[hook]}"
             )
@@ -268,7 +287,7 @@ class Registry:
                 f"{origin}: backend_info failed with {type(error).__name__}: {error} ({at}): "
                 f"{hooks.CURES['backend_info']}{self._requirement(name)}"
             ) from error
-        if wrong := wrong_answer("backend_info", info):
+        if wrong := wrong_answer(info, BackendInfo, None):
             raise BrokenBackend(f"{origin}: backend_info {wrong} ({at}): {hooks.CURES['backend_info']}")
         if info.name != name:
             raise BrokenBackend(
