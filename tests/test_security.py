@@ -1,8 +1,12 @@
 """What docs/explanation/security.md says that a checkpoint cannot do."""
 
+import ast
+import io
 import json
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from polyquant import api
@@ -10,6 +14,7 @@ from polyquant.models import hf
 from polyquant.errors import ConfigError, ModelError, UnknownBackend
 from polyquant.finetuning.data import read_examples
 from polyquant.finetuning.options import TrainingOptions
+from polyquant.loading.dense import load_dense
 from polyquant.models.builtin import dense_from_gguf
 from polyquant.models.resolve import resolve
 from polyquant.testing.models import tiny_model
@@ -67,6 +72,40 @@ def test_code_of_the_repository_is_not_run(bitsandbytes, model, marker):
     with pytest.raises(ModelError, match="runs Python code of its own.*read that code first, then allow it"):
         api.load(model, "bitsandbytes", device="cpu")
     assert not marker.exists()
+
+
+def test_nobody_is_asked_whether_code_may_run(model, marker, monkeypatch):
+    """transformers asks on standard input where it is not told."""
+    change(model, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    (model / "evil.py").write_text(code)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ModelError, match="runs Python code of its own"):
+        load_dense(resolve(model))
+    assert not marker.exists()
+    load_dense(resolve(model), trust_remote_code=True)
+    assert marker.exists()
+
+
+ROOT = Path(__file__).parent.parent
+OURS = [ROOT / "core", *(ROOT / "plugins").glob("*/src"), ROOT / "docs" / "examples"]
+READERS = {"from_pretrained", "from_config"}
+READING = re.compile(r"\.(?:from_pretrained|from_config)\(([^()]|\([^()]*\))*\)")
+
+
+@pytest.mark.parametrize("folder", OURS, ids=lambda folder: folder.relative_to(ROOT).as_posix())
+def test_every_call_of_transformers_says_whether_code_may_run(folder):
+    silent = []
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            called = [node.func, *node.args] if isinstance(node, ast.Call) else []  # or handed on, to be called
+            if isinstance(node, ast.Call) and {getattr(each, "attr", "") for each in called} & READERS:
+                silent += [] if "trust_remote_code" in {word.arg for word in node.keywords} else [where]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # code for another process
+                calls = READING.finditer(node.value)
+                silent += [where for call in calls if "trust_remote_code" not in call[0]]
+    assert not silent
 
 
 @pytest.mark.parametrize("where", ["attn_implementation", "_attn_implementation", "experts_implementation"])

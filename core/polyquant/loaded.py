@@ -64,6 +64,12 @@ class LoadedModel:
         return self._backend
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Folders and files that it was read from, as far as they are known."""
+        source = self.request.source.files if self.request is not None else ()
+        return (*source, *((Path(self.adapter),) if self.adapter else ()))
+
+    @property
     def layers(self) -> list[LayerInfo]:
         """Every parameter and buffer as it is now; where there is an adapter, its tensors too, in the role of one."""
         if not self.adapter:

@@ -14,6 +14,7 @@ from polyquant.cli import authoring, environments
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
 from polyquant.cli.options import Loading, complete_backend, loads_models, spread
+from polyquant.cli.output import say, say_piece
 from polyquant.cli.planning import plan, recommend
 from polyquant.cli.reporting import report
 from polyquant.cli.training import finetune, merge
@@ -30,7 +31,7 @@ Temperature = Annotated[float, typer.Option(help="0 for greedy decoding.", min=0
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(polyquant.__version__)
+        say(polyquant.__version__)
         raise typer.Exit
 
 
@@ -175,7 +176,7 @@ def quantize(
         Path | None,
         typer.Option(help="Text file, one sample a paragraph, for backends that calibrate.", dir_okay=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of polyquant.")] = False,
 ) -> None:
     """Write a quantized checkpoint: load, verify, save; all or nothing.
 
@@ -186,11 +187,13 @@ def quantize(
             f"name the backend to quantize with: --backend, one of {', '.join(registry().names()) or 'none installed'}"
         )
     from polyquant.plugin.calibration import read_calibration
+    from polyquant.support.outputs import require_free
 
     texts = read_calibration(calibration) if calibration else None
+    require_free(out, overwrite=overwrite, keeps=(calibration,) if calibration else ())
     options = {**loading.options, "progress": sys.stderr.isatty()}
     path = api.quantize(model, loading.backend, out, calibration=texts, overwrite=overwrite, **options)
-    print(f"wrote {path}: {sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB")
+    say(f"wrote {path}: {sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB")
 
 
 def _load(model: str, loading: Loading) -> LoadedModel:
@@ -207,6 +210,6 @@ def _stream(loaded: LoadedModel, prompt: Any, max_new_tokens: int, temperature: 
     pieces = []
     for piece in loaded.stream(prompt, max_new_tokens=max_new_tokens, **sampling):
         pieces.append(piece)
-        print(piece, end="", flush=True)
-    print()
+        say_piece(piece)
+    say()
     return "".join(pieces)

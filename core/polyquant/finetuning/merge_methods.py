@@ -32,9 +32,10 @@ from polyquant.request import ModelSource
 Target = Literal["dense", "dequantized", "requantized"]
 
 
-def dense_merged(source: ModelSource, adapter: Path, dtype: Dtype) -> Any:
+def dense_merged(source: ModelSource, adapter: Path, dtype: Dtype, *, trust_remote_code: bool = False) -> Any:
     """The dense model with the adapter's product added to its weights."""
-    return attach_to(dense.load_dense(source, dtype), adapter).merge_and_unload()
+    model = dense.load_dense(source, dtype, trust_remote_code=trust_remote_code)
+    return attach_to(model, adapter).merge_and_unload()
 
 
 def dequantized_merged(loaded: LoadedModel, source: ModelSource, dtype: Dtype) -> Any:
@@ -46,7 +47,8 @@ def dequantized_merged(loaded: LoadedModel, source: ModelSource, dtype: Dtype) -
     tensors = {name.replace(f".{BASE_LAYER}.", "."): tensor for name, tensor in wrapped.state_dict().items()}
     packed = {layer.name.rpartition(".")[0] for layer in loaded.layers if layer.quantized}
     packed |= {layer.name.partition(".lora_")[0] for layer in loaded.layers if layer.role == "adapter"}
-    model = hf.skeleton(source, dtype).to_empty(device="cpu")
+    trusted = loaded.request is not None and loaded.request.trust_remote_code
+    model = hf.skeleton(source, dtype, trust_remote_code=trusted).to_empty(device="cpu")
     _copy_buffers(model, wrapped)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -6,8 +6,8 @@ import random
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,8 +29,9 @@ from polyquant.memory.peak import measure_peak
 from polyquant.models import versions
 from polyquant.models.hashing import content_hash
 from polyquant.options import convert
-from polyquant.support.files import atomic_folder
+from polyquant.support.files import atomic_folder, claimed
 from polyquant.support.machine import this_machine
+from polyquant.support.outputs import require_free
 from polyquant.support.peft import import_peft
 from polyquant.support.progress import SILENT, Progress
 
@@ -60,11 +61,20 @@ def finetune(
 
     Under `accelerate launch` every process has the whole base and a share of each step; the first one writes.
     """
+    with ExitStack() as claims:
+        return _finetune(loaded, data, out, options, claims, overwrite=overwrite, restart=restart, progress=progress)
+
+
+def _finetune(
+    loaded: LoadedModel, data: str | Path, out: Path, options: TrainingOptions, claims: ExitStack, *, overwrite: bool,
+    restart: bool, progress: Progress,
+) -> Tuned:  # fmt: skip
+    """claims: holds the right to the run's working folder for as long as it is open."""
     backend = loaded.backend
     if not backend.capabilities.trains:
         raise UnsupportedOperation(f"{backend.name} cannot train adapters on its quantized base")
-    if out.exists() and not overwrite:
-        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    keeps = (*loaded.files, Path(data))
+    require_free(out, overwrite=overwrite, keeps=keeps)
     import_peft()
     from accelerate import PartialState
 
@@ -94,9 +104,13 @@ def finetune(
     if options.dora:
         require_dora(base, targets, backend.name)
     processes = PartialState(cpu=loaded.request.device == "cpu")
+    notes: list[str] = []
+    if processes.is_main_process:
+        claims.enter_context(claimed(state.working_folder(out)))
     with processes.main_process_first():
-        folder = state.begin(out, _job(card), restart=restart and processes.is_main_process)
-        checkpoint, notes = state.last_whole_checkpoint(folder)
+        folder = state.begin(out, _job(card), restart=restart and processes.is_main_process, notes=notes)
+        checkpoint, thrown_away = state.last_whole_checkpoint(folder)
+        notes += thrown_away
     with quiet_libraries():
         model = train.with_adapters(base, targets, options)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -109,7 +123,7 @@ def finetune(
         )  # fmt: skip
     seconds = perf_counter() - started
     if processes.is_main_process:
-        write(model.eval(), out, card, followed.steps, folder, overwrite=overwrite)
+        write(model.eval(), out, card, followed.steps, folder, overwrite=overwrite, keeps=keeps)
     processes.wait_for_everyone()
     loaded.model, loaded.adapter = model, str(out)
     last = followed.steps[-1]
@@ -153,9 +167,12 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def write(model: Any, out: Path, card: Card, steps: Sequence[TrainingStep], folder: Path, *, overwrite: bool) -> None:
+def write(
+    model: Any, out: Path, card: Card, steps: Sequence[TrainingStep], folder: Path, *, overwrite: bool,
+    keeps: Iterable[Path] = (),
+) -> None:  # fmt: skip
     """The adapter folder, all or nothing; the run's working folder is then gone."""
-    with atomic_folder(out, overwrite=overwrite) as partial:
+    with atomic_folder(out, overwrite=overwrite, keeps=keeps) as partial:
         model.save_pretrained(partial)
         (partial / "README.md").write_text(_readme(card, steps), encoding="utf-8")
         (partial / CARD).write_text(card.to_json(), encoding="utf-8")

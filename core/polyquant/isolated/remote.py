@@ -11,10 +11,10 @@ import msgspec
 
 from polyquant.errors import EnvironmentProblem, ModelError
 from polyquant.isolated.environments import card_in_this_process, environment_of
-from polyquant.isolated.worker import Worker
+from polyquant.isolated.worker import START_SECONDS, Worker
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.options import BackendOptions
-from polyquant.registry.backend import Backend
+from polyquant.registry.backend import ANSWER_SECONDS, Backend
 from polyquant.registry.observers import Call
 from polyquant.registry.registry import Registry
 from polyquant.support.files import atomic_folder
@@ -78,6 +78,9 @@ class RemoteBackend(Backend):
         self._idle = worker  # for the load that most often follows
         return msgspec.convert(found, list[Problem])
 
+    def problems_in_time(self, device: str = "cpu", seconds: float = START_SECONDS + ANSWER_SECONDS) -> list[Problem]:
+        return super().problems_in_time(device, seconds)
+
     def load(self, request: LoadRequest, settled: Settled) -> RemoteModel:
         from polyquant.models import hf
 
@@ -107,7 +110,7 @@ class RemoteBackend(Backend):
         self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None
     ) -> Path:
         self._require_hook("save")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=loaded.files) as partial:
             worker, folder = loaded.model, str(partial.absolute())
             self._observed("save", worker, lambda: worker.call("save", out=folder), loaded=loaded, out=partial)
             if accept is not None:
@@ -119,7 +122,7 @@ class RemoteBackend(Backend):
         overwrite: bool = False, accept: Callable[[Path], None] | None = None,
     ) -> Path:  # fmt: skip
         self._require_hook("quantize")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=request.source.files) as partial:
             worker = self._worker(shown=request.progress)
             try:
                 given = {"request": request, "config": config, "calibration": list(calibration)}

@@ -63,7 +63,9 @@ def attach(loaded: LoadedModel, folder: str | Path) -> LoadedModel:
 def attach_to(model: Any, folder: Path) -> Any:
     """`model` with the adapter, as PEFT wraps it. Raises AdapterError where PEFT cannot."""
     try:
-        return import_peft().PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+        peft = import_peft()
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False, trust_remote_code=False)
+        return adapted.eval()
     except Exception as error:
         raise AdapterError(f"{folder}: PEFT cannot put this adapter on the model: {error}") from error
 

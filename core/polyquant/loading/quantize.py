@@ -14,6 +14,7 @@ from polyquant.loading.options import split_options
 from polyquant.loading.settle import route_of
 from polyquant.loading.verify import verify
 from polyquant.models.model import Model
+from polyquant.support.outputs import require_free
 
 
 def quantize(
@@ -27,8 +28,7 @@ def quantize(
 ) -> Path:
     """See `polyquant.quantize`."""
     handle = handles.backend(backend)
-    if out.exists() and not overwrite:
-        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    require_free(out, overwrite=overwrite, keeps=(Path(model),))
     how, own = split_options(options)
 
     def accept(written: Path) -> None:

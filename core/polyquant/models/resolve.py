@@ -7,6 +7,7 @@ from pathlib import Path
 from polyquant.errors import ModelError
 from polyquant.models import builtin, checks
 from polyquant.request import ModelSource
+from polyquant.support.paths import require_utf8
 
 HUB_FILES = [
     "*.json",
@@ -36,6 +37,7 @@ def resolve(
 def on_disk(model: str | Path, *, allow_pickle: bool = False) -> ModelSource | None:
     """The checked files of a folder, a file or a builtin model; None where `model` can only be a name on the hub."""
     name = str(model)
+    require_utf8(name)
     if name.startswith(builtin.PREFIX):
         return builtin.packaged_source(name)
     path = Path(name).expanduser()

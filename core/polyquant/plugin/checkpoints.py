@@ -60,7 +60,9 @@ def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
             **attention,
         )
     if (source.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=request.trust_remote_code
+        )
     return model.eval()
 
 

@@ -157,10 +157,15 @@ def short(file: str | Path) -> str:
 
 def raised_at(error: BaseException, module: str) -> str:
     """The last line of the package of `module` that `error` passed: 'polyquant_acme/_load.py:34'; empty for none."""
-    homes = _homes(module.partition(".")[0])
     lines = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         lines.append((error.filename, error.lineno or 0))
+    return last_own(lines, module)
+
+
+def last_own(lines: list[tuple[str, int]], module: str) -> str:
+    """The last of some files and lines that is in the package of `module`: 'polyquant_acme/_load.py:34', or empty."""
+    homes = _homes(module.partition(".")[0])
     own = [(file, line) for file, line in lines if any(home in (path := Path(file), *path.parents) for home in homes)]
     return f"{short(own[-1][0])}:{own[-1][1]}" if own else ""
 

@@ -1,6 +1,10 @@
 """quanto on a small random llama: options, odd sizes, skipped modules, checkpoints, training."""
 
 import json
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import polyquant
 import pytest
@@ -53,6 +57,38 @@ def load(path, **options):
 def test_bad_options(options, words):
     with pytest.raises(ConfigError, match=words):
         load("nowhere", **options)
+
+
+HOLDS = """
+import sys, time
+from torch.utils.file_baton import FileBaton
+assert FileBaton(sys.argv[1]).try_acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_compile_lock_of_a_killed_process_is_noticed_and_the_load_goes_on(tiny, tmp_path, monkeypatch):
+    extension = _library.get_extension("quanto_cpp")
+    lock, notes = tmp_path / "lock", []
+
+    def compiles(**_):
+        assert not lock.exists()
+        return SimpleNamespace(unpack=_library._unpack)
+
+    monkeypatch.setattr(extension, "build_directory", str(tmp_path))
+    monkeypatch.setattr(extension, "_lib", None)
+    monkeypatch.setattr("optimum.quanto.library.extensions.extension.load", compiles)
+    waits = threading.Thread(target=lambda: notes.extend(load(tiny(256, 384), weights="int4").notes))
+    with subprocess.Popen([sys.executable, "-c", HOLDS, lock], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        waits.start()
+        waits.join(5)
+        assert waits.is_alive(), "it did not wait for a process that compiles"
+        holder.kill()
+    waits.join(60)
+    assert not waits.is_alive()
+    assert f"{lock} was left by a process that is gone, and was removed" in notes
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
