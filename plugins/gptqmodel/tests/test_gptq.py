@@ -97,9 +97,7 @@ def test_auto_gptq_checkpoints(checkpoint, copy, packing):
 
 def test_a_bias_that_is_not_zero_has_no_place(copy, packing):
     packing.change_tensors(copy, lambda tensors: tensors.update({f"{UP}.bias": torch.ones(512)}))
-    with pytest.raises(
-        ModelError, match=rf"{UP} cannot be read: 1 tensors are missing or have no place in the model: bias"
-    ):
+    with pytest.raises(ModelError, match=rf"{UP} cannot be read: bias has no place beside"):
         load(copy)
 
 
@@ -123,7 +121,7 @@ def test_what_is_not_read_is_refused(copy, stored, words, packing):
 @pytest.mark.parametrize(("stored", "tensor"), [({"bits": 8}, "qweight"), ({"group_size": 32}, "qzeros")])
 def test_a_config_that_does_not_fit_the_tensors(copy, stored, tensor, packing):
     packing.change_stored(copy, **stored)
-    with pytest.raises(ModelError, match=rf"{tensor} has shape"):
+    with pytest.raises(ModelError, match=rf"{tensor} of a layer .* should be"):
         load(copy)
 
 
