@@ -104,19 +104,24 @@ def bias_as_parameter(layer: Any) -> None:
         layer.register_parameter("bias", torch.nn.Parameter(bias.detach(), requires_grad=False))
 
 
-def gptq_tensors(linear: Any, tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+def gptq_tensors(
+    linear: Any, tensors: Mapping[str, Tensor], group_size: int, *, in_order: bool = True
+) -> dict[str, Tensor]:
     """The tensors of a GPTQ layer, with each column's group, and without the bias of zeros that auto-gptq writes.
 
     linear: the dense module, which says whether there is a bias. group_size: -1 is all of in_features.
+    in_order: whether the columns are in their order where no `g_idx` says which group each belongs to.
     Raises ModelError where a column belongs to a group that there is not: kernels read its scale beyond the last one.
     """
     whole = dict(tensors)
     if linear.bias is None and "bias" in whole and not whole["bias"].any():
         del whole["bias"]
     size = linear.in_features if group_size == -1 else group_size
-    whole.setdefault("g_idx", torch.arange(linear.in_features, dtype=torch.int32) // size)  # columns in their order
+    if in_order or group_size == -1:
+        whole.setdefault("g_idx", torch.arange(linear.in_features, dtype=torch.int32) // size)
     group_of_column = Part((linear.in_features,), "int32", 0, ceil(linear.in_features / size) - 1)
-    require_parts((linear.out_features, linear.in_features), {"g_idx": whole["g_idx"]}, {"g_idx": group_of_column})
+    own = {name: tensor for name, tensor in whole.items() if name == "g_idx"}
+    require_parts((linear.out_features, linear.in_features), own, {"g_idx": group_of_column})
     return whole
 
 

@@ -198,3 +198,26 @@ def test_calibration_pays(folder, tmp_path, packing):
 def test_adapters_get_the_gradients_of_the_dequantized_model(folder, tmp_path, variant, packing):
     path = packing.write_gptq(tiny_model("qwen2", folder), tmp_path / "out", **variant)
     packing.assert_adapters_train_as_on(packing.equal_dense(path), load(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index + 100, "g_idx holds 100 to 103, and 0 to 3 is possible"),
+        (lambda index: index - 1, "g_idx holds -1 to 2"),
+        (lambda index: index.float(), r"g_idx of a layer .* int32, and is \(256,\) float32"),
+        (lambda index: index[:-1].clone(), r"g_idx of a layer .* \(256,\) int32, and is \(255,\) int32"),
+    ],
+    ids=["beyond", "before", "dtype", "short"],
+)
+def test_columns_of_groups_that_are_not_there_are_refused(copy, packing, change, words):
+    packing.change_tensors(copy, lambda tensors: tensors.update({f"{UP}.g_idx": change(tensors[f"{UP}.g_idx"])}))
+    with pytest.raises(ModelError, match=f"{UP} cannot be read: {words}"):
+        load(copy)
+
+
+def test_reordered_columns_without_their_order_are_refused(folder, tmp_path, packing):
+    path = packing.write_gptq(tiny_model("llama", folder), tmp_path / "out", order=True)
+    packing.change_tensors(path, lambda tensors: tensors.pop(f"{UP}.g_idx"))
+    with pytest.raises(ModelError, match=f"{UP} cannot be read: g_idx is missing"):
+        load(path)

@@ -24,7 +24,8 @@ def load(request: LoadRequest, config: AutogptqOptions) -> LoadedModel:
 
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         layer = empty_layer(linear, config, dtype)
-        whole = layer_tensors(linear, gptq_tensors(linear, tensors, config.group_size), parts_of(layer))
+        own = gptq_tensors(linear, tensors, config.group_size, in_order=not config.desc_act)
+        whole = layer_tensors(linear, own, parts_of(layer))
         fill_empty(layer, {part: tensor.to(kept.get(part, tensor.dtype)) for part, tensor in whole.items()})
         bias_as_parameter(layer)
         return layer

@@ -32,7 +32,7 @@ def load(request: LoadRequest, config: Options) -> LoadedModel:
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Layer:
         layer = empty_layer(linear, kernel, config, name)
         if is_gptq:
-            tensors = gptq_tensors(linear, tensors, config.group_size)
+            tensors = gptq_tensors(linear, tensors, config.group_size, in_order=not config.desc_act)
         keeps_scales = is_gptq and on_cpu and dtype != torch.float32
         whole = layer_tensors(linear, tensors, parts_of(layer))
         fill_empty(layer, {part: _kept(part, tensor, dtype, keeps_scales) for part, tensor in whole.items()})
