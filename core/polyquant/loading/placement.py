@@ -9,7 +9,7 @@ import psutil
 
 from polyquant.errors import ConfigError, PlacementError, did_you_mean
 from polyquant.loading.options import LoadOptions
-from polyquant.loading.settle import Settled
+from polyquant.loading.settle import Settled, as_stored
 from polyquant.models.model import Model
 from polyquant.registry.backend import Backend
 from polyquant.request import MaxMemory, Offload
@@ -36,7 +36,8 @@ def device_map_for(model: Model, backend: Backend, settled: Settled, how: LoadOp
         return {"": device}
     if not plans:
         raise ConfigError(f"{backend.name} does not plan its memory, so max_memory cannot be kept; leave it out")
-    planned = backend.plan_layers(settled.weights, settled.options)
+    with as_stored(settled, model.name, backend.name):
+        planned = backend.plan_layers(settled.weights, settled.options)
     return fill_devices(model.skeleton(settled.dtype), planned, device, how.max_memory, how.offload)
 
 

@@ -75,6 +75,11 @@ def require_plausible(config: dict[str, Any], name: str) -> None:
     for key in ("quantization_config", "text_config"):
         if not isinstance(config.get(key) or {}, dict):
             raise ModelError(f"{name}: {key} in its config must be an object, it is {config[key]!r:.60}")
+    if config.get("quantization_config") == {}:
+        raise ModelError(
+            f"{name}: quantization_config in its config is empty, and so neither dense nor quantized; write there how "
+            "it was quantized, or take it out to load a dense model"
+        )
     if not isinstance(config.get("model_type", ""), str):
         raise ModelError(f"{name}: model_type in its config must be text, it is {config['model_type']!r:.60}")
     for key, value in config.items():
