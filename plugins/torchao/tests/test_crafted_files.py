@@ -67,3 +67,23 @@ def test_codes_out_of_range_are_refused(saved, tmp_path, part, value):
     codes = torch.full_like(load_file(saved / "model.safetensors")[name], value)
     with pytest.raises(ModelError, match=f"{UP} cannot be read: _weight_{part} holds {value} to {value}, and -8 to 7"):
         polyquant.load(changed(saved, tmp_path / "out", {name: codes}), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (polyquant.plan, "torchao cannot read this checkpoint: group_size 48 does not divide in_features 256 .* stored with it"),
+        (polyquant.load, r"q_proj cannot be read: .* blocks of \[1, 48\] were expected"),
+    ],
+    ids=["plan", "load"],
+)  # fmt: skip
+def test_a_stored_group_size_that_does_not_fit_is_the_checkpoints(saved, tmp_path, verb, words):
+    """Options that are stored cannot be chosen: none is advised."""
+    path = changed(saved, tmp_path / "out")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["quant_type"]["default"]["_data"]["granularity"]["_data"]["group_size"] = 48
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=words) as caught:
+        verb(path, "torchao", device="cpu")
+    assert "skip=" not in str(caught.value)
+    assert "use group_size" not in str(caught.value)
