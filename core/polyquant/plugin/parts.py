@@ -62,8 +62,9 @@ def require_parts(size: tuple[int, ...], tensors: Mapping[str, Tensor], parts: M
         raise ModelError(f"{', '.join(missing)} is missing; it has {', '.join(sorted(tensors)) or 'nothing'}")
     if astray := sorted(set(tensors) - set(parts)):
         raise ModelError(f"{', '.join(astray)} has no place beside {', '.join(sorted(parts))}")
-    for name, tensor in tensors.items():
-        part = parts[name]
+    for name, part in parts.items():
+        if (tensor := tensors.get(name)) is None:
+            continue
         shaped = part.shape is None or _without_ones(tensor.shape) == _without_ones(part.shape)
         if not shaped or dtype_name(tensor) not in _named(part.dtype):
             wanted = f"{'any shape' if part.shape is None else part.shape} {part.dtype}"

@@ -176,7 +176,11 @@ UP = "model.layers.1.mlp.up_proj"
     ("config", "tensors", "words"),
     [
         ({}, {f"{UP}.meta.scale.s": None}, rf"{UP} cannot be read: scale_step is missing"),
-        ({}, {f"{UP}.meta.zero.x": torch.zeros(2048, 1)}, rf"{UP} cannot be read: zero of a layer .* uint8, and is .* float32"),
+        (
+            {},
+            {f"{UP}.meta.zero.x": torch.zeros(2048, 1)},
+            rf"{UP} cannot be read: zero of a layer .* uint8, and is .* float32",
+        ),
         ({}, {f"{UP}.W_q": None, f"{UP}.meta.scale.x": None}, "has no place in the model|have no place in the model"),
         (
             {},
