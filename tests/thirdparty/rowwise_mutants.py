@@ -354,6 +354,18 @@ class Inexact(Variant):
         return out
 
 
+@plugin(breaks="wrong_tensors_are_refused")
+class Blames(Variant):
+    """What does not fit is a failure of the backend's, as where a library's error comes through."""
+
+    @hookimpl
+    def load(self, request, config):
+        try:
+            return rowwise.load(request, config)
+        except ModelError as error:
+            raise ValueError("shape '[256, 128]' is invalid for input of size 32767") from error
+
+
 @plugin(breaks="writes_no_pickle")
 class Pickles(Variant):
     @hookimpl

@@ -10,6 +10,7 @@ import msgspec
 
 from polyquant.errors import AdapterError
 from polyquant.loaded import LoadedModel
+from polyquant.loading.adapter_config import require_bounded
 from polyquant.models.hashing import content_hash
 from polyquant.support.peft import import_peft
 from polyquant.types import UNREADABLE, Record
@@ -75,6 +76,7 @@ def _require_adapter(folder: Path) -> None:
     if missing:
         there = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise AdapterError(f"{folder} is no adapter: {', '.join(missing)} missing; there is {there}")
+    require_bounded(folder / CONFIG, folder / WEIGHTS)
 
 
 def _differences(card: Card, loaded: LoadedModel) -> list[str]:

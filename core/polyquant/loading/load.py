@@ -14,9 +14,10 @@ from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
-from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
+from polyquant.loading.settle import Route, Settled, as_stored, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
 from polyquant.models.model import Model
+from polyquant.models.roles import SKIPPED
 from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
@@ -103,7 +104,8 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
 
         # before the weights: reading it takes more memory for a moment than it keeps
         tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
-    loaded = backend.load(request, settled)
+    with as_stored(settled, request.source.name, backend.name):
+        loaded = backend.load(request, settled)
     if loaded.tokenizer is None:
         loaded.tokenizer = tokenizer
     if loaded.tokenizer is None:
@@ -164,7 +166,22 @@ def _require_quantized(loaded: LoadedModel, allowed: bool) -> None:
         return
     if not allowed:
         raise DenseModelError(
-            f"{loaded.backend.name} left every tensor of the model dense; "
-            "check the skip patterns and the architecture, or accept a dense model with allow_dequantize=True"
+            f"{loaded.backend.name} left every tensor of the model dense: {_why_dense(loaded)}, or accept a dense "
+            "model with allow_dequantize=True"
         )
     loaded.notes.append("the model is dense: nothing was quantized (allow_dequantize)")
+
+
+def _why_dense(loaded: LoadedModel) -> str:
+    """Why nothing was quantized, and what to do."""
+    matrices = [layer for layer in loaded.initial_layers if layer.role in ("linear", "experts", "other")]
+    if loaded.request is not None and loaded.request.source.gguf_file:
+        held = ", ".join(sorted({layer.scheme for layer in matrices})) or "nothing else"
+        return f"the file holds its matrices as {held}; take a file with packed ones, or the dense model"
+    skipped = [layer for layer in matrices if layer.reason == SKIPPED]
+    if skipped and all(layer.reason == SKIPPED for layer in matrices if layer.role == "linear"):
+        return f"skip names all {len(skipped)} that it takes, such as {skipped[0].name}; take some out"
+    weights = loaded.settled.weights if loaded.settled is not None else ()
+    kinds = {weight.module: weight.name for weight in weights if weight.role in ("linear", "experts", "other")}
+    named = ", ".join(f"{kind} ({name})" for kind, name in list(kinds.items())[:3]) or "none"
+    return f"the modules of its matrices are {named}, which it does not take; choose another backend"

@@ -6,12 +6,13 @@ the backend's card and the options; never from what an earlier command left in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import msgspec
 
-from polyquant.errors import CheckpointConflict
+from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
 from polyquant.models.model import Model
@@ -133,6 +134,23 @@ def _skipping_what_is_dense(model: Model, weights: Sequence[WeightInfo], config:
         return config
     skip = tuple(weight.name.rpartition(".")[0] for weight in matrices if weight.name in dense)
     return msgspec.structs.replace(config, skip=skip, skip_defaults=False)
+
+
+@contextmanager
+def as_stored(settled: Settled, source: str, backend: str) -> Iterator[None]:
+    """In the block, what does not fit a stored checkpoint is the checkpoint's: its options cannot be chosen any more.
+
+    Raises ModelError in place of a ConfigError that advises options.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if settled.route != "as stored" or not error.unfit:
+            raise
+        raise ModelError(
+            f"{source}: {backend} cannot read this checkpoint: {error.unfit}; its options are stored with it, so take "
+            "another checkpoint, or quantize the dense model"
+        ) from error
 
 
 def make_command(model: str, backend: Quantizer, options: Mapping[str, object]) -> str:

@@ -30,9 +30,9 @@ def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> Non
     for weight in weights:
         if weight.role == "experts" and not config.skips(weight):
             module = weight.name.rpartition(".")[0]
-            raise ConfigError(
-                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized; "
-                f"keep them dense with skip=({module.rpartition('.')[2]!r},)"
+            raise ConfigError.of_unfit(
+                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized",
+                [f"skip=({module.rpartition('.')[2]!r},), which keeps them dense"],
             )
 
 

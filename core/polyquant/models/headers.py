@@ -30,7 +30,8 @@ TORCH_NAMES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
 }  # fmt: skip
 LENGTH_BYTES = 8
-HEADER_LIMIT_BYTES = 100_000_000  # the format's own
+HEADER_LIMIT_BYTES = 32 * 2**20  # the format itself allows 100 MB, which takes minutes and gigabytes to look at
+MOST_TENSORS = 200_000  # of one file
 
 
 class StoredTensor(NamedTuple):
@@ -72,14 +73,28 @@ def located_tensors(path: Path) -> dict[str, tuple[StoredTensor, int]]:
     return {name: (tensor, start + rows[name][2][0]) for name, tensor in tensors.items()}
 
 
+def small_header(path: Path) -> bytes:
+    """The header of a local file, not parsed; shorter than it claims to be where the file is.
+
+    Raises ModelError for one that takes long to look at.
+    """
+    with path.open("rb") as file:
+        length = min(int.from_bytes(file.read(LENGTH_BYTES), "little"), path.stat().st_size)
+        if length > HEADER_LIMIT_BYTES:
+            raise ModelError(f"{path.name}: its header has {length} bytes; at most {HEADER_LIMIT_BYTES} are read")
+        content = file.read(length)
+    if (tensors := content.count(b'"data_offsets"')) > MOST_TENSORS:
+        raise ModelError(f"{path.name}: its header has {tensors} tensors; at most {MOST_TENSORS} are read")
+    return content
+
+
 def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
     """The entries of a header as they stand, and the byte after it."""
-    size = path.stat().st_size
+    content, size = small_header(path), path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if length > min(size - LENGTH_BYTES, HEADER_LIMIT_BYTES):
-            raise ModelError(f"{path.name}: its header claims {length} bytes, and the file has {size}; fetch it again")
-        content = file.read(length)
+    if length > size - LENGTH_BYTES:
+        raise ModelError(f"{path.name}: its header claims {length} bytes, and the file has {size}; fetch it again")
     try:
         header = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
         entries = {
@@ -87,7 +102,7 @@ def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
         }
     except UNREADABLE as error:
         raise ModelError(f"{path.name}: its header is not readable JSON ({error}); fetch or write it again") from error
-    return entries, LENGTH_BYTES + length
+    return entries, LENGTH_BYTES + len(content)
 
 
 def checked(

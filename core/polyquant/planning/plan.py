@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from polyquant.errors import ConfigError, UnsupportedOperation
-from polyquant.loading.settle import Settled, make_command, route_of, settle
+from polyquant.loading.settle import Settled, as_stored, make_command, route_of, settle
 from polyquant.memory.predicted import predict, weights_of
 from polyquant.planning.devices import Budget, arrange
 from polyquant.planning.model import PlannedModel
@@ -124,7 +124,8 @@ def _layer_plans(
     model: PlannedModel, backend: Backend, settled: Settled, given: Mapping[str, Any], notes: list[str]
 ) -> list[LayerPlan]:
     if backend.can("plan_layers"):
-        return backend.plan_layers(settled.weights, settled.options)
+        with as_stored(settled, model.name, backend.name):
+            return backend.plan_layers(settled.weights, settled.options)
     if settled.route != "as stored":
         raise UnsupportedOperation(
             f"{backend.name} does not plan from shapes; make its checkpoint first, then plan that: "

@@ -144,8 +144,8 @@ class Registry:
         except BaseException as error:  # sys.exit too
             at = self._raised_at(name, error) or self._place(name, hook)
             failure = BackendFailed(
-                f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); mend it there, or tell the makers "
-                f"of {self.origin(name)}: {self._infos[name].docs}"
+                f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); "
+                f"{hooks.cure_of(error) or self._makers(name)}"
             )
             failure.hook = hook
             raise failure from error
@@ -158,6 +158,9 @@ class Registry:
             broken.hook = hook
             raise broken
         return result
+
+    def _makers(self, name: str) -> str:
+        return f"mend it there, or tell the makers of {self.origin(name)}: {self._infos[name].docs}"
 
     def _place(self, name: str, hook: str) -> str:
         return hooks.defined_at(getattr(self._plugins[name], hook))

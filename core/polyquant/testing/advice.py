@@ -59,6 +59,9 @@ CURES: Mapping[str, tuple[str, str]] = {
     ),
     "saves_and_loads_back": ("save", "write every tensor of the quantized modules exactly, and read all of it in load"),
     "writes_no_pickle": ("save", "write safetensors: polyquant.plugin.checkpoints.save does"),
+    "wrong_tensors_are_refused": (
+        "load", "hold the tensors of every layer against it: polyquant.plugin.layers.layer_tensors does",
+    ),
     "contradicting_options_are_refused": (
         OPTIONS, "from_stored must give back every option; load_time names only those a checkpoint leaves free",
     ),

@@ -16,6 +16,7 @@ Change = Callable[[dict[str, Any]], object]
 
 def changed_copy(checkpoint: Path, out: Path, tensors: Change | None = None, stored: Change | None = None) -> Path:
     """A copy of a checkpoint in the folder `out`, with its tensors and its quantization_config changed in place."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(checkpoint, out, dirs_exist_ok=True)
@@ -23,7 +24,8 @@ def changed_copy(checkpoint: Path, out: Path, tensors: Change | None = None, sto
         (path,) = checkpoint.glob("*.safetensors")
         found = load_file(path)
         tensors(found)
-        save_file(found, out / path.name, {"format": "pt"})
+        with safe_open(path, framework="pt") as file:
+            save_file(found, out / path.name, file.metadata())
     if stored is not None:
         config = json.loads((checkpoint / "config.json").read_text())
         stored(config["quantization_config"])

@@ -155,7 +155,7 @@ def test_damaged_checkpoints_name_the_layer(folder, tmp_path):
     file, name = tmp_path / "out" / "packed.safetensors", "model.layers.1.mlp.up_proj"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if key != f"{name}.scale"}, file)
-    with pytest.raises(ModelError, match=f"{name} cannot be read: scale .* is missing"):
+    with pytest.raises(ModelError, match=f"{name} cannot be read: scale is missing"):
         polyquant.load(tmp_path / "out", device="cpu")
     save_file({key: value for key, value in tensors.items() if not key.startswith(name)}, file)
     with pytest.raises(ModelError, match=rf"missing or have no place in the model: {name}\.weight"):

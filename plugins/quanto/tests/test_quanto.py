@@ -165,7 +165,7 @@ def test_damaged_checkpoints_name_the_tensor(tiny, tmp_path):
     tensors = load_file(out / "packed.safetensors")
     name = "model.layers.1.mlp.up_proj.weight._data"
     save_file({key: value for key, value in tensors.items() if key != name}, out / "packed.safetensors")
-    with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be read: it is incomplete"):
+    with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be read: weight._data is missing"):
         polyquant.load(out, device="cpu")
     save_file({**tensors, "model.extra": torch.zeros(1)}, out / "packed.safetensors")
     with pytest.raises(ModelError, match=r"have no place in the model: model\.extra"):

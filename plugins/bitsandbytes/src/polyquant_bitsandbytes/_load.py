@@ -12,6 +12,7 @@ import torch
 from polyquant.errors import ConfigError, SaveError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 
+from polyquant_bitsandbytes._checks import require_sound
 from polyquant_bitsandbytes._library import kernel, quantize_config
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
@@ -34,6 +35,7 @@ def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
     dtype = resolved_dtype(config)
     if not request.source.stored_quantization:
         return checkpoints.load_causal_lm(request, dtype, quantize_config(config))
+    require_sound(request, config)
     model = checkpoints.load_causal_lm(request, dtype)
     _cast_dense(model, checkpoints.dense_dtypes(request))
     if config.bits == 4:  # transformers takes the stored compute dtype; the one asked for is a load-time option
