@@ -79,7 +79,8 @@ def test_every_check_has_its_mutant():
         ("rowwise-calibrated", {"skipped_modules_stay_dense", "a_skip_pattern_without_a_match_is_refused"}),
         ("rowwise-reader", {"skipped_modules_stay_dense", "a_skip_pattern_without_a_match_is_refused"}),
         ("rowwise-runtime", {"is_in_eval_mode", "describes_every_tensor_once", "described_bytes_are_stored_bytes",
-                             "memory_comes_back", "adapters_train_on_the_frozen_base"}),
+                             "memory_comes_back", "adapters_train_on_the_frozen_base", "a_second_adapter_trains",
+                             "adapters_merge_or_are_refused", "dora_trains_or_is_refused"}),
     ],
 )  # fmt: skip
 def test_a_backend_is_asked_only_for_what_it_declares(make_subject, backend, absent):

@@ -292,8 +292,8 @@ def test_a_gguf_header_cannot_keep_the_machine_busy(tmp_path, content, words):
 
 
 HOSTILE = {
-    "another type": ({"peft_type": "IA3"}, "adapter of type 'IA3'; LORA .* is what loads here"),
-    "no type": ({"peft_type": None}, "adapter of type None"),
+    "another type": ({"peft_type": "IA3"}, "is a IA3 adapter of PEFT's, and LoRA .* is what goes on"),
+    "no type": ({"peft_type": None}, "is a None adapter"),
     "targets": ({"target_modules": ENDLESS}, "may never end"),
     "excluded": ({"exclude_modules": ENDLESS}, "may never end"),
     "ranks": ({"rank_pattern": {ENDLESS: 8}}, "may never end"),

@@ -52,6 +52,10 @@ class UnsupportedOperation(PolyquantError):
     """The backend does not implement this operation. Raised before any work is done."""
 
 
+class CastRefused(UnsupportedOperation, ValueError):
+    """A quantized model is asked for another dtype; a ValueError too, as transformers raises for its own models."""
+
+
 class EnvironmentProblem(PolyquantError):
     """This machine cannot run the backend as asked; the message lists every problem with its fix."""
 

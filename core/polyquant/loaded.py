@@ -72,11 +72,10 @@ class LoadedModel:
     @property
     def layers(self) -> list[LayerInfo]:
         """Every parameter and buffer as it is now; where there is an adapter, its tensors too, in the role of one."""
-        if not self.adapter:
-            return self.backend.describe_layers(self.model)
         from polyquant.memory.adapted import base_names
 
-        return base_names(self.backend.describe_layers(self.model.get_base_model()))
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_names(self.backend.describe_layers(base))
 
     def generate(self, prompt: Prompt, **generation_parameters: Any) -> str:
         """The text that follows `prompt`; parameters are those of transformers' `generate`."""

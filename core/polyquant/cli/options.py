@@ -44,7 +44,7 @@ def _shared() -> list[inspect.Parameter]:
         option("max_memory", str | None, None, "Room on each device, as in '0=6GiB,cpu=24GiB'."),
         option("offload", str, "error", "Where the model does not fit the device: error, or cpu."),
         option("attention", str, "", "Attention implementation: eager, sdpa, flash_attention_2."),
-        option("adapter", str, "", "Folder of a PEFT adapter to put on the model."),
+        option("adapter", list[str], [], "LoRA adapter to put on the model, a folder or hub name; several are added."),
         option("revision", str | None, None, "Branch, tag or commit of a hub repository."),
         option("allow_dequantize", bool, False, "Accept a model that ends up dense.", "--allow-dequantize"),
         option("allow_pickle", bool, False, "Read pickle weights, which can run any code.", "--allow-pickle"),

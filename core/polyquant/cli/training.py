@@ -40,7 +40,7 @@ def finetune(
 
 def merge(
     model: Model,
-    adapter: Annotated[Path, typer.Option(help="Folder of the adapter.", show_default=False)],
+    adapter: Annotated[str, typer.Option(help="Folder or hub name of the adapter.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     into: Annotated[
         Literal["dense", "dequantized", "requantized"],

@@ -10,7 +10,7 @@ from typing import Any
 from polyquant.errors import ConfigError
 from polyquant.finetuning import merge_methods
 from polyquant.loaded import LoadedModel
-from polyquant.loading.adapter import read_card
+from polyquant.loading.adapter import located, read_card
 from polyquant.loading.load import load
 from polyquant.loading.quantize import quantize
 from polyquant.measure.quality.records import Quality
@@ -26,10 +26,11 @@ PRESET, WINDOWS = "llamacpp-512", 2
 
 
 def merge(
-    model: str | Path, adapter: Path, out: Path, into: merge_methods.Target, backend: str | None,
+    model: str | Path, adapter: str | Path, out: Path, into: str, backend: str | None,
     options: Mapping[str, Any], threshold: float, *, force: bool, overwrite: bool,
 ) -> Quality:  # fmt: skip
     """See `polyquant.merge`."""
+    into, adapter = merge_methods.target_named(into), located(str(adapter))
     require_free(out, overwrite=overwrite, keeps=(Path(model), adapter))
     options = dict(options)
     if backend is None:

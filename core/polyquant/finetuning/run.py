@@ -19,7 +19,7 @@ from polyquant.finetuning import state
 from polyquant.finetuning.curve import write_curve, write_steps
 from polyquant.finetuning.data import Example, read_examples
 from polyquant.finetuning.options import TrainingOptions, TrainingStep, Tuned
-from polyquant.finetuning.requirements import require_dora, require_optimizer
+from polyquant.finetuning.requirements import require_optimizer
 from polyquant.finetuning.targets import target_modules
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
@@ -80,6 +80,7 @@ def _finetune(
 
     from polyquant.finetuning import train
     from polyquant.memory.mapped import own_mapped_tensors
+    from polyquant.plugin.adapters import require_readable
 
     if loaded.request is None:
         raise SaveError("where the model came from is unknown: load it through polyquant.load")
@@ -102,7 +103,7 @@ def _finetune(
     with quiet_libraries():
         base = backend.prepare_for_training(loaded)
     if options.dora:
-        require_dora(base, targets, backend.name)
+        require_readable(base, targets, backend.name)
     processes = PartialState(cpu=loaded.request.device == "cpu")
     notes: list[str] = []
     if processes.is_main_process:
@@ -130,6 +131,11 @@ def _finetune(
     kept, evaluation_loss = _kept(followed.steps, best=options.patience > 0)
     if kept < last.done:
         notes.append(f"the adapter is that of step {kept} of {last.done}, where the held-out loss was lowest")
+    if followed.untrained:
+        notes.append(
+            f"no gradient reached the adapters on {', '.join(followed.untrained)}: they are as they began, and change "
+            "nothing; leave them out with targets"
+        )
     return Tuned(
         adapter=str(out), steps=last.done, first_loss=followed.steps[0].loss,
         last_loss=last.loss, evaluation_loss=evaluation_loss,

@@ -34,7 +34,8 @@ def require_bounded(config: Path, weights: Path) -> None:
         raise AdapterError(f"{folder}: {weights.name} is damaged ({error}); fetch it again") from error
     if (kind := asked.get("peft_type")) != KIND:
         raise AdapterError(
-            f"{folder}: it is a PEFT adapter of type {kind!r}; {KIND} (DoRA among it) is what loads here"
+            f"{folder} is a {kind} adapter of PEFT's, and LoRA (DoRA and rsLoRA among it) is what goes on a quantized "
+            "base: train one with polyquant finetune, or put this one on the dense model"
         )
     if asked.get(IMPORTED[0]) or asked.get(IMPORTED[1]) not in (None, DEFAULT_CORE):
         raise AdapterError(f"{folder}: it has {' and '.join(IMPORTED)}, by which PEFT imports a module that it names")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, DenseModelError
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
+from polyquant.loading import adapter
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
 from polyquant.loading.settle import Route, Settled, as_stored, make_command, needs_dense_file, route_of, settle
@@ -83,6 +85,8 @@ def load_model(
             f"{model.name} is dense, and {backend.name} loads quantized checkpoints only "
             f"({', '.join(can.loads_prequantized)}); make one with: {make_command(model.name, backend, given)}"
         )
+    if how.adapter:
+        adapter.require(how.adapter, backend.capabilities)  # before the weights are read
     request, settled = prepare(model, backend, config, given, how, route)
     with giving_back(settled) if how.return_freed_memory else nullcontext():
         loaded = load_settled(backend, request, settled)
@@ -90,9 +94,7 @@ def load_model(
     loaded.notes[:0] = settled.notes
     _require_quantized(loaded, how.allow_dequantize)
     if how.adapter:
-        from polyquant.loading.adapter import attach
-
-        attach(loaded, how.adapter)
+        adapter.attach(loaded, how.adapter)
     return loaded
 
 
@@ -113,6 +115,12 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
     if backend.capabilities.runs_on_torch and getattr(loaded.model.config, "quantization_config", None) is None:
         loaded.model.config.quantization_config = loaded.config.to_stored()
     loaded.initial_layers = loaded.layers
+    if backend.capabilities.runs_on_torch:
+        from polyquant.plugin import adapters, quantizer
+
+        quantizer.mark(loaded)
+        if "peft" in sys.modules:
+            adapters.guard()
     return loaded
 
 

@@ -83,6 +83,18 @@ def _naming(parts: Iterable[str]) -> Callable[[str], bool]:
     return lambda name: pattern.search(name) is not None
 
 
+def untie(model: Any) -> None:
+    """Give the output head a weight of its own, the embedding's as it is, so that each may become another."""
+    import torch
+
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    if VERSION_5:
+        model.all_tied_weights_keys = {}
+
+
 def default_dense_modules(model: Any) -> set[str]:
     """Names of the modules that transformers' quantizers keep dense unless told otherwise: the head and tied ones."""
     home = "transformers.quantizers.base" if VERSION_5 else "transformers.integrations.bitsandbytes"

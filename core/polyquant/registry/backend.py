@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,12 @@ class Backend:
         return out
 
     def prepare_for_training(self, loaded: LoadedModel) -> Any:
-        """The model, ready for PEFT adapters."""
+        """The model, ready for PEFT adapters; what PEFT cannot do with its packed layers is refused from here on."""
+        self._require_hook("prepare_for_training")
+        if find_spec("peft") is not None:
+            from polyquant.plugin import adapters
+
+            adapters.guard()
         return self._call("prepare_for_training", loaded=loaded)
 
     def _require_hook(self, hook: str) -> None:

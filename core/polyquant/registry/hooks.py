@@ -165,7 +165,7 @@ def short(file: str | Path) -> str:
     return path.relative_to(top).as_posix()
 
 
-def cure_of(error: Exception) -> str:
+def cure_of(error: BaseException) -> str:
     """What to do where an error is not the plugin's but of the machine: memory, disk, GPU; empty for any other."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:

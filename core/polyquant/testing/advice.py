@@ -68,6 +68,15 @@ CURES: Mapping[str, tuple[str, str]] = {
     "adapters_train_on_the_frozen_base": (
         "prepare_for_training", "freeze the base, call enable_input_require_grads, and let gradients through forward",
     ),
+    "a_second_adapter_trains": (
+        "prepare_for_training", "keep no state in the quantized module's forward that a pass with gradients changes",
+    ),
+    "adapters_merge_or_are_refused": (
+        "prepare_for_training", "leave the model's mark as the core set it, by which PEFT is refused to merge",
+    ),
+    "dora_trains_or_is_refused": (
+        "prepare_for_training", "let the module's `weight` be what it computes with, always, or packed",
+    ),
     "load_leaves_global_state_alone": (
         "load", "put back what your library changes: polyquant.plugin.contained, torch.random.fork_rng",
     ),

@@ -7,7 +7,7 @@ import polyquant
 import pytest
 import torch
 import transformers
-from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.errors import CheckpointConflict, ConfigError, ModelError, UnsupportedOperation
 from polyquant.models.resolve import resolve_dense
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.testing.checkpoints import assert_verified, changed_copy, replaced, without
@@ -187,6 +187,8 @@ def test_norms_within_the_layers(folder, tmp_path):
         ModelError, match=f"{LAYER} cannot be read: rms_norm.weight is missing; it has weight, weight_scale"
     ):
         load(checkpoint)
+    with pytest.raises(UnsupportedOperation, match=r"\(TernaryLinear\) of bitnet is more than a weight and a bias"):
+        loaded.model.dequantize()
 
 
 def test_an_online_checkpoint_becomes_a_packed_one(folder, tmp_path):
@@ -385,3 +387,11 @@ def test_the_real_model_computes_what_its_checkpoint_says(tmp_path, kind):
             scale = 1 / module.weight_scale if kind == "bitlinear" else module.weight_scale
             plain.get_submodule(name).weight.data = unpack(module.weight, torch.float32) * scale
     assert kl_divergence(logits(plain, tokens), found).mean() < 0.25  # measured 0.12: activations are not rounded
+
+
+def test_dequantized_it_is_dense(folder, tmp_path):
+    loaded = load(make(tiny_model("llama", folder), tmp_path / "out"), compute_dtype="float32")
+    before = loaded.logits(TOKENS)
+    loaded.model.dequantize()
+    assert type(loaded.model.get_submodule(LAYER)) is torch.nn.Linear
+    assert float((loaded.logits(TOKENS) - before).square().mean().sqrt() / before.std()) < 0.1  # activations: int8

@@ -375,3 +375,17 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder, monkeypatch
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_are_of_float32_and_not_rounded_to_the_weights_dtype(folder):
+    from peft import LoraConfig, get_peft_model
+
+    loaded = polyquant.load(tiny_model("llama", folder), "fp8", device="cpu")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(loaded.backend.prepare_for_training(loaded), config)
+    model.add_adapter("second", config)
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="linear")
+    adapters = [tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name]
+    assert len(adapters) == 3 * 2 * 2
+    assert {tensor.dtype for tensor in adapters} == {torch.float32}
+    assert not any(torch.equal(tensor, tensor.to(E4M3).float()) for tensor in adapters)

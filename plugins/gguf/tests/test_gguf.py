@@ -371,3 +371,19 @@ def test_what_transformers_does_not_read_of_a_file_is_not_guessed(tmp_path, arch
     for way in (polyquant.load, polyquant.plan):
         with pytest.raises(ModelError, match=message):
             way(path, "gguf", device="cpu")
+
+
+@pytest.mark.parametrize("embedding_type", ["Q8_0", "dense"])
+def test_dequantized_it_is_dense_with_its_embedding_and_the_head_tied_to_it(tmp_path, embedding_type):
+    loaded = polyquant.load(
+        tiny_model("llama-tied", tmp_path), "gguf", type="Q4_0", embedding_type=embedding_type, device="cpu",
+        compute_dtype="float32",
+    )  # fmt: skip
+    before = loaded.logits([5, 6, 7])
+    with pytest.raises(ValueError, match="quantized with gguf and is not serializable"):
+        loaded.model.save_pretrained(tmp_path / "packed")
+    dense = loaded.model.dequantize()
+    assert type(dense.model.embed_tokens) is torch.nn.Embedding
+    assert type(dense.lm_head) is torch.nn.Linear
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    assert torch.allclose(loaded.logits([5, 6, 7]), before, atol=1e-3)
