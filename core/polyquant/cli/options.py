@@ -139,6 +139,24 @@ def _typed(options_type: type[msgspec.Struct] | None, text: dict[str, object]) -
     return {name: getattr(typed, name) for name in text}
 
 
+def switches_of(text: str | None) -> dict[str, Any]:
+    """Switches of a chat template: values are JSON's where they are JSON, as in enable_thinking=false, else text.
+
+    Raises ConfigError for a word without =.
+    """
+    switches: dict[str, Any] = {}
+    for part in (text or "").split(","):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if text and not (name and equals):
+            raise ConfigError(f"--template must look like 'enable_thinking=false,level=2', got {text!r}")
+        if name:
+            try:
+                switches[name] = msgspec.json.decode(value)
+            except msgspec.DecodeError:
+                switches[name] = value
+    return switches
+
+
 def _max_memory(text: str | None) -> dict[int | str, str] | None:
     if text is None:
         return None

@@ -16,6 +16,7 @@ from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
 from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
+from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
 from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
@@ -108,8 +109,10 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
         loaded.tokenizer = tokenizer
     if loaded.tokenizer is None:
         raise BrokenBackend(f"{backend.name}: load gave no tokenizer, and the core reads none of a GGUF: return one")
-    if backend.capabilities.runs_on_torch and getattr(loaded.model.config, "quantization_config", None) is None:
-        loaded.model.config.quantization_config = loaded.config.to_stored()
+    if backend.capabilities.runs_on_torch:
+        if getattr(loaded.model.config, "quantization_config", None) is None:
+            loaded.model.config.quantization_config = loaded.config.to_stored()
+        loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
     loaded.initial_layers = loaded.layers
     return loaded
 
@@ -124,6 +127,8 @@ def prepare(
     """
     device = choose_device(how.device, backend.capabilities)
     backend.require(device)
+    if how.attention and backend.capabilities.runs_on_torch:
+        model.require_attention(how.attention)
     packed_name = model.source.gguf_file
     first = needs_dense_file(model.source, backend, route)
     if first or backend.capabilities.runs_on_torch:

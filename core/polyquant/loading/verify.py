@@ -14,6 +14,7 @@ from polyquant.loading import checks
 from polyquant.loading.records import Check, Memory, Sample, Verification, total
 from polyquant.memory.peak import measure_peak
 from polyquant.memory.predicted import predict, weights_of
+from polyquant.models.prompts import prompt_ids
 from polyquant.types import LayerInfo, LayerPlan
 
 
@@ -28,7 +29,7 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
     plans = _plans(loaded)
     walked = _walked(loaded)
     stored, planned = total(before), total(plans) if plans else None
-    tokens = loaded.tokenizer(SAMPLE_PROMPT).input_ids
+    tokens = prompt_ids(loaded.tokenizer, SAMPLE_PROMPT)
     with measure_peak() as run_peak:
         outputs = _run(loaded, tokens, prompt, max_new_tokens)
     after = total(loaded.layers)
@@ -76,7 +77,7 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
         layers=before,
         load_seconds=load_record.seconds if load_record else 0.0,
         sample=outputs.sample,
-        notes=[*loaded.notes, *checks.load_peak_note(load_record, peak_plan)],
+        notes=[*loaded.notes, *outputs.notes, *checks.load_peak_note(load_record, peak_plan)],
     )
 
 
@@ -133,6 +134,7 @@ class _Outputs(NamedTuple):
     checks: list[Check]
     sample: Sample
     kv_cache_bytes_per_token: int | None
+    notes: tuple[str, ...] = ()
 
 
 def _run(loaded: LoadedModel, tokens: Sequence[int], prompt: Prompt, max_new_tokens: int) -> _Outputs:
@@ -149,4 +151,6 @@ def _run(loaded: LoadedModel, tokens: Sequence[int], prompt: Prompt, max_new_tok
         return _Outputs([failed], Sample(text="", seconds=0.0, tokens_per_second=0.0), None)
     generated = len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
     sample = Sample(text=text, seconds=seconds, tokens_per_second=generated / seconds)
-    return _Outputs([checks.finite(logits), checks.sample(text)], sample, cache)
+    uncounted = cache is None and loaded.backend.capabilities.runs_on_torch
+    notes = ("what it keeps between tokens is not counted: its outputs show none of it",) if uncounted else ()
+    return _Outputs([checks.finite(logits), checks.sample(text)], sample, cache, notes)
