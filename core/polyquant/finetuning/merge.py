@@ -9,6 +9,7 @@ from typing import Any
 
 from polyquant.errors import ConfigError, SaveError
 from polyquant.finetuning import merge_methods
+from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading.adapter import read_card
 from polyquant.loading.load import load
@@ -31,7 +32,7 @@ def merge(
     """See `polyquant.merge`."""
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
-    options = dict(options)
+    backend, options = handles.written(backend, options)
     if backend is None:
         card = read_card(adapter)
         if card is None:

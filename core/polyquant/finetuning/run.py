@@ -43,6 +43,7 @@ def finetune_model(
     """See `polyquant.finetune`; options: of training, the others of loading."""
     training = {name: options.pop(name) for name in TrainingOptions.__struct_fields__ if name in options}
     chosen = convert(TrainingOptions, training)
+    backend, options = handles.written(backend, options)
     if isinstance(model, (str, Path)):
         if backend is not None and not handles.backend(backend).capabilities.trains:
             able = ", ".join(handles.backends(trains=True).names)

@@ -16,6 +16,7 @@ from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
 from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
+from polyquant.loading.trial import require_running
 from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
 from polyquant.options import BackendOptions
@@ -27,6 +28,7 @@ from polyquant.support.devices import choose_device
 
 def load(model: str | Path, backend: str | None = None, *, revision: str | None = None, **options: Any) -> LoadedModel:
     """See `polyquant.load`."""
+    backend, options = handles.written(backend, options)
     how, own = split_options(options)
     handle = handles.backend(backend) if backend else None
     config = handle.config(own) if handle else None  # raises for wrong options before any file is read
@@ -97,7 +99,10 @@ def load_model(
 
 
 def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> LoadedModel:
-    """What the backend loads, finished: with its tokenizer, the options as a checkpoint stores them, and its layers."""
+    """What the backend loads, finished: with its tokenizer, the options as a checkpoint stores them, and its layers.
+
+    Raises ConfigError, with what to skip, for a model that cannot run as it is quantized.
+    """
     tokenizer = None
     if backend.capabilities.runs_on_torch and not request.source.gguf_file:
         from polyquant.models import hf
@@ -114,6 +119,8 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
             loaded.model.config.quantization_config = loaded.config.to_stored()
         loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
     loaded.initial_layers = loaded.layers
+    if backend.capabilities.runs_on_torch:
+        require_running(loaded)
     return loaded
 
 

@@ -26,6 +26,7 @@ def quantize(
     **options: Any,
 ) -> Path:
     """See `polyquant.quantize`."""
+    backend, options = handles.written(backend, options)
     handle = handles.backend(backend)
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")

@@ -33,12 +33,14 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
     with measure_peak() as run_peak:
         outputs = _run(loaded, tokens, prompt, max_new_tokens)
     after = total(loaded.layers)
+    added = total([layer for layer in before if layer.role == "adapter"])
+    at_first = total(loaded.initial_layers) + added if loaded.initial_layers else stored  # loading ran some tokens
     done = [
         checks.coverage(before),
         checks.against_plan(loaded.initial_layers or before, plans),
         checks.described(walked, stored),
         checks.reasons(before),
-        checks.after_forward(stored, after),
+        checks.after_forward(at_first, after),
         *outputs.checks,
         checks.effective(loaded),
         checks.placed(loaded, before),

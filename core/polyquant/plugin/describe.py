@@ -9,7 +9,7 @@ import torch
 
 from polyquant.memory.storage import walk
 from polyquant.models import versions
-from polyquant.models.roles import REASONS, SKIPPED, TIED, beside_the_language_model, role_of
+from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED, beside_the_language_model, role_of
 from polyquant.types import LayerInfo
 
 
@@ -61,7 +61,7 @@ def describe(
                 TIED.format(tied[whole])
                 if whole in tied
                 else SKIPPED
-                if name in skipped and role not in ("embedding", "tower")
+                if name in skipped and role not in ALWAYS_DENSE
                 else REASONS[role]
             )
             layers.append(

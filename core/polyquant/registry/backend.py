@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from polyquant.options import BackendOptions
 from polyquant.registry.observers import Recorder
 from polyquant.registry.registry import Registry
+from polyquant.registry.written import resolved
 from polyquant.support.files import atomic_folder
 from polyquant.support.libraries import refuse_problems
 from polyquant.types import BackendInfo, Capabilities, LayerInfo, LayerPlan, Problem, WeightInfo
@@ -46,8 +47,8 @@ class Backend:
         return self._registry.implements(self.name, hook)
 
     def config(self, options: Mapping[str, object]) -> BackendOptions:
-        """Checked options. Raises ConfigError."""
-        return self._call("build_config", options=dict(options))
+        """Checked options, the words of a query (`bits`, `scheme`) as the backend's own. Raises ConfigError."""
+        return self._call("build_config", options=resolved(self.info, options))
 
     def problems(self, device: str = "cpu") -> list[Problem]:
         """Everything that stops it on this machine and device; empty where it can run."""
