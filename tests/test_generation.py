@@ -79,6 +79,19 @@ def test_the_positions_of_a_model_are_known(architecture):
     assert generation.logits_of(model, [5] * (limit or 2 * POSITIONS)).shape[-1] == 384
 
 
+def test_the_positions_of_a_picture_are_no_limit_of_text():
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 56, "patch_size": 14}  # fmt: skip
+    import transformers
+
+    config = transformers.Gemma3Config(
+        text_config=SMALL, vision_config=vision, mm_tokens_per_image=4, image_token_index=380
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    assert [name for name, _ in model.named_modules() if name.endswith("position_embedding")]
+    assert limits.limits_of(model) == (None, 384)
+
+
 @pytest.mark.parametrize("architecture", [name for name, (_, limit) in TABLES.items() if limit])
 def test_more_tokens_than_positions_are_refused_with_the_number(architecture, tokenizer):
     sizes, limit = TABLES[architecture]

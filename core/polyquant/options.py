@@ -51,8 +51,8 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def with_full_names(self, weights: Sequence[WeightInfo]) -> Self:
         """`skip` as full module names; defaults, tied modules and those that run dense only included.
 
-        `skip_defaults` is then spent. Unchanged where nothing but libraries' own defaults stays dense: they know neither
-        towers nor modules with code of their own. Raises ConfigError for a pattern that matches nothing.
+        `skip_defaults` is then spent. Unchanged where nothing but libraries' own defaults stays dense: they know no
+        towers, and no modules with code of their own. Raises ConfigError for a pattern that matches nothing.
         """
         never = [weight.name.rpartition(".")[0] for weight in weights if weight.role in ("tower", "custom")]
         if not self.skip and self.skip_defaults and not never:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from polyquant.errors import ConfigError
+from polyquant.models.roles import beside_the_language_model
 
 POSITION_TABLES = ("pos", "wpe")
 """How the tables of positions are called, by a part of their names: embed_positions, position_embeddings, wpe."""
@@ -56,16 +57,21 @@ def tokenizer_notes(model: Any, tokenizer: Any) -> list[str]:
 
 
 def _position_rows(model: Any) -> Iterator[int]:
-    """Tokens that each table of positions has a row for. Some leave their first rows out: up to the one of padding."""
+    """Tokens that each table of positions has a row for; those of towers are of no text.
+
+    Some tables leave their first rows out: up to the one of padding.
+    """
     import torch
 
+    is_tower = beside_the_language_model(model)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and _is_position_table(name):
+        if isinstance(module, torch.nn.Embedding) and _is_position_table(name) and not is_tower(name):
             padding = module.padding_idx
             unused = getattr(module, "offset", 0) if padding is None else padding + 1
             yield module.num_embeddings - unused
     for name, buffer in model.named_buffers():
-        if _is_position_table(name) and buffer.dim() == 2 and buffer.is_floating_point():
+        table = _is_position_table(name) and buffer.dim() == 2 and buffer.is_floating_point()
+        if table and not is_tower(name.rpartition(".")[0]):
             yield buffer.shape[0]
 
 
