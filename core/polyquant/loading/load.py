@@ -14,6 +14,7 @@ from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
+from polyquant.loading.records import total
 from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
 from polyquant.loading.trial import require_running
@@ -121,6 +122,7 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
     loaded.initial_layers = loaded.layers
     if backend.capabilities.runs_on_torch:
         require_running(loaded)
+        loaded.tried_bytes = total(loaded.layers)
     return loaded
 
 

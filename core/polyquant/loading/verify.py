@@ -25,7 +25,8 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
     """
     if isinstance(loaded, RemoteModel):
         return _in_worker(loaded, {"prompt": prompt, "max_new_tokens": max_new_tokens})
-    before = loaded.layers
+    now = loaded.layers
+    before = _before_running(loaded, now)
     plans = _plans(loaded)
     walked = _walked(loaded)
     stored, planned = total(before), total(plans) if plans else None
@@ -33,14 +34,12 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
     with measure_peak() as run_peak:
         outputs = _run(loaded, tokens, prompt, max_new_tokens)
     after = total(loaded.layers)
-    added = total([layer for layer in before if layer.role == "adapter"])
-    at_first = total(loaded.initial_layers) + added if loaded.initial_layers else stored  # loading ran some tokens
     done = [
         checks.coverage(before),
         checks.against_plan(loaded.initial_layers or before, plans),
-        checks.described(walked, stored),
+        checks.described(walked, total(now)),
         checks.reasons(before),
-        checks.after_forward(at_first, after),
+        checks.after_forward(stored, after),
         *outputs.checks,
         checks.effective(loaded),
         checks.placed(loaded, before),
@@ -81,6 +80,17 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
         sample=outputs.sample,
         notes=[*loaded.notes, *outputs.notes, *checks.load_peak_note(load_record, peak_plan)],
     )
+
+
+def _before_running(loaded: LoadedModel, now: list[LayerInfo]) -> list[LayerInfo]:
+    """The layers as they were before any forward pass: loading runs some tokens, in which kernels lay weights out anew.
+
+    As they are `now` where somebody has changed the model since.
+    """
+    adapters = [layer for layer in now if layer.role == "adapter"]
+    if loaded.tried_bytes != total(now) - total(adapters):
+        return now
+    return [*loaded.initial_layers, *adapters]
 
 
 def _plans(loaded: LoadedModel) -> list[LayerPlan]:
