@@ -10,7 +10,9 @@ import msgspec
 from polyquant.options import BackendOptions, Dtype
 
 DeviceMap = Mapping[str, int | str]
-Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "adapter", "tower", "other"]
+Role = Literal[
+    "linear", "experts", "embedding", "head", "convolution", "custom", "vector", "buffer", "adapter", "tower", "other"
+]  # fmt: skip
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,

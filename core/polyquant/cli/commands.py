@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from polyquant import api
 from polyquant.cli import authoring, environments
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
-from polyquant.cli.options import Loading, complete_backend, loads_models, spread
+from polyquant.cli.options import Loading, complete_backend, loads_models, spread, switches_of
 from polyquant.cli.output import say, say_piece
 from polyquant.cli.planning import plan, recommend
 from polyquant.cli.reporting import report
@@ -149,11 +150,20 @@ def run(
     _stream(_load(model, loading), text, max_new_tokens, temperature)
 
 
-def chat(model: Model, loading: Loading, max_new_tokens: MaxTokens = 512, temperature: Temperature = 0.7) -> None:
+def chat(
+    model: Model,
+    loading: Loading,
+    max_new_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    template: Annotated[
+        str | None, typer.Option(help="Switches of the chat template, as in enable_thinking=false,level=2.")
+    ] = None,
+) -> None:
     """Talk with a model through its chat template. An empty line or Ctrl-D ends.
 
     Example: polyquant chat builtin:smollm2 -b bitsandbytes --quant-type nf4
     """
+    switches = switches_of(template)
     loaded = _load(model, loading)
     messages: list[dict[str, str]] = []
     while True:
@@ -164,7 +174,7 @@ def chat(model: Model, loading: Loading, max_new_tokens: MaxTokens = 512, temper
         if not question:
             return
         messages.append({"role": "user", "content": question})
-        answer = _stream(loaded, messages, max_new_tokens, temperature)
+        answer = _stream(loaded, messages, max_new_tokens, temperature, switches)
         messages.append({"role": "assistant", "content": answer})
 
 
@@ -205,10 +215,12 @@ def _load(model: str, loading: Loading) -> LoadedModel:
         )
 
 
-def _stream(loaded: LoadedModel, prompt: Any, max_new_tokens: int, temperature: float) -> str:
+def _stream(
+    loaded: LoadedModel, prompt: Any, max_new_tokens: int, temperature: float, template: Mapping[str, Any] | None = None
+) -> str:
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pieces = []
-    for piece in loaded.stream(prompt, max_new_tokens=max_new_tokens, **sampling):
+    for piece in loaded.stream(prompt, template=template, max_new_tokens=max_new_tokens, **sampling):
         pieces.append(piece)
         say_piece(piece)
     say()

@@ -9,6 +9,7 @@ from typing import Any
 
 from polyquant.errors import ConfigError
 from polyquant.finetuning import merge_methods
+from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading.adapter import located, read_card
 from polyquant.loading.load import load
@@ -32,7 +33,7 @@ def merge(
     """See `polyquant.merge`."""
     into, adapter = merge_methods.target_named(into), located(str(adapter))
     require_free(out, overwrite=overwrite, keeps=(Path(model), adapter))
-    options = dict(options)
+    backend, options = handles.written(backend, options)
     if backend is None:
         card = read_card(adapter)
         if card is None:

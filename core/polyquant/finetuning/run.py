@@ -28,6 +28,7 @@ from polyquant.loading.load import load
 from polyquant.memory.peak import measure_peak
 from polyquant.models import versions
 from polyquant.models.hashing import content_hash
+from polyquant.models.limits import limits_of
 from polyquant.options import convert
 from polyquant.support.files import atomic_folder, claimed
 from polyquant.support.machine import this_machine
@@ -43,6 +44,7 @@ def finetune_model(
     """See `polyquant.finetune`; options: of training, the others of loading."""
     training = {name: options.pop(name) for name in TrainingOptions.__struct_fields__ if name in options}
     chosen = convert(TrainingOptions, training)
+    backend, options = handles.written(backend, options)
     if isinstance(model, (str, Path)):
         if backend is not None and not handles.backend(backend).capabilities.trains:
             able = ", ".join(handles.backends(trains=True).names)
@@ -89,9 +91,9 @@ def _finetune(
             f"the model carries the adapter {loaded.adapter} already: load the base anew to train another"
         )
     require_optimizer(options, loaded.request.device)
-    targets = target_modules(loaded.layers, options.targets)
-    limit = options.max_length or int(getattr(loaded.model.config, "max_position_embeddings", 0)) or 2048
-    read = read_examples(data, loaded.tokenizer, options, limit)
+    targets, about_targets = target_modules(loaded.layers, options.targets, loaded.model)
+    read = read_examples(data, loaded.tokenizer, options, longest_example(loaded.model, options.max_length))
+    limits_of(loaded.model).require([max(max(example.input_ids) for example in read.examples)])
     learned, held_out = split(read.examples, options.evaluation, options.seed)
     card = Card(
         base_model=loaded.request.source.name, base_hash=content_hash(loaded.request.source),
@@ -140,8 +142,16 @@ def _finetune(
         adapter=str(out), steps=last.done, first_loss=followed.steps[0].loss,
         last_loss=last.loss, evaluation_loss=evaluation_loss,
         trained_parameters=trained, adapter_bytes=(out / WEIGHTS).stat().st_size, seconds=seconds,
-        peak_bytes=peak.peak_bytes, resumed_from=state.step_of(checkpoint), notes=(*read.notes, *notes),
+        peak_bytes=peak.peak_bytes, resumed_from=state.step_of(checkpoint), notes=(*read.notes, *about_targets, *notes),
     )  # fmt: skip
+
+
+def longest_example(model: Any, asked: int) -> int:
+    """Tokens of an example at most: as asked, else what the model can. Raises ConfigError where that is less."""
+    limit = limits_of(model).positions
+    if limit is not None and asked > limit:
+        raise ConfigError(f"max_length {asked} is more than the {limit} positions that this model has; give less")
+    return asked or limit or int(getattr(model.config, "max_position_embeddings", 0)) or 2048
 
 
 @contextmanager

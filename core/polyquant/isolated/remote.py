@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,11 @@ class RemoteModel(LoadedModel):
 
     model: Worker
 
-    def stream(self, prompt: Prompt, **generation_parameters: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, template: Mapping[str, Any] | None = None, **generation_parameters: Any
+    ) -> Iterator[str]:
         """The text that follows, in pieces; parameters must have a form in JSON."""
-        return self.model.stream("stream", prompt=prompt, parameters=generation_parameters)
+        return self.model.stream("stream", prompt=prompt, parameters={**generation_parameters, "template": template})
 
     def logits(self, tokens: Sequence[int]) -> Any:
         return self.model.tensor("logits", tokens=list(tokens))
@@ -41,6 +43,10 @@ class RemoteModel(LoadedModel):
     def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
         found: int | None = self.model.call("kv_cache_bytes_per_token", tokens=list(tokens))
         return found
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.call("vocabulary"))
 
     def session(self) -> Feed:
         worker, session = self.model, self.model.call("session")

@@ -107,7 +107,6 @@ def attach_to(model: Any, *folders: Path) -> Any:
     peft = import_peft()
     guard()
     first, *others = folders
-    frozen = {"is_trainable": False, "trust_remote_code": False}
     at = first
     try:
         with warnings.catch_warnings():

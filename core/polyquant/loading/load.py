@@ -16,8 +16,11 @@ from polyquant.loaded import LoadedModel
 from polyquant.loading import adapter
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
+from polyquant.loading.records import total
 from polyquant.loading.settle import Route, Settled, as_stored, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
+from polyquant.loading.trial import require_running
+from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
 from polyquant.models.roles import SKIPPED
 from polyquant.options import BackendOptions
@@ -29,6 +32,7 @@ from polyquant.support.devices import choose_device
 
 def load(model: str | Path, backend: str | None = None, *, revision: str | None = None, **options: Any) -> LoadedModel:
     """See `polyquant.load`."""
+    backend, options = handles.written(backend, options)
     how, own = split_options(options)
     handle = handles.backend(backend) if backend else None
     config = handle.config(own) if handle else None  # raises for wrong options before any file is read
@@ -99,7 +103,10 @@ def load_model(
 
 
 def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> LoadedModel:
-    """What the backend loads, finished: with its tokenizer, the options as a checkpoint stores them, and its layers."""
+    """What the backend loads, finished: with its tokenizer, the options as a checkpoint stores them, and its layers.
+
+    Raises ConfigError, with what to skip, for a model that cannot run as it is quantized.
+    """
     tokenizer = None
     if backend.capabilities.runs_on_torch and not request.source.gguf_file:
         from polyquant.models import hf
@@ -112,8 +119,10 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
         loaded.tokenizer = tokenizer
     if loaded.tokenizer is None:
         raise BrokenBackend(f"{backend.name}: load gave no tokenizer, and the core reads none of a GGUF: return one")
-    if backend.capabilities.runs_on_torch and getattr(loaded.model.config, "quantization_config", None) is None:
-        loaded.model.config.quantization_config = loaded.config.to_stored()
+    if backend.capabilities.runs_on_torch:
+        if getattr(loaded.model.config, "quantization_config", None) is None:
+            loaded.model.config.quantization_config = loaded.config.to_stored()
+        loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
     loaded.initial_layers = loaded.layers
     if backend.capabilities.runs_on_torch:
         from polyquant.plugin import adapters, quantizer
@@ -121,6 +130,8 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
         quantizer.mark(loaded)
         if "peft" in sys.modules:
             adapters.guard()
+        require_running(loaded)
+        loaded.tried_bytes = total(loaded.layers)
     return loaded
 
 
@@ -134,6 +145,8 @@ def prepare(
     """
     device = choose_device(how.device, backend.capabilities)
     backend.require(device)
+    if how.attention and backend.capabilities.runs_on_torch:
+        model.require_attention(how.attention)
     packed_name = model.source.gguf_file
     first = needs_dense_file(model.source, backend, route)
     if first or backend.capabilities.runs_on_torch:

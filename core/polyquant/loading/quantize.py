@@ -27,6 +27,7 @@ def quantize(
     **options: Any,
 ) -> Path:
     """See `polyquant.quantize`."""
+    backend, options = handles.written(backend, options)
     handle = handles.backend(backend)
     require_free(out, overwrite=overwrite, keeps=(Path(model),))
     how, own = split_options(options)

@@ -102,7 +102,7 @@ def settle(
     source, notes = model.source, list[str]()
     stored = route == "as stored"
     if stored:
-        config = reconcile(source, stored_options(source, backend.info, method_of(source)), config, given)
+        config = reconcile(source, stored_options(source, backend.info, method_of(source)), config, given, backend.info)
     elif needs_dense_file(source, backend, route):
         notes.append(f"{source.gguf_file} is dequantized to a float32 checkpoint first, then quantized again")
     dtype = compute_dtype(config, backend.info, device)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.models.roles import REASONS, SKIPPED, TIED
+from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED
 from polyquant.options import BackendOptions
 from polyquant.types import DTYPE_BYTES, LayerPlan, WeightInfo
 
@@ -64,7 +64,7 @@ def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:
     module = weight.name.rpartition(".")[0]
     if weight.tied_to:
         reason = TIED.format(weight.tied_to)
-    elif module in config.skip and weight.role not in ("embedding", "tower"):
+    elif module in config.skip and weight.role not in ALWAYS_DENSE:
         reason = SKIPPED
     else:
         reason = REASONS[weight.role]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from polyquant.errors import ModelError
+from polyquant.errors import ConfigError, ModelError
 from polyquant.models import versions
 from polyquant.models.fit import reporting, require_fit
 from polyquant.models.gguf_config import require_as_stated
@@ -22,6 +22,9 @@ from polyquant.models.gguf_header import read_header
 from polyquant.models.headers import stored_tensors
 from polyquant.options import Dtype
 from polyquant.request import ModelSource
+
+ATTENTIONS = ("sdpa", "eager", "flex_attention")
+"""What needs no library of its own."""
 
 
 def read_config(source: ModelSource, *, trust_remote_code: bool = False, stored: Collection[str] | None = None) -> Any:
@@ -88,17 +91,19 @@ def _config(path: Path, gguf_file: str, trust_remote_code: bool, size: int, mtim
 
 
 def skeleton(
-    source: ModelSource, dtype: Dtype, *, trust_remote_code: bool = False, stored: Collection[str] | None = None
-) -> Any:
+    source: ModelSource, dtype: Dtype, *, trust_remote_code: bool = False, attention: str = "",
+    stored: Collection[str] | None = None,
+) -> Any:  # fmt: skip
     """The model's modules on the meta device: shapes and names without a byte of weights. stored: see `read_config`."""
     config = read_config(source, trust_remote_code=trust_remote_code, stored=stored)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    arguments = versions.dtype_argument(getattr(torch, dtype))
+    if attention:
+        arguments["attn_implementation"] = attention
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, **versions.dtype_argument(getattr(torch, dtype))
-            )
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **arguments)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise ModelError(f"{source.name}: transformers makes no model of its config: {why}") from error
@@ -123,6 +128,28 @@ def load_model(source: ModelSource, dtype: Any, *, trust_remote_code: bool = Fal
     )
     require_fit(source.name, misfit)
     return model.eval()
+
+
+def require_attention(source: ModelSource, attention: str, *, trust_remote_code: bool = False) -> None:
+    """Raises ConfigError, with the choices, where the model cannot have the attention implementation here."""
+
+    def refused(name: str) -> ModelError | None:
+        try:
+            skeleton(source, "bfloat16", trust_remote_code=trust_remote_code, attention=name)
+        except ModelError as error:
+            return error
+        return None
+
+    if (error := refused(attention)) is None:
+        return
+    why = str(error.__cause__).rstrip(".")
+    choices = " or ".join(f"attention={name!r}" for name in ATTENTIONS if refused(name) is None)
+    if not choices:
+        raise error
+    raise ConfigError(
+        f"{source.name}: it cannot have the attention {attention!r} here: {why}; use {choices}, or leave attention "
+        "(--attention) out"
+    ) from error
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

@@ -52,6 +52,12 @@ class Model:
 
         return hf.skeleton(self.source, dtype, trust_remote_code=self._trust, stored=self.outline.tensors or None)
 
+    def require_attention(self, attention: str) -> None:
+        """Raises ConfigError where the model cannot have the attention implementation of that name here."""
+        from polyquant.models import hf
+
+        hf.require_attention(self.source, attention, trust_remote_code=self._trust)
+
     def weights(self, dtype: Dtype) -> tuple[WeightInfo, ...]:
         """Its tensors, dense ones in `dtype`; listed once for each dtype.
 

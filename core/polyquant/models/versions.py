@@ -136,6 +136,13 @@ def cache_layers(cache: Any) -> list[Any]:
     return [OldCacheLayer(cache, index) for index in range(len(cache.key_cache))]
 
 
+def empty_cache(config: Any) -> Any:
+    """A key-value cache that grows; since 4.56 with layers as `config` has them."""
+    if Version(transformers.__version__) >= Version("4.56.0"):
+        return transformers.DynamicCache(config=config)
+    return transformers.DynamicCache()
+
+
 @contextmanager
 def progress_bars(enabled: bool) -> Iterator[None]:
     """Draw transformers' and the hub's progress bars only where `enabled`; what was set before comes back."""

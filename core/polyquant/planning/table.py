@@ -29,6 +29,7 @@ def plan_model(
     devices: str | None, *, revision: str | None, trust_remote_code: bool,
 ) -> Plan | Plans:  # fmt: skip
     """See `polyquant.plan`; options: the backend's own, as the user wrote them."""
+    backend, options = handles.written(backend, options)
     if backend is None and options:
         raise ConfigError(f"name the backend that {', '.join(options)} belongs to (backend=...), or leave it out")
     handle = handles.backend(backend) if backend is not None else None

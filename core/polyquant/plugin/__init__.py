@@ -16,6 +16,7 @@ from polyquant.memory.planned import (
     plan_linears,
     refuse_experts,
 )
+from polyquant.models.prompts import encode_prompt
 from polyquant.models.roles import REASONS, TIED
 from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
 from polyquant.plugin.backend import PluginBackend
@@ -67,6 +68,7 @@ __all__ = [
     "convert",
     "dense_linears",
     "device_problems",
+    "encode_prompt",
     "hookimpl",
     "import_problems",
     "is_linear",

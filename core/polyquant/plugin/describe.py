@@ -10,7 +10,7 @@ import torch
 from polyquant.memory.adapted import base_name, is_adapters, unwrapped
 from polyquant.memory.storage import walk
 from polyquant.models import versions
-from polyquant.models.roles import REASONS, SKIPPED, TIED, beside_the_language_model, role_of
+from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED, beside_the_language_model, role_of
 from polyquant.types import LayerInfo
 
 
@@ -63,7 +63,7 @@ def describe(
                 TIED.format(origin)
                 if origin
                 else SKIPPED
-                if base_name(name) in skipped and role not in ("embedding", "tower")
+                if base_name(name) in skipped and role not in ALWAYS_DENSE
                 else REASONS[role]
             )
             layers.append(

@@ -12,6 +12,7 @@ from polyquant.options import BackendOptions
 from polyquant.registry.hooks import last_own, package_of
 from polyquant.registry.observers import Recorder
 from polyquant.registry.registry import Registry
+from polyquant.registry.written import resolved
 from polyquant.support.containing import Late, within
 from polyquant.support.files import atomic_folder
 from polyquant.support.libraries import refuse_problems
@@ -52,8 +53,8 @@ class Backend:
         return self._registry.implements(self.name, hook)
 
     def config(self, options: Mapping[str, object]) -> BackendOptions:
-        """Checked options. Raises ConfigError."""
-        return self._call("build_config", options=dict(options))
+        """Checked options, the words of a query (`bits`, `scheme`) as the backend's own. Raises ConfigError."""
+        return self._call("build_config", options=resolved(self.info, options))
 
     def problems(self, device: str = "cpu") -> list[Problem]:
         """Everything that stops it on this machine and device; empty where it can run."""

@@ -68,7 +68,7 @@ def logits(model, tokens=TOKENS):
         ({"quantization_mode": "offlin"}, "Did you mean 'offline'?"),
         ({"quantization_mode": "online"}, "quantization_mode 'online' goes with linear_class 'autobitlinear'"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be"),
-        ({"bits": 2}, "unknown option 'bits'"),
+        ({"bits": 3}, "bitnet has nothing with bits=3; bits are 2"),
     ],
 )
 def test_bad_options(options, words):

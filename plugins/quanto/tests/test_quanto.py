@@ -50,7 +50,7 @@ def load(path, **options):
     ("options", "words"),
     [
         ({"weights": "int3"}, "weights must be 'int8', 'int4', 'int2' or 'float8', got 'int3'"),
-        ({"bits": 4}, "unknown option 'bits'"),
+        ({"bits": 3}, "quanto has nothing with bits=3; bits are 8, 4, 2"),
         ({"activations": "int8"}, "unknown option 'activations'"),
     ],
 )
