@@ -7,7 +7,7 @@ process, and a wrong one gives another model. A backend declares what a layer co
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -88,9 +88,9 @@ def parts_of(layer: Any) -> dict[str, Part]:
 def require_layers(request: LoadRequest, expected: Callable[[WeightInfo, Mapping[str, Tensor]], Expected]) -> None:
     """Hold a checkpoint's packed layers against the model, for a backend whose library reads them by itself.
 
-    A matrix is dense in the checkpoint where its layer has a weight of its shape in floating point, and at most a bias
-    beside. Everything else of a layer is what `expected` says of it, given its tensors, which are mapped, not read.
-    Raises ModelError, with the names of checkpoint and layer.
+    A matrix is dense in the checkpoint where its layer has a weight of its shape in floating point, and beside it only
+    what it has in the model. Everything else of a layer is what `expected` says of it, given its tensors, which are
+    mapped, not read. Raises ModelError, with the names of checkpoint and layer.
     """
     source = request.source
     stored: dict[str, dict[str, tuple[str, str, StoredTensor]]] = defaultdict(dict)
@@ -103,7 +103,8 @@ def require_layers(request: LoadRequest, expected: Callable[[WeightInfo, Mapping
     for weight in request.weights:
         name = weight.name.removesuffix(".weight")
         held = stored.get(name, {})
-        if len(weight.shape) != 2 or not held or _is_dense(held, weight.shape):
+        own = {short for short in held if f"{name}.{short}" in shapes}
+        if len(weight.shape) != 2 or not held or _is_dense(held, weight.shape, own):
             continue
         tensors = {short: files[file].get_tensor(key) for short, (file, key, _) in held.items()}
         try:
@@ -144,9 +145,10 @@ def is_finite(tensor: Tensor) -> bool:
     return not any(bool((codes == code).any()) for code in _not_finite(tensor.dtype))
 
 
-def _is_dense(held: Mapping[str, tuple[str, str, StoredTensor]], shape: tuple[int, ...]) -> bool:
+def _is_dense(held: Mapping[str, tuple[str, str, StoredTensor]], shape: tuple[int, ...], own: Collection[str]) -> bool:
     weight = held["weight"][2] if "weight" in held else None
-    return set(held) <= {"weight", "bias"} and weight is not None and weight.dtype in FLOATS and weight.shape == shape
+    same = weight is not None and weight.dtype in FLOATS and weight.shape == shape
+    return same and set(held) <= {"weight", "bias", *own}
 
 
 def _require_range(name: str, tensor: Tensor, part: Part) -> None:
