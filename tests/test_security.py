@@ -85,8 +85,12 @@ def test_code_of_the_repository_is_not_run(bitsandbytes, model, marker):
 def test_nobody_is_asked_whether_code_may_run(model, marker, monkeypatch):
     """transformers asks on standard input where it is not told."""
     change(model, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-    code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
-    (model / "evil.py").write_text(code)
+    (model / "evil.py").write_text(f"""
+open({str(marker)!r}, "w").close()
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig): pass
+class Model(LlamaForCausalLM): config_class = Config
+""")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     with pytest.raises(ModelError, match="runs Python code of its own"):
         load_dense(resolve(model))

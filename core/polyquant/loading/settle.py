@@ -113,7 +113,9 @@ def settle(
         notes.append(f"vision and audio parts stay dense: {', '.join(towers)}")
     checkpoint = _checkpoint(model, weights, route)
     if stored:
-        config = _skipping_what_is_dense(model, weights, config)
+        agreed, config = config, _skipping_what_is_dense(model, weights, config)
+        if config is not agreed:
+            notes.append(f"{len(config.skip)} layers are dense in the checkpoint: {', '.join(config.skip[:3])}")
     elif not only_gguf:
         config = config.with_full_names(weights)
     return Settled(
@@ -125,12 +127,17 @@ def settle(
 def _skipping_what_is_dense(model: Model, weights: Sequence[WeightInfo], config: BackendOptions) -> BackendOptions:
     """`config` with `skip` as the checkpoint's headers have it, whatever words its quantization_config has for that.
 
-    Unchanged where they agree, and where the checkpoint names its tensors otherwise than the model.
+    Unchanged where they agree, where the checkpoint names its tensors otherwise than the model, and where all look dense:
+    some formats hold weights that are quantized as they load.
     """
     matrices = [weight for weight in weights if weight.role in ("linear", "head") and not weight.tied_to]
     dense = {weight.name for weight in matrices if model.holds_dense(weight)}
     found = all(weight.name in dense or model.holds_part(weight) for weight in matrices)
-    if not found or dense == {weight.name for weight in matrices if config.skips(weight)}:
+    if (
+        not found
+        or len(dense) == len(matrices)
+        or dense == {weight.name for weight in matrices if config.skips(weight)}
+    ):
         return config
     skip = tuple(weight.name.rpartition(".")[0] for weight in matrices if weight.name in dense)
     return msgspec.structs.replace(config, skip=skip, skip_defaults=False)

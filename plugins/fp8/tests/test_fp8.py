@@ -234,7 +234,7 @@ def with_nan(weight):
             without("model.layers.0.self_attn.q_proj.bias"),
             r"q_proj cannot be read: bias is missing; it has weight, weight_scale_inv",
         ),
-        (without("model.norm.weight"), r"missing or have no place in the model: model\.norm\.weight"),
+        (without("model.norm.weight"), r"model\.norm\.weight of the model is not in the checkpoint"),
         (
             replaced(f"{LAYER}.weight", lambda weight: weight[:-1]),
             rf"{LAYER} cannot be read: weight of a layer .* should be \(512, 256\) float8_e4m3fn, and",

@@ -20,7 +20,7 @@ from .conftest import row, tiny, write_gguf
 
 IDS = [5, 17, 40, 3, 3, 88, 21, 60]
 PARTICULARS = {  # what transformers reads of a GGUF's config leaves these to the class's defaults
-    "qwen3": {"head_dim": 128}, "gemma2": {}, "gemma3": {}, "stablelm": {}, "phi3": {}, "nemotron": {}, "starcoder2": {},
+    "qwen3": {"head_dim": 128}, "gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}, "stablelm": {}, "phi3": {}, "nemotron": {}, "starcoder2": {},
 }  # fmt: skip
 
 
