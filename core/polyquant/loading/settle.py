@@ -127,8 +127,8 @@ def settle(
 def _skipping_what_is_dense(model: Model, weights: Sequence[WeightInfo], config: BackendOptions) -> BackendOptions:
     """`config` with `skip` as the checkpoint's headers have it, whatever words its quantization_config has for that.
 
-    Unchanged where they agree, where the checkpoint names its tensors otherwise than the model, and where all look dense:
-    some formats hold weights that are quantized as they load.
+    Unchanged where they agree, where the checkpoint names its tensors otherwise than the model, and where all look
+    dense: some formats hold weights that are quantized as they load.
     """
     matrices = [weight for weight in weights if weight.role in ("linear", "head") and not weight.tied_to]
     dense = {weight.name for weight in matrices if model.holds_dense(weight)}

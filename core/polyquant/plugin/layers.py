@@ -79,7 +79,7 @@ def fill_empty(module: Any, tensors: Mapping[str, Tensor], *, tied: Collection[s
     """Assign `tensors` to the parameters and buffers of `module`, by their names in it.
 
     tied: names that stay empty. Raises ModelError where something else is left on the meta device, or a tensor fits
-    nothing or has another shape.
+    nothing, has another shape, or integers in the place of floating point.
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     empty = {name for name, tensor in own.items() if tensor.is_meta}
@@ -91,6 +91,8 @@ def fill_empty(module: Any, tensors: Mapping[str, Tensor], *, tied: Collection[s
         wanted = own[name]
         if wanted.shape != tensor.shape:
             raise ModelError(f"{name} has shape {tuple(tensor.shape)}, {tuple(wanted.shape)} was expected")
+        if wanted.is_floating_point() and not tensor.is_floating_point():
+            raise ModelError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, a floating point was expected")
         is_parameter = isinstance(wanted, torch.nn.Parameter)
         value = torch.nn.Parameter(tensor, wanted.requires_grad) if is_parameter else tensor
         setattr(module.get_submodule(owner), short, value)
