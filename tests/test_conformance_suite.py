@@ -26,7 +26,8 @@ import rowwise_mutants  # noqa: E402
 from .installing import write_metadata  # noqa: E402
 
 TINY_FLOOR = {"int8": Floor(kl=0.003, top1=0.9)}  # measured on the tiny llama: 0.0014, 0.956
-FRESH_PROCESS = {"load_leaves_global_state_alone"}  # five seconds: only for the mutant that breaks it
+FRESH_PROCESS = {"load_leaves_global_state_alone", "wrong_tensors_are_refused"}
+"""Checks that start a process, which takes seconds: only for the mutants that break them."""
 
 
 @pytest.fixture(scope="module", autouse=True)

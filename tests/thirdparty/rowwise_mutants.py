@@ -90,6 +90,11 @@ class Modest(Variant):
     capabilities = {"trains": False}
 
 
+@plugin(breaks="others_read_it_right_or_refuse_it")
+class Boasts(Variant):
+    capabilities = {"readable_by": ("transformers",)}
+
+
 @plugin(breaks="hooks_fit_the_specification")
 class Defaults(Variant):
     @hookimpl
