@@ -122,6 +122,13 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *apart(), *chosen(session))
 
 
+@nox.session
+def zoo(session: nox.Session) -> None:
+    """Small models of every causal architecture through every on-the-fly backend; writes docs/reference/zoo.md."""
+    install(session, *PLUGINS.values(), group="test")
+    session.run("python", "-m", "tests.zoo", *(session.posargs or ["--out", "docs/reference/zoo.json"]))
+
+
 @nox.session(venv_backend="none")
 def own(session: nox.Session) -> None:
     """The tests of plugins that need an environment of their own, each in its own."""

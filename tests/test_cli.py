@@ -46,6 +46,10 @@ def test_help_shows_the_options_of_the_backend_named(run_python):
         (("load", "./nowhere", "-b", "bitsandbytes"), "./nowhere: no such file or folder"),
         (("load", "m", "-b", "bitsandbytes", "--offload", "gpu"), "load option: Invalid enum value 'gpu'"),
         (("load", "m", "-b", "bitsandbytes", "--max-memory", "6GiB"), "--max-memory must look like '0=6GiB,cpu=24GiB'"),
+        (
+            ("chat", "m", "-b", "bitsandbytes", "--template", "thinking"),
+            "--template must look like 'enable_thinking=false",
+        ),
         (("quantize", "m", "--out", "x"), "name the backend to quantize with"),
         (("quantize", "m", "--out", "tests", "-b", "bitsandbytes"), "tests exists; choose another folder"),
         (("frobnicate",), "No such command"),
@@ -105,3 +109,14 @@ def test_completion_knows_backends_and_their_options(run_python):
     assert "bitsandbytes" in complete("polyquant run --backend bits")
     assert "--quant-type" in complete("polyquant run -b bitsandbytes --quan")
     assert "fp4" in complete("polyquant run -b bitsandbytes --quant-type f")
+
+
+def test_switches_of_the_chat_template_are_typed():
+    from polyquant.cli.options import switches_of
+
+    assert switches_of("enable_thinking=false, level=2,mode=brief") == {
+        "enable_thinking": False,
+        "level": 2,
+        "mode": "brief",
+    }
+    assert switches_of(None) == {}

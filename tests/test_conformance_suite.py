@@ -26,7 +26,8 @@ import rowwise_mutants  # noqa: E402
 from .installing import write_metadata  # noqa: E402
 
 TINY_FLOOR = {"int8": Floor(kl=0.003, top1=0.9)}  # measured on the tiny llama: 0.0014, 0.956
-FRESH_PROCESS = {"load_leaves_global_state_alone"}  # five seconds: only for the mutant that breaks it
+FRESH_PROCESS = {"load_leaves_global_state_alone", "wrong_tensors_are_refused"}
+"""Checks that start a process, which takes seconds: only for the mutants that break them."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +80,8 @@ def test_every_check_has_its_mutant():
         ("rowwise-calibrated", {"skipped_modules_stay_dense", "a_skip_pattern_without_a_match_is_refused"}),
         ("rowwise-reader", {"skipped_modules_stay_dense", "a_skip_pattern_without_a_match_is_refused"}),
         ("rowwise-runtime", {"is_in_eval_mode", "describes_every_tensor_once", "described_bytes_are_stored_bytes",
-                             "memory_comes_back", "adapters_train_on_the_frozen_base"}),
+                             "memory_comes_back", "adapters_train_on_the_frozen_base", "a_second_adapter_trains",
+                             "adapters_merge_or_are_refused", "dora_trains_or_is_refused"}),
     ],
 )  # fmt: skip
 def test_a_backend_is_asked_only_for_what_it_declares(make_subject, backend, absent):

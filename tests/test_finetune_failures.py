@@ -156,6 +156,54 @@ options |= {"batch_size": 16}
     assert "max_length (--max-length), rank (now 64)" in said
 
 
+def test_a_job_cut_short_is_thrown_away_with_its_run(model, data, tmp_path, whole, rowwise):
+    """As a full disk leaves it where it is not written in one step."""
+
+    def stop(step):
+        if step.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, data, tmp_path / "out", progress=SimpleNamespace(step=stop))
+    job = state.working_folder(tmp_path / "out") / state.JOB
+    os.truncate(job, job.stat().st_size // 2)
+    result = tune(model, data, tmp_path / "out")
+    assert result.resumed_from == 0
+    assert any("job.json of an unfinished run was cut short" in note for note in result.notes)
+    assert result.last_loss == whole
+
+
+def test_a_second_run_to_the_same_folder_is_refused(model, data, tmp_path, whole, rowwise):
+    def meanwhile(step):
+        if step.done == 2:
+            refused.append(failed(model, data, tmp_path / "out", rowwise, ""))
+
+    refused = []
+    result = tune(model, data, tmp_path / "out", progress=SimpleNamespace(step=meanwhile))
+    (said,) = refused
+    assert said.startswith("SaveError another process is writing"), said
+    assert result.last_loss == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl"]
+
+
+def test_neither_data_nor_base_is_overwritten_with_the_adapter(model, tmp_path, rowwise):
+    tune(model, written(tmp_path), tmp_path / "out")
+    os.rename(tmp_path / "train.jsonl", tmp_path / "out" / "README.md")
+    with pytest.raises(SaveError, match="README.md is read from there"):
+        tune(model, tmp_path / "out" / "README.md", tmp_path / "out", overwrite=True)
+    with pytest.raises(SaveError, match=f"out is not replaced: {tmp_path / 'out'} is read from there"):
+        polyquant.merge(model, tmp_path / "out", tmp_path / "out", "dense", overwrite=True)
+    base = polyquant.quantize(model, "rowwise", tmp_path / "base", device="cpu")
+    data = written(tmp_path)
+    with pytest.raises(SaveError, match="base is not replaced: .*base is read from there"):
+        polyquant.finetune(base, data, base, backend="rowwise", device="cpu", overwrite=True, **OPTIONS)
+    with pytest.raises(SaveError, match="base is not replaced: .*base is read from there"):
+        polyquant.load(base, device="cpu").save(base, overwrite=True)
+    with pytest.raises(SaveError, match="base is not replaced: .*base is read from there"):
+        polyquant.quantize(base, "rowwise", base, device="cpu", overwrite=True)
+    assert polyquant.quantize(model, "rowwise", base, device="cpu", overwrite=True) == base
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_checkpoint_cut_short_is_thrown_away(model, data, tmp_path, whole, rowwise, name):
     def stop(step):

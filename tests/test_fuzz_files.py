@@ -309,7 +309,7 @@ def test_quantization_configs(folder, dialect):
 @example(config=LLAMA)
 def test_skeletons(folder, config):
     from polyquant.models import hf
-    from polyquant.memory.weights import list_weights
+    from polyquant.models.weights import list_weights
 
     (folder / "model.safetensors").write_bytes(
         struct.pack("<Q", 54) + b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}} ' + b"\0"

@@ -10,6 +10,8 @@ from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError
 from polyquant.loaded import LoadedModel
 from polyquant.loading.options import LoadOptions
 from polyquant.loading.settle import route_of
+from polyquant.models.model import Model
+from polyquant.models.outline import Outline
 from polyquant.models.resolve import resolve
 from polyquant.options import BackendOptions
 from polyquant.request import ModelSource
@@ -49,12 +51,12 @@ def gguf(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return resolve(tmp_path / "model.gguf")
+    return Model.find(tmp_path / "model.gguf")
 
 
-def prepare(source, given, *, to_quantize=False, **how):
-    options, route = LoadOptions(device="cpu", **how), route_of(source, Runtime(), to_quantize=to_quantize)
-    return loading.prepare(source, Runtime(), Options(**given), given, options, route)
+def prepare(model, given, *, to_quantize=False, **how):
+    options, route = LoadOptions(device="cpu", **how), route_of(model.source, Runtime(), to_quantize=to_quantize)
+    return loading.prepare(model, Runtime(), Options(**given), given, options, route)
 
 
 def test_a_builtin_model_is_its_packaged_gguf(monkeypatch, tmp_path):
@@ -68,14 +70,14 @@ def test_a_builtin_model_is_its_packaged_gguf(monkeypatch, tmp_path):
 def test_a_dense_model_is_refused_with_the_way_to_a_gguf(tmp_path):
     source = ModelSource(name="dense", path=tmp_path, config={"model_type": "llama"})
     with pytest.raises(CheckpointConflict, match="polyquant quantize dense --backend gguf --out DIR"):
-        loading.load_source(source, Runtime(), Options(), {}, LoadOptions(device="cpu"))
+        loading.load_model(Model(Outline(source, {}, 0)), Runtime(), Options(), {}, LoadOptions(device="cpu"))
 
 
 def test_the_type_of_a_gguf_cannot_be_chosen_when_it_is_loaded_and_can_when_it_is_quantized(gguf):
     with pytest.raises(CheckpointConflict, match="type: requested 'Q8_0', stored 'Q4_0'"):
         prepare(gguf, {"type": "Q8_0"})
     request, settled = prepare(gguf, {"type": "Q8_0", "skip": ("blk.0",)}, to_quantize=True)
-    assert (request.source, request.weights, settled.route) == (gguf, (), "make first")
+    assert (request.source, request.weights, settled.route) == (gguf.source, (), "make first")
     config = settled.options
     assert (config.type, config.skip, config.compute_dtype) == ("Q8_0", ("blk.0",), "float32")
 

@@ -12,7 +12,7 @@ import polyquant
 import psutil
 import pytest
 import torch
-from polyquant.loading.load import load_source
+from polyquant.loading.load import load_model
 from polyquant.loading.options import LoadOptions
 from polyquant.registry.backend import Backend
 from polyquant.errors import BackendFailed, ConfigError
@@ -21,7 +21,7 @@ from polyquant.isolated.environments import read_record
 from polyquant.isolated.remote import RemoteModel
 from polyquant.isolated.worker import InWorker
 from polyquant.registry.observers import Recorder
-from polyquant.models.resolve import resolve
+from polyquant.models.model import Model
 from polyquant.testing.models import tiny_model
 
 from .installing import write_metadata
@@ -47,7 +47,7 @@ def here(environment, folder, tmp_path_factory):
     write_metadata(site, "polyquant-outer", {})
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(site))
-        return load_source(resolve(folder), handle, handle.config({}), {}, LoadOptions(device="cpu"))
+        return load_model(Model.find(folder), handle, handle.config({}), {}, LoadOptions(device="cpu"))
 
 
 def test_the_doctor_and_the_command_line_know_it(environment, run_python, isolated_rowwise, folder):

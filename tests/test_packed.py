@@ -10,7 +10,7 @@ from polyquant.models import hf
 from polyquant.plugin import checkpoints, dense_linears
 from polyquant.plugin.layers import layer_tensors
 from polyquant.errors import ConfigError, ModelError
-from polyquant.memory.weights import list_weights
+from polyquant.models.weights import list_weights
 from polyquant.models.resolve import resolve
 from polyquant.options import BackendOptions
 from polyquant.testing.models import tiny_model

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from polyquant.errors import PlacementError
+from polyquant.errors import ConfigError, PlacementError
 from polyquant.memory.planned import plan_dense
-from polyquant.memory.weights import list_weights
+from polyquant.models.weights import list_weights
 from polyquant.options import BackendOptions
-from polyquant.loading.placement import fill_devices
+from polyquant.loading.placement import check_device_map, fill_devices
 
 MIB = 2**20
 
@@ -56,3 +56,40 @@ def test_offloading_is_allowed_where_asked(model):
 def test_the_disk_is_never_used(model):
     with pytest.raises(PlacementError, match="-> disk"):
         fill_devices(*model, "cuda", {0: 6 * MIB, "cpu": MIB}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "words"),
+    [
+        ({"": "meta"}, "devices that are not here: the whole model -> meta; there are .*cpu"),
+        ({"": "gpu"}, "the whole model -> gpu"),
+        ({"": "cuda:77"}, "the whole model -> cuda:77"),
+        ({"": 77}, "the whole model -> 77"),
+        ({"": -1}, "the whole model -> -1"),
+        ({"model.layer.0": "cpu"}, r"names 'model.layer.0', which is no module of the model. Did you mean 'model.layers.0'"),
+        ({"model.layers": "cpu", "model.layers.8": "cpu"}, r"names 'model.layers.8', which is no module"),
+        ({"model": "cpu", "model.layers.1.": "cpu"}, r"names 'model.layers.1.', which is no module"),
+        ({"model.embed_tokens": "cpu", "model.norm": "cpu"}, r"gives 72 of 74 tensors no device: model.layers.0.self_attn"),
+        ({"model.layers": "cpu"}, "gives 2 of 74 tensors no device: model.embed_tokens.weight, model.norm.weight; name"),
+        ({"model.layers.1": "cpu", "model.layers.10": "cpu"}, "model.layers.10"),
+        ({}, "must be 'auto' or a mapping"),
+    ],
+)  # fmt: skip
+def test_a_map_that_does_not_fit_the_model_is_refused(model, device_map, words):
+    weights = list_weights(model[0])
+    with pytest.raises(ConfigError, match=words):
+        check_device_map(device_map, weights)
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"": "cpu"},
+        {"model": "cpu"},  # the head is tied to the embedding in it
+        {"": "cpu", "model.layers.3.mlp.up_proj": "disk"},
+        {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"},
+        {"model.embed_tokens.weight": "cpu", "model.layers": "cpu", "model.norm.weight": "cpu"},
+    ],
+)
+def test_a_map_that_fits_the_model(model, device_map):
+    assert check_device_map(device_map, list_weights(model[0])) == device_map

@@ -20,9 +20,14 @@ ARCHITECTURES = {
     "Mistral": {"sliding_window": 16},
     "GPTNeoX": {},
     "Falcon": {"ffn_hidden_size": 203, "multi_query": True, "head_dim": ...},  # it derives its own
-    "Mixtral": {"num_local_experts": 3},
-    "Qwen3Moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 57, "decoder_sparse_step": 1},
-}
+    "Mixtral": {"num_local_experts": 3, **(EVEN := {"hidden_size": 104, "intermediate_size": 200, "head_dim": 32})},
+    "Qwen3Moe": {
+        "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 56, "decoder_sparse_step": 1, **EVEN,
+    },
+}  # fmt: skip
+"""torch multiplies experts of whole 16 bytes alone, so theirs are even, and fit no group either."""
+CANNOT_RUN = {("Falcon", "torchao")}
+"""Whose code takes a weight transposed, which torchao's have not."""
 FUSED = pytest.mark.skipif(
     not versions.VERSION_5, reason="before transformers 5 experts are Linear modules, and quantized"
 )
@@ -68,6 +73,10 @@ def test_planned_is_what_is_stored(models, architecture, tied, backend):
     if not any(tensor.quantized for tensor in plan.tensors):
         assert "every tensor would stay dense" in plan.notes[-1]
         with pytest.raises(DenseModelError):
+            polyquant.load(model, backend, device="cpu", **options)
+        return
+    if (architecture, backend) in CANNOT_RUN:
+        with pytest.raises(ConfigError, match=r"cannot run: .*keep them dense: skip="):
             polyquant.load(model, backend, device="cpu", **options)
         return
     loaded = polyquant.load(model, backend, device="cpu", **options)

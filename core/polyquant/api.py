@@ -48,7 +48,7 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     attention: str = "",
-    adapter: str | Path = "",
+    adapter: str | Path | Sequence[str | Path] = (),
     return_freed_memory: bool = False,
     progress: bool = False,
     **options: Any,
@@ -63,7 +63,7 @@ def load(
     device_map: auto, or module name -> device. max_memory: device -> bytes or '6GiB', for auto.
     offload: what may happen where the model does not fit `device`: error, or cpu.
     allow_dequantize: accept a model that ends dense. attention: transformers' attn_implementation.
-    adapter: a folder of PEFT's to put on the model.
+    adapter: a LoRA adapter of PEFT's to put on the model, by its folder or hub name; of several the products are added.
     return_freed_memory: give memory that is freed while loading on a CPU back at once: a lower peak, a slower load, and
         glibc's own adjustment of its thresholds is off from then on.
 
@@ -77,7 +77,7 @@ def load(
     return loading.load(
         model, backend, revision=revision, device=device, device_map=device_map, max_memory=max_memory,
         offload=offload, allow_dequantize=allow_dequantize, trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle, attention=attention, adapter=str(adapter), return_freed_memory=return_freed_memory,
+        allow_pickle=allow_pickle, attention=attention, adapter=adapter, return_freed_memory=return_freed_memory,
         progress=progress, **options,
     )  # fmt: skip
 
@@ -274,7 +274,7 @@ def merge(
     overwrite: bool = False,
     **options: Any,
 ) -> Quality:
-    """Merge an adapter into `model` and write the result to `out`, if it stays close to base and adapter.
+    """Merge an adapter (folder, hub name) into `model`, and write it to `out` if it stays close to base and adapter.
 
     into: `dense` (the dense model), `dequantized` (the dequantized base) or `requantized` (the dense model, quantized
         again); `polyquant.finetuning.merge_methods` says what each loses.
@@ -284,7 +284,7 @@ def merge(
     """
     from polyquant.finetuning.merge import merge as run
 
-    return run(model, Path(adapter), Path(out), into, backend, options, threshold, force=force, overwrite=overwrite)
+    return run(model, adapter, Path(out), into, backend, options, threshold, force=force, overwrite=overwrite)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Self
 
 
 class PolyquantError(Exception):
@@ -14,6 +15,15 @@ class PolyquantError(Exception):
 
 class ConfigError(PolyquantError):
     """An option is unknown or has a value that is not allowed. Raised before any file is read."""
+
+    unfit = ""  # what of a tensor the options do not fit; set where the message ends with options that would
+
+    @classmethod
+    def of_unfit(cls, what: str, ways: Iterable[str]) -> Self:
+        """The error for a tensor that the options do not fit. ways: options that would."""
+        error = cls(f"{what}; use {' or '.join(ways)}")
+        error.unfit = what
+        return error
 
 
 class UnknownBackend(PolyquantError):
@@ -40,6 +50,10 @@ class BackendFailed(PolyquantError):
 
 class UnsupportedOperation(PolyquantError):
     """The backend does not implement this operation. Raised before any work is done."""
+
+
+class CastRefused(UnsupportedOperation, ValueError):
+    """A quantized model is asked for another dtype; a ValueError too, as transformers raises for its own models."""
 
 
 class EnvironmentProblem(PolyquantError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,6 +52,7 @@ class LoadedModel:
     requested: BackendOptions | None = None  # the options before the checkpoint and the device had their say
     request: LoadRequest | None = None  # set by the core
     initial_layers: list[LayerInfo] = field(default_factory=list)  # set by the core: the layers before any forward pass
+    tried_bytes: int = 0  # set by the core: what it stored once loading had run a few tokens through it
     records: list[HookRecord] = field(default_factory=list)  # set by the core: time and peak memory of each hook call
     adapter: str = ""  # folder of the adapter on the model; `model` is then PEFT's
     _backend: Owner | None = None
@@ -64,23 +65,36 @@ class LoadedModel:
         return self._backend
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Folders and files that it was read from, as far as they are known."""
+        source = self.request.source.files if self.request is not None else ()
+        return (*source, *((Path(self.adapter),) if self.adapter else ()))
+
+    @property
     def layers(self) -> list[LayerInfo]:
         """Every parameter and buffer as it is now; where there is an adapter, its tensors too, in the role of one."""
-        if not self.adapter:
-            return self.backend.describe_layers(self.model)
         from polyquant.memory.adapted import base_names
 
-        return base_names(self.backend.describe_layers(self.model.get_base_model()))
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_names(self.backend.describe_layers(base))
 
-    def generate(self, prompt: Prompt, **generation_parameters: Any) -> str:
-        """The text that follows `prompt`; parameters are those of transformers' `generate`."""
-        return "".join(self.stream(prompt, **generation_parameters))
+    def generate(self, prompt: Prompt, **parameters: Any) -> str:
+        """The text that follows `prompt`.
 
-    def stream(self, prompt: Prompt, **generation_parameters: Any) -> Iterator[str]:
+        parameters: those of transformers' `generate`, and `template`: switches of the model's chat template, where the
+        prompt is messages. Raises ConfigError for what the model, or one text, cannot hold.
+
+        >>> loaded.generate([{"role": "user", "content": "Hello"}], template={"enable_thinking": False})
+        """
+        return "".join(self.stream(prompt, **parameters))
+
+    def stream(
+        self, prompt: Prompt, *, template: Mapping[str, Any] | None = None, **generation_parameters: Any
+    ) -> Iterator[str]:
         """Like `generate`, in pieces as they come."""
         from polyquant.models.generation import stream
 
-        return stream(self.model, self.tokenizer, prompt, generation_parameters)
+        return stream(self.model, self.tokenizer, prompt, generation_parameters, template)
 
     def logits(self, tokens: Sequence[int]) -> Any:
         """Logits of one sequence, float32 torch tensor (positions, vocabulary)."""
@@ -89,17 +103,27 @@ class LoadedModel:
         return logits_of(self.model, tokens)
 
     def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
-        """Bytes of the key-value cache for each token of context, measured on `tokens`; None where it is not known."""
+        """Bytes by which the state grows with each token of context, measured on `tokens`; None where it is not known.
+
+        0 for a recurrent model, whose state has one size.
+        """
         if not self.backend.capabilities.runs_on_torch:
             return None
-        import torch
-
         from polyquant.memory.storage import tensor_bytes
+        from polyquant.models.generation import state_after
 
-        with torch.inference_mode():
-            ids = torch.tensor([list(tokens)], device=self.model.device)
-            cache = self.model(input_ids=ids, use_cache=True).past_key_values
-        return round(tensor_bytes(cache) / len(tokens)) if cache is not None else None
+        states = state_after(self.model, tokens), state_after(self.model, [*tokens, *tokens])
+        once, twice = (state and tensor_bytes(state.value) for state in states)
+        return None if once is None or twice is None else round((twice - once) / len(tokens))
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the tokenizer makes and the model takes go from 0 to one less."""
+        if not hasattr(self.model, "get_input_embeddings"):  # of a runtime that is not torch's
+            return len(self.tokenizer)
+        from polyquant.models.limits import limits_of
+
+        return min(len(self.tokenizer), limits_of(self.model).vocabulary)
 
     def session(self) -> Feed:
         """A new, empty context; each call runs tokens after those before, up to the logits of the last one."""

@@ -49,18 +49,20 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Options that apply to a checkpoint that is quantized already; all others are stored in it."""
 
     def with_full_names(self, weights: Sequence[WeightInfo]) -> Self:
-        """`skip` as full module names, defaults and tied modules included; `skip_defaults` is then spent.
+        """`skip` as full module names; defaults, tied modules and those that run dense only included.
 
-        Unchanged where nothing but the defaults is asked for. Raises ConfigError for a pattern that matches nothing.
+        `skip_defaults` is then spent. Unchanged where nothing but libraries' own defaults stays dense: they know no
+        towers, and no modules with code of their own. Raises ConfigError for a pattern that matches nothing.
         """
-        if not self.skip and self.skip_defaults:
+        never = [weight.name.rpartition(".")[0] for weight in weights if weight.role in ("tower", "custom")]
+        if not self.skip and self.skip_defaults and not never:
             return self
         asked = matching_modules(weights, self.skip)
         modules = {weight.name.rpartition(".")[0]: weight for weight in weights if weight.role != "vector"}
         tied = {weight.tied_to for weight in weights}
         always = [name for name, weight in modules.items() if weight.tied_to or weight.name in tied]
         defaults = [name for name, weight in modules.items() if self.skip_defaults and weight.default_skip]
-        skip = tuple(dict.fromkeys([*asked, *defaults, *always]))
+        skip = tuple(dict.fromkeys([*asked, *defaults, *always, *never]))
         return msgspec.structs.replace(self, skip=skip, skip_defaults=False)
 
     def skips(self, weight: WeightInfo) -> bool:
@@ -204,7 +206,7 @@ def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...]) -
     names = [
         weight.name.rpartition(".")[0]
         for weight in weights
-        if weight.role in ("linear", "experts", "head", "embedding", "other")
+        if weight.role in ("linear", "experts", "head", "embedding", "tower", "custom", "other")
     ]
     matched: dict[str, None] = {}
     for pattern in patterns:

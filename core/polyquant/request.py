@@ -24,6 +24,11 @@ class ModelSource(Record, frozen=True):
     packaged: bool = False  # a dense model that a package brings as a GGUF: it stands for the dense one
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The folder, and the weight files in it, which may be links."""
+        return (self.path, *(self.path / name for name in self.weight_files))
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Size of the weight files on disk."""
         return sum((self.path / name).stat().st_size for name in self.weight_files)

@@ -10,7 +10,21 @@ import msgspec
 from polyquant.options import BackendOptions, Dtype
 
 DeviceMap = Mapping[str, int | str]
-Role = Literal["linear", "experts", "embedding", "head", "vector", "buffer", "adapter", "other"]
+Role = Literal[
+    "linear", "experts", "embedding", "head", "convolution", "custom", "vector", "buffer", "adapter", "tower", "other"
+]  # fmt: skip
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes of an element of a dense tensor, by the name of its dtype."""
 
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -68,6 +82,7 @@ class Capabilities(Record, frozen=True):
     needs_calibration: bool = False  # quantizing needs sample text
     loads_prequantized: tuple[str, ...] = ()  # the quant_method names it reads
     saves: bool = False  # writes a checkpoint that loads back bit for bit
+    readable_by: tuple[str, ...] = ()  # who else reads what it writes: "transformers", or a runtime; others refuse it
     trains: bool = False  # adapters train on its frozen base
     compiles: bool = False  # torch.compile works
     offloads: bool = False  # part of the model may live on a slower device

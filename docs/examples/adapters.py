@@ -64,7 +64,7 @@ def main() -> None:
 def candidates(adapter: str, checkpoints: Path | None) -> Any:
     """(name, PEFT's model, its answer): the dense model through PEFT alone, then other backends through polyquant."""
     source = resolve_dense(MODEL)
-    dense = PeftModel.from_pretrained(load_dense(source), adapter).eval()
+    dense = PeftModel.from_pretrained(load_dense(source), adapter, trust_remote_code=False).eval()
     yield "dense float32, PEFT alone", dense, "".join(stream(dense, load_tokenizer(source), QUESTION, LENGTH)).strip()
     del dense
     for backend, options in OTHERS.items():

@@ -43,9 +43,10 @@ loaded = polyquant.load({model!r}, backend="bitsandbytes", device="cpu", quant_t
 DIRECT = """
 config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
 model = AutoModelForCausalLM.from_pretrained(
-    {model!r}, quantization_config=config, device_map={{"": "cpu"}}, dtype=torch.float32
+    {model!r}, quantization_config=config, device_map={{"": "cpu"}}, dtype=torch.float32,
+    trust_remote_code=False,
 ).eval()
-tokenizer = AutoTokenizer.from_pretrained({model!r})
+tokenizer = AutoTokenizer.from_pretrained({model!r}, trust_remote_code=False)
 """
 
 LOADED = """

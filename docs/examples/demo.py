@@ -12,6 +12,7 @@ import polyquant
 from polyquant.cli.progress import showing_rows
 from polyquant.cli.reporting import show_comparison
 from polyquant.cli.show import console
+from polyquant.cli.terminal import styled
 from polyquant.loading.records import Verification
 from polyquant.support.sizes import size
 from rich import box
@@ -60,7 +61,7 @@ def main() -> None:
         started = time.perf_counter()
         text = loaded.generate(PROMPT, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
         rate = TOKENS / (time.perf_counter() - started)
-        console.print(f"{PROMPT}[bold]{text}[/]", markup=True)
+        console.print(styled("{}[bold]{}[/]", PROMPT, text))
         columns.append((report, rate, text))
 
     console.rule("What it takes")
@@ -97,7 +98,7 @@ def fine_tune(folder: Path) -> bool:
     console.print(
         f"loss {steps[0]:.2f} {bars} {steps[-1]:.2f} in {tuned.seconds:.0f} s; adapter {size(tuned.adapter_bytes)}"
     )
-    console.print(f"before: {before}\nafter:  [bold]{after}[/]", markup=True)
+    console.print(styled("before: {}\nafter:  [bold]{}[/]", before, after))
     console.print(f"curve: {folder / 'adapter' / 'loss.svg'}", soft_wrap=True)
     return steps[-1] < steps[0]
 

@@ -165,9 +165,9 @@ def load(name: str, checkpoints: Path) -> tuple[Any, int, int, int]:
     from polyquant.loading import load as loading
     from polyquant.loading.dense import load_dense
     from polyquant.memory.planned import plan_dense
-    from polyquant.memory.weights import list_weights
     from polyquant.models import hf
     from polyquant.models.resolve import resolve_dense
+    from polyquant.models.weights import list_weights
     from polyquant.options import BackendOptions
 
     backend, _, preset = name.partition(":")

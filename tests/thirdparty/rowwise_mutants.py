@@ -63,6 +63,11 @@ def redescribe(change, layers):
     return [msgspec.structs.replace(layer, **(change(layer) or {})) for layer in layers]
 
 
+def quantized(model):
+    """The quantized layers of a model."""
+    return [module for module in model.modules() if "scale" in module._buffers]
+
+
 # the card, the hooks, the environment
 
 
@@ -83,6 +88,11 @@ class Undocumented(Variant):
 @plugin(breaks="capabilities_have_their_hooks")
 class Modest(Variant):
     capabilities = {"trains": False}
+
+
+@plugin(breaks="others_read_it_right_or_refuse_it")
+class Boasts(Variant):
+    capabilities = {"readable_by": ("transformers",)}
 
 
 @plugin(breaks="hooks_fit_the_specification")
@@ -354,6 +364,18 @@ class Inexact(Variant):
         return out
 
 
+@plugin(breaks="wrong_tensors_are_refused")
+class Blames(Variant):
+    """What does not fit is a failure of the backend's, as where a library's error comes through."""
+
+    @hookimpl
+    def load(self, request, config):
+        try:
+            return rowwise.load(request, config)
+        except ModelError as error:
+            raise ValueError("shape '[256, 128]' is invalid for input of size 32767") from error
+
+
 @plugin(breaks="writes_no_pickle")
 class Pickles(Variant):
     @hookimpl
@@ -371,6 +393,72 @@ class Detached(Variant):
         model = rowwise.prepare_for_training(loaded)
         model.model.layers[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
         return model
+
+
+@plugin(breaks="a_second_adapter_trains")
+class Tires(Variant):
+    """Passes gradients in the first training step of a layer only."""
+
+    @hookimpl
+    def prepare_for_training(self, loaded):
+        model = rowwise.prepare_for_training(loaded)
+        for layer in quantized(model):
+            layer.passes = 0
+            layer.register_forward_pre_hook(_tire)
+        return model
+
+
+def _tire(layer, inputs):
+    layer.passes += inputs[0].requires_grad
+    return (inputs[0].detach() if layer.passes > 4 else inputs[0], *inputs[1:])
+
+
+@plugin(breaks="adapters_merge_or_are_refused")
+class ThinAir(Variant):
+    """Shows a dense weight, made when it is asked for: what PEFT adds to it is gone."""
+
+    @hookimpl
+    def prepare_for_training(self, loaded):
+        model = rowwise.prepare_for_training(loaded)
+        del model._polyquant
+        for layer in quantized(model):
+            layer.__class__ = _showing_dense(type(layer))
+        return model
+
+
+@plugin(breaks="dora_trains_or_is_refused")
+class Spent(Variant):
+    """Shows the dense weight until the first pass with gradients."""
+
+    @hookimpl
+    def prepare_for_training(self, loaded):
+        model = rowwise.prepare_for_training(loaded)
+        for layer in quantized(model):
+            layer.spent = False
+            layer.register_forward_pre_hook(_spend)
+            layer.__class__ = _showing_dense(type(layer))
+        return model
+
+
+def _spend(layer, inputs):
+    layer.spent = layer.spent or inputs[0].requires_grad
+
+
+def _showing_dense(kind):
+    import torch
+
+    class Showing(kind):
+        @property
+        def weight(self):
+            if self.__dict__.get("spent"):
+                return None
+            return torch.nn.Parameter(self._buffers["weight"] * self.scale, requires_grad=False)
+
+        def forward(self, input):
+            output = torch.nn.functional.linear(input, self._buffers["weight"].to(input.dtype))
+            return output * self.scale.to(input.dtype).squeeze(1)
+
+    return Showing
 
 
 # variants that keep every promise they make

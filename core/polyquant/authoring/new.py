@@ -64,7 +64,7 @@ def new_backend(name: str, out: Path) -> list[Path]:
     def renamed(text: str) -> str:
         return each.sub(lambda found: names[found[0]], text)
 
-    with atomic_folder(out, overwrite=False) as partial:
+    with atomic_folder(out, overwrite=False, marked=False) as partial:
         for path in template_files():
             target = partial / renamed(path.relative_to(TEMPLATE).as_posix())
             target.parent.mkdir(parents=True, exist_ok=True)

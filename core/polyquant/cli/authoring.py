@@ -16,6 +16,7 @@ import typer
 
 from polyquant.cli.arguments import Json
 from polyquant.cli.options import complete_backend
+from polyquant.cli.output import say
 from polyquant.errors import BrokenBackend, ConfigError, did_you_mean
 from polyquant.registry.installed import registry
 
@@ -57,9 +58,9 @@ def new_backend(
     new.check_name(name, registry().names())
     folder = out or Path(f"polyquant-{name}")
     files = new.new_backend(name, folder)
-    print(f"wrote {folder}: {len(files)} files; what is yours is marked 'Replace:'. Next:")
+    say(f"wrote {folder}: {len(files)} files; what is yours is marked 'Replace:'. Next:")
     shown = folder if folder.is_absolute() else f"./{folder.as_posix()}"  # pip would look up a bare name
-    print(f"  pip install -e {shlex.quote(str(shown))}\n  polyquant check-backend {name}")
+    say(f"  pip install -e {shlex.quote(str(shown))}\n  polyquant check-backend {name}")
 
 
 def _complete_check(incomplete: str) -> list[str]:
@@ -88,6 +89,7 @@ def check_backend(
     """
     from polyquant.authoring.check import checked
     from polyquant.cli import show
+    from polyquant.cli.terminal import styled
     from polyquant.support.devices import choose_device
     from polyquant.testing.catalog import ALL
     from polyquant.testing.running import planned, run_checks
@@ -104,14 +106,13 @@ def check_backend(
             if json:
                 show.print_json({"backend": name, "passed": False, "reason": str(error), "outcomes": []})
             else:
-                print(f"polyquant: {error}", file=sys.stderr)
+                say(f"polyquant: {error}", error=True)
             raise typer.Exit(1) from None
         runs = len(planned(subject, without=without, real=real))
         if not json:
             runs_on = choose_device(subject.device, subject.capabilities)
-            show.console.print(
-                f"[bold]{name}[/] ({origin}) on {runs_on}: {runs} runs of {len(names) - len(without)} checks"
-            )
+            told = (name, origin, runs_on, runs, len(names) - len(without))
+            show.console.print(styled("[bold]{}[/] ({}) on {}: {} runs of {} checks", *told))
         with _progress(runs) as begin:
             outcomes = _apart(run_checks(subject, without=without, real=real, expected_failures=known, begin=begin))
             done = list(outcomes) if json else list(_reported(outcomes))
@@ -130,11 +131,11 @@ def _progress(runs: int) -> Iterator[Callable[[ConformanceCheck, Case], None] | 
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
+    from polyquant.cli.terminal import Terminal, styled
 
-    with Console(stderr=True).status("starting") as status:
+    with Terminal(stderr=True).status("starting") as status:
         number = iter(range(1, runs + 1))
-        yield lambda check, case: status.update(f"{next(number)}/{runs} {check.name} {case}")
+        yield lambda check, case: status.update(styled("{}/{} {} {}", next(number), runs, check.name, case))
 
 
 def _apart(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
@@ -157,24 +158,25 @@ def _reported(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
         together = list(runs)
         if groups[check] != heading:
             heading = groups[check]
-            console.print(f"[bold]{heading}[/]")
+            console.print(heading, style="bold")
         _print_check(check, together)
         yield from together
 
 
 def _print_check(check: str, runs: Sequence[Outcome]) -> None:
     """One check: how its worst runs ended, and each reason once, with its cure."""
-    from rich.markup import escape
     from rich.padding import Padding
 
     from polyquant.cli.show import console
+    from polyquant.cli.terminal import styled
 
     counted = Counter(outcome.status for outcome in runs)
     worst: Status = next(status for status in WORST if status in counted)
     others = ", ".join(f"{count} {status}" for status, count in counted.items()) if len(counted) > 1 else ""
     size = others or (f"{len(runs)} runs" if len(runs) > 1 else "")
     seconds = sum(outcome.seconds for outcome in runs)
-    console.print(f"  {MARKS[worst]}  {check}  [dim]{size}{', ' if size else ''}{seconds:.1f} s[/]")
+    took = f"{size}{', ' if size else ''}{seconds:.1f} s"
+    console.print(styled(f"  {MARKS[worst]}  {{}}  [dim]{{}}[/]", check, took))
     reasons: dict[tuple[str, str], list[str]] = {}
     for outcome in runs:
         if outcome.reason:
@@ -184,17 +186,18 @@ def _print_check(check: str, runs: Sequence[Outcome]) -> None:
             f" and {len(cases) - 3} more" if len(cases) > 3 else ""
         )
         style = "" if cure else "dim"
-        console.print(Padding(f"{escape(f'{where}: ' if where else '')}{escape(reason)}", (0, 0, 0, 8)), style=style)
+        console.print(Padding(f"{where}: {reason}" if where else reason, (0, 0, 0, 8)), style=style)
         if cure:
-            console.print(Padding(f"cure: [bold]{escape(cure)}[/]", (0, 0, 0, 8)))
+            console.print(Padding(styled("cure: [bold]{}[/]", cure), (0, 0, 0, 8)))
 
 
 def _summary(name: str, outcomes: Sequence[Outcome]) -> None:
     from polyquant.cli.show import console
+    from polyquant.cli.terminal import styled
 
     checks = {check: {run.status for run in runs} for check, runs in groupby(outcomes, key=lambda run: run.check)}
     worst = Counter(next(status for status in WORST if status in statuses) for statuses in checks.values())
     seconds = sum(outcome.seconds for outcome in outcomes)
     told = ", ".join(f"{worst[status]} {status}" for status in WORST if worst[status])
-    verdict = f"[red]{name} breaks promises[/]" if worst["failed"] else f"[green]{name} keeps its promises[/]"
-    console.print(f"{verdict}: of {len(checks)} checks {told}, in {seconds:.0f} s")
+    verdict = "[red]{} breaks promises[/]" if worst["failed"] else "[green]{} keeps its promises[/]"
+    console.print(styled(f"{verdict}: of {{}} checks {{}}, in {{}} s", name, len(checks), told, f"{seconds:.0f}"))

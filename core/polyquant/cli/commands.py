@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,8 @@ from polyquant import api
 from polyquant.cli import authoring, environments
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
-from polyquant.cli.options import Loading, complete_backend, loads_models, spread
+from polyquant.cli.options import Loading, complete_backend, loads_models, spread, switches_of
+from polyquant.cli.output import say, say_piece
 from polyquant.cli.planning import plan, recommend
 from polyquant.cli.reporting import report
 from polyquant.cli.training import finetune, merge
@@ -30,7 +32,7 @@ Temperature = Annotated[float, typer.Option(help="0 for greedy decoding.", min=0
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(polyquant.__version__)
+        say(polyquant.__version__)
         raise typer.Exit
 
 
@@ -148,11 +150,20 @@ def run(
     _stream(_load(model, loading), text, max_new_tokens, temperature)
 
 
-def chat(model: Model, loading: Loading, max_new_tokens: MaxTokens = 512, temperature: Temperature = 0.7) -> None:
+def chat(
+    model: Model,
+    loading: Loading,
+    max_new_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    template: Annotated[
+        str | None, typer.Option(help="Switches of the chat template, as in enable_thinking=false,level=2.")
+    ] = None,
+) -> None:
     """Talk with a model through its chat template. An empty line or Ctrl-D ends.
 
     Example: polyquant chat builtin:smollm2 -b bitsandbytes --quant-type nf4
     """
+    switches = switches_of(template)
     loaded = _load(model, loading)
     messages: list[dict[str, str]] = []
     while True:
@@ -163,7 +174,7 @@ def chat(model: Model, loading: Loading, max_new_tokens: MaxTokens = 512, temper
         if not question:
             return
         messages.append({"role": "user", "content": question})
-        answer = _stream(loaded, messages, max_new_tokens, temperature)
+        answer = _stream(loaded, messages, max_new_tokens, temperature, switches)
         messages.append({"role": "assistant", "content": answer})
 
 
@@ -175,7 +186,7 @@ def quantize(
         Path | None,
         typer.Option(help="Text file, one sample a paragraph, for backends that calibrate.", dir_okay=False),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of polyquant.")] = False,
 ) -> None:
     """Write a quantized checkpoint: load, verify, save; all or nothing.
 
@@ -186,11 +197,13 @@ def quantize(
             f"name the backend to quantize with: --backend, one of {', '.join(registry().names()) or 'none installed'}"
         )
     from polyquant.plugin.calibration import read_calibration
+    from polyquant.support.outputs import require_free
 
     texts = read_calibration(calibration) if calibration else None
+    require_free(out, overwrite=overwrite, keeps=(calibration,) if calibration else ())
     options = {**loading.options, "progress": sys.stderr.isatty()}
     path = api.quantize(model, loading.backend, out, calibration=texts, overwrite=overwrite, **options)
-    print(f"wrote {path}: {sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB")
+    say(f"wrote {path}: {sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB")
 
 
 def _load(model: str, loading: Loading) -> LoadedModel:
@@ -202,11 +215,13 @@ def _load(model: str, loading: Loading) -> LoadedModel:
         )
 
 
-def _stream(loaded: LoadedModel, prompt: Any, max_new_tokens: int, temperature: float) -> str:
+def _stream(
+    loaded: LoadedModel, prompt: Any, max_new_tokens: int, temperature: float, template: Mapping[str, Any] | None = None
+) -> str:
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pieces = []
-    for piece in loaded.stream(prompt, max_new_tokens=max_new_tokens, **sampling):
+    for piece in loaded.stream(prompt, template=template, max_new_tokens=max_new_tokens, **sampling):
         pieces.append(piece)
-        print(piece, end="", flush=True)
-    print()
+        say_piece(piece)
+    say()
     return "".join(pieces)

@@ -14,6 +14,7 @@ import typer
 import polyquant
 from polyquant import api
 from polyquant.cli.arguments import Json
+from polyquant.cli.output import say
 from polyquant.comparison.candidates import Candidate, of_backend, presets_of
 from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError, EnvironmentProblem
@@ -71,7 +72,7 @@ def compare(
         lacking = f"no report.html: {error}"
     print_json(as_plain(comparison)) if json else show_comparison(comparison, report)
     if lacking:
-        print(lacking, file=sys.stderr)
+        say(lacking, error=True)
     if len(comparison.done) < len(comparison.rows):
         raise typer.Exit(1)
 

@@ -9,6 +9,7 @@ import typer
 
 from polyquant import api
 from polyquant.cli.arguments import Json
+from polyquant.cli.output import say
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.registry.installed import registry
 from polyquant.support.sizes import size
@@ -65,10 +66,10 @@ def list_(json: Json = False) -> None:
         show.print_json(rows)
         return
     if not rows:
-        print("No installed backend needs an environment of its own.")
+        say("No installed backend needs an environment of its own.")
     for row in rows:
         held = f", {size(row['stored_bytes'])}" if isinstance(row["stored_bytes"], int) else ""
-        print(f"{row['environment']}: {row['state']}{held}" + (f"; {row['fix']}" if row["fix"] else ""))
+        say(f"{row['environment']}: {row['state']}{held}" + (f"; {row['fix']}" if row["fix"] else ""))
 
 
 def create(
@@ -98,10 +99,10 @@ def create(
     )  # fmt: skip
     with showing_steps(environment.name) as progress:
         made = make(environment, index, progress, again=again)
-    print(f"{'created' if made else 'there already:'} {environment.folder}")
+    say(f"{'created' if made else 'there already:'} {environment.folder}")
     problems = api.backend(name).problems(_device(name))
     for problem in problems:
-        print(f"  {problem.what}\n  fix: {problem.fix}")
+        say(f"  {problem.what}\n  fix: {problem.fix}")
     if problems:
         raise typer.Exit(1)
 
@@ -127,7 +128,7 @@ def remove(name: Name) -> None:
             raise EnvironmentProblem(f"{folder.name} is being made by another process; wait for it") from None
         except OSError as error:
             raise EnvironmentProblem(f"{folder} cannot be deleted: {error}; delete it by hand") from error
-        print(f"removed {folder}")
+        say(f"removed {folder}")
 
 
 def path(name: Name) -> None:
@@ -137,7 +138,7 @@ def path(name: Name) -> None:
     """
     environment = _environment(name)
     environment.require()
-    print(environment.folder)
+    say(environment.folder)
 
 
 def _declaring() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -12,28 +13,54 @@ from polyquant.errors import ConfigError, PolyquantError
 
 def main() -> None:
     """Run the command line. Exit codes: 0 fine, 1 the check or the work failed, 2 wrong use, 130 interrupted."""
+    from polyquant.cli import output
+
+    output.prepare()
+    try:
+        code = _command()
+        output.finish(failed=bool(code))
+    except PolyquantError as error:
+        output.say(f"polyquant: {error}", error=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:
+            raise
+        output.say(f"polyquant: standard output cannot be written: {error}", error=True)  # a help text, most likely
+        sys.exit(1)
+    sys.exit(code)
+
+
+def _command() -> int | str | None:
+    """What the command ends with."""
     from polyquant.cli.commands import build
+    from polyquant.cli.output import say
+    from polyquant.support.paths import require_utf8
 
     words = shlex.split(os.environ["COMP_WORDS"]) if "COMP_WORDS" in os.environ else sys.argv
     try:
+        for word in words:
+            require_utf8(word)
         build(backend_named_in(words))(prog_name="polyquant")
+    except SystemExit as ended:
+        return ended.code
     except PolyquantError as error:
         if os.environ.get("POLYQUANT_TRACEBACK"):
-            traceback.print_exc()
-        print(f"polyquant: {error}", file=sys.stderr)
+            say(traceback.format_exc(), error=True)
+        say(f"polyquant: {error}", error=True)
         if (
             error.__cause__ is not None
             and not isinstance(error, ConfigError)
             and "POLYQUANT_TRACEBACK" not in os.environ
         ):
-            print("(POLYQUANT_TRACEBACK=1 shows the cause)", file=sys.stderr)
-        sys.exit(error.exit_code)
+            say("(POLYQUANT_TRACEBACK=1 shows the cause)", error=True)
+        return error.exit_code
     except KeyboardInterrupt:
-        print("polyquant: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        say("polyquant: interrupted", error=True)
+        return 130
+    return 0
 
 
 def backend_named_in(words: list[str]) -> str | None:

@@ -12,8 +12,10 @@ import typer
 
 from polyquant.errors import ConfigError, PolyquantError
 from polyquant.finetuning.options import TrainingOptions
-from polyquant.options import BackendOptions, Option, convert, describe_options
+from polyquant.options import Option, convert, describe_options
 from polyquant.registry.installed import registry
+from polyquant.registry.written import typed, words_of
+from polyquant.types import BackendInfo
 
 LOADING = "How to load"
 
@@ -38,13 +40,13 @@ def _shared() -> list[inspect.Parameter]:
         )
 
     return [
-        option("backend", str | None, None, "Quantization backend; a quantized checkpoint names its own.",
+        option("backend", str | None, None, "Quantization backend, or backend:preset; a checkpoint names its own.",
                "--backend", "-b", autocompletion=complete_backend),
         option("device", str, "auto", "cpu, cuda, cuda:1, xpu, mps; auto: the fastest that the backend supports."),
         option("max_memory", str | None, None, "Room on each device, as in '0=6GiB,cpu=24GiB'."),
         option("offload", str, "error", "Where the model does not fit the device: error, or cpu."),
         option("attention", str, "", "Attention implementation: eager, sdpa, flash_attention_2."),
-        option("adapter", str, "", "Folder of a PEFT adapter to put on the model."),
+        option("adapter", list[str], [], "LoRA adapter to put on the model, a folder or hub name; several are added."),
         option("revision", str | None, None, "Branch, tag or commit of a hub repository."),
         option("allow_dequantize", bool, False, "Accept a model that ends up dense.", "--allow-dequantize"),
         option("allow_pickle", bool, False, "Read pickle weights, which can run any code.", "--allow-pickle"),
@@ -95,10 +97,11 @@ def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[.
     """
     if "training" in inspect.signature(command).parameters:
         command = spread(command, "training", TrainingOptions, "Training")
-    options_type, signature = _options_type(backend), inspect.signature(command, eval_str=True).parameters
+    info, signature = _info(backend), inspect.signature(command, eval_str=True).parameters
     plain = [parameter for name, parameter in signature.items() if name != "loading"]
     shared = [parameter for parameter in _shared() if parameter.name not in signature]
-    own = [_own(option, f"Options of {backend}") for option in describe_options(options_type)] if options_type else []
+    described = [*describe_options(info.options), *_query_words(info)] if info else []
+    own = [_own(option, f"Options of {info.name}") for option in described] if info else []
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
@@ -106,8 +109,9 @@ def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[.
         how = {parameter.name: values.pop(parameter.name) for parameter in shared}
         chosen, revision = how.pop("backend"), how.pop("revision")
         how["max_memory"] = _max_memory(how["max_memory"])
-        typed = _typed(options_type, {name: value for name, value in given.items() if value is not None})
-        return command(**values, loading=Loading(chosen, revision, {**how, **typed}))
+        text = {name: value for name, value in given.items() if value is not None}
+        options = typed(info, text, strict=False) if info else {}
+        return command(**values, loading=Loading(chosen, revision, {**how, **options}))
 
     return _signed(run, plain + shared + own)
 
@@ -122,21 +126,47 @@ def _signed(run: Callable[..., Any], parameters: list[inspect.Parameter]) -> Cal
     return run
 
 
-def _options_type(backend: str | None) -> type[BackendOptions] | None:
-    """The options type of a usable backend; a wrong name is told when the command runs."""
+def _info(backend: str | None) -> BackendInfo | None:
+    """The card of a usable backend, also of `backend:preset`; a wrong name is told when the command runs."""
     if backend is None:
         return None
     try:
-        return registry().info(backend).options
+        return registry().info(backend.partition(":")[0])
     except PolyquantError:
         return None
 
 
-def _typed(options_type: type[msgspec.Struct] | None, text: dict[str, object]) -> dict[str, object]:
-    if options_type is None:
-        return {}
-    typed = convert(options_type, text, strict=False)
-    return {name: getattr(typed, name) for name in text}
+def _query_words(info: BackendInfo) -> list[Option]:
+    """The words of a query, which stand for options of the backend's own."""
+    can = info.capabilities
+    values: dict[str, tuple[object, ...]] = {"bits": tuple(f"{bits:g}" for bits in can.bits), "scheme": can.schemes}
+    return [
+        Option(word, None, values[word], "text", f"what has this {word}, whatever option says so")
+        for word in words_of(info)
+    ]
+
+
+def _typed(options_type: type[msgspec.Struct], text: dict[str, object]) -> dict[str, object]:
+    found = convert(options_type, text, strict=False)
+    return {name: getattr(found, name) for name in text}
+
+
+def switches_of(text: str | None) -> dict[str, Any]:
+    """Switches of a chat template: values are JSON's where they are JSON, as in enable_thinking=false, else text.
+
+    Raises ConfigError for a word without =.
+    """
+    switches: dict[str, Any] = {}
+    for part in (text or "").split(","):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if text and not (name and equals):
+            raise ConfigError(f"--template must look like 'enable_thinking=false,level=2', got {text!r}")
+        if name:
+            try:
+                switches[name] = msgspec.json.decode(value)
+            except msgspec.DecodeError:
+                switches[name] = value
+    return switches
 
 
 def _max_memory(text: str | None) -> dict[int | str, str] | None:

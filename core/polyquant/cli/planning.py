@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ import typer
 import polyquant
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.options import Loading
+from polyquant.cli.output import say
 from polyquant.errors import ConfigError
 
 Memory = Annotated[
@@ -123,4 +123,4 @@ def _draw(out: Path | None, what: Any) -> None:
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"a picture is written as {', '.join(SUFFIXES)}, got {out.name!r}")
     draw(what, out)
-    print(f"wrote {out}", file=sys.stderr)
+    say(f"wrote {out}", error=True)

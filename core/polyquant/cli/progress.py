@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from time import monotonic
 
 import rich.progress
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
+from polyquant.cli.output import say
+from polyquant.cli.terminal import Terminal, styled
 from polyquant.comparison.progress import ComparisonProgress, SilentComparison
 from polyquant.comparison.records import Row
 from polyquant.finetuning.options import TrainingStep
@@ -30,7 +31,7 @@ def showing_steps(name: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield StepLines(name)
         return
-    with Console(stderr=True).status(f"{name}: starting") as status:
+    with Terminal(stderr=True).status(styled("{}: starting", name)) as status:
         yield ChangingLine(name, status)
 
 
@@ -45,9 +46,9 @@ def showing_training() -> Iterator[Progress]:
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[now]}"),
+        rich.progress.TextColumn("{task.fields[now]}", markup=False),
     )
-    with rich.progress.Progress(*columns, console=Console(stderr=True)) as bars:
+    with rich.progress.Progress(*columns, console=Terminal(stderr=True)) as bars:
         yield TrainingBar(bars)
 
 
@@ -57,7 +58,7 @@ def showing_rows(*, live: bool) -> Iterator[ComparisonProgress]:
     if not live:
         yield RowLines()
         return
-    with Live(console=Console(stderr=True), refresh_per_second=4, transient=True) as display:
+    with Live(console=Terminal(stderr=True), refresh_per_second=4, transient=True) as display:
         yield RowTable(display)
 
 
@@ -68,7 +69,7 @@ class StepLines(Progress):
         self._name = name
 
     def step(self, step: Step) -> None:
-        print(f"{shlex.quote(self._name)}: {step}", file=sys.stderr, flush=True)
+        say(f"{shlex.quote(self._name)}: {step}", error=True)
 
 
 class ChangingLine(Progress):
@@ -78,7 +79,7 @@ class ChangingLine(Progress):
         self._name, self._status = name, status
 
     def step(self, step: Step) -> None:
-        self._status.update(f"{self._name}: {escape(str(step))}")
+        self._status.update(styled("{}: {}", self._name, step))
 
 
 class TrainingLines(Progress):
@@ -86,7 +87,7 @@ class TrainingLines(Progress):
 
     def step(self, step: Step) -> None:
         if isinstance(step, TrainingStep):
-            print(f"step {step.done}/{step.of}: loss {step.loss:.4f}", file=sys.stderr)
+            say(f"step {step.done}/{step.of}: loss {step.loss:.4f}", error=True)
 
 
 class TrainingBar(Progress):
@@ -112,7 +113,7 @@ class RowLines(SilentComparison):
         result = row.result
         if result is not None:
             reason = result.reason.splitlines()[0] if result.reason else ""
-            print(f"{row.candidate.name}: {result.status} {reason}".rstrip(), file=sys.stderr, flush=True)
+            say(f"{row.candidate.name}: {result.status} {reason}".rstrip(), error=True)
 
 
 class RowTable(ComparisonProgress):
@@ -150,9 +151,7 @@ class RowTable(ComparisonProgress):
             state = str(self._steps.get(key, "waiting")) if result is None else result.status
             quality = f"{result.quality.kl_mean:.4f}" if result and result.quality else ""
             speed = f"{result.speed.generated_tokens_per_second.mean:.1f}" if result and result.speed else ""
-            table.add_row(
-                escape(row.candidate.name), f"[{COLOURS.get(state, 'bold')}]{escape(state)}[/]", quality, speed
-            )
+            table.add_row(row.candidate.name, Text(state, style=COLOURS.get(state, "bold")), quality, speed)
         left = sum(row.result is None for row in self._rows.values())
         seconds_a_row = (monotonic() - self._began) / max(self._measured, 1)
         time = f", about {seconds_a_row * left / 60:.0f} min left" if self._measured and left else ""

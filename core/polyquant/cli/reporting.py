@@ -68,10 +68,11 @@ def _read(path: Path) -> Run:
 
 def show_comparison(run: Run, written: Path | None = None) -> None:
     """A row a candidate, closest to the reference first; below, failures with their reasons, notes, and the report."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from polyquant.cli.show import console
+    from polyquant.cli.terminal import styled
     from polyquant.comparison.report import measured_on
     from polyquant.comparison.report.columns import COLUMNS, GOALS, shown
     from polyquant.comparison.report.plot import frontiers
@@ -90,24 +91,22 @@ def show_comparison(run: Run, written: Path | None = None) -> None:
         if values["status"] in ("done", "check failed"):
             name = values["candidate"]
             style = "bold" if name in best else "red" if values["status"] == "check failed" else ""
-            first = f"[{style}]{escape(name)}[/]" if style else escape(name)
-            table.add_row(first, *(column.text(values) for column in columns))
+            table.add_row(Text(name, style=style), *(column.text(values) for column in columns))
     if table.row_count:
         console.print(table)
-        console.print("[bold]bold[/]: no other is both smaller and closer to the reference")
+        console.print(styled("[bold]bold[/]: no other is both smaller and closer to the reference"))
     for values in rows:
         if values["status"] != "done":
             reason = first_line(values["reason"])
-            console.print(f"[red]{values['status']}[/] {escape(values['candidate'])}: {escape(reason)}")
-    console.print(measured_on.one_line(run), style="dim", markup=False)
+            console.print(styled("[red]{}[/] {}: {}", values["status"], values["candidate"], reason))
+    console.print(measured_on.one_line(run), style="dim")
     for note in run.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {note}")
     _show_path(written)
 
 
 def show_difference(difference: Difference, written: Path | None = None) -> None:
     """What changed beyond noise, and where the two were not measured alike."""
-    from rich.markup import escape
     from rich.table import Table
 
     from polyquant.cli.show import console
@@ -117,14 +116,14 @@ def show_difference(difference: Difference, written: Path | None = None) -> None
         if not section["rows"]:
             continue
         table = Table(title=section["heading"], title_justify="left", title_style="bold", box=None, pad_edge=False)
-        table.caption, table.caption_justify = escape(section["caption"]) or None, "left"
+        table.caption, table.caption_justify = section["caption"] or None, "left"
         for heading in section["headings"]:
             table.add_column(heading, overflow="fold", header_style="underline", no_wrap=heading == "figure")
         for row in section["rows"]:
-            table.add_row(*map(escape, row["cells"]), style="red" if row["worse"] else "")
+            table.add_row(*row["cells"], style="red" if row["worse"] else "")
         console.print(table)
         console.print()
-    console.print(summary(difference), markup=False)
+    console.print(summary(difference))
     _show_path(written)
 
 
@@ -132,4 +131,4 @@ def _show_path(written: Path | None) -> None:
     from polyquant.cli.show import console
 
     if written:
-        console.print(f"report: {written}", markup=False, soft_wrap=True)
+        console.print(f"report: {written}", soft_wrap=True)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from polyquant.api import Diagnosis
+from polyquant.cli.output import say
+from polyquant.cli.terminal import Terminal, styled
 from polyquant.registry.catalogue import Quantizes
 from polyquant.registry.installed import registry
 from polyquant.registry.query import Selection
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from polyquant.loading.records import Verification
     from polyquant.measure.quality.records import Quality
 
-console = Console(highlight=False, soft_wrap=False)
+console = Terminal()
 SCHEMES_SHOWN = 4  # in a table; --json has them all
 NARROW = 100  # columns of a terminal that has no room for what each backend reads
 ABILITIES = {
@@ -41,7 +41,7 @@ ABILITIES = {
 
 def print_json(value: object) -> None:
     """`value` as indented JSON on standard output."""
-    print(msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2).decode())
+    say(msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2).decode())
 
 
 def _plain(value: object) -> object:
@@ -70,13 +70,13 @@ def backends(selection: Selection, filtered: bool) -> None:
             table.columns.pop()
         console.print(table)
     elif filtered:
-        console.print("[bold]No installed backend satisfies all of that.[/] Nearest first:")
+        console.print(styled("[bold]No installed backend satisfies all of that.[/] Nearest first:"))
     elif not selection.misses:
         console.print("No backend is installed. Try: pip install polyquant-bitsandbytes")
     for miss in selection.misses:
         if miss.broken or not selection:
             word = "[red]broken[/]" if miss.broken else "misses"
-            console.print(f"  {miss.name} {word}: {escape('; '.join(miss.reasons))}")
+            console.print(styled(f"  {{}} {word}: {{}}", miss.name, "; ".join(miss.reasons)))
 
 
 def card_cells(info: BackendInfo) -> list[str]:
@@ -122,11 +122,13 @@ def doctor(diagnoses: Sequence[Diagnosis]) -> None:
     for diagnosis in diagnoses:
         mark = "[green]runs[/]" if diagnosis.runs else "[red]does not run[/]"
         where = f" in environment {diagnosis.environment}" if diagnosis.environment and diagnosis.runs else ""
-        console.print(f"[bold]{diagnosis.backend}[/] ({diagnosis.origin}) on {diagnosis.device}: {mark}{where}")
+        about = (diagnosis.backend, diagnosis.origin, diagnosis.device)
+        console.print(styled(f"[bold]{{}}[/] ({{}}) on {{}}: {mark}{{}}", *about, where))
+        _notes(diagnosis.notes)
         for problem in diagnosis.problems:
-            console.print(f"  - {escape(problem.what)}\n    fix: [bold]{escape(problem.fix)}[/]")
+            console.print(styled("  - {}\n    fix: [bold]{}[/]", problem.what, problem.fix))
             if problem.detail:
-                console.print(f"    [dim]{escape(problem.detail.strip())}[/]")
+                console.print(f"    {problem.detail.strip()}", style="dim")
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def loading(model: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    with Console(stderr=True).status(f"loading {model}"):
+    with Terminal(stderr=True).status(styled("loading {}", model)):
         yield
 
 
@@ -165,7 +167,7 @@ def loaded(model: LoadedModel) -> None:
         f"{name}={value}" for name, value in msgspec.to_builtins(model.config).items() if value is not None
     )
     table.add_row("backend", f"{summary['backend']} ({model.kernel})")
-    table.add_row("options", escape(options))
+    table.add_row("options", options)
     table.add_row("weights stored", size(sum(layer.stored_bytes for layer in model.initial_layers)))
     table.add_row("tensors", f"{summary['quantized_tensors']} quantized, {summary['dense_tensors']} dense")
     for record in model.records:
@@ -187,9 +189,8 @@ def verification_json(report: Verification) -> None:
 
 def verification(report: Verification) -> None:
     memory = report.memory
-    console.print(
-        f"[bold]{report.model}[/] with {report.backend} ({report.kernel}), {report.compute_dtype} on {report.device}"
-    )
+    about = (report.model, report.backend, report.kernel, report.compute_dtype, report.device)
+    console.print(styled("[bold]{}[/] with {} ({}), {} on {}", *about))
     table = _pairs()
     rows = (
         ("weights planned", memory.weights_planned_bytes),
@@ -210,17 +211,17 @@ def verification(report: Verification) -> None:
     ratios = f"{memory.ratio_to_bfloat16:.2f}x bfloat16, {memory.ratio_to_checkpoint:.2f}x the checkpoint"
     table.add_row("whole model", ratios)
     table.add_row("load", f"{report.load_seconds:.1f} s")
-    table.add_row("sample", escape(report.sample.text.strip().replace("\n", " ")))
+    table.add_row("sample", report.sample.text.strip().replace("\n", " "))
     console.print(table)
     checks = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "check", "found"):
         checks.add_column(heading, overflow="fold")
     for check in report.checks:
         found = check.found if check.passed else f"{check.found} (expected: {check.expected})"
-        checks.add_row("[green]pass[/]" if check.passed else "[red]FAIL[/]", check.name, escape(found))
+        checks.add_row(styled("[green]pass[/]" if check.passed else "[red]FAIL[/]"), check.name, found)
     console.print(checks)
     _notes(report.notes)
-    console.print("[green]verified[/]" if report.passed else "[red]verification failed[/]")
+    console.print(styled("[green]verified[/]" if report.passed else "[red]verification failed[/]"))
 
 
 def tuned(run: Tuned) -> None:
@@ -237,7 +238,7 @@ def tuned(run: Tuned) -> None:
     )
     console.print(table)
     _notes(run.notes)
-    console.print(f'use it: polyquant run MODEL --backend NAME --adapter {run.adapter} "..."', markup=False)
+    console.print(f'use it: polyquant run MODEL --backend NAME --adapter {run.adapter} "..."')
 
 
 def merged(out: Path, quality: Quality) -> None:
@@ -256,4 +257,4 @@ def _pairs() -> Table:
 
 def _notes(notes: Sequence[str]) -> None:
     for note in notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {note}")

@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from polyquant.cli.show import _notes, _pairs, console, print_json
+from polyquant.cli.terminal import styled
 from polyquant.loading.options import LoadOptions
 from polyquant.planning.bars import COLOURS, PARTS, Bar, bars_of
 from polyquant.planning.records import Plan, Plans, Recommendation
@@ -47,10 +47,9 @@ def recommendation_json(found: Recommendation) -> None:
 
 
 def plan(found: Plan, *, layers: bool) -> None:
-    console.print(
-        f"[bold]{escape(found.model)}[/] with {found.backend}, {found.compute_dtype} on {found.device}, "
-        f"context {found.context}" + (f", batch {found.batch}" if found.batch > 1 else "")
-    )
+    context = f"{found.context}" + (f", batch {found.batch}" if found.batch > 1 else "")
+    about = (found.model, found.backend, found.compute_dtype, found.device, context)
+    console.print(styled("[bold]{}[/] with {}, {} on {}, context {}", *about))
     table, bits = _pairs(), f"{found.bits_per_weight:.2f} bits a weight"
     given_back = (
         f", {size(found.reclaimable_bytes)} of it pages that can be taken back" if found.reclaimable_bytes else ""
@@ -83,7 +82,7 @@ def plan(found: Plan, *, layers: bool) -> None:
         _largest_dense(found)
     _notes(found.notes)
     fits = found.fits and not found.spilled
-    console.print("[green]fits[/]" if fits else "[red]does not fit[/]")
+    console.print(styled("[green]fits[/]" if fits else "[red]does not fit[/]"))
 
 
 def _devices(found: Plan) -> None:
@@ -93,7 +92,7 @@ def _devices(found: Plan) -> None:
     for entry in found.placed:
         shown = ", ".join(name or "the whole model" for name in _runs(entry.modules))
         table.add_row(
-            entry.device, size(entry.room_bytes) if entry.room_bytes else "-", size(entry.weights_bytes), escape(shown)
+            entry.device, size(entry.room_bytes) if entry.room_bytes else "-", size(entry.weights_bytes), shown
         )
     console.print(table)
 
@@ -131,11 +130,11 @@ def _layers(found: Plan) -> None:
 def _largest_dense(found: Plan) -> None:
     dense = sorted((t for t in found.tensors if not t.quantized and t.stored_bytes), key=lambda t: -t.stored_bytes)
     for tensor in dense[:3]:
-        console.print(f"  dense: {escape(tensor.name)}, {size(tensor.stored_bytes)}: {escape(tensor.reason)}")
+        console.print(f"  dense: {tensor.name}, {size(tensor.stored_bytes)}: {tensor.reason}")
 
 
 def plans(table: Plans) -> None:
-    console.print(f"[bold]{escape(table.model)}[/] on {table.device}, {size(table.memory_bytes)} to spend")
+    console.print(styled("[bold]{}[/] on {}, {} to spend", table.model, table.device, size(table.memory_bytes)))
     bars = {bar.name: bar for bar in bars_of(table)}
     scale, budget = _scale(table, list(bars.values()), cells := _bar_cells())
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold underline")
@@ -144,7 +143,7 @@ def plans(table: Plans) -> None:
     shown.add_column("", no_wrap=True)
     for row in table.rows:
         if (plan := row.plan) is not None and row.status in ("fits", "too big"):
-            mark = MARKS[row.status] + ("*" if row.fix else "")
+            mark = styled(MARKS[row.status] + ("*" if row.fix else ""))
             figures = (size(plan.weights_planned_bytes), f"{plan.ratio:.2f}x", size(plan.needed_bytes))
             shown.add_row(row.candidate.name, mark, *figures, _bar(bars[row.candidate.name], scale, budget, cells))
     console.print(shown)
@@ -154,12 +153,14 @@ def plans(table: Plans) -> None:
     for row in table.rows:
         if row.status not in ("fits", "too big"):
             fix = f" ({row.fix})" if row.fix else ""
-            console.print(f"[dim]{row.candidate.name}[/] {row.status}: {escape(row.reason + fix)}", soft_wrap=True)
+            line = styled("[dim]{}[/] {}: {}", row.candidate.name, row.status, row.reason + fix)
+            console.print(line, soft_wrap=True)
     for absent in table.absent:
-        console.print(f"[dim]{absent.backend}[/] not installed: [bold]{absent.command}[/]")
+        console.print(styled("[dim]{}[/] not installed: [bold]{}[/]", absent.backend, absent.command))
     _notes(table.notes)
     if not table.fitting and (nearest := table.nearest) is not None:
-        console.print(f"[red]nothing fits[/]; the nearest is {nearest.candidate.name}: {escape(nearest.reason)}")
+        told = (nearest.candidate.name, nearest.reason)
+        console.print(styled("[red]nothing fits[/]; the nearest is {}: {}", *told))
 
 
 def _bar_cells() -> int:
@@ -189,15 +190,16 @@ def _legend(budget: int | None) -> None:
 
 
 def recommendation(found: Recommendation) -> None:
-    console.print(f"[bold]{escape(found.model)}[/], goal {found.goal}: {escape(found.reason)}")
+    console.print(styled("[bold]{}[/], goal {}: {}", found.model, found.goal, found.reason))
     for advice in found.advice:
-        console.print(f"  {escape(advice)}")
+        console.print(f"  {advice}")
     for index, choice in enumerate(found.choices[:8], start=1):
-        console.print(f"{index}. [bold]{choice.candidate.name}[/] {size(choice.needed_bytes)}: {escape(choice.reason)}")
-        console.print(f"   {choice.command}", markup=False, soft_wrap=True)
+        told = (index, choice.candidate.name, size(choice.needed_bytes), choice.reason)
+        console.print(styled("{}. [bold]{}[/] {}: {}", *told))
+        console.print(f"   {choice.command}", soft_wrap=True)
     if len(found.choices) > 8:
         console.print(f"and {len(found.choices) - 8} more (--json)")
     if found.excluded:
         console.print("out:")
     for name, why in found.excluded.items():
-        console.print(f"  {name}: {escape(why)}")
+        console.print(f"  {name}: {why}")

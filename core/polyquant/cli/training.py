@@ -19,7 +19,7 @@ def finetune(
     out: Annotated[Path, typer.Option(help="Folder for the adapter.", show_default=False)],
     loading: Loading,
     training: dict[str, Any],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of polyquant.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was left unfinished.")] = False,
     json: Json = False,
 ) -> None:
@@ -40,7 +40,7 @@ def finetune(
 
 def merge(
     model: Model,
-    adapter: Annotated[Path, typer.Option(help="Folder of the adapter.", show_default=False)],
+    adapter: Annotated[str, typer.Option(help="Folder or hub name of the adapter.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     into: Annotated[
         Literal["dense", "dequantized", "requantized"],
@@ -49,7 +49,7 @@ def merge(
     loading: Loading,
     threshold: Annotated[float, typer.Option(help="Largest KL to base and adapter, nats.", min=0.0)] = 0.1,
     force: Annotated[bool, typer.Option("--force", help="Write it however far it is.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of polyquant.")] = False,
     json: Json = False,
 ) -> None:
     """Merge an adapter into its base; compared with base and adapter before anything is written.

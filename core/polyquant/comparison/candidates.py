@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from polyquant.errors import ConfigError, did_you_mean
+from polyquant.errors import ConfigError
 from polyquant.options import BackendOptions, convert
+from polyquant.registry.written import SYNTAX, preset_and_pairs, preset_options, typed
 from polyquant.types import BackendInfo, Record
 
 DENSE = "dense"
 """Stands for no backend: the model as it is, in the compute dtype of the options."""
-SYNTAX = "backend (its first preset), backend:preset, backend:preset,option=value,... or backend@checkpoint"
 
 
 class DenseOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,9 +41,7 @@ def parse(text: str, card: Callable[[str], BackendInfo]) -> Candidate:
         backend, model = "", head
     if not (backend or model) or (at and not model) or (colon and not rest):
         raise ConfigError(f"{text!r} is no candidate; one is written as {SYNTAX}")
-    words = [word.strip() for word in rest.split(",") if word.strip()]
-    preset = words.pop(0) if words and "=" not in words[0] else ""
-    given = _pairs(text, words)
+    preset, given = preset_and_pairs(text, rest)
     if backend == DENSE:
         return _dense(text, preset, given)
     if not backend:
@@ -63,14 +61,7 @@ def of_backend(
     """
     if not (preset or given or model):
         preset = next(iter(info.presets), "")
-    if preset and preset not in info.presets:
-        known = ", ".join(info.presets) or "none"
-        raise ConfigError(
-            f"{info.name} has no preset {preset!r}; there are {known}.{did_you_mean(preset, info.presets)} "
-            "Options are written as name=value"
-        )
-    typed = convert(info.options, given, strict=strict)
-    options = {**info.presets.get(preset, {}), **{option: getattr(typed, option) for option in given}}
+    options = {**preset_options(info, preset), **typed(info, given, strict=strict)}
     words = ",".join([preset] * bool(preset) + [f"{option}={value}" for option, value in given.items()])
     usual = f"{info.name}@{model}" if model else info.name
     return Candidate(
@@ -81,23 +72,6 @@ def of_backend(
 def presets_of(info: BackendInfo) -> list[Candidate]:
     """A candidate for each preset of a backend; one without options where it has none."""
     return [of_backend(info, preset, {}) for preset in info.presets or ("",)]
-
-
-def _pairs(text: str, words: list[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    last = ""
-    for word in words:
-        name, equals, value = word.partition("=")
-        if equals:
-            if name in pairs:
-                raise ConfigError(f"{text!r} gives {name} twice")
-            last = name.strip()
-            pairs[last] = value.strip()
-        elif last:
-            pairs[last] += f",{word}"
-        else:
-            raise ConfigError(f"{text!r}: {word!r} is neither a preset nor name=value; a candidate is {SYNTAX}")
-    return pairs
 
 
 def _dense(text: str, preset: str, given: Mapping[str, object]) -> Candidate:

@@ -27,7 +27,7 @@ from polyquant.models.hashing import content_hash
 from polyquant.models.resolve import resolve_dense
 from polyquant.registry.installed import registry
 from polyquant.request import ModelSource
-from polyquant.support.files import write_atomically
+from polyquant.support.files import make_folder, write_atomically
 from polyquant.support.libraries import installed_version
 from polyquant.support.machine import this_machine
 from polyquant.support.texts.named import named_text
@@ -44,7 +44,7 @@ def compare(
     text_name, text = named_text(options.text) if "quality" in options.parts else ("", "")
     source = resolve_dense(model)
     out = out or default_folder(source)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     try:
         with FileLock(str(out / ".lock"), timeout=0):
             return _compare(source, chosen, out, options, text_name, text, progress or SilentComparison())

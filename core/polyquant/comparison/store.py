@@ -13,7 +13,7 @@ import msgspec
 from polyquant.comparison.candidates import Candidate
 from polyquant.comparison.records import Job, Result
 from polyquant.support.cache import cache_folder
-from polyquant.support.files import write_atomically
+from polyquant.support.files import make_folder, write_atomically
 from polyquant.support.machine import Machine
 from polyquant.types import UNREADABLE, Record
 
@@ -71,7 +71,7 @@ def write_cell(path: Path, result: Result) -> None:
     """Raises SaveError where the disk does not take it."""
     text = msgspec.json.encode(result)
     file = _File(checksum=hashlib.sha256(text).hexdigest(), result=msgspec.Raw(text))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, msgspec.json.encode(file).decode())
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from polyquant.errors import ConfigError
 from polyquant.finetuning.options import TrainingOptions
+from polyquant.models.prompts import ended, prompt_ids
 from polyquant.support.texts.named import dataset_rows, read_utf8
 from polyquant.types import UNREADABLE
 
@@ -104,16 +105,15 @@ def _records(data: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _example(record: dict[str, Any], tokenizer: Any, *, completion_only: bool) -> Example:
     """Raises ValueError, which says what the record lacks."""
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if "messages" in record:
         return _conversation(record["messages"], tokenizer, completion_only=completion_only)
     if "prompt" in record and "completion" in record:
-        prompt = tokenizer(_text(record, "prompt")).input_ids
-        answer = tokenizer(_text(record, "completion"), add_special_tokens=False).input_ids + end
+        prompt = prompt_ids(tokenizer, _text(record, "prompt"))
+        answer = ended(tokenizer, tokenizer(_text(record, "completion"), add_special_tokens=False).input_ids)
         learned = [IGNORED] * len(prompt) if completion_only else list(prompt)
         return Example(prompt + answer, learned + answer)
     if "text" in record:
-        ids = tokenizer(_text(record, "text")).input_ids + end
+        ids = ended(tokenizer, prompt_ids(tokenizer, _text(record, "text")))
         return Example(ids, list(ids))
     raise ValueError(f"it has {', '.join(map(repr, record)) or 'nothing'}; {SHAPES} is wanted")
 

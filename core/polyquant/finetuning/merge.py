@@ -7,10 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from polyquant.errors import ConfigError, SaveError
+from polyquant.errors import ConfigError
 from polyquant.finetuning import merge_methods
+from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
-from polyquant.loading.adapter import read_card
+from polyquant.loading.adapter import located, read_card
 from polyquant.loading.load import load
 from polyquant.loading.quantize import quantize
 from polyquant.measure.quality.records import Quality
@@ -19,26 +20,28 @@ from polyquant.models.generation import logits_of
 from polyquant.models.resolve import resolve_dense
 from polyquant.plugin import checkpoints
 from polyquant.support.files import atomic_folder
+from polyquant.support.outputs import require_free
 from polyquant.support.texts import evaluation_text
 
 PRESET, WINDOWS = "llamacpp-512", 2
 
 
 def merge(
-    model: str | Path, adapter: Path, out: Path, into: merge_methods.Target, backend: str | None,
+    model: str | Path, adapter: str | Path, out: Path, into: str, backend: str | None,
     options: Mapping[str, Any], threshold: float, *, force: bool, overwrite: bool,
 ) -> Quality:  # fmt: skip
     """See `polyquant.merge`."""
-    if out.exists() and not overwrite:
-        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
-    options = dict(options)
+    into, adapter = merge_methods.target_named(into), located(str(adapter))
+    require_free(out, overwrite=overwrite, keeps=(Path(model), adapter))
+    backend, options = handles.written(backend, options)
     if backend is None:
         card = read_card(adapter)
         if card is None:
             raise ConfigError(f"{adapter} has no card that names its base: give the backend (--backend)")
         backend, options = card.backend, {**card.backend_options, **options}
     loaded = load(model, backend, adapter=str(adapter), **options)
-    with merge_methods.gate(loaded, _windows(loaded)) as compare, atomic_folder(out, overwrite=overwrite) as partial:
+    writing = atomic_folder(out, overwrite=overwrite, keeps=loaded.files)
+    with merge_methods.gate(loaded, _windows(loaded)) as compare, writing as partial:
         if into == "requantized":
 
             def again(dense: Path, written: Path) -> LoadedModel:
@@ -62,14 +65,15 @@ def _merged(into: merge_methods.Target, model: str | Path, adapter: Path, loaded
         return merge_methods.dequantized_merged(loaded, source, dtype)
     if source.stored_quantization:
         raise ConfigError(f"{model} is quantized, there is no dense model to merge into; use into='dequantized'")
-    return merge_methods.dense_merged(source, adapter, dtype)
+    trusted = loaded.request is not None and loaded.request.trust_remote_code
+    return merge_methods.dense_merged(source, adapter, dtype, trust_remote_code=trusted)
 
 
 def _requantized(
     model: str | Path, adapter: Path, loaded: LoadedModel, again: Callable[[Path, Path], LoadedModel], out: Path,
     compare: Any,
 ) -> Quality:  # fmt: skip
-    with TemporaryDirectory(dir=out.parent) as folder:
+    with TemporaryDirectory(dir=out) as folder:
         dense, written = Path(folder) / "dense", Path(folder) / "written"
         checkpoints.save_pretrained(loaded, dense, _merged("dense", model, adapter, loaded))
         quality: Quality = compare(again(dense, written).logits)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from polyquant.errors import TrainingDiverged
 from polyquant.finetuning.options import TrainingStep
+from polyquant.memory.adapted import MARK
 from polyquant.support.progress import Progress
 
 
@@ -24,12 +25,26 @@ class TrainerProgress(TrainerCallback):
         self._progress = progress
         self._tokens_per_step = tokens_per_step
         self._began = self._began_at = 0.0
+        self._without_gradient: set[str] | None = None  # adapters; None: no step was made
+
+    @property
+    def untrained(self) -> list[str]:
+        """The modules whose adapters no gradient has reached, in none of this process's steps."""
+        return sorted(self._without_gradient or ())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self._began, self._began_at = perf_counter(), state.global_step
         evaluated = {log["step"]: float(log["eval_loss"]) for log in state.log_history if "eval_loss" in log}
         steps = (self._step(state, log, 0.0) for log in state.log_history if "loss" in log)
         self.steps = [msgspec.structs.replace(step, evaluation_loss=evaluated.get(step.done)) for step in steps]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        trained = [(_adapted(name), tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+        if self._without_gradient is None:
+            self._without_gradient = {name for name, _ in trained}
+        for name, tensor in trained:  # all of them in the first step, later those that had none so far
+            if name in self._without_gradient and tensor.grad is not None and bool(tensor.grad.any()):
+                self._without_gradient.discard(name)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
         loss = (metrics or {}).get("eval_loss")
@@ -59,6 +74,11 @@ class TrainerProgress(TrainerCallback):
             tokens_per_second=done * self._tokens_per_step / seconds if seconds else 0.0,
             memory_bytes=_memory_bytes(), seconds_left=left,
         )  # fmt: skip
+
+
+def _adapted(parameter: str) -> str:
+    """The module of the base that an adapter's parameter belongs to."""
+    return parameter.removeprefix("base_model.model.").partition(f".{MARK}")[0]
 
 
 def _memory_bytes() -> int:

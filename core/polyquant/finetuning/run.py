@@ -6,8 +6,8 @@ import random
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,7 @@ from polyquant.finetuning import state
 from polyquant.finetuning.curve import write_curve, write_steps
 from polyquant.finetuning.data import Example, read_examples
 from polyquant.finetuning.options import TrainingOptions, TrainingStep, Tuned
-from polyquant.finetuning.requirements import require_dora, require_optimizer
+from polyquant.finetuning.requirements import require_optimizer
 from polyquant.finetuning.targets import target_modules
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
@@ -28,9 +28,11 @@ from polyquant.loading.load import load
 from polyquant.memory.peak import measure_peak
 from polyquant.models import versions
 from polyquant.models.hashing import content_hash
+from polyquant.models.limits import limits_of
 from polyquant.options import convert
-from polyquant.support.files import atomic_folder
+from polyquant.support.files import atomic_folder, claimed
 from polyquant.support.machine import this_machine
+from polyquant.support.outputs import require_free
 from polyquant.support.peft import import_peft
 from polyquant.support.progress import SILENT, Progress
 
@@ -42,6 +44,7 @@ def finetune_model(
     """See `polyquant.finetune`; options: of training, the others of loading."""
     training = {name: options.pop(name) for name in TrainingOptions.__struct_fields__ if name in options}
     chosen = convert(TrainingOptions, training)
+    backend, options = handles.written(backend, options)
     if isinstance(model, (str, Path)):
         if backend is not None and not handles.backend(backend).capabilities.trains:
             able = ", ".join(handles.backends(trains=True).names)
@@ -60,16 +63,26 @@ def finetune(
 
     Under `accelerate launch` every process has the whole base and a share of each step; the first one writes.
     """
+    with ExitStack() as claims:
+        return _finetune(loaded, data, out, options, claims, overwrite=overwrite, restart=restart, progress=progress)
+
+
+def _finetune(
+    loaded: LoadedModel, data: str | Path, out: Path, options: TrainingOptions, claims: ExitStack, *, overwrite: bool,
+    restart: bool, progress: Progress,
+) -> Tuned:  # fmt: skip
+    """claims: holds the right to the run's working folder for as long as it is open."""
     backend = loaded.backend
     if not backend.capabilities.trains:
         raise UnsupportedOperation(f"{backend.name} cannot train adapters on its quantized base")
-    if out.exists() and not overwrite:
-        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    keeps = (*loaded.files, Path(data))
+    require_free(out, overwrite=overwrite, keeps=keeps)
     import_peft()
     from accelerate import PartialState
 
     from polyquant.finetuning import train
     from polyquant.memory.mapped import own_mapped_tensors
+    from polyquant.plugin.adapters import require_readable
 
     if loaded.request is None:
         raise SaveError("where the model came from is unknown: load it through polyquant.load")
@@ -78,9 +91,9 @@ def finetune(
             f"the model carries the adapter {loaded.adapter} already: load the base anew to train another"
         )
     require_optimizer(options, loaded.request.device)
-    targets = target_modules(loaded.layers, options.targets)
-    limit = options.max_length or int(getattr(loaded.model.config, "max_position_embeddings", 0)) or 2048
-    read = read_examples(data, loaded.tokenizer, options, limit)
+    targets, about_targets = target_modules(loaded.layers, options.targets, loaded.model)
+    read = read_examples(data, loaded.tokenizer, options, longest_example(loaded.model, options.max_length))
+    limits_of(loaded.model).require([max(max(example.input_ids) for example in read.examples)])
     learned, held_out = split(read.examples, options.evaluation, options.seed)
     card = Card(
         base_model=loaded.request.source.name, base_hash=content_hash(loaded.request.source),
@@ -92,11 +105,15 @@ def finetune(
     with quiet_libraries():
         base = backend.prepare_for_training(loaded)
     if options.dora:
-        require_dora(base, targets, backend.name)
+        require_readable(base, targets, backend.name)
     processes = PartialState(cpu=loaded.request.device == "cpu")
+    notes: list[str] = []
+    if processes.is_main_process:
+        claims.enter_context(claimed(state.working_folder(out)))
     with processes.main_process_first():
-        folder = state.begin(out, _job(card), restart=restart and processes.is_main_process)
-        checkpoint, notes = state.last_whole_checkpoint(folder)
+        folder = state.begin(out, _job(card), restart=restart and processes.is_main_process, notes=notes)
+        checkpoint, thrown_away = state.last_whole_checkpoint(folder)
+        notes += thrown_away
     with quiet_libraries():
         model = train.with_adapters(base, targets, options)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -109,19 +126,32 @@ def finetune(
         )  # fmt: skip
     seconds = perf_counter() - started
     if processes.is_main_process:
-        write(model.eval(), out, card, followed.steps, folder, overwrite=overwrite)
+        write(model.eval(), out, card, followed.steps, folder, overwrite=overwrite, keeps=keeps)
     processes.wait_for_everyone()
     loaded.model, loaded.adapter = model, str(out)
     last = followed.steps[-1]
     kept, evaluation_loss = _kept(followed.steps, best=options.patience > 0)
     if kept < last.done:
         notes.append(f"the adapter is that of step {kept} of {last.done}, where the held-out loss was lowest")
+    if followed.untrained:
+        notes.append(
+            f"no gradient reached the adapters on {', '.join(followed.untrained)}: they are as they began, and change "
+            "nothing; leave them out with targets"
+        )
     return Tuned(
         adapter=str(out), steps=last.done, first_loss=followed.steps[0].loss,
         last_loss=last.loss, evaluation_loss=evaluation_loss,
         trained_parameters=trained, adapter_bytes=(out / WEIGHTS).stat().st_size, seconds=seconds,
-        peak_bytes=peak.peak_bytes, resumed_from=state.step_of(checkpoint), notes=(*read.notes, *notes),
+        peak_bytes=peak.peak_bytes, resumed_from=state.step_of(checkpoint), notes=(*read.notes, *about_targets, *notes),
     )  # fmt: skip
+
+
+def longest_example(model: Any, asked: int) -> int:
+    """Tokens of an example at most: as asked, else what the model can. Raises ConfigError where that is less."""
+    limit = limits_of(model).positions
+    if limit is not None and asked > limit:
+        raise ConfigError(f"max_length {asked} is more than the {limit} positions that this model has; give less")
+    return asked or limit or int(getattr(model.config, "max_position_embeddings", 0)) or 2048
 
 
 @contextmanager
@@ -153,9 +183,12 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def write(model: Any, out: Path, card: Card, steps: Sequence[TrainingStep], folder: Path, *, overwrite: bool) -> None:
+def write(
+    model: Any, out: Path, card: Card, steps: Sequence[TrainingStep], folder: Path, *, overwrite: bool,
+    keeps: Iterable[Path] = (),
+) -> None:  # fmt: skip
     """The adapter folder, all or nothing; the run's working folder is then gone."""
-    with atomic_folder(out, overwrite=overwrite) as partial:
+    with atomic_folder(out, overwrite=overwrite, keeps=keeps) as partial:
         model.save_pretrained(partial)
         (partial / "README.md").write_text(_readme(card, steps), encoding="utf-8")
         (partial / CARD).write_text(card.to_json(), encoding="utf-8")

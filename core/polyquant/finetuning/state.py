@@ -12,6 +12,7 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from polyquant.errors import SaveError, TrainingConflict
+from polyquant.support.files import write_atomically
 from polyquant.types import UNREADABLE
 
 JOB, ENDED = "job.json", "ended"
@@ -23,8 +24,8 @@ def working_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.training"
 
 
-def begin(out: Path, job: Mapping[str, Any], *, restart: bool) -> Path:
-    """The working folder of the run `job`, made or found again.
+def begin(out: Path, job: Mapping[str, Any], *, restart: bool, notes: list[str] | None = None) -> Path:
+    """The working folder of the run `job`, made or found again; what of an older run was thrown away goes to `notes`.
 
     Raises TrainingConflict, field by field, where another run was left unfinished there, SaveError where the folder
     cannot be written.
@@ -33,14 +34,14 @@ def begin(out: Path, job: Mapping[str, Any], *, restart: bool) -> Path:
     try:
         if restart:
             shutil.rmtree(folder, ignore_errors=True)
+        unfinished = _unfinished(folder, [] if notes is None else notes)
         folder.mkdir(parents=True, exist_ok=True)
-        path, text = folder / JOB, msgspec.json.encode(job)
-        if not path.exists():
-            path.write_bytes(text)
-            return folder
-        unfinished = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, *UNREADABLE) as error:
+    except OSError as error:
         raise SaveError(f"cannot keep a run in {folder}: {error}") from error
+    text = msgspec.json.encode(job)
+    if unfinished is None:
+        write_atomically(folder / JOB, text.decode())
+        return folder
     now = msgspec.json.decode(text)
     changed = [
         f"  {name}: unfinished run {unfinished.get(name)!r}, now {now.get(name)!r}"
@@ -53,6 +54,18 @@ def begin(out: Path, job: Mapping[str, Any], *, restart: bool) -> Path:
             "Give the same options to go on with it, another --out, or begin anew with restart=True (--restart)"
         )
     return folder
+
+
+def _unfinished(folder: Path, notes: list[str]) -> dict[str, Any] | None:
+    """The job of the run in a working folder; None where there is none, or it cannot be known which: that one goes."""
+    try:
+        return msgspec.json.decode((folder / JOB).read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        shutil.rmtree(folder)
+        notes.append(f"{JOB} of an unfinished run was cut short ({error}): it begins anew")
+        return None
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:

@@ -17,6 +17,7 @@ class Diagnosis(Record, frozen=True):
     device: str
     problems: list[Problem]
     environment: str = ""  # the name of its own, where it runs in one
+    notes: tuple[str, ...] = ()  # what importing its plugin did to others: it printed, or took long
 
     @property
     def runs(self) -> bool:
@@ -28,15 +29,18 @@ def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
     """Whether each installed backend, or one, can run here; every problem with the command that fixes it."""
     diagnoses = []
     for each in [name] if name else registry().names():
+        where = ""
         try:
             handle = backend(each)
             chosen = choose_device(device, handle.capabilities)
-            problems, where = handle.problems(chosen), environment_name(handle)
-            diagnoses.append(
-                Diagnosis(backend=each, origin=handle.origin, device=chosen, problems=problems, environment=where)
-            )
+            problems, where = handle.problems_in_time(chosen), environment_name(handle)
         except (BrokenBackend, BackendFailed) as error:
             fix = f"update or uninstall {registry().origin(each)}, or set POLYQUANT_DISABLE={each}"
-            broken = Problem(what=str(error), fix=fix, kind="import", detail=str(error.__cause__ or ""))
-            diagnoses.append(Diagnosis(backend=each, origin=registry().origin(each), device=device, problems=[broken]))
+            chosen = device
+            problems = [Problem(what=str(error), fix=fix, kind="import", detail=str(error.__cause__ or ""))]
+        found = Diagnosis(
+            backend=each, origin=registry().origin(each), device=chosen, problems=problems, environment=where,
+            notes=tuple(registry().complaints(each)),
+        )  # fmt: skip
+        diagnoses.append(found)
     return diagnoses

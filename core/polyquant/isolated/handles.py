@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, overload
+
 from polyquant.errors import BrokenBackend
 from polyquant.isolated.environments import card_in_this_process, needs_own_environment
 from polyquant.isolated.remote import RemoteBackend
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
 from polyquant.registry.query import Miss, Selection, select
+from polyquant.registry.written import named
 
 
 def backends(**query: object) -> Selection:
@@ -29,6 +33,15 @@ def backends(**query: object) -> Selection:
 def backend(name: str) -> Backend:
     """One backend by name. Raises UnknownBackend or BrokenBackend."""
     return (RemoteBackend if needs_own_environment(registry().info(name)) else Backend)(name, registry())
+
+
+@overload
+def written(backend: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]: ...
+@overload
+def written(backend: str | None, options: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]: ...
+def written(backend: str | None, options: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """`backend` as people write it, `gguf:Q8_0` or `gguf:Q8_0,compute_dtype=bfloat16`: its name and all options."""
+    return (None, dict(options)) if backend is None else named(backend, options, registry().info)
 
 
 def environment_name(handle: Backend) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,10 @@ import msgspec
 
 from polyquant.errors import EnvironmentProblem, ModelError
 from polyquant.isolated.environments import card_in_this_process, environment_of
-from polyquant.isolated.worker import Worker
+from polyquant.isolated.worker import START_SECONDS, Worker
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.options import BackendOptions
-from polyquant.registry.backend import Backend
+from polyquant.registry.backend import ANSWER_SECONDS, Backend
 from polyquant.registry.observers import Call
 from polyquant.registry.registry import Registry
 from polyquant.support.files import atomic_folder
@@ -31,9 +31,11 @@ class RemoteModel(LoadedModel):
 
     model: Worker
 
-    def stream(self, prompt: Prompt, **generation_parameters: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, template: Mapping[str, Any] | None = None, **generation_parameters: Any
+    ) -> Iterator[str]:
         """The text that follows, in pieces; parameters must have a form in JSON."""
-        return self.model.stream("stream", prompt=prompt, parameters=generation_parameters)
+        return self.model.stream("stream", prompt=prompt, parameters={**generation_parameters, "template": template})
 
     def logits(self, tokens: Sequence[int]) -> Any:
         return self.model.tensor("logits", tokens=list(tokens))
@@ -41,6 +43,10 @@ class RemoteModel(LoadedModel):
     def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
         found: int | None = self.model.call("kv_cache_bytes_per_token", tokens=list(tokens))
         return found
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.call("vocabulary"))
 
     def session(self) -> Feed:
         worker, session = self.model, self.model.call("session")
@@ -78,6 +84,9 @@ class RemoteBackend(Backend):
         self._idle = worker  # for the load that most often follows
         return msgspec.convert(found, list[Problem])
 
+    def problems_in_time(self, device: str = "cpu", seconds: float = START_SECONDS + ANSWER_SECONDS) -> list[Problem]:
+        return super().problems_in_time(device, seconds)
+
     def load(self, request: LoadRequest, settled: Settled) -> RemoteModel:
         from polyquant.models import hf
 
@@ -103,11 +112,15 @@ class RemoteBackend(Backend):
         found = self._observed("describe_layers", model, lambda: model.call("layers"), model=model)
         return msgspec.convert(found, list[LayerInfo])
 
-    def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path:
+    def save(
+        self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None
+    ) -> Path:
         self._require_hook("save")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=loaded.files) as partial:
             worker, folder = loaded.model, str(partial.absolute())
             self._observed("save", worker, lambda: worker.call("save", out=folder), loaded=loaded, out=partial)
+            if accept is not None:
+                accept(partial)
         return out
 
     def quantize(
@@ -115,7 +128,7 @@ class RemoteBackend(Backend):
         overwrite: bool = False, accept: Callable[[Path], None] | None = None,
     ) -> Path:  # fmt: skip
         self._require_hook("quantize")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=request.source.files) as partial:
             worker = self._worker(shown=request.progress)
             try:
                 given = {"request": request, "config": config, "calibration": list(calibration)}

@@ -19,7 +19,7 @@ from polyquant.isolated import pipes, protocol
 from polyquant.isolated.environments import Environment
 from polyquant.isolated.memory import Blocks
 from polyquant.support.libraries import installed_version
-from polyquant.support.processes import SHOWN_LINES, explain, kill_group
+from polyquant.support.processes import SHOWN_LINES, Child, explain
 from polyquant.types import HookRecord
 
 START_SECONDS = 180  # until a worker has said its first word; it has imported no library by then
@@ -49,9 +49,9 @@ class Worker:
         self._stream: _Pieces | None = None
         kept = {name: value for name, value in os.environ.items() if name not in UNSET}
         try:
-            self._process = subprocess.Popen(
+            self._process = Child(
                 [environment.python, "-P", "-m", "polyquant.loading.in_worker", environment.backend],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 env={**kept, **environment.isolated.variables, "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         except OSError as error:
@@ -64,7 +64,7 @@ class Worker:
         self._finalizer = weakref.finalize(self, _end, self._process)
         self._pump = Thread(target=_pump, args=(self._process.stderr, self._said, shown), daemon=True)
         self._pump.start()
-        Thread(target=_reap, args=(self._process,), daemon=True).start()
+        Thread(target=self._process.wait, daemon=True).start()  # what it has started may hold its pipes open
         self._greet()
 
     @property
@@ -111,7 +111,7 @@ class Worker:
 
     def _greet(self) -> None:
         environment, ours = self.environment, installed_version("polyquant")
-        timer = Timer(START_SECONDS, kill_group, (self._process,))
+        timer = Timer(START_SECONDS, self._process.kill)
         timer.daemon = True
         timer.start()
         try:
@@ -230,17 +230,11 @@ def _pump(pipe: IO[bytes], said: deque[bytes], shown: bool) -> None:
     pipe.close()
 
 
-def _reap(process: subprocess.Popen[bytes]) -> None:
-    """When a worker ends, end what it has started: that may hold its pipes open."""
-    process.wait()
-    kill_group(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Child) -> None:
     """Close a worker's input, which ends it, and see to it."""
     if process.stdin is not None:
         process.stdin.close()
-    kill_group(process)
+    process.kill()
     process.wait()
     if process.stdout is not None:
         process.stdout.close()

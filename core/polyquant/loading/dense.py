@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from polyquant.errors import OutOfMemory
 from polyquant.loaded import LoadedModel
@@ -15,14 +14,17 @@ from polyquant.request import ModelSource
 from polyquant.support.devices import available_devices
 
 
-def load_dense(source: ModelSource, dtype: Dtype = "float32", device: str = "cpu") -> Any:
+def load_dense(
+    source: ModelSource, dtype: Dtype = "float32", device: str = "cpu", *, trust_remote_code: bool = False
+) -> Any:
     """The dense model, in eval mode: what quantized ones are compared with.
 
-    device: 'auto' for the fastest. Raises OutOfMemory where that does not hold it.
+    device: 'auto' for the fastest. trust_remote_code: run the checkpoint's own code, where it has some.
+    Raises OutOfMemory where the device does not hold it, ModelError where it needs code that was not allowed.
     """
     where = available_devices()[0] if device == "auto" else device
     try:
-        return _load_dense(source, dtype).to(where)
+        return _load_dense(source, dtype, trust_remote_code=trust_remote_code).to(where)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"the dense model does not fit {where} in {dtype}: take the CPU (--device cpu), or compare with another "
@@ -30,11 +32,10 @@ def load_dense(source: ModelSource, dtype: Dtype = "float32", device: str = "cpu
         ) from error
 
 
-def _load_dense(source: ModelSource, dtype: Dtype) -> Any:
+def _load_dense(source: ModelSource, dtype: Dtype, *, trust_remote_code: bool) -> Any:
     source = versions.readable(source)
     with versions.progress_bars(enabled=False):
-        arguments = versions.dtype_argument(getattr(torch, dtype))
-        return AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments).eval()
+        return hf.load_model(source, getattr(torch, dtype), trust_remote_code=trust_remote_code)
 
 
 def as_loaded(model: Any, source: ModelSource, dtype: Dtype) -> LoadedModel:

@@ -99,6 +99,9 @@ class Server:
     def kv_cache_bytes_per_token(self, tokens: list[int]) -> Any:
         return self.loaded.kv_cache_bytes_per_token(tokens)
 
+    def vocabulary(self) -> Any:
+        return self.loaded.vocabulary
+
     def session(self) -> Any:
         self._count += 1
         self._sessions[self._count] = self.loaded.session()
@@ -123,15 +126,18 @@ class Server:
 
     def _request(self, request: Any) -> Any:
         """The load request, with the model's files as this environment's transformers reads them."""
-        from polyquant.models import versions
+        from polyquant.models import hf, versions
         from polyquant.request import LoadRequest
 
         asked = protocol.record(LoadRequest, request)
-        return msgspec.structs.replace(asked, source=versions.readable(asked.source))
+        asked = msgspec.structs.replace(asked, source=versions.readable(asked.source))
+        if asked.attention and self.handle.capabilities.runs_on_torch:
+            hf.require_attention(asked.source, asked.attention, trust_remote_code=asked.trust_remote_code)
+        return asked
 
 
-CALLS = ("problems", "load", "quantize", "layers", "logits", "stream", "kv_cache_bytes_per_token", "session", "feed",
-         "verify", "save")  # fmt: skip
+CALLS = ("problems", "load", "quantize", "layers", "logits", "stream", "kv_cache_bytes_per_token", "vocabulary",
+         "session", "feed", "verify", "save")  # fmt: skip
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,13 +13,16 @@ import msgspec
 from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, DenseModelError
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
-from polyquant.loading.model import Model
+from polyquant.loading import adapter
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
-from polyquant.loading.settle import Route, Settled, make_command, needs_dense_file, route_of, settle
+from polyquant.loading.records import total
+from polyquant.loading.settle import Route, Settled, as_stored, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
-from polyquant.models.outline import outline_of
-from polyquant.models.resolve import dense_of, resolve
+from polyquant.loading.trial import require_running
+from polyquant.models.limits import tokenizer_notes
+from polyquant.models.model import Model
+from polyquant.models.roles import SKIPPED
 from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
@@ -28,14 +32,18 @@ from polyquant.support.devices import choose_device
 
 def load(model: str | Path, backend: str | None = None, *, revision: str | None = None, **options: Any) -> LoadedModel:
     """See `polyquant.load`."""
+    backend, options = handles.written(backend, options)
     how, own = split_options(options)
     handle = handles.backend(backend) if backend else None
     config = handle.config(own) if handle else None  # raises for wrong options before any file is read
-    source = resolve(model, revision=revision, allow_pickle=how.allow_pickle, progress=how.progress)
+    found = Model.find(
+        model, revision=revision, allow_pickle=how.allow_pickle, trust_remote_code=how.trust_remote_code,
+        progress=how.progress,
+    )  # fmt: skip
     if handle is None or config is None:
-        handle = handles.backend(reader_for(source))
+        handle = handles.backend(reader_for(found.source))
         config = handle.config(own)
-    return load_source(source, handle, config, own, how)
+    return load_model(found, handle, config, own, how)
 
 
 def of_config(
@@ -70,51 +78,65 @@ def reader_for(source: ModelSource) -> str:
     return reader_of(method, handles.backends())
 
 
-def load_source(
-    source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
+def load_model(
+    model: Model, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions
 ) -> LoadedModel:
-    """Load `source` with `backend`; `given` are the options as the user wrote them, `config` the same, checked."""
-    route = route_of(source, backend)
+    """Load `model` with `backend`; `given` are the options as the user wrote them, `config` the same, checked."""
+    route = route_of(model.source, backend)
     if route == "make first":
         can = backend.capabilities
         raise CheckpointConflict(
-            f"{source.name} is dense, and {backend.name} loads quantized checkpoints only "
-            f"({', '.join(can.loads_prequantized)}); make one with: {make_command(source.name, backend, given)}"
+            f"{model.name} is dense, and {backend.name} loads quantized checkpoints only "
+            f"({', '.join(can.loads_prequantized)}); make one with: {make_command(model.name, backend, given)}"
         )
-    request, settled = prepare(source, backend, config, given, how, route)
+    if how.adapter:
+        adapter.require(how.adapter, backend.capabilities)  # before the weights are read
+    request, settled = prepare(model, backend, config, given, how, route)
     with giving_back(settled) if how.return_freed_memory else nullcontext():
         loaded = load_settled(backend, request, settled)
     loaded.requested = config
     loaded.notes[:0] = settled.notes
     _require_quantized(loaded, how.allow_dequantize)
     if how.adapter:
-        from polyquant.loading.adapter import attach
-
-        attach(loaded, how.adapter)
+        adapter.attach(loaded, how.adapter)
     return loaded
 
 
 def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> LoadedModel:
-    """What the backend loads, finished: with its tokenizer, the options as a checkpoint stores them, and its layers."""
+    """What the backend loads, finished: with its tokenizer, the options as a checkpoint stores them, and its layers.
+
+    Raises ConfigError, with what to skip, for a model that cannot run as it is quantized.
+    """
     tokenizer = None
     if backend.capabilities.runs_on_torch and not request.source.gguf_file:
         from polyquant.models import hf
 
         # before the weights: reading it takes more memory for a moment than it keeps
         tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
-    loaded = backend.load(request, settled)
+    with as_stored(settled, request.source.name, backend.name):
+        loaded = backend.load(request, settled)
     if loaded.tokenizer is None:
         loaded.tokenizer = tokenizer
     if loaded.tokenizer is None:
         raise BrokenBackend(f"{backend.name}: load gave no tokenizer, and the core reads none of a GGUF: return one")
-    if backend.capabilities.runs_on_torch and getattr(loaded.model.config, "quantization_config", None) is None:
-        loaded.model.config.quantization_config = loaded.config.to_stored()
+    if backend.capabilities.runs_on_torch:
+        if getattr(loaded.model.config, "quantization_config", None) is None:
+            loaded.model.config.quantization_config = loaded.config.to_stored()
+        loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
     loaded.initial_layers = loaded.layers
+    if backend.capabilities.runs_on_torch:
+        from polyquant.plugin import adapters, quantizer
+
+        quantizer.mark(loaded)
+        if "peft" in sys.modules:
+            adapters.guard()
+        require_running(loaded)
+        loaded.tried_bytes = total(loaded.layers)
     return loaded
 
 
 def prepare(
-    source: ModelSource, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions,
+    model: Model, backend: Backend, config: BackendOptions, given: Mapping[str, object], how: LoadOptions,
     route: Route,
 ) -> tuple[LoadRequest, Settled]:  # fmt: skip
     """What the backend's `load` or `quantize` is asked for, and what is settled about it.
@@ -123,21 +145,19 @@ def prepare(
     """
     device = choose_device(how.device, backend.capabilities)
     backend.require(device)
-    packed_name = source.gguf_file
-    if first := needs_dense_file(source, backend, route):
-        source = dense_of(source, progress=how.progress)
-    if source.config and backend.capabilities.runs_on_torch:
-        from polyquant.models import versions
-
-        source = versions.readable(source)
-    model = Model(outline_of(source), trust_remote_code=how.trust_remote_code)
+    if how.attention and backend.capabilities.runs_on_torch:
+        model.require_attention(how.attention)
+    packed_name = model.source.gguf_file
+    first = needs_dense_file(model.source, backend, route)
+    if first or backend.capabilities.runs_on_torch:
+        model = model.as_transformers_reads(dense=first, progress=how.progress)
     settled = settle(model, backend, config, given, device, route)
     if first:
         note = f"{packed_name} was dequantized to a float32 checkpoint first, then quantized again"
         settled = msgspec.structs.replace(settled, notes=(note, *settled.notes))
     return (
         LoadRequest(
-            source=source,
+            source=model.source,
             device=device,
             device_map=device_map_for(model, backend, settled, how),
             weights=settled.weights,
@@ -167,7 +187,22 @@ def _require_quantized(loaded: LoadedModel, allowed: bool) -> None:
         return
     if not allowed:
         raise DenseModelError(
-            f"{loaded.backend.name} left every tensor of the model dense; "
-            "check the skip patterns and the architecture, or accept a dense model with allow_dequantize=True"
+            f"{loaded.backend.name} left every tensor of the model dense: {_why_dense(loaded)}, or accept a dense "
+            "model with allow_dequantize=True"
         )
     loaded.notes.append("the model is dense: nothing was quantized (allow_dequantize)")
+
+
+def _why_dense(loaded: LoadedModel) -> str:
+    """Why nothing was quantized, and what to do."""
+    matrices = [layer for layer in loaded.initial_layers if layer.role in ("linear", "experts", "other")]
+    if loaded.request is not None and loaded.request.source.gguf_file:
+        held = ", ".join(sorted({layer.scheme for layer in matrices})) or "nothing else"
+        return f"the file holds its matrices as {held}; take a file with packed ones, or the dense model"
+    skipped = [layer for layer in matrices if layer.reason == SKIPPED]
+    if skipped and all(layer.reason == SKIPPED for layer in matrices if layer.role == "linear"):
+        return f"skip names all {len(skipped)} that it takes, such as {skipped[0].name}; take some out"
+    weights = loaded.settled.weights if loaded.settled is not None else ()
+    kinds = {weight.module: weight.name for weight in weights if weight.role in ("linear", "experts", "other")}
+    named = ", ".join(f"{kind} ({name})" for kind, name in list(kinds.items())[:3]) or "none"
+    return f"the modules of its matrices are {named}, which it does not take; choose another backend"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trust_remote_code: bool = False
     allow_pickle: bool = False
     attention: str = ""
-    adapter: str = ""
+    adapter: tuple[str, ...] = ()
     return_freed_memory: bool = False
     progress: bool = False
 
@@ -30,6 +31,9 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def split_options(options: Mapping[str, Any]) -> tuple[LoadOptions, dict[str, Any]]:
     """How to load, and the backend's own options. Raises ConfigError for a load option of the wrong type."""
     shared = {name: options[name] for name in LoadOptions.__struct_fields__ if name in options}
+    if isinstance(adapter := shared.get("adapter", ()), (str, Path)):
+        adapter = (adapter,) if str(adapter) else ()
+    shared["adapter"] = tuple(map(str, adapter))
     own = {name: value for name, value in options.items() if name not in shared}
     try:
         return msgspec.convert(shared, LoadOptions, from_attributes=True), own

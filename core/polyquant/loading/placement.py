@@ -7,14 +7,15 @@ from typing import Any
 
 import psutil
 
-from polyquant.errors import ConfigError, PlacementError
-from polyquant.loading.model import Model
+from polyquant.errors import ConfigError, PlacementError, did_you_mean
 from polyquant.loading.options import LoadOptions
-from polyquant.loading.settle import Settled
+from polyquant.loading.settle import Settled, as_stored
+from polyquant.models.model import Model
 from polyquant.registry.backend import Backend
 from polyquant.request import MaxMemory, Offload
+from polyquant.support.devices import available_devices
 from polyquant.support.libraries import quiet_imports
-from polyquant.types import DeviceMap, LayerPlan
+from polyquant.types import DeviceMap, LayerPlan, WeightInfo
 
 
 def device_map_for(model: Model, backend: Backend, settled: Settled, how: LoadOptions) -> DeviceMap:
@@ -24,7 +25,7 @@ def device_map_for(model: Model, backend: Backend, settled: Settled, how: LoadOp
     """
     device = settled.device
     if how.device_map != "auto":
-        device_map = check_device_map(how.device_map)
+        device_map = check_device_map(how.device_map, settled.weights)
         check_spill(device_map, device, how.offload)
         return device_map
     if how.offload == "cpu" and not backend.capabilities.offloads:
@@ -35,7 +36,8 @@ def device_map_for(model: Model, backend: Backend, settled: Settled, how: LoadOp
         return {"": device}
     if not plans:
         raise ConfigError(f"{backend.name} does not plan its memory, so max_memory cannot be kept; leave it out")
-    planned = backend.plan_layers(settled.weights, settled.options)
+    with as_stored(settled, model.name, backend.name):
+        planned = backend.plan_layers(settled.weights, settled.options)
     return fill_devices(model.skeleton(settled.dtype), planned, device, how.max_memory, how.offload)
 
 
@@ -106,11 +108,52 @@ def check_spill(
     )
 
 
-def check_device_map(device_map: Any) -> DeviceMap:
-    """A user's own device map. Raises ConfigError where it is not module name -> device."""
+def check_device_map(device_map: Any, weights: Sequence[WeightInfo] = ()) -> DeviceMap:
+    """A user's own device map. weights: of the model; none where only its runtime knows them.
+
+    Raises ConfigError where it is not module name -> device, where a name or a device is not there, or where a part of
+    the model has no device.
+    """
     if not isinstance(device_map, Mapping) or not device_map:
         raise ConfigError(f"device_map must be 'auto' or a mapping from module names to devices, got {device_map!r}")
-    return {str(name): where if isinstance(where, int) else str(where) for name, where in device_map.items()}
+    wanted = {str(name): where if isinstance(where, int) else str(where) for name, where in device_map.items()}
+    _require_devices(wanted)
+    if weights:
+        _require_modules(wanted, weights)
+    return wanted
+
+
+def _require_devices(device_map: DeviceMap) -> None:
+    here = available_devices()
+    known = {*here, *(name.partition(":")[0] for name in here), *range(len(here) - 1), "disk"}
+    if astray := [
+        f"{name or 'the whole model'} -> {where}" for name, where in device_map.items() if where not in known
+    ]:
+        raise ConfigError(
+            f"the device map names devices that are not here: {', '.join(astray[:3])}; "
+            f"there are {', '.join(here)} (and disk)"
+        )
+
+
+def _require_modules(device_map: DeviceMap, weights: Sequence[WeightInfo]) -> None:
+    names = [weight.name.split(".") for weight in weights]
+    modules = {".".join(parts[:end]) for parts in names for end in range(1, len(parts) + 1)}
+    for name in device_map:
+        if name and name not in modules:
+            raise ConfigError(
+                f"the device map names {name!r}, which is no module of the model.{did_you_mean(name, modules)}"
+            )
+    own = [weight.name for weight in weights if weight.role != "buffer" and not weight.tied_to]
+    left = [tensor for tensor in own if not any(_is_within(tensor, name) for name in device_map)]
+    if left:
+        raise ConfigError(
+            f"the device map gives {len(left)} of {len(own)} tensors no device: {', '.join(left[:3])}; "
+            "name their modules too, or take '' for the whole model"
+        )
+
+
+def _is_within(tensor: str, module: str) -> bool:
+    return not module or tensor == module or tensor.startswith(f"{module}.")
 
 
 def _shown(limits: MaxMemory) -> str:

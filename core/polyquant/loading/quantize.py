@@ -13,7 +13,8 @@ from polyquant.loading.load import load, prepare
 from polyquant.loading.options import split_options
 from polyquant.loading.settle import route_of
 from polyquant.loading.verify import verify
-from polyquant.models.resolve import resolve
+from polyquant.models.model import Model
+from polyquant.support.outputs import require_free
 
 
 def quantize(
@@ -26,24 +27,23 @@ def quantize(
     **options: Any,
 ) -> Path:
     """See `polyquant.quantize`."""
+    backend, options = handles.written(backend, options)
     handle = handles.backend(backend)
-    if out.exists() and not overwrite:
-        raise SaveError(f"{out} exists; choose another folder, or replace it with overwrite=True (--overwrite)")
+    require_free(out, overwrite=overwrite, keeps=(Path(model),))
+    how, own = split_options(options)
+
+    def accept(written: Path) -> None:
+        _require_passed(
+            load(written, backend, device=how.device, trust_remote_code=how.trust_remote_code, progress=how.progress)
+        )
+
     if handle.can("quantize"):
-        how, own = split_options(options)
         config = handle.config(own)
-        source = resolve(model, allow_pickle=how.allow_pickle, progress=how.progress)
-        route = route_of(source, handle, to_quantize=True)
-        request, settled = prepare(source, handle, config, own, how, route)
-
-        def accept(written: Path) -> None:
-            _require_passed(
-                load(
-                    written, backend, device=request.device, trust_remote_code=how.trust_remote_code,
-                    progress=how.progress,
-                )
-            )  # fmt: skip
-
+        found = Model.find(
+            model, allow_pickle=how.allow_pickle, trust_remote_code=how.trust_remote_code, progress=how.progress
+        )
+        route = route_of(found.source, handle, to_quantize=True)
+        request, settled = prepare(found, handle, config, own, how, route)
         return handle.quantize(request, settled.options, calibration or (), out, overwrite=overwrite, accept=accept)
     if not handle.can("save"):
         raise UnsupportedOperation(f"{backend} cannot write checkpoints")
@@ -51,7 +51,7 @@ def quantize(
         raise ConfigError(f"{backend} quantizes without calibration text; leave calibration (--calibration) out")
     loaded = load(model, backend, **options)
     _require_passed(loaded)
-    return loaded.save(out, overwrite=overwrite)
+    return handle.save(loaded, out, overwrite=overwrite, accept=accept)
 
 
 def _require_passed(loaded: LoadedModel) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from polyquant.types import LayerInfo, LayerPlan, Record
 
-DENSE_ROLES = ("embedding", "head", "vector", "buffer", "adapter")
+DENSE_ROLES = ("embedding", "head", "convolution", "custom", "vector", "buffer", "adapter", "tower")
 """Roles that no backend is expected to quantize; the head may be."""
 
 

@@ -6,15 +6,16 @@ the backend's card and the options; never from what an earlier command left in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import msgspec
 
-from polyquant.errors import CheckpointConflict
-from polyquant.loading.model import Model
+from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
+from polyquant.models.model import Model
 from polyquant.options import BackendOptions, Dtype
 from polyquant.registry.catalogue import maker_of
 from polyquant.request import ModelSource
@@ -98,22 +99,65 @@ def settle(
     config: the checked options; given: as the user wrote them. Raises CheckpointConflict where they contradict what is
     stored, ConfigError for a skip pattern that matches nothing, ModelError where transformers cannot build the model.
     """
-    source, notes = model.outline.source, list[str]()
+    source, notes = model.source, list[str]()
     stored = route == "as stored"
     if stored:
-        config = reconcile(source, stored_options(source, backend.info, method_of(source)), config, given)
+        config = reconcile(source, stored_options(source, backend.info, method_of(source)), config, given, backend.info)
     elif needs_dense_file(source, backend, route):
         notes.append(f"{source.gguf_file} is dequantized to a float32 checkpoint first, then quantized again")
     dtype = compute_dtype(config, backend.info, device)
     config = msgspec.structs.replace(config, compute_dtype=dtype)
     only_gguf = backend.info.capabilities.makes_from == "gguf"  # its runtime may know models that transformers does not
     weights = () if only_gguf else model.weights(dtype)
-    if not (stored or only_gguf):
+    if towers := list(dict.fromkeys(".".join(w.name.split(".")[:2]) for w in weights if w.role == "tower")):
+        notes.append(f"vision and audio parts stay dense: {', '.join(towers)}")
+    checkpoint = _checkpoint(model, weights, route)
+    if stored:
+        agreed, config = config, _skipping_what_is_dense(model, weights, config)
+        if config is not agreed:
+            notes.append(f"{len(config.skip)} layers are dense in the checkpoint: {', '.join(config.skip[:3])}")
+    elif not only_gguf:
         config = config.with_full_names(weights)
     return Settled(
         route=route, options=config, device=device, dtype=dtype, weights=weights,
-        checkpoint=_checkpoint(model, weights, route), notes=tuple(notes),
+        checkpoint=checkpoint, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _skipping_what_is_dense(model: Model, weights: Sequence[WeightInfo], config: BackendOptions) -> BackendOptions:
+    """`config` with `skip` as the checkpoint's headers have it, whatever words its quantization_config has for that.
+
+    Unchanged where they agree, where the checkpoint names its tensors otherwise than the model, and where all look
+    dense: some formats hold weights that are quantized as they load.
+    """
+    matrices = [weight for weight in weights if weight.role in ("linear", "head") and not weight.tied_to]
+    dense = {weight.name for weight in matrices if model.holds_dense(weight)}
+    found = all(weight.name in dense or model.holds_part(weight) for weight in matrices)
+    if (
+        not found
+        or len(dense) == len(matrices)
+        or dense == {weight.name for weight in matrices if config.skips(weight)}
+    ):
+        return config
+    skip = tuple(weight.name.rpartition(".")[0] for weight in matrices if weight.name in dense)
+    return msgspec.structs.replace(config, skip=skip, skip_defaults=False)
+
+
+@contextmanager
+def as_stored(settled: Settled, source: str, backend: str) -> Iterator[None]:
+    """In the block, what does not fit a stored checkpoint is the checkpoint's: its options cannot be chosen any more.
+
+    Raises ModelError in place of a ConfigError that advises options.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if settled.route != "as stored" or not error.unfit:
+            raise
+        raise ModelError(
+            f"{source}: {backend} cannot read this checkpoint: {error.unfit}; its options are stored with it, so take "
+            "another checkpoint, or quantize the dense model"
+        ) from error
 
 
 def make_command(model: str, backend: Quantizer, options: Mapping[str, object]) -> str:
@@ -161,5 +205,5 @@ def _checkpoint(model: Model, weights: tuple[WeightInfo, ...], route: Route) -> 
         embeddings = (outline.tensors.get(weight.name) for weight in weights if weight.role == "embedding")
         dtype = next((found.dtype for found in embeddings if found), outline.dtype)
         return Checkpoint(nbytes=outline.checkpoint_bytes, dtype=dtype, quantized=True)
-    dtype = "float32" if outline.source.gguf_file else outline.dtype
+    dtype = "float32" if model.source.gguf_file else outline.dtype
     return Checkpoint(nbytes=model.dense_file_bytes(weights), dtype=dtype, quantized=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -11,6 +11,7 @@ from polyquant.errors import CheckpointConflict, ModelError, PolyquantError, Unk
 from polyquant.options import BackendOptions
 from polyquant.registry.catalogue import catalogue, readers_of
 from polyquant.registry.query import Selection
+from polyquant.registry.written import is_so, told, words_of
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo
 
@@ -63,15 +64,20 @@ def stored_options(source: ModelSource, info: BackendInfo, method: str) -> Backe
 
 
 def reconcile(
-    source: ModelSource, stored: BackendOptions, requested: BackendOptions, given: Collection[str]
-) -> BackendOptions:
+    source: ModelSource, stored: BackendOptions, requested: BackendOptions, given: Mapping[str, object],
+    info: BackendInfo,
+) -> BackendOptions:  # fmt: skip
     """The stored options with the requested load-time ones applied.
 
-    given: names of the options the user wrote. Raises CheckpointConflict, field by field, where they contradict.
+    given: as the user wrote them. Raises CheckpointConflict, field by field, where they contradict what is stored.
     """
     applied: dict[str, Any] = {}
-    conflicts = []
+    words = {name: value for name, value in given.items() if name in words_of(info)}
+    conflicts = [f"  {name}: requested {value!r}, stored {told(info, stored, name)}"
+                 for name, value in words.items() if not is_so(info, stored, name, value)]  # fmt: skip
     for name in given:
+        if name in words:
+            continue
         wanted, has = getattr(requested, name), getattr(stored, name)
         if name in stored.load_time:
             applied[name] = wanted

@@ -14,6 +14,7 @@ from polyquant.loading import checks
 from polyquant.loading.records import Check, Memory, Sample, Verification, total
 from polyquant.memory.peak import measure_peak
 from polyquant.memory.predicted import predict, weights_of
+from polyquant.models.prompts import prompt_ids
 from polyquant.types import LayerInfo, LayerPlan
 
 
@@ -24,18 +25,19 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
     """
     if isinstance(loaded, RemoteModel):
         return _in_worker(loaded, {"prompt": prompt, "max_new_tokens": max_new_tokens})
-    before = loaded.layers
+    now = loaded.layers
+    before = _before_running(loaded, now)
     plans = _plans(loaded)
     walked = _walked(loaded)
     stored, planned = total(before), total(plans) if plans else None
-    tokens = loaded.tokenizer(SAMPLE_PROMPT).input_ids
+    tokens = prompt_ids(loaded.tokenizer, SAMPLE_PROMPT)
     with measure_peak() as run_peak:
         outputs = _run(loaded, tokens, prompt, max_new_tokens)
     after = total(loaded.layers)
     done = [
         checks.coverage(before),
         checks.against_plan(loaded.initial_layers or before, plans),
-        checks.described(walked, stored),
+        checks.described(walked, total(now)),
         checks.reasons(before),
         checks.after_forward(stored, after),
         *outputs.checks,
@@ -76,8 +78,19 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
         layers=before,
         load_seconds=load_record.seconds if load_record else 0.0,
         sample=outputs.sample,
-        notes=[*loaded.notes, *checks.load_peak_note(load_record, peak_plan)],
+        notes=[*loaded.notes, *outputs.notes, *checks.load_peak_note(load_record, peak_plan)],
     )
+
+
+def _before_running(loaded: LoadedModel, now: list[LayerInfo]) -> list[LayerInfo]:
+    """The layers as they were before any forward pass: loading runs some tokens, in which kernels lay weights out anew.
+
+    As they are `now` where somebody has changed the model since.
+    """
+    adapters = [layer for layer in now if layer.role == "adapter"]
+    if loaded.tried_bytes != total(now) - total(adapters):
+        return now
+    return [*loaded.initial_layers, *adapters]
 
 
 def _plans(loaded: LoadedModel) -> list[LayerPlan]:
@@ -133,6 +146,7 @@ class _Outputs(NamedTuple):
     checks: list[Check]
     sample: Sample
     kv_cache_bytes_per_token: int | None
+    notes: tuple[str, ...] = ()
 
 
 def _run(loaded: LoadedModel, tokens: Sequence[int], prompt: Prompt, max_new_tokens: int) -> _Outputs:
@@ -149,4 +163,6 @@ def _run(loaded: LoadedModel, tokens: Sequence[int], prompt: Prompt, max_new_tok
         return _Outputs([failed], Sample(text="", seconds=0.0, tokens_per_second=0.0), None)
     generated = len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
     sample = Sample(text=text, seconds=seconds, tokens_per_second=generated / seconds)
-    return _Outputs([checks.finite(logits), checks.sample(text)], sample, cache)
+    uncounted = cache is None and loaded.backend.capabilities.runs_on_torch
+    notes = ("what it keeps between tokens is not counted: its outputs show none of it",) if uncounted else ()
+    return _Outputs([checks.finite(logits), checks.sample(text)], sample, cache, notes)

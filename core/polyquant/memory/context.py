@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyquant.models import versions
+from polyquant.models.generation import run
 
 PROBED_TOKENS = 8  # recurrent layers of some models run a loop over tokens; memory grows in proportion
 
@@ -39,9 +40,9 @@ def context_memory(skeleton: Any, context: int, batch: int) -> Context | None:
     model = skeleton.eval().base_model
     try:
         with torch.inference_mode(), versions.followed_on_meta(), _Live(skeleton) as live:
-            outputs = model(input_ids=ids, use_cache=True)
+            _, state = run(model, ids)
             peak = live.peak_bytes
-        cache = getattr(outputs, "past_key_values", None)
+        cache = state.value if state else None
         probed = _cache_bytes(cache)
         with torch.inference_mode():
             _extend(cache, context - tokens)

@@ -14,9 +14,11 @@ def effective_weight(layer: Any, in_features: int, columns: Sequence[int] | None
     """Columns of the weight of a linear layer, (out_features, columns), float32 on the CPU.
 
     columns: which of the in_features; None: all of them. dtype: of the layer's inputs; None: that of its first
-    floating-point parameter. What the layer answers to zero, its bias, is taken away. No backend is asked.
+    floating-point parameter of more than 8 bits. What the layer answers to zero, its bias, is taken away. No backend
+    is asked.
     """
-    reference = next((tensor for tensor in layer.parameters() if tensor.is_floating_point()), torch.zeros(1))
+    numbers = (tensor for tensor in layer.parameters() if tensor.is_floating_point() and tensor.itemsize > 1)
+    reference = next(numbers, torch.zeros(1))
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), reference.device)
     zero = torch.zeros(1, in_features, dtype=dtype or reference.dtype, device=device)
     chosen = torch.arange(in_features) if columns is None else torch.tensor(list(columns))

@@ -6,21 +6,9 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.memory.roles import REASONS, SKIPPED, TIED
+from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED
 from polyquant.options import BackendOptions
-from polyquant.types import LayerPlan, WeightInfo
-
-DTYPE_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
+from polyquant.types import DTYPE_BYTES, LayerPlan, WeightInfo
 
 
 def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:
@@ -42,9 +30,9 @@ def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> Non
     for weight in weights:
         if weight.role == "experts" and not config.skips(weight):
             module = weight.name.rpartition(".")[0]
-            raise ConfigError(
-                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized; "
-                f"keep them dense with skip=({module.rpartition('.')[2]!r},)"
+            raise ConfigError.of_unfit(
+                f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized",
+                [f"skip=({module.rpartition('.')[2]!r},), which keeps them dense"],
             )
 
 
@@ -76,7 +64,7 @@ def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:
     module = weight.name.rpartition(".")[0]
     if weight.tied_to:
         reason = TIED.format(weight.tied_to)
-    elif module in config.skip and weight.role != "embedding":
+    elif module in config.skip and weight.role not in ALWAYS_DENSE:
         reason = SKIPPED
     else:
         reason = REASONS[weight.role]

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import psutil
 
-from polyquant.memory.planned import DTYPE_BYTES
 from polyquant.options import Dtype
-from polyquant.types import Capabilities, LayerPlan, Record
+from polyquant.types import DTYPE_BYTES, Capabilities, LayerPlan, Record
 
 TOKENIZER_BYTES = 13_000_000  # what a load adds beside weights: tokenizer and modules, measured on SmolLM2
 

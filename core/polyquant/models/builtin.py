@@ -58,7 +58,6 @@ def dense_from_gguf(source: ModelSource, *, progress: bool = False) -> Path:
 
 def _convert(source: ModelSource, out: Path, *, progress: bool) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from polyquant.models import hf, versions
     from polyquant.models.gguf_header import read_header
@@ -67,9 +66,9 @@ def _convert(source: ModelSource, out: Path, *, progress: bool) -> None:
     tokenizer = hf.load_tokenizer(source)
     with versions.progress_bars(progress):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(source.path), gguf_file=source.gguf_file, **versions.dtype_argument(torch.float32)
-            )
+            model = hf.load_model(source, torch.float32)
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(f"{source.name}: transformers cannot read this GGUF: {error}") from error
         versions.forget_quantization(model)

@@ -8,14 +8,18 @@ from typing import Any
 import msgspec
 
 from polyquant.errors import ModelError
+from polyquant.models.headers import small_header
+from polyquant.models.patterns import unbounded
 from polyquant.request import ModelSource
 from polyquant.types import UNREADABLE
 
 INDEX = "model.safetensors.index.json"
 GGUF_MAGIC = b"GGUF"
-CONFIG_LIMIT_BYTES = 64 * 2**20
-COUNTED = ("layers", "experts", "n_layer")  # ends of the names of numbers of modules
-MOST_MODULES = 10_000
+CONFIG_LIMIT_BYTES = 4 * 2**20
+INDEX_LIMIT_BYTES = 64 * 2**20
+DEEPEST = 50  # objects within objects of a config
+COUNTED = {"layers": 1000, "n_layer": 1000, "experts": 5000}  # ends of the names of numbers of modules -> most
+MOST_EXPERTS = 50_000  # of all layers
 SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files beside config.json in which older tools wrote the quantization config, and the method each stands for."""
 
@@ -40,7 +44,7 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
             return check_gguf(path / gguf[0], name)
         hint = f"it has several GGUF files, name the one to load: {path / gguf[0]}" if gguf else "is it a model folder?"
         raise ModelError(f"{name}: no config.json among {_shown(files)}; {hint}")
-    config = _with_sidecar(_read_object(path / "config.json", name), path, name, files)
+    config = with_sidecar(read_object(path / "config.json", name), path, name, files)
     weights = _weight_files(path, name, files, allow_pickle)
     for file in weights:
         if file.endswith(".safetensors"):
@@ -48,7 +52,7 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
     return ModelSource(name=name, path=path, config=config, weight_files=tuple(weights))
 
 
-def _with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str]) -> dict[str, Any]:
+def with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str]) -> dict[str, Any]:
     """`config` with the quantization config that a file beside it holds, where it has none of its own.
 
     Raises ModelError where either is not what such a file holds.
@@ -57,7 +61,9 @@ def _with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str
     beside = next((file for file in SIDECARS if file in files), None)
     if beside is None or config.get("quantization_config"):
         return config
-    return config | {"quantization_config": {"quant_method": SIDECARS[beside], **_read_object(path / beside, name)}}
+    whole = config | {"quantization_config": {"quant_method": SIDECARS[beside], **read_object(path / beside, name)}}
+    require_plausible(whole, name)
+    return whole
 
 
 def require_plausible(config: dict[str, Any], name: str) -> None:
@@ -69,26 +75,44 @@ def require_plausible(config: dict[str, Any], name: str) -> None:
     for key in ("quantization_config", "text_config"):
         if not isinstance(config.get(key) or {}, dict):
             raise ModelError(f"{name}: {key} in its config must be an object, it is {config[key]!r:.60}")
+    if config.get("quantization_config") == {}:
+        raise ModelError(
+            f"{name}: quantization_config in its config is empty, and so neither dense nor quantized; write there how "
+            "it was quantized, or take it out to load a dense model"
+        )
     if not isinstance(config.get("model_type", ""), str):
         raise ModelError(f"{name}: model_type in its config must be text, it is {config['model_type']!r:.60}")
     for key, value in config.items():
-        if key.endswith(COUNTED) and isinstance(value, int) and value > MOST_MODULES:
-            raise ModelError(f"{name}: its config says {key} = {value}; at most {MOST_MODULES} are believed")
-        if key.endswith("_implementation") and "/" in str(value):
+        if "_implementation" in key and "/" in str(value):
             raise ModelError(
                 f"{name}: its config asks for {value!r:.80}, compiled code from the hub; take {key} out of config.json,"
                 " and name it yourself if you trust it: attention=... (--attention)"
             )
         if isinstance(value, dict):
             require_plausible(value, name)
+    _require_countable(config, name)
+    if why := unbounded(config.get("quantization_config")):
+        raise ModelError(f"{name}: its quantization_config cannot be used: {why}")
+
+
+def _require_countable(config: dict[str, Any], name: str) -> None:
+    counts: dict[str, int] = {}
+    for key, value in config.items():
+        end = next((end for end in COUNTED if key.endswith(end)), None)
+        if end is not None and isinstance(value, int):
+            counts[end] = max(value, counts.get(end, 0))
+            if value > COUNTED[end]:
+                raise ModelError(f"{name}: its config says {key} = {value}; at most {COUNTED[end]} are believed")
+    layers = max(counts.get("layers", 0), counts.get("n_layer", 0))
+    if (experts := layers * counts.get("experts", 0)) > MOST_EXPERTS:
+        raise ModelError(
+            f"{name}: its config asks for {experts} experts in {layers} layers; {MOST_EXPERTS} are believed"
+        )
 
 
 def _weight_files(path: Path, name: str, files: list[str], allow_pickle: bool) -> list[str]:
     if INDEX in files:
-        shards = _read_object(path / INDEX, name).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ModelError(f"{name}: {INDEX} has no weight_map from tensor names to file names")
-        wanted = sorted(set(shards.values()))
+        wanted = sorted(set(_read_index(path / INDEX, name).values()))
         outside = [shard for shard in wanted if Path(shard).name != shard]
         if outside:
             raise ModelError(f"{name}: {INDEX} names files outside the folder: {_shown(outside)}")
@@ -118,6 +142,10 @@ def _check_safetensors(path: Path, name: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        small_header(path)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    try:
         with safe_open(path, framework="numpy") as file:
             tensors = len(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
@@ -129,7 +157,24 @@ def _check_safetensors(path: Path, name: str) -> None:
         raise ModelError(f"{name}: {path.name} holds no tensors; fetch or write it again")
 
 
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _read_index(path: Path, name: str) -> dict[str, str]:
+    """Tensor -> file."""
+    if path.stat().st_size > INDEX_LIMIT_BYTES:
+        raise ModelError(f"{name}: {path.name} is larger than {INDEX_LIMIT_BYTES} bytes; it is no index")
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{name}: {INDEX} has no weight_map from tensor names to file names ({error})") from error
+    except UNREADABLE as error:
+        raise ModelError(f"{name}: {path.name} is not readable JSON ({error}); fetch or write it again") from error
+
+
+def read_object(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a config's size. Raises ModelError where it is none, or nested deeper than any config."""
     if path.stat().st_size > CONFIG_LIMIT_BYTES:
         raise ModelError(f"{name}: {path.name} is larger than {CONFIG_LIMIT_BYTES} bytes; it is no config")
     try:
@@ -138,6 +183,12 @@ def _read_object(path: Path, name: str) -> dict[str, Any]:
         raise ModelError(f"{name}: {path.name} is not readable JSON ({error}); fetch or write it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{name}: {path.name} must hold a JSON object, it holds {type(content).__name__}")
+    level: list[Any] = [content]
+    for _ in range(DEEPEST):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise ModelError(f"{name}: {path.name} is nested deeper than {DEEPEST} levels; it is no config")
     return content
 
 

@@ -5,76 +5,176 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from polyquant.errors import ConfigError
+from polyquant.models import versions
+from polyquant.models.limits import limits_of
+from polyquant.models.prompts import encode_prompt
 
-
-def encode(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> Any:
-    """Token ids of `prompt`, (1, tokens). Raises ConfigError for messages without a chat template, or no tokens."""
-    if isinstance(prompt, str):
-        text, add_special = prompt, True
-    elif getattr(tokenizer, "chat_template", None):
-        text, add_special = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), False
-    else:
-        raise ConfigError("the model has no chat template: give the prompt as plain text")
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=add_special).input_ids
-    if ids.shape[1] == 0:
-        raise ConfigError("the prompt is empty: give at least one token")
-    return ids
+OWN_PARAMETERS = ("inputs", "input_ids", "attention_mask", "inputs_embeds", "streamer", "return_dict_in_generate")
+"""What `model.generate` is given here, or what would change the kind of its answer."""
+STATES = ("past_key_values", "cache_params", "state")
+"""What models call what they keep between tokens: Mamba's cache_params, RWKV's state."""
+_CACHE_IS_GIVEN = WeakSet[Any]()
+"""Models that keep keys and values only in a cache that they are given."""
+DEFAULT_NEW_TOKENS = 20  # transformers', where nobody says how many
 
 
 def stream(
-    model: Any, tokenizer: Any, prompt: str | Sequence[dict[str, str]], parameters: Mapping[str, Any]
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[dict[str, str]],
+    parameters: Mapping[str, Any],
+    template: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-    """Pieces of text as `model.generate` makes them; its error, if any, is raised here."""
+    """Pieces of text as `model.generate` makes them; its error, if any, is raised here.
+
+    template: switches of the chat template. Raises ConfigError, before anything is generated, for parameters that do
+    not go with one text, and for more tokens than the model has positions for.
+    """
     import torch
+
+    tokens = encode_prompt(tokenizer, prompt, template)
+    asked = _Asked(model, parameters)
+    asked.require_one_text()
+    limits_of(model).require(tokens, new=asked.new_tokens(len(tokens)))
+    ids = torch.tensor([tokens], device=model.device)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "tokenizer": tokenizer, **parameters}
+    if asked["num_beams"] > 1:  # which text it is to be shows at the end only
+        return _at_once(model, tokenizer, len(tokens), given)
+    return _as_it_comes(model, tokenizer, given)
+
+
+class _Asked:
+    """The parameters of a generation: those that were given, else those of the model's generation config."""
+
+    def __init__(self, model: Any, parameters: Mapping[str, Any]) -> None:
+        self._given = parameters
+        self._config = parameters.get("generation_config") or model.generation_config
+
+    def __getitem__(self, name: str) -> int:
+        """A number; 0 where nobody says."""
+        value = self._given[name] if name in self._given else getattr(self._config, name, None)
+        return int(value or 0)
+
+    def require_one_text(self) -> None:
+        """Raises ConfigError for what `model.generate` is told here already, and for more texts than one."""
+        for name in OWN_PARAMETERS:
+            if name in self._given:
+                raise ConfigError(f"{name} is given to transformers' generate here already; call model.generate for it")
+        if (count := self["num_return_sequences"]) > 1:
+            raise ConfigError(
+                f"generate gives one text, and num_return_sequences={count} asks for {count}: call it as often, with "
+                "do_sample=True, or call model.generate"
+            )
+
+    def new_tokens(self, prompt: int) -> int:
+        """How many tokens at most follow `prompt` ones."""
+        if most := self["max_new_tokens"]:
+            return most
+        whole = self["max_length"]
+        return max(0, whole - prompt) if whole else DEFAULT_NEW_TOKENS
+
+
+def _at_once(model: Any, tokenizer: Any, prompt: int, given: Mapping[str, Any]) -> Iterator[str]:
+    """The whole text as one piece, without the `prompt` tokens in front."""
+    try:
+        output = model.generate(**given)
+    except ValueError as error:
+        raise _explained(error) from error
+    if text := tokenizer.decode(output[0][prompt:], skip_special_tokens=True):
+        yield text
+
+
+def _as_it_comes(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Iterator[str]:
     from transformers import TextIteratorStreamer
 
-    ids = encode(tokenizer, prompt).to(model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **parameters)
+            model.generate(streamer=streamer, **given)
         except BaseException as error:
             failures.append(error)
             streamer.end()
 
-    def pieces() -> Iterator[str]:
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        yield from (piece for piece in streamer if piece)
-        thread.join()
-        if failures:
-            raise _explained(failures[0])
-
-    return pieces()
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from (piece for piece in streamer if piece)
+    thread.join()
+    if failures:
+        raise _explained(failures[0])
 
 
 def logits_of(model: Any, tokens: Sequence[int]) -> Any:
-    """Logits of one sequence, float32 torch tensor (positions, vocabulary)."""
+    """Logits of one sequence, float32 torch tensor (positions, vocabulary); ConfigError for tokens that do not fit."""
     import torch
 
+    limits_of(model).require(tokens)
     with torch.inference_mode():
         ids = torch.tensor([list(tokens)], device=model.device)
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
+class State(NamedTuple):
+    """What a model keeps between tokens, and the name under which its forward pass gives and takes it."""
+
+    name: str
+    value: Any
+
+
+def state_of(outputs: Any) -> State | None:
+    """What the model keeps: keys and values, a recurrent state, or both; None where its outputs show nothing."""
+    found = ((name, getattr(outputs, name, None)) for name in STATES)
+    return next((State(name, value) for name, value in found if value is not None), None)
+
+
+def run(model: Any, ids: Any, state: State | None = None, **more: Any) -> tuple[Any, State | None]:
+    """Outputs for `ids`, (1, tokens), after the tokens of `state`, and the state after them.
+
+    Some models keep keys and values only in a cache that they are given, which their outputs do not show: they are
+    given one. None for the state of a model that keeps none, or keeps it where it does not say.
+    """
+    if state is None and model in _CACHE_IS_GIVEN:
+        state = State(STATES[0], versions.empty_cache(model.config))
+    outputs = model(input_ids=ids, use_cache=True, **({state.name: state.value} if state else {}), **more)
+    after = state_of(outputs) or state
+    if after is not None or STATES[0] not in inspect.signature(model.forward).parameters:
+        return outputs, after
+    cache = versions.empty_cache(model.config)
+    again = model(input_ids=ids, use_cache=True, **{STATES[0]: cache}, **more)
+    if not cache.get_seq_length():
+        return outputs, None
+    _CACHE_IS_GIVEN.add(model)
+    return again, State(STATES[0], cache)
+
+
+def state_after(model: Any, tokens: Sequence[int]) -> State | None:
+    """What the model keeps after `tokens`; None where it shows none."""
+    import torch
+
+    with torch.inference_mode():
+        return run(model, torch.tensor([list(tokens)], device=model.device))[1]
+
+
 def session(model: Any) -> Callable[[Sequence[int]], None]:
-    """A new context of `model` with a key-value cache that grows with each call."""
+    """A new context of `model`, with the state that it keeps; one that keeps none runs all tokens at each call."""
     import torch
 
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    cache: Any = None
+    limits = limits_of(model)
+    seen, state = list[int](), None
 
     def feed(tokens: Sequence[int]) -> None:
-        nonlocal cache
+        nonlocal state
+        limits.require(tokens, before=len(seen))
+        seen.extend(tokens)
         with torch.inference_mode():
-            ids = torch.tensor([list(tokens)], device=model.device)
-            outputs = model(input_ids=ids, past_key_values=cache, use_cache=True, **last_only)
-        cache = outputs.past_key_values
+            ids = torch.tensor([list(tokens if state else seen)], device=model.device)
+            _, state = run(model, ids, state, **last_only)
         if ids.device.type != "cpu":
             torch.accelerator.synchronize()
 

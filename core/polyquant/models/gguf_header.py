@@ -22,6 +22,9 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 MAX_NAME_BYTES = 2**16 - 1  # of a metadata key, by the format's specification
+MOST_PAIRS, MOST_TENSORS = 10_000, 100_000  # of metadata, of tensors: each is looked at, and takes memory
+MOST_STRINGS = 2_000_000  # of all arrays: vocabularies and merges
+MAX_TEXT_BYTES = 16 * 2**20  # of a string in the metadata, such as a chat template
 
 
 class Entry(NamedTuple):
@@ -84,6 +87,7 @@ class _Cursor:
     def __init__(self, content: Any, size: int, path: Path) -> None:
         self.content, self.size, self.path, self.at = content, size, path, 0
         self.string_arrays: dict[str, int] = {}
+        self.strings_left = MOST_STRINGS
 
     def fail(self, what: str) -> ModelError:
         return ModelError(f"{self.path.name} is not a GGUF file that can be read: {what}; fetch or write it again")
@@ -96,7 +100,7 @@ class _Cursor:
         if version not in (2, 3):
             big = " (a big-endian file)" if version in (2 << 24, 3 << 24) else ""
             raise self.fail(f"its version is {version}{big}, 2 and 3 little-endian are supported")
-        tensors, pairs = self.count("tensors", 25), self.count("metadata keys", 13)
+        tensors, pairs = self.count("tensors", 25, MOST_TENSORS), self.count("metadata keys", 13, MOST_PAIRS)
         metadata = self.metadata(pairs)
         architecture = metadata.get("general.architecture")
         if not isinstance(architecture, str):
@@ -121,11 +125,13 @@ class _Cursor:
         self.at += length
         return value
 
-    def count(self, what: str, least_bytes: int) -> int:
-        """A number of things that take at least `least_bytes` each."""
+    def count(self, what: str, least_bytes: int, most: int | None = None) -> int:
+        """A number of things that take at least `least_bytes` each, and of which at most so many are believed."""
         number = int(self.scalar("Q"))
         if number > (self.size - self.at) // least_bytes:
             raise self.fail(f"it claims {number} {what}, and has {self.size - self.at} bytes left")
+        if most is not None and number > most:
+            raise ModelError(f"{self.path.name} has {number} {what}; at most {most} are read")
         return number
 
     def string(self, what: str, limit: int | None = None) -> str:
@@ -153,7 +159,7 @@ class _Cursor:
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
         if kind == STRING:
-            return self.string(f"value of {key}")
+            return self.string(f"value of {key}", MAX_TEXT_BYTES)
         if kind != ARRAY:
             raise self.fail(f"{key} has the unknown type {kind}")
         inner = self.scalar("I")
@@ -162,7 +168,8 @@ class _Cursor:
             length = self.count(f"elements of {key}", width)
             self.at += length * width
         elif inner == STRING:
-            length = self.count(f"strings of {key}", 8)
+            length = self.count(f"strings of {key}", 8, self.strings_left)
+            self.strings_left -= length
             self.string_arrays[key] = self.at
             for _ in range(length):
                 size = self.count(f"bytes of a string of {key}", 1)

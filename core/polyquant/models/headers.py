@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors: eight bytes of length, JSON, th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from polyquant.errors import ModelError
+from polyquant.request import ModelSource
 from polyquant.types import UNREADABLE
 
 DTYPE_BITS = {
@@ -28,7 +30,8 @@ TORCH_NAMES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
 }  # fmt: skip
 LENGTH_BYTES = 8
-HEADER_LIMIT_BYTES = 100_000_000  # the format's own
+HEADER_LIMIT_BYTES = 32 * 2**20  # the format itself allows 100 MB, which takes minutes and gigabytes to look at
+MOST_TENSORS = 200_000  # of one file
 
 
 class StoredTensor(NamedTuple):
@@ -50,6 +53,18 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return {name: tensor for name, (tensor, _) in located_tensors(path).items()}
 
 
+def stored_tensors(source: ModelSource) -> Mapping[str, StoredTensor]:
+    """The tensors in the safetensors files of `source`, whose headers are read once as long as they do not change."""
+    files = [source.path / file for file in source.weight_files if file.endswith(".safetensors")]
+    stats = [(file, file.stat()) for file in files]
+    return _tensors(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+
+
+@lru_cache(maxsize=16)
+def _tensors(files: tuple[tuple[Path, int, int], ...]) -> Mapping[str, StoredTensor]:
+    return {name: tensor for file, _, _ in files for name, tensor in read_safetensors(file).items()}
+
+
 def located_tensors(path: Path) -> dict[str, tuple[StoredTensor, int]]:
     """`read_safetensors`, and where each tensor begins, in bytes from the start of the file."""
     entries, start = _read_entries(path)
@@ -58,14 +73,28 @@ def located_tensors(path: Path) -> dict[str, tuple[StoredTensor, int]]:
     return {name: (tensor, start + rows[name][2][0]) for name, tensor in tensors.items()}
 
 
+def small_header(path: Path) -> bytes:
+    """The header of a local file, not parsed; shorter than it claims to be where the file is.
+
+    Raises ModelError for one that takes long to look at.
+    """
+    with path.open("rb") as file:
+        length = min(int.from_bytes(file.read(LENGTH_BYTES), "little"), path.stat().st_size)
+        if length > HEADER_LIMIT_BYTES:
+            raise ModelError(f"{path.name}: its header has {length} bytes; at most {HEADER_LIMIT_BYTES} are read")
+        content = file.read(length)
+    if (tensors := content.count(b'"data_offsets"')) > MOST_TENSORS:
+        raise ModelError(f"{path.name}: its header has {tensors} tensors; at most {MOST_TENSORS} are read")
+    return content
+
+
 def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
     """The entries of a header as they stand, and the byte after it."""
-    size = path.stat().st_size
+    content, size = small_header(path), path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if length > min(size - LENGTH_BYTES, HEADER_LIMIT_BYTES):
-            raise ModelError(f"{path.name}: its header claims {length} bytes, and the file has {size}; fetch it again")
-        content = file.read(length)
+    if length > size - LENGTH_BYTES:
+        raise ModelError(f"{path.name}: its header claims {length} bytes, and the file has {size}; fetch it again")
     try:
         header = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
         entries = {
@@ -73,7 +102,7 @@ def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
         }
     except UNREADABLE as error:
         raise ModelError(f"{path.name}: its header is not readable JSON ({error}); fetch or write it again") from error
-    return entries, LENGTH_BYTES + length
+    return entries, LENGTH_BYTES + len(content)
 
 
 def checked(

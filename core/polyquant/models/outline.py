@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from polyquant.errors import ModelError, did_you_mean
-from polyquant.models import builtin, checks
+from polyquant.models import checks
 from polyquant.models.gguf_header import read_header
 from polyquant.models.gguf_types import FLOAT_DTYPES
-from polyquant.models.headers import StoredTensor, read_hub_repository, read_safetensors
-from polyquant.models.resolve import refusal
+from polyquant.models.headers import StoredTensor, read_hub_repository, stored_tensors
+from polyquant.models.resolve import on_disk, refusal
 from polyquant.request import ModelSource
 
 HUB_FILES = ["config.json", "*.py", "quantize_config.json", "quant_config.json"]
@@ -52,41 +52,31 @@ def outline(model: str | Path, *, revision: str | None = None) -> Outline:
 
 
 def _find(model: str | Path, revision: str | None) -> Outline:
-    name = str(model)
-    if name.startswith(builtin.PREFIX):
-        return _of_gguf(builtin.packaged_source(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _of_folder(path, name)
-    if path.is_file() and path.suffix == ".json":
-        config = checks._read_object(path, name)
+    if alone := _config_alone(Path(model).expanduser(), str(model)):
+        return Outline(alone, {}, 0)
+    source = on_disk(model)
+    return outline_of(source) if source else _of_hub(str(model), revision)
+
+
+def _config_alone(path: Path, name: str) -> ModelSource | None:
+    """A config.json without weights: the file itself, or a folder that holds nothing else of a model."""
+    if path.suffix == ".json" and path.is_file():
+        config = checks.read_object(path, name)
         checks.require_plausible(config, name)
-        return Outline(ModelSource(name=name, path=path, config=config), {}, 0)
-    if path.is_file():
-        return _of_gguf(checks.check_gguf(path, name))
-    if isinstance(model, Path) or path.is_absolute() or name.endswith((".gguf", ".json")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such file or folder here, and no hub name (owner/name)")
-    return _of_hub(name, revision)
-
-
-def _of_folder(path: Path, name: str) -> Outline:
-    files = [child.name for child in path.iterdir() if child.is_file()]
+        return ModelSource(name=name, path=path, config=config)
+    files = [child.name for child in path.iterdir() if child.is_file()] if path.is_dir() else []
     weights = [file for file in files if file.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth"))]
-    if "config.json" in files and not weights and checks.INDEX not in files:
-        config = checks._with_sidecar(checks._read_object(path / "config.json", name), path, name, files)
-        return Outline(ModelSource(name=name, path=path, config=config), {}, 0)
-    return outline_of(checks.check_folder(path, name))
+    if "config.json" not in files or weights or checks.INDEX in files:
+        return None
+    config = checks.with_sidecar(checks.read_object(path / "config.json", name), path, name, files)
+    return ModelSource(name=name, path=path, config=config)
 
 
 def outline_of(source: ModelSource) -> Outline:
     """What the headers of checked files say; of pickles nothing but their size."""
     if source.gguf_file:
         return _of_gguf(source)
-    tensors: dict[str, StoredTensor] = {}
-    for file in source.weight_files:
-        if file.endswith(".safetensors"):
-            tensors |= read_safetensors(source.path / file)
-    return Outline(source, tensors, source.checkpoint_bytes)
+    return Outline(source, stored_tensors(source), source.checkpoint_bytes)
 
 
 def _of_gguf(source: ModelSource) -> Outline:
@@ -124,7 +114,7 @@ def _of_hub(name: str, revision: str | None) -> Outline:
     if config_path is None:
         raise ModelError(f"{name} has no config.json; is it a model of transformers?")
     folder = config_path.parent
-    config = checks._with_sidecar(checks._read_object(config_path, name), folder, name, small)
+    config = checks.with_sidecar(checks.read_object(config_path, name), folder, name, small)
     source = ModelSource(name=name, path=folder, config=config)
     return Outline(source, tensors, sum(tensor.nbytes for tensor in tensors.values()))
 
@@ -142,7 +132,8 @@ def _of_cached_repository(name: str, revision: str | None, reason: Exception) ->
             f"({type(reason).__name__}); give a local folder, a .gguf file or a config.json, try builtin:smollm2, "
             "or unset HF_HUB_OFFLINE and check the network"
         ) from reason
-    return _of_folder(Path(folder), name)
+    alone = _config_alone(Path(folder), name)
+    return Outline(alone, {}, 0) if alone else outline_of(checks.check_folder(Path(folder), name))
 
 
 def _check_config(source: ModelSource) -> None:

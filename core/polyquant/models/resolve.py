@@ -7,6 +7,7 @@ from pathlib import Path
 from polyquant.errors import ModelError
 from polyquant.models import builtin, checks
 from polyquant.request import ModelSource
+from polyquant.support.paths import require_utf8
 
 HUB_FILES = [
     "*.json",
@@ -17,6 +18,7 @@ HUB_FILES = [
     "*.py",
     "model*.safetensors",
     "gptq_model*.safetensors",
+    "packed*.safetensors",  # checkpoints of polyquant's that transformers must not take for its own
 ]
 PICKLE_FILES = ["pytorch_model*.bin"]
 
@@ -29,7 +31,13 @@ def resolve(
     A builtin model is the packaged GGUF, marked as such; `resolve_dense` gives the dense checkpoint made of it.
     Raises ModelError, which says what is there and what to do.
     """
+    return on_disk(model, allow_pickle=allow_pickle) or _from_hub(str(model), revision, allow_pickle, progress)
+
+
+def on_disk(model: str | Path, *, allow_pickle: bool = False) -> ModelSource | None:
+    """The checked files of a folder, a file or a builtin model; None where `model` can only be a name on the hub."""
     name = str(model)
+    require_utf8(name)
     if name.startswith(builtin.PREFIX):
         return builtin.packaged_source(name)
     path = Path(name).expanduser()
@@ -39,9 +47,9 @@ def resolve(
         return checks.check_gguf(path, name)
     if isinstance(model, Path) or path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such file or folder; {_neighbours(path)}")
-    if name.endswith(".gguf"):
+    if name.endswith((".gguf", ".json")):
         raise ModelError(f"{name}: no such file; {_neighbours(path)}")
-    return _from_hub(name, revision, allow_pickle, progress)
+    return None
 
 
 def resolve_dense(model: str | Path) -> ModelSource:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -45,6 +46,53 @@ def tied_tensors(model: Any) -> dict[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+
+
+def class_ties(model_class: Any) -> dict[str, str]:
+    """Names of tensors that the class ties where its config says so -> the tensor each is tied to; before 5 no class
+    says to what: it is the embedding of a causal language model."""
+    tied = model_class._tied_weights_keys or {}
+    return (
+        dict(tied)
+        if isinstance(tied, dict)
+        else dict.fromkeys(tied, f"{model_class.base_model_prefix}.embed_tokens.weight")
+    )
+
+
+def kept_in_float32(model: Any, dtype: str) -> Callable[[str], bool]:
+    """Whether transformers keeps the tensor of that name in float32 where the model is loaded in `dtype`."""
+    parts: set[str] = set()
+    if dtype == "float16":
+        parts |= set(model._keep_in_fp32_modules or ())
+    if dtype in ("float16", "bfloat16"):
+        parts |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return _naming(parts)
+
+
+def never_quantized(model: Any) -> Callable[[str], bool]:
+    """Whether transformers' quantizers leave the module of that tensor alone, since it is better off in float32."""
+    return _naming(model._keep_in_fp32_modules or ())
+
+
+def _naming(parts: Iterable[str]) -> Callable[[str], bool]:
+    """Whether one of `parts` is found in a name, as transformers finds it."""
+    if not parts:
+        return lambda name: False
+    between = ("", "") if VERSION_5 else (r"((^|\.)", r"($|\.))")
+    pattern = re.compile("|".join(between[0] + part.replace("*", ".*") + between[1] for part in sorted(parts)))
+    return lambda name: pattern.search(name) is not None
+
+
+def untie(model: Any) -> None:
+    """Give the output head a weight of its own, the embedding's as it is, so that each may become another."""
+    import torch
+
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    if VERSION_5:
+        model.all_tied_weights_keys = {}
 
 
 def default_dense_modules(model: Any) -> set[str]:
@@ -88,6 +136,13 @@ def cache_layers(cache: Any) -> list[Any]:
     return [OldCacheLayer(cache, index) for index in range(len(cache.key_cache))]
 
 
+def empty_cache(config: Any) -> Any:
+    """A key-value cache that grows; since 4.56 with layers as `config` has them."""
+    if Version(transformers.__version__) >= Version("4.56.0"):
+        return transformers.DynamicCache(config=config)
+    return transformers.DynamicCache()
+
+
 @contextmanager
 def progress_bars(enabled: bool) -> Iterator[None]:
     """Draw transformers' and the hub's progress bars only where `enabled`; what was set before comes back."""
@@ -120,6 +175,32 @@ def forget_quantization(model: Any) -> None:
         quantizer.remove_quantization_config(model)
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+@contextmanager
+def savable(model: Any) -> Iterator[None]:
+    """Within it a model that was loaded packed can be saved.
+
+    transformers 5 undoes on saving what it did to the tensors on loading, and has no way back from the packed objects
+    that a quantizer made; there is none needed: their state dict holds the parts that the checkpoint had.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        yield
+        return
+    model._weight_conversions = [each for each in conversions if _has_a_way_back(each)] or None
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions
+
+
+def _has_a_way_back(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def readable(source: ModelSource) -> ModelSource:

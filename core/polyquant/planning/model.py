@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polyquant.loading.model import Model
 from polyquant.memory.context import Context
-from polyquant.memory.planned import DTYPE_BYTES
+from polyquant.models.model import Model
 from polyquant.models.outline import outline
 from polyquant.options import Dtype
 from polyquant.planning.process import bare_bytes
+from polyquant.types import DTYPE_BYTES
 
 
 class PlannedModel(Model):

@@ -9,8 +9,7 @@ from typing import Any
 import msgspec
 
 from polyquant.errors import ConfigError, UnsupportedOperation
-from polyquant.loading.settle import Settled, make_command, route_of, settle
-from polyquant.memory.planned import DTYPE_BYTES
+from polyquant.loading.settle import Settled, as_stored, make_command, route_of, settle
 from polyquant.memory.predicted import predict, weights_of
 from polyquant.planning.devices import Budget, arrange
 from polyquant.planning.model import PlannedModel
@@ -18,7 +17,7 @@ from polyquant.planning.process import process_bytes
 from polyquant.planning.records import Plan, PlannedTensor, total
 from polyquant.registry.backend import Backend
 from polyquant.support.devices import choose_device
-from polyquant.types import LayerPlan, Record
+from polyquant.types import DTYPE_BYTES, LayerPlan, Record
 
 DENSE = "every tensor would stay dense, and a load refuses that without allow_dequantize=True"
 
@@ -47,7 +46,7 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     device = budget.kind or choose_device(asked.device, backend.capabilities)
     if asked.offload == "cpu" and not backend.capabilities.offloads:
         raise ConfigError(f"{backend.name} cannot offload; leave offload at 'error'")
-    route = route_of(model.outline.source, backend)
+    route = route_of(model.source, backend)
     settled = settle(model, backend, backend.config(given), given, device, route)
     notes, dtype = list(settled.notes), settled.dtype
     if route == "make first":
@@ -125,7 +124,8 @@ def _layer_plans(
     model: PlannedModel, backend: Backend, settled: Settled, given: Mapping[str, Any], notes: list[str]
 ) -> list[LayerPlan]:
     if backend.can("plan_layers"):
-        return backend.plan_layers(settled.weights, settled.options)
+        with as_stored(settled, model.name, backend.name):
+            return backend.plan_layers(settled.weights, settled.options)
     if settled.route != "as stored":
         raise UnsupportedOperation(
             f"{backend.name} does not plan from shapes; make its checkpoint first, then plan that: "

@@ -29,6 +29,7 @@ def plan_model(
     devices: str | None, *, revision: str | None, trust_remote_code: bool,
 ) -> Plan | Plans:  # fmt: skip
     """See `polyquant.plan`; options: the backend's own, as the user wrote them."""
+    backend, options = handles.written(backend, options)
     if backend is None and options:
         raise ConfigError(f"name the backend that {', '.join(options)} belongs to (backend=...), or leave it out")
     handle = handles.backend(backend) if backend is not None else None
@@ -86,7 +87,7 @@ def _rows_of(name: str, model: PlannedModel, asked: Asked, budget: Budget) -> It
 def candidates_of(backend: Backend, model: PlannedModel) -> list[Candidate]:
     """Its presets; for a checkpoint that it reads as it is, that checkpoint."""
     try:
-        stored = route_of(model.outline.source, backend) == "as stored"
+        stored = route_of(model.source, backend) == "as stored"
     except CheckpointConflict:  # every preset's row says why
         stored = False
     return [Candidate(name=backend.name, backend=backend.name)] if stored else presets_of(backend.info)

@@ -10,14 +10,14 @@ from polyquant.contract.markers import hookimpl
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.measure.speed import Feed
 from polyquant.memory.planned import (
-    DTYPE_BYTES,
     dense_linears,
     is_linear,
     plan_dense,
     plan_linears,
     refuse_experts,
 )
-from polyquant.memory.roles import REASONS, TIED
+from polyquant.models.prompts import encode_prompt
+from polyquant.models.roles import REASONS, TIED
 from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import module_of, quantized_modules, unfit
@@ -25,6 +25,7 @@ from polyquant.request import LoadRequest, ModelSource
 from polyquant.support.devices import device_problems
 from polyquant.support.libraries import contained, import_problems, library_problems, require_library
 from polyquant.types import (
+    DTYPE_BYTES,
     BackendInfo,
     Capabilities,
     DeviceMap,
@@ -67,6 +68,7 @@ __all__ = [
     "convert",
     "dense_linears",
     "device_problems",
+    "encode_prompt",
     "hookimpl",
     "import_problems",
     "is_linear",

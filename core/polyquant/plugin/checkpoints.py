@@ -10,7 +10,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import accelerate
 import msgspec
@@ -28,6 +28,7 @@ from polyquant.models.checks import check_folder
 from polyquant.models.hf import load_tokenizer, read_config
 from polyquant.models.versions import tied_tensors
 from polyquant.options import BackendOptions, Dtype
+from polyquant.plugin.dtypes import cast_dense, dense_dtypes, stored_dtype
 from polyquant.plugin.layers import fill_empty
 from polyquant.plugin.planning import module_of
 from polyquant.plugin.tensors import own_tensors, packed_modules
@@ -35,11 +36,13 @@ from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 __all__ = [
-    "as_packed", "complete", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer", "packed_modules", "place",
-    "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed", "save", "save_pretrained",
-    "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
+    "as_packed", "complete", "dense_dtypes", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer",
+    "packed_modules", "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed",
+    "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
+OWN_FORMAT = "packed"
+"""What the files of a checkpoint that transformers cannot read are called."""
 
 
 def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
@@ -57,15 +60,10 @@ def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
             **attention,
         )
     if (source.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=True)
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=request.trust_remote_code
+        )
     return model.eval()
-
-
-def stored_dtype(source: ModelSource, otherwise: Dtype) -> Dtype:
-    """The dtype that the checkpoint's config names; `otherwise` where it names none of a backend's."""
-    stored: Any = source.config.get("dtype") or source.config.get("torch_dtype")
-    named: Dtype = stored if stored in get_args(Dtype) else otherwise
-    return named
 
 
 def single_device(request: LoadRequest) -> str:
@@ -94,7 +92,7 @@ def read_layers(
     owner: a tensor's module -> the module that it belongs to, where a packed one has parts. check: called with the name
     and tensor of everything else. Raises ModelError, with the names of checkpoint and module, where `make` does.
     """
-    source, wanted = request.source, getattr(torch, dtype)
+    source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
     model = empty_causal_lm(request, dtype)
     quantized, dense = set(names), dict[str, torch.Tensor]()
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -105,7 +103,9 @@ def read_layers(
             continue
         if check is not None:
             check(name, tensor)
-        dense[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+        dense[name] = (
+            cast_dense(source, name, tensor, dtypes.get(name, wanted)) if tensor.is_floating_point() else tensor
+        )
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
             layer = make(name, model.get_submodule(name), layers.pop(name, {}))
@@ -134,7 +134,7 @@ def quantize_layers(
     The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
     Raises ModelError, with the checkpoint's name, where `make` does.
     """
-    source, wanted = request.source, getattr(torch, dtype)
+    source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
     where = msgspec.structs.replace(request, device_map={"": "cpu"}) if on_cpu else request
     model = load_causal_lm(where, stored_dtype(source, dtype))
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
@@ -149,7 +149,7 @@ def quantize_layers(
     for name, parameter in model.named_parameters():
         owner, _, short = name.rpartition(".")
         if parameter.is_floating_point() and (owner not in made or short == "bias"):
-            parameter.data = parameter.data.to(wanted)
+            parameter.data = cast_dense(source, name, parameter.data, dtypes.get(name, wanted))
     model.config.dtype = wanted
     if on_cpu:
         place(model, request)
@@ -245,6 +245,8 @@ def save(
 ) -> Path:
     """Write the tensors, less those that are tied to another, with config and tokenizer.
 
+    Under a name that transformers does not look for, where the backend's card does not say that it reads this format:
+    it knows the words of several quantization_configs without the tensors, and puts random numbers in their place.
     tensors: None is the model's state dict. quantization_config: None is the one of the model's config.
     """
     if tensors is None:
@@ -253,7 +255,8 @@ def save(
         quantization_config = dict(loaded.model.config.quantization_config)
     tied = versions.tied_tensors(loaded.model)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}
-    save_torch_state_dict(kept, out, metadata={"format": "pt"})
+    stem = "model" if "transformers" in loaded.backend.capabilities.readable_by else OWN_FORMAT
+    save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": "pt"})
     config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
     config.quantization_config = quantization_config
     config.architectures = [type(loaded.model).__name__]
@@ -266,29 +269,26 @@ def save(
 
 def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
     """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode."""
-    source = request.source
-    arguments: dict[str, Any] = versions.dtype_argument(getattr(torch, dtype))
+    source, arguments = request.source, dict[str, Any]()
     if quantization_config is not None:
         arguments["quantization_config"] = quantization_config
-    if source.gguf_file:
-        arguments["gguf_file"] = source.gguf_file
     if request.attention:
         arguments["attn_implementation"] = request.attention
     with versions.progress_bars(request.progress):
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source.path),
-            device_map=dict(request.device_map),
+        return hf.load_model(
+            source,
+            getattr(torch, dtype),
             trust_remote_code=request.trust_remote_code,
+            device_map=dict(request.device_map),
             use_safetensors=None if request.allow_pickle or source.gguf_file else True,
-            local_files_only=True,
             **arguments,
         )
-    return model.eval()
 
 
 def save_pretrained(loaded: LoadedModel, out: Path, model: Any = None) -> Path:
     """Write `model`, or the loaded one, with its tokenizer, as transformers saves them."""
-    with versions.progress_bars(loaded.request is not None and loaded.request.progress):
-        (model or loaded.model).save_pretrained(out)
+    model = model or loaded.model
+    with versions.progress_bars(loaded.request is not None and loaded.request.progress), versions.savable(model):
+        model.save_pretrained(out)
         loaded.tokenizer.save_pretrained(out)
     return out

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyquant.memory.roles import REASONS, SKIPPED, TIED, role_of
+from polyquant.memory.adapted import base_name, is_adapters, unwrapped
 from polyquant.memory.storage import walk
 from polyquant.models import versions
+from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED, beside_the_language_model, role_of
 from polyquant.types import LayerInfo
 
 
@@ -37,31 +38,32 @@ def describe(
     for stored in walk(model):
         parts.setdefault(stored.module, {})[stored.attribute] = stored.nbytes
         devices.setdefault(stored.module, stored.device)
-    head, tied = model.get_output_embeddings(), versions.tied_tensors(model)
-    layers: list[LayerInfo] = []
+    head, tied = unwrapped(model.get_output_embeddings()), versions.tied_tensors(model)
+    is_tower, layers = beside_the_language_model(model), list[LayerInfo]()
     for name, module in model.named_modules():
         remaining = parts.get(name, {})
         found = quantized(name, module)
         for short, tensor, is_buffer in _own_tensors(module, found):
             whole = f"{name}.{short}" if name else short
+            origin = "" if is_adapters(whole) else tied.get(base_name(whole), "")
             owned = {
                 path: remaining.pop(path) for path in list(remaining) if path == short or path.startswith(f"{short}.")
             }
             if (
                 not owned
-                and whole not in tied
+                and not origin
                 and tensor.numel()
                 and tensor.device.type != "meta"
                 and not _is_parameter(module, short)
             ):
                 continue  # a second name of a storage that is described already
-            role = role_of(tensor, module, head=head, is_buffer=is_buffer)
+            role = role_of(tensor, module, head=head, is_buffer=is_buffer, tower=is_tower(name))
             dtype = str(tensor.dtype).removeprefix("torch.")
             reason = (
-                TIED.format(tied[whole])
-                if whole in tied
+                TIED.format(origin)
+                if origin
                 else SKIPPED
-                if name in skipped and role != "embedding"
+                if base_name(name) in skipped and role not in ALWAYS_DENSE
                 else REASONS[role]
             )
             layers.append(

@@ -8,6 +8,7 @@ Left to itself, autograd would keep each dequantized weight until the backward p
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from math import ceil
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.nn import functional
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.plugin.describe import Quantized, describe
+from polyquant.plugin.parts import Part, layer_tensors, parts_of, require_parts
 
 __all__ = [
     "PackedLinear",
+    "Part",
     "Quantized",
     "bias_as_parameter",
     "describe",
@@ -31,10 +34,10 @@ __all__ = [
     "gptq_tensors",
     "layer_tensors",
     "needs_gradient",
+    "parts_of",
     "prepare_for_training",
     "rows_at_a_time",
     "take_bias",
-    "type_and_shape",
     "weight_rows",
 ]
 
@@ -72,39 +75,11 @@ class PackedLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not typed
         raise NotImplementedError
 
 
-def layer_tensors(
-    linear: Any, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], str]]
-) -> dict[str, Tensor]:
-    """A checkpoint's tensors of a layer that takes the place of `linear`, in the shapes that are expected.
-
-    expected: name -> (shape, dtype), with "float" for any dtype of floating point; the bias of `linear` is added.
-    Tools differ in axes of length 1, as of the scale of a whole weight: (), (1,) or (1, 1). So those need not match.
-    Raises ModelError where a tensor is missing, has no place, or is of another shape or dtype.
-    """
-    size = (linear.out_features, linear.in_features)
-    wanted = {**expected, **({"bias": ((size[0],), "float")} if linear.bias is not None else {})}
-    if missing := sorted(set(wanted) - set(tensors)):
-        raise ModelError(f"{', '.join(missing)} is missing; it has {', '.join(sorted(tensors)) or 'nothing'}")
-    if astray := sorted(set(tensors) - set(wanted)):
-        raise ModelError(f"{', '.join(astray)} has no place beside {', '.join(sorted(wanted))}")
-    for name, (shape, dtype) in wanted.items():
-        tensor = tensors[name]
-        right = tensor.is_floating_point() if dtype == "float" else tensor.dtype == getattr(torch, dtype)
-        if not right or _without_ones(tensor.shape) != _without_ones(shape):
-            stored = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            raise ModelError(f"{name} of a layer {size} should be {shape} {dtype}, and is {stored}")
-    return {name: tensors[name].reshape(shape) for name, (shape, _) in wanted.items()}
-
-
-def _without_ones(shape: Iterable[int]) -> list[int]:
-    return [length for length in shape if length != 1]
-
-
 def fill_empty(module: Any, tensors: Mapping[str, Tensor], *, tied: Collection[str] = ()) -> None:
     """Assign `tensors` to the parameters and buffers of `module`, by their names in it.
 
     tied: names that stay empty. Raises ModelError where something else is left on the meta device, or a tensor fits
-    nothing or has another shape.
+    nothing, has another shape, or integers in the place of floating point.
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     empty = {name for name, tensor in own.items() if tensor.is_meta}
@@ -116,6 +91,8 @@ def fill_empty(module: Any, tensors: Mapping[str, Tensor], *, tied: Collection[s
         wanted = own[name]
         if wanted.shape != tensor.shape:
             raise ModelError(f"{name} has shape {tuple(tensor.shape)}, {tuple(wanted.shape)} was expected")
+        if wanted.is_floating_point() and not tensor.is_floating_point():
+            raise ModelError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, a floating point was expected")
         is_parameter = isinstance(wanted, torch.nn.Parameter)
         value = torch.nn.Parameter(tensor, wanted.requires_grad) if is_parameter else tensor
         setattr(module.get_submodule(owner), short, value)
@@ -129,16 +106,24 @@ def bias_as_parameter(layer: Any) -> None:
         layer.register_parameter("bias", torch.nn.Parameter(bias.detach(), requires_grad=False))
 
 
-def gptq_tensors(linear: Any, tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+def gptq_tensors(
+    linear: Any, tensors: Mapping[str, Tensor], group_size: int, *, in_order: bool = True
+) -> dict[str, Tensor]:
     """The tensors of a GPTQ layer, with each column's group, and without the bias of zeros that auto-gptq writes.
 
     linear: the dense module, which says whether there is a bias. group_size: -1 is all of in_features.
+    in_order: whether the columns are in their order where no `g_idx` says which group each belongs to.
+    Raises ModelError where a column belongs to a group that there is not: kernels read its scale beyond the last one.
     """
     whole = dict(tensors)
     if linear.bias is None and "bias" in whole and not whole["bias"].any():
         del whole["bias"]
     size = linear.in_features if group_size == -1 else group_size
-    whole.setdefault("g_idx", torch.arange(linear.in_features, dtype=torch.int32) // size)  # columns in their order
+    if in_order or group_size == -1:
+        whole.setdefault("g_idx", torch.arange(linear.in_features, dtype=torch.int32) // size)
+    group_of_column = Part((linear.in_features,), "int32", 0, ceil(linear.in_features / size) - 1)
+    own = {name: tensor for name, tensor in whole.items() if name == "g_idx"}
+    require_parts((linear.out_features, linear.in_features), own, {"g_idx": group_of_column})
     return whole
 
 
@@ -259,8 +244,3 @@ def take_bias(linear: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) ->
         found = "is missing" if bias is None else f"has {tuple(bias.shape)}"
         raise ModelError(f"its bias should have shape {shape}, and {found}")
     linear.bias = torch.nn.Parameter(bias.to(dtype), requires_grad=False)
-
-
-def type_and_shape(tensor: Tensor) -> str:
-    """As messages say it: 'float32 (4, 2)'."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -25,5 +25,4 @@ def unfit(weight: WeightInfo, what: str, fixes: Sequence[str] = ()) -> ConfigErr
     as 'group_size=64'; leaving the module dense is always named last.
     """
     short = module_of(weight).rpartition(".")[2]
-    ways = " or ".join([*fixes, f"skip=({short!r},)"])
-    return ConfigError(f"{what} in {weight.name} {tuple(weight.shape)}; use {ways}")
+    return ConfigError.of_unfit(f"{what} in {weight.name} {tuple(weight.shape)}", [*fixes, f"skip=({short!r},)"])

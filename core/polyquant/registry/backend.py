@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyquant.errors import BackendFailed
 from polyquant.options import BackendOptions
+from polyquant.registry.hooks import last_own, package_of
 from polyquant.registry.observers import Recorder
 from polyquant.registry.registry import Registry
+from polyquant.registry.written import resolved
+from polyquant.support.containing import Late, within
 from polyquant.support.files import atomic_folder
 from polyquant.support.libraries import refuse_problems
 from polyquant.types import BackendInfo, Capabilities, LayerInfo, LayerPlan, Problem, WeightInfo
@@ -17,6 +22,8 @@ if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
     from polyquant.loading.settle import Settled
     from polyquant.request import LoadRequest
+
+ANSWER_SECONDS = 60.0  # for validate_environment, which imports libraries
 
 
 class Backend:
@@ -46,12 +53,25 @@ class Backend:
         return self._registry.implements(self.name, hook)
 
     def config(self, options: Mapping[str, object]) -> BackendOptions:
-        """Checked options. Raises ConfigError."""
-        return self._call("build_config", options=dict(options))
+        """Checked options, the words of a query (`bits`, `scheme`) as the backend's own. Raises ConfigError."""
+        return self._call("build_config", options=resolved(self.info, options))
 
     def problems(self, device: str = "cpu") -> list[Problem]:
         """Everything that stops it on this machine and device; empty where it can run."""
         return self._call("validate_environment", device=device)
+
+    def problems_in_time(self, device: str = "cpu", seconds: float = ANSWER_SECONDS) -> list[Problem]:
+        """`problems`, of a backend that may never answer. Raises BackendFailed after `seconds`, with where it is."""
+        try:
+            return within(seconds, lambda: self.problems(device))
+        except Late as late:
+            at = last_own(late.lines, package_of(self.plugin)) or "in a library"
+            failure = BackendFailed(
+                f"{self.name} has not answered validate_environment in {seconds:g} s ({at}); mend it there, or tell "
+                f"the makers of {self.origin}"
+            )
+            failure.hook = "validate_environment"
+            raise failure from late
 
     def require(self, device: str) -> None:
         """Raises EnvironmentProblem with every problem and its fix."""
@@ -72,15 +92,20 @@ class Backend:
         """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
         return self._call("plan_layers", weights=weights, config=config)
 
-    def save(self, loaded: LoadedModel, out: Path, *, overwrite: bool = False) -> Path:
+    def save(
+        self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None
+    ) -> Path:
         """Write a checkpoint, all or nothing.
 
+        accept: called with what was written before it takes its place; what it raises leaves `out` as it was.
         Raises UnsupportedOperation before any work where the backend cannot, SaveError where writing fails.
         """
         self._require_hook("save")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=loaded.files) as partial:
             _, recorder = self._recorded("save", loaded=loaded, out=partial)
-        loaded.records += recorder.records
+            loaded.records += recorder.records
+            if accept is not None:
+                accept(partial)
         return out
 
     def quantize(
@@ -98,14 +123,19 @@ class Backend:
         accept: called with what was written before it takes its place; what it raises leaves `out` as it was.
         """
         self._require_hook("quantize")
-        with atomic_folder(out, overwrite=overwrite) as partial:
+        with atomic_folder(out, overwrite=overwrite, keeps=request.source.files) as partial:
             self._call("quantize", request=request, config=config, calibration=calibration, out=partial)
             if accept is not None:
                 accept(partial)
         return out
 
     def prepare_for_training(self, loaded: LoadedModel) -> Any:
-        """The model, ready for PEFT adapters."""
+        """The model, ready for PEFT adapters; what PEFT cannot do with its packed layers is refused from here on."""
+        self._require_hook("prepare_for_training")
+        if find_spec("peft") is not None:
+            from polyquant.plugin import adapters
+
+            adapters.guard()
         return self._call("prepare_for_training", loaded=loaded)
 
     def _require_hook(self, hook: str) -> None:

@@ -5,6 +5,7 @@ Read off the plugin's functions, so that the words name them; pluggy's own check
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
@@ -31,6 +32,15 @@ CURES: Mapping[str, str] = {
 """hook -> what it must do."""
 
 
+GPU_SIGNS = (
+    "NVIDIA driver",
+    "not compiled with CUDA",
+    "CUDA error",
+    "CUDA driver",
+    "no CUDA-capable device",
+    "HIP error",
+)
+"""Of torch's words where a GPU is not there, or does not answer."""
 Removed = Mapping[str, Mapping[str, str]]
 """hook -> argument -> what to use instead."""
 
@@ -155,12 +165,31 @@ def short(file: str | Path) -> str:
     return path.relative_to(top).as_posix()
 
 
+def cure_of(error: BaseException) -> str:
+    """What to do where an error is not the plugin's but of the machine: memory, disk, GPU; empty for any other."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "it takes more memory than is free: choose fewer bits, a smaller model or another device"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full: make room there, or take another place"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"see whether {error.filename} is there, and may be read and written"
+    if any(sign in text for sign in GPU_SIGNS):
+        return "that is this machine's GPU or its driver: polyquant doctor shows them; without one, use --device cpu"
+    return ""
+
+
 def raised_at(error: BaseException, module: str) -> str:
     """The last line of the package of `module` that `error` passed: 'polyquant_acme/_load.py:34'; empty for none."""
-    homes = _homes(module.partition(".")[0])
     lines = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         lines.append((error.filename, error.lineno or 0))
+    return last_own(lines, module)
+
+
+def last_own(lines: list[tuple[str, int]], module: str) -> str:
+    """The last of some files and lines that is in the package of `module`: 'polyquant_acme/_load.py:34', or empty."""
+    homes = _homes(module.partition(".")[0])
     own = [(file, line) for file, line in lines if any(home in (path := Path(file), *path.parents) for home in homes)]
     return f"{short(own[-1][0])}:{own[-1][1]}" if own else ""
 

@@ -7,10 +7,14 @@ check fails, so that one broken plugin is one row with its reason.
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pluggy
@@ -29,8 +33,10 @@ from polyquant.errors import (
 from polyquant.loaded import LoadedModel
 from polyquant.options import BackendOptions
 from polyquant.registry import hooks
+from polyquant.registry.answers import cure_of_import, wrong_answer
 from polyquant.registry.catalogue import hint
 from polyquant.registry.observers import Call, Trace, calling
+from polyquant.support.containing import output_to
 from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
 
 RESULTS: Mapping[str, type] = {
@@ -49,6 +55,7 @@ ITEMS: Mapping[str, type] = {
     "describe_layers": LayerInfo,
     "plan_layers": LayerPlan,
 }
+SLOW_SECONDS = 3.0  # of importing a plugin, which imports nothing heavy
 
 
 class Registry:
@@ -61,6 +68,7 @@ class Registry:
         self._plugins: dict[str, object] = {}
         self._infos: dict[str, BackendInfo] = {}
         self._broken: dict[str, BrokenBackend] = {}
+        self._complaints: dict[str, list[str]] = {}
         self._found: dict[str, list[EntryPoint]] = {}
         disabled = {name.strip() for name in os.environ.get("POLYQUANT_DISABLE", "").split(",")}
         for point in entry_points(group=ENTRY_POINT_GROUP):
@@ -91,6 +99,10 @@ class Registry:
         """The plugin object itself, for checks of its hooks' signatures. Raises as `info` does."""
         self._ensure(name)
         return self._plugins[name]
+
+    def complaints(self, name: str) -> list[str]:
+        """What a plugin did to others when it was imported: it printed, or took long. Imports nothing."""
+        return self._complaints.get(name, [])
 
     def implements(self, name: str, hook: str) -> bool:
         """Whether the backend has this optional hook."""
@@ -125,21 +137,21 @@ class Registry:
         others = [plugin for other, plugin in self._plugins.items() if other != name]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
         try:
-            with calling(Call(name)):
+            with output_to(sys.stderr), calling(Call(name)):
                 result = caller(**arguments)
-        except (PolyquantError, MemoryError):
+        except (PolyquantError, MemoryError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # sys.exit too
             at = self._raised_at(name, error) or self._place(name, hook)
             failure = BackendFailed(
-                f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); mend it there, or tell the makers "
-                f"of {self.origin(name)}: {self._infos[name].docs}"
+                f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); "
+                f"{hooks.cure_of(error) or self._makers(name)}"
             )
             failure.hook = hook
             raise failure from error
         if isinstance(result, list) and hook == "backend_info":
             result = result[0] if result else None
-        if wrong := _wrong(hook, result):
+        if wrong := wrong_answer(result, RESULTS[hook], ITEMS.get(hook)):
             broken = BrokenBackend(
                 f"{self.origin(name)}: {hook} {wrong} ({self._place(name, hook)}): {hooks.CURES[hook]}"
             )
@@ -147,11 +159,18 @@ class Registry:
             raise broken
         return result
 
+    def _makers(self, name: str) -> str:
+        return f"mend it there, or tell the makers of {self.origin(name)}: {self._infos[name].docs}"
+
     def _place(self, name: str, hook: str) -> str:
         return hooks.defined_at(getattr(self._plugins[name], hook))
 
     def _raised_at(self, name: str, error: BaseException) -> str:
-        return hooks.raised_at(error, self._found[name][0].module)
+        return hooks.raised_at(error, self._module(name))
+
+    def _module(self, name: str) -> str:
+        """The module that the entry point names; empty where it names none."""
+        return self._found[name][0].value.partition(":")[0].strip()
 
     def require(self, name: str, hook: str) -> None:
         """Raises UnsupportedOperation, with the backends that can, where `name` lacks an optional hook."""
@@ -174,7 +193,8 @@ class Registry:
             raise UnknownBackend(f"no backend {name!r}; installed: {installed}.{other}")
         if name not in self._broken:
             try:
-                self._register(name)
+                with self._watching(name):
+                    self._register(name)
                 return
             except BrokenBackend as error:
                 self._broken[name] = error
@@ -183,6 +203,25 @@ class Registry:
                     self._manager.unregister(plugin)
         raise self._broken[name]
 
+    @contextmanager
+    def _watching(self, name: str) -> Iterator[None]:
+        """Within the block, a plugin's prints are kept from standard output; that and slowness is told, with its name.
+
+        It is told on standard error, once.
+        """
+        said, started = io.StringIO(), perf_counter()
+        try:
+            with output_to(said):
+                yield
+        finally:
+            seconds, printed = perf_counter() - started, said.getvalue().strip()
+            complaints = [f"printed while it was imported: {printed[:200]!r}"] if printed else []
+            if seconds > SLOW_SECONDS:
+                complaints.append(f"took {seconds:.1f} s to import, which every command waits for")
+            self._complaints[name] = complaints
+            for complaint in complaints:
+                print(f"polyquant: {self.origin(name)} {complaint}", file=sys.stderr, flush=True)
+
     def _register(self, name: str) -> None:
         origin = self.origin(name)
         if len(self._found[name]) > 1:
@@ -190,14 +229,26 @@ class Registry:
         point = self._found[name][0]
         try:
             plugin = point.load()
-        except Exception as error:
-            at = self._raised_at(name, error) or point.module
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit too
+            at = self._raised_at(name, error) or point.value
             raise BrokenBackend(
-                f"{origin}: import failed with {type(error).__name__}: {error} ({at}): {_cure_of_import(point, error)}"
+                f"{origin}: import failed with {type(error).__name__}: {error} ({at}): {cure_of_import(point, error)}"
                 f"{self._requirement(name)}"
             ) from error
-        marked = hooks.implementations(plugin, self._manager.parse_hookimpl_opts)
-        if wrong := list(hooks.misfits(plugin, marked, self._specification, hookspecs.REMOVED)):
+        try:
+            marked = hooks.implementations(plugin, self._manager.parse_hookimpl_opts)
+            wrong = list(hooks.misfits(plugin, marked, self._specification, hookspecs.REMOVED))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            at = self._raised_at(name, error) or point.value
+            raise BrokenBackend(
+                f"{origin}: its hooks cannot be read: {type(error).__name__}: {error} ({at}): mend it there"
+                f"{self._requirement(name)}"
+            ) from error
+        if wrong:
             shown = "\n  - ".join(("", *wrong)) if len(wrong) > 1 else f" {wrong[0]}"
             raise BrokenBackend(f"{origin}: hooks do not fit the specification:{shown}{self._requirement(name)}")
         self._plugins[name] = plugin
@@ -206,16 +257,24 @@ class Registry:
             self._manager.check_pending()
         except Exception as error:
             raise BrokenBackend(f"{origin}: hooks do not fit the specification: {error}") from error
-        self._infos[name] = self._checked_info(name, plugin, origin)
+        info = self._checked_info(name, plugin, origin)
+        if unmet := self._requirement(name):
+            raise BrokenBackend(f"{origin}: it is made for another polyquant{unmet}")
+        self._infos[name] = info
 
     def _requirement(self, name: str) -> str:
         """What to do where the plugin's own metadata asks for another polyquant than this one; empty where it fits."""
-        from packaging.requirements import Requirement
+        from packaging.requirements import InvalidRequirement, Requirement
 
         ours = version("polyquant")
         distribution = self._found[name][0].dist
-        for requirement in map(Requirement, distribution.requires or () if distribution else ()):
-            if requirement.name == "polyquant" and not requirement.specifier.contains(ours, True):
+        for text in distribution.requires or () if distribution else ():
+            try:
+                requirement = Requirement(text)
+            except InvalidRequirement:  # of something else: pip would not have installed it
+                continue
+            meant = requirement.name == "polyquant" and (not requirement.marker or requirement.marker.evaluate())
+            if meant and not requirement.specifier.contains(ours, True):
                 return f". It requires {requirement}, and polyquant {ours} is installed: pip install '{requirement}'"
         return ""
 
@@ -223,43 +282,18 @@ class Registry:
         at = hooks.defined_at(plugin.backend_info)
         try:
             info = plugin.backend_info()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit too
             at = self._raised_at(name, error) or at
             raise BrokenBackend(
                 f"{origin}: backend_info failed with {type(error).__name__}: {error} ({at}): "
                 f"{hooks.CURES['backend_info']}{self._requirement(name)}"
             ) from error
-        if wrong := _wrong("backend_info", info):
+        if wrong := wrong_answer(info, BackendInfo, None):
             raise BrokenBackend(f"{origin}: backend_info {wrong} ({at}): {hooks.CURES['backend_info']}")
         if info.name != name:
             raise BrokenBackend(
                 f"{origin}: entry point {name!r} answers with the card of {info.name!r} ({at}); give both one name"
             )
         return info  # type: ignore[no-any-return]  # checked above
-
-
-def _wrong(hook: str, result: object) -> str:
-    """What is wrong with a hook's answer, in words; empty where it has the right type."""
-    wanted, item = RESULTS[hook], ITEMS.get(hook)
-    if result is None:
-        return f"must answer with {wanted.__name__}, it answered with NoneType (does it return?)"
-    if not isinstance(result, wanted):
-        return f"must answer with {wanted.__name__}, it answered with {type(result).__name__}"
-    strange = [each for each in result if not isinstance(each, item)] if item and isinstance(result, list) else []
-    if strange and item:
-        return f"must answer with a list of {item.__name__}, {type(strange[0]).__name__} is in it"
-    return ""
-
-
-def _cure_of_import(point: EntryPoint, error: Exception) -> str:
-    own = point.module.partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        if error.name.partition(".")[0] == own:
-            return f"the entry point names {point.value}; write that module, or mend the entry point in pyproject.toml"
-        return (
-            f"install {error.name}; a library that only the hooks need is imported inside them, so that listing works "
-            "without it"
-        )
-    if isinstance(error, AttributeError) and point.attr and str(error).endswith(f"has no attribute {point.attr!r}"):
-        return f"the entry point names {point.value}; write {point.attr} = YourBackend() at the end of that module"
-    return "mend it there"

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
-from time import monotonic
-from typing import NamedTuple
+from threading import Event, RLock, Thread
+from time import monotonic, sleep
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -21,6 +21,7 @@ from polyquant.support.progress import Progress, Step
 SHOWN_LINES = 12  # of what a failed process said last
 STEP = "[step] "  # begins the lines in which a child reports a step, which follows as JSON
 POLL_SECONDS = 0.2
+WAITS_WITHOUT_REAPING = hasattr(os, "waitid")  # Windows keeps ids by handle; macOS has it from Python 3.13 on
 CHILD = "POLYQUANT_CHILD"  # environment variable that tells a child of `run_logged` that it is one
 
 
@@ -34,6 +35,54 @@ class Ended(NamedTuple):
     code: int | None  # None: its time was up
     said: str  # its last lines
     seconds: float
+
+
+class Child(subprocess.Popen[bytes]):
+    """A child process that leads a session of its own, and what it starts: they end with it.
+
+    Nothing is signalled by an id that may be another process's by then: what it has started is killed after it has
+    ended and before it is reaped, for so long the system keeps the id.
+    """
+
+    def __init__(self, command: Sequence[str | Path], **more: Any) -> None:
+        self._reaping = RLock()  # a finalizer may come in the middle
+        super().__init__(command, start_new_session=True, **more)
+
+    def kill(self) -> None:
+        """Kill it and what it has started, where it still runs."""
+        with self._reaping:
+            if self.returncode is None:
+                self._kill_group()
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+        with self._reaping:
+            if self.returncode is None and self._has_ended():
+                self._kill_group()
+                super().wait()
+            return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        until, pause = monotonic() + (timeout or 0.0), 0.0005
+        while (code := self.poll()) is None:
+            if timeout is None and WAITS_WITHOUT_REAPING:
+                with suppress(ChildProcessError):  # reaped by another thread
+                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+                continue
+            if timeout is not None and monotonic() > until:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            sleep(pause := min(2 * pause, 0.05))
+        return code
+
+    def _has_ended(self) -> bool:
+        if WAITS_WITHOUT_REAPING:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        return super().poll() is not None
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # all of them have ended
+            os.killpg(self.pid, signal.SIGKILL) if hasattr(os, "killpg") else super().kill()
 
 
 def import_path() -> str:
@@ -56,13 +105,12 @@ def run_logged(
     own_path = {"PYTHONPATH": import_path()} if interpreter is None else {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
     command = [sys.executable] if interpreter is None else [str(interpreter), "-P"]
     with log.open("wb") as file:
-        child = subprocess.Popen(
+        child = Child(
             [*command, "-m", module, *arguments],
             stdin=subprocess.PIPE,  # stays open for as long as this process lives
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **own_path, "PYTHONUNBUFFERED": "1", CHILD: "1", **(environment or {})},
-            start_new_session=True,
         )
         try:
             while True:
@@ -78,7 +126,7 @@ def run_logged(
             _pass_steps_on(log, passed_on, progress)
         finally:
             in_time = child.poll() is not None
-            kill_group(child)
+            child.kill()
             child.wait()
             if child.stdin is not None:
                 child.stdin.close()
@@ -155,9 +203,3 @@ def _pass_steps_on(log: Path, start: int, progress: Progress) -> int:
             with suppress(msgspec.DecodeError):  # a library's own line that begins alike
                 progress.step(msgspec.json.decode(line.removeprefix(STEP), type=Step))
     return start + len(whole)
-
-
-def kill_group(child: subprocess.Popen[bytes]) -> None:
-    """Kill a child that leads a session of its own, and what it has started, where they still run."""
-    with suppress(ProcessLookupError, PermissionError):  # all of them have ended
-        os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()

@@ -54,13 +54,28 @@ CURES: Mapping[str, tuple[str, str]] = {
     ),
     "plan_is_within_one_percent": ("plan_layers", "count a layer's bytes as your module stores it, constants included"),
     "memory_comes_back": ("load", "keep no reference to the model or its tensors: no globals, no caches"),
+    "others_read_it_right_or_refuse_it": (
+        "readable_by", "name transformers on the card if it reads the format, else write with checkpoints.save"
+    ),
     "saves_and_loads_back": ("save", "write every tensor of the quantized modules exactly, and read all of it in load"),
     "writes_no_pickle": ("save", "write safetensors: polyquant.plugin.checkpoints.save does"),
+    "wrong_tensors_are_refused": (
+        "load", "hold the tensors of every layer against it: polyquant.plugin.layers.layer_tensors does",
+    ),
     "contradicting_options_are_refused": (
         OPTIONS, "from_stored must give back every option; load_time names only those a checkpoint leaves free",
     ),
     "adapters_train_on_the_frozen_base": (
         "prepare_for_training", "freeze the base, call enable_input_require_grads, and let gradients through forward",
+    ),
+    "a_second_adapter_trains": (
+        "prepare_for_training", "keep no state in the quantized module's forward that a pass with gradients changes",
+    ),
+    "adapters_merge_or_are_refused": (
+        "prepare_for_training", "leave the model's mark as the core set it, by which PEFT is refused to merge",
+    ),
+    "dora_trains_or_is_refused": (
+        "prepare_for_training", "let the module's `weight` be what it computes with, always, or packed",
     ),
     "load_leaves_global_state_alone": (
         "load", "put back what your library changes: polyquant.plugin.contained, torch.random.fork_rng",

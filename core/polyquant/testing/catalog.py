@@ -6,6 +6,7 @@ from polyquant.registry.backend import Backend
 from polyquant.testing import (
     checks_bytes,
     checks_card,
+    checks_damage,
     checks_files,
     checks_layers,
     checks_load,
@@ -18,8 +19,8 @@ from polyquant.testing.check import CHECKS, Case, ConformanceCheck
 from polyquant.testing.schemes import run_everywhere
 
 MODULES = (
-    checks_card, checks_options, checks_load, checks_outputs, checks_layers, checks_bytes, checks_files, checks_train,
-    checks_state,
+    checks_card, checks_options, checks_load, checks_outputs, checks_layers, checks_bytes, checks_files, checks_damage,
+    checks_train, checks_state,
 )  # fmt: skip
 ALL: tuple[ConformanceCheck, ...] = tuple(
     each for module in MODULES for each in CHECKS.values() if each.function.__module__ == module.__name__

@@ -16,13 +16,16 @@ Change = Callable[[dict[str, Any]], object]
 
 def changed_copy(checkpoint: Path, out: Path, tensors: Change | None = None, stored: Change | None = None) -> Path:
     """A copy of a checkpoint in the folder `out`, with its tensors and its quantization_config changed in place."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(checkpoint, out, dirs_exist_ok=True)
     if tensors is not None:
-        found = load_file(checkpoint / "model.safetensors")
+        (path,) = checkpoint.glob("*.safetensors")
+        found = load_file(path)
         tensors(found)
-        save_file(found, out / "model.safetensors", {"format": "pt"})
+        with safe_open(path, framework="pt") as file:
+            save_file(found, out / path.name, file.metadata())
     if stored is not None:
         config = json.loads((checkpoint / "config.json").read_text())
         stored(config["quantization_config"])

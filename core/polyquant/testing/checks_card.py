@@ -24,16 +24,21 @@ IMPORTED = """
 import json, sys, polyquant
 handle = polyquant.backend(sys.argv[1])
 handle.config({})
-print(json.dumps([name for name in sys.argv[2:] if name in sys.modules]))
+from polyquant.registry.installed import registry
+print(json.dumps([[name for name in sys.argv[2:] if name in sys.modules], registry().complaints(sys.argv[1])]))
 """
 
 
 @check(per="backend")
 def imports_nothing_heavy(subject: Subject) -> None:
-    """Reading the card and checking options imports neither torch nor any library that the backend declares."""
+    """Reading the card and checking options imports neither torch nor any library that the backend declares.
+
+    Nor does it print, or take seconds: every command imports every plugin.
+    """
     own = [library.module or library.distribution.replace("-", "_") for library in subject.info.libraries]
-    heavy = run_python(IMPORTED, subject.backend, "torch", "transformers", *own)
+    heavy, complaints = run_python(IMPORTED, subject.backend, "torch", "transformers", *own)
     expect(not heavy, f"plugin.py or options.py imports {', '.join(heavy)}; import it inside the hooks, in _load.py")
+    expect(not complaints, f"the plugin {' and '.join(complaints)}; let it only define things while it is imported")
 
 
 @check(per="backend")
@@ -148,7 +153,7 @@ def no_device_is_a_problem(subject: Subject) -> None:
     """A device that is not there gives problems with their fix; nothing is raised."""
     for device in NO_DEVICES:
         try:
-            problems = subject.handle.problems(device)
+            problems = subject.handle.problems_in_time(device)
         except Exception as error:
             expect(False, f"validate_environment({device!r}) raised {error!r}; return a Problem")
         expect(problems, f"validate_environment({device!r}) found no problem")
@@ -161,7 +166,7 @@ def environment_check_is_quiet(subject: Subject) -> None:
     before, said = _surroundings(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         for support in subject.capabilities.devices:
-            _expect_readable(subject.handle.problems(support.type), support.type)
+            _expect_readable(subject.handle.problems_in_time(support.type), support.type)
     expect(not said.getvalue(), f"validate_environment prints: {said.getvalue()[:200]!r}")
     changed = [name for name, value in _surroundings().items() if value != before[name]]
     expect(not changed, f"validate_environment changes {', '.join(changed)}")

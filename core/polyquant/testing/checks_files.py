@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,29 +10,76 @@ from typing import Any
 import polyquant
 from polyquant import LoadedModel
 from polyquant.errors import CheckpointConflict
+from polyquant.isolated import handles
 from polyquant.loading.records import total
+from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
 from polyquant.options import BackendOptions
 from polyquant.testing.check import CheckFailed, NotApplicable, check, expect
 from polyquant.testing.subject import Subject
 
+CLOSE_KL = 1e-3  # nats a token: the same weights, in another compute dtype or kernel
+AGREEMENT = 0.9  # of the likeliest tokens
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SKIP: dict[str, Any] = {"skip": ("layers.0",)}  # contradicts every checkpoint that was made without it
 
 
 @check(per="model", models=("llama", "llama-tied", "odd"), needs=("saves",))
 def saves_and_loads_back(subject: Subject, preset: str, model: str) -> None:
-    """A saved model loads back with the same logits, bytes and options, also when it has run before it was saved."""
+    """A saved model loads back with the same logits, bytes and options: before and after it ran, and a second time."""
     loaded = subject.load(preset, model)
     tokens = subject.tokens(loaded, 40)
     with TemporaryDirectory(dir=subject.folder) as folder:
         fresh = loaded.save(Path(folder) / "fresh")
         expected = loaded.logits(tokens)
-        used = loaded.save(Path(folder) / "used")
-        for name, path in (("before it ran", fresh), ("after a forward pass", used)):
+        used, again = loaded.save(Path(folder) / "used"), loaded
+        for name, saved in (("before it ran", fresh), ("after a forward pass", used), ("a second time", None)):
+            path = saved or again.save(Path(folder) / "again")
             again = polyquant.load(path, subject.backend, device=subject.runs_on)
             same = bool((again.logits(tokens) == expected).all())
             expect(same, f"saved {name}, loaded back, it gives other logits")
             _expect_same(loaded, again)
+
+
+@check(needs=("saves",))
+def others_read_it_right_or_refuse_it(subject: Subject, preset: str) -> None:
+    """transformers and other runtimes read what the card says they read, with the same answers; the rest is refused."""
+    loaded = subject.loaded(preset)
+    tokens = subject.tokens(loaded, 24)
+    expected, said = loaded.logits(tokens), loaded.backend.capabilities.readable_by
+    with TemporaryDirectory(dir=subject.folder) as folder:
+        saved = loaded.save(Path(folder) / "out")
+        found = _by_transformers(saved, tokens)
+        if "transformers" in said:
+            expect(found is not None, "the card says that transformers reads its checkpoints, and it refuses them")
+            divergence = float(kl_divergence(expected, found).mean())
+            expect(
+                divergence < CLOSE_KL, f"transformers reads its checkpoint otherwise: KL {divergence:.3g} nats a token"
+            )
+        else:
+            expect(
+                found is None, "transformers loads its checkpoint, and the card does not say so: take readable_by in"
+            )
+        for reader in (info for info in handles.backends() if info.capabilities.runtime in said):
+            if not handles.backend(reader.name).problems(subject.runs_on):
+                other = polyquant.load(saved, reader.name, device=subject.runs_on).logits(tokens)
+                agreement = float(top1_agreement(expected, other).float().mean())
+                expect(agreement > AGREEMENT, f"{reader.name} reads its checkpoint otherwise: top-1 {agreement:.0%}")
+
+
+def _by_transformers(folder: Path, tokens: Sequence[int]) -> Any:
+    """The logits that plain transformers gives of a checkpoint, (tokens, vocabulary); None where it refuses it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from polyquant.models import versions
+
+    try:
+        with versions.progress_bars(enabled=False):
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception:
+        return None
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([list(tokens)])).logits[0]
 
 
 @check(needs=("saves",))

@@ -14,7 +14,7 @@ import accelerate, torch, transformers
 import polyquant
 from polyquant.testing.state import differences, snapshot
 backend, device, dense, loads = json.loads(sys.argv[1])
-transformers.AutoModelForCausalLM.from_pretrained(dense)
+transformers.AutoModelForCausalLM.from_pretrained(dense, trust_remote_code=False)
 found = {}
 for name, source, options in loads:
     before = snapshot()

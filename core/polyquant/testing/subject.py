@@ -63,7 +63,7 @@ class Subject:
     def runs_on(self) -> str:
         """The device of the checks. Raises NotApplicable where the backend cannot run there."""
         device = choose_device(self.device, self.capabilities)
-        if problems := self.handle.problems(device):
+        if problems := self.handle.problems_in_time(device):
             raise NotApplicable(f"cannot run on {device} here: " + "; ".join(problem.what for problem in problems))
         return device
 

@@ -105,7 +105,7 @@ def tiny_tokenizer(folder: Path) -> Any:
     from polyquant.testing.models import tiny_model
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tiny_model("llama", folder))
+    return AutoTokenizer.from_pretrained(tiny_model("llama", folder), trust_remote_code=False)
 
 
 def text_to_train_on() -> Iterable[str]:

@@ -22,7 +22,7 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     model, peak = common.peak_of(lambda: through_transformers(folder, device, torch.bfloat16))
     note({"load_seconds": perf_counter() - started, "load_peak_bytes": peak, "compute_dtype": "bfloat16"})
     note({"stored_bytes": model.get_memory_footprint()})
-    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    vocabulary = len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     tokens = fixed_tokens(vocabulary, TOKENS_SMALL if arguments["small"] else TOKENS)
     with torch.inference_mode():
         logits = model(torch.tensor([tokens], device=device)).logits[0].float().cpu()

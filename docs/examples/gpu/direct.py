@@ -24,7 +24,7 @@ def measure(arguments: common.Facts, note: common.Note) -> None:
     started = perf_counter()
     model, peak = common.peak_of(lambda: DIRECT[name](source, device, dtype))
     note({"load_seconds": perf_counter() - started, "load_peak_bytes": peak, "compute_dtype": str(dtype)[6:]})
-    vocabulary = len(AutoTokenizer.from_pretrained(arguments["model"]))
+    vocabulary = len(AutoTokenizer.from_pretrained(arguments["model"], trust_remote_code=False))
     note(common.speed_of(common.plain_session(model.eval()), vocabulary, small=arguments["small"]))
 
 
@@ -32,7 +32,9 @@ def through_transformers(model: Path, device: str, dtype: Any, config: Any = Non
     from transformers import AutoModelForCausalLM
 
     settings = {"quantization_config": config} if config is not None else {}
-    return AutoModelForCausalLM.from_pretrained(model, device_map=common.all_on(device), dtype=dtype, **settings)
+    return AutoModelForCausalLM.from_pretrained(
+        model, device_map=common.all_on(device), dtype=dtype, trust_remote_code=False, **settings
+    )
 
 
 def bitsandbytes(**settings: Any) -> Load:

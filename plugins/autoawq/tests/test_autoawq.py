@@ -119,11 +119,11 @@ def test_damaged_and_foreign_checkpoints_are_refused(checkpoint, folder, tmp_pat
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scales"]
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be read: 1 tensors are missing .*: scales"):
+    with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be read: scales is missing"):
         polyquant.load(broken, "autoawq", device="cpu")
     config = json.loads((broken / "config.json").read_text())
     config["quantization_config"]["group_size"] = 32
     (broken / "config.json").write_text(json.dumps(config))
     save_file(load_file(checkpoint / "model.safetensors"), broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="has shape"):
+    with pytest.raises(ModelError, match="of a layer .* should be"):
         polyquant.load(broken, "autoawq", device="cpu")

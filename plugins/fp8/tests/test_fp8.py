@@ -228,38 +228,38 @@ def with_nan(weight):
         (without(f"{LAYER}.weight_scale_inv"), f"{LAYER}.weight is torch.float8_e4m3fn, and has no weight_scale_inv"),
         (
             without(f"{LAYER}.weight"),
-            f"{LAYER} cannot be read: it has weight_scale_inv, where weight, weight_scale_inv were expected",
+            f"{LAYER} cannot be read: weight is missing; it has weight_scale_inv",
         ),
         (
             without("model.layers.0.self_attn.q_proj.bias"),
-            r"q_proj cannot be read: it has weight, weight_scale_inv, where .*, bias were",
+            r"q_proj cannot be read: bias is missing; it has weight, weight_scale_inv",
         ),
-        (without("model.norm.weight"), r"missing or have no place in the model: model\.norm\.weight"),
+        (without("model.norm.weight"), r"model\.norm\.weight of the model is not in the checkpoint"),
         (
             replaced(f"{LAYER}.weight", lambda weight: weight[:-1]),
-            rf"{LAYER} cannot be read: weight should be float8_e4m3fn \(512, 256\), and",
+            rf"{LAYER} cannot be read: weight of a layer .* should be \(512, 256\) float8_e4m3fn, and",
         ),
-        (replaced(f"{LAYER}.weight", lambda weight: weight.bfloat16()), r"and is bfloat16 \(512, 256\)"),
+        (replaced(f"{LAYER}.weight", lambda weight: weight.bfloat16()), r"and is \(512, 256\) bfloat16"),
         (
             replaced(f"{LAYER}.weight", lambda weight: weight.float().to(torch.float8_e5m2)),
-            r"and is float8_e5m2 \(512, 256\)",
+            r"and is \(512, 256\) float8_e5m2",
         ),
         (
             replaced(f"{LAYER}.weight_scale_inv", lambda scales: scales[:1]),
-            rf"{LAYER} cannot be read: weight_scale_inv should be float \(4, 2\), and is float32 \(1, 2\)",
+            rf"{LAYER} cannot be read: weight_scale_inv .* should be \(4, 2\) float, and is \(1, 2\) float32",
         ),
         (
             replaced(f"{LAYER}.weight_scale_inv", lambda scales: scales.to(torch.float8_e8m0fnu)),
-            r"should be float \(4, 2\), and is float8_e8m0fnu \(4, 2\)",
+            r"should be \(4, 2\) float, and is \(4, 2\) float8_e8m0fnu",
         ),
         (
             replaced(f"{LAYER}.weight_scale_inv", lambda scales: scales / 0),
-            f"{LAYER} cannot be read: it holds NaN or infinity",
+            f"{LAYER} cannot be read: weight_scale_inv .* holds NaN or infinity",
         ),
-        (replaced(f"{LAYER}.weight", with_nan), f"{LAYER} cannot be read: it holds NaN or infinity"),
+        (replaced(f"{LAYER}.weight", with_nan), f"{LAYER} cannot be read: weight .* holds NaN or infinity"),
         (
             lambda tensors: tensors.update({f"{LAYER}.activation_scale": torch.tensor(1.0)}),
-            "activation_scale.*, where weight, weight_scale_inv were expected",
+            "activation_scale has no place beside weight, weight_scale_inv",
         ),
         (
             lambda tensors: tensors.update({"model.extra.weight_scale_inv": torch.ones(1, 1)}),
@@ -277,16 +277,19 @@ def test_damaged_checkpoints_name_the_layer(changed, tensors, words):
     [
         (
             lambda stored: stored.update(weight_block_size=[64, 64]),
-            r"should be float \(4, 4\), and is float32 \(2, 2\)",
+            r"should be \(4, 4\) float, and is \(2, 2\) float32",
         ),
-        (lambda stored: stored.update(weight_block_size=None), r"should be float \(\), and is float32 \(2, 2\)"),
+        (lambda stored: stored.update(weight_block_size=None), r"should be \(\) float, and is \(2, 2\) float32"),
         (lambda stored: stored.update(weight_block_size=[128]), r"its weight_block_size is \[128\]; two positive"),
         (lambda stored: stored.update(fmt="e5m2"), "its fmt is 'e5m2'; 'e4m3' or"),
         (lambda stored: stored.update(expert_dtype="fp4"), "its expert_dtype is 'fp4'; 'fp8' is read"),
         (lambda stored: stored.update(modules_to_convert=["embed"]), "its modules_to_convert is"),
-        (lambda stored: stored.update(scale_fmt="ue8m0"), r"should be float8_e8m0fnu \(2, 2\), and is float32"),
+        (
+            lambda stored: stored.update(scale_fmt="ue8m0"),
+            r"should be \(2, 2\) float8_e8m0fnu, and is \(2, 2\) float32",
+        ),
         (lambda stored: stored.update(rotation=1), "it has rotation, which is not read"),
-        (lambda stored: stored.update(activation_scheme="static"), "activation_scale were expected"),
+        (lambda stored: stored.update(activation_scheme="static"), "activation_scale is missing"),
     ],
 )
 def test_configs_that_do_not_fit_the_tensors(changed, stored, words):
@@ -372,3 +375,17 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder, monkeypatch
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_are_of_float32_and_not_rounded_to_the_weights_dtype(folder):
+    from peft import LoraConfig, get_peft_model
+
+    loaded = polyquant.load(tiny_model("llama", folder), "fp8", device="cpu")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(loaded.backend.prepare_for_training(loaded), config)
+    model.add_adapter("second", config)
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="linear")
+    adapters = [tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name]
+    assert len(adapters) == 3 * 2 * 2
+    assert {tensor.dtype for tensor in adapters} == {torch.float32}
+    assert not any(torch.equal(tensor, tensor.to(E4M3).float()) for tensor in adapters)

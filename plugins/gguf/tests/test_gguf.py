@@ -20,7 +20,7 @@ from .conftest import row, tiny, write_gguf
 
 IDS = [5, 17, 40, 3, 3, 88, 21, 60]
 PARTICULARS = {  # what transformers reads of a GGUF's config leaves these to the class's defaults
-    "qwen3": {"head_dim": 128}, "gemma2": {}, "gemma3": {}, "stablelm": {}, "phi3": {}, "nemotron": {}, "starcoder2": {},
+    "qwen3": {"head_dim": 128}, "gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}, "stablelm": {}, "phi3": {}, "nemotron": {}, "starcoder2": {},
 }  # fmt: skip
 
 
@@ -285,8 +285,8 @@ def test_architectures_that_would_load_wrong_are_refused(tmp_path):
     for extra, message in (
         ({}, "the architecture 'falcon'; this backend reads llama"),
         ({"expert_count": 8}, "a mixture of 8 experts"),
-        ({"rope.scaling.type": "yarn"}, "scales its rotary positions"),
-        ({"rope.scale_linear": 2.0}, "scales its rotary positions .linear"),
+        ({"rope.scaling.type": "yarn"}, "rope.scaling.type = yarn, .* takes none"),
+        ({"rope.scale_linear": 2.0}, "rope.scale_linear = 2.0, .* takes 1"),
     ):
         writer = GGUFWriter(tmp_path / "x.gguf", "llama" if extra else "falcon")
         for key, value in extra.items():
@@ -353,3 +353,37 @@ def test_the_packaged_model_packed_is_the_dense_one():
         reference = dense(torch.tensor([ids])).logits[0].log_softmax(-1)
     kl = (reference.exp() * (reference - loaded.logits(ids).log_softmax(-1))).sum(-1).mean()
     assert kl < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "keys", "message"),
+    [
+        ("gemma2", {"head_dim": 32}, {}, "gemma2.attention.key_length = 32, and transformers, .* takes 256"),
+        ("gemma3", {"head_dim": 32}, {}, "gemma3.attention.key_length = 32, and transformers, .* takes 256"),
+        ("gemma2", {"head_dim": 256}, {"gemma2.final_logit_softcapping": 12.0}, "final_logit_softcapping = 12.0, .* 30"),
+        ("llama", {}, {"llama.rope.scaling.type": "linear"}, "rope.scaling.type = linear, .* takes none"),
+        ("qwen2", {}, {"qwen2.attention.key_length": 32}, "attention.key_length = 32, .* takes 16"),
+    ],
+)  # fmt: skip
+def test_what_transformers_does_not_read_of_a_file_is_not_guessed(tmp_path, architecture, more, keys, message):
+    dense = tiny(architecture, tie_word_embeddings=architecture == "gemma2", **more)
+    path = write_gguf(tmp_path / "model.gguf", dense, architecture, more=keys)
+    for way in (polyquant.load, polyquant.plan):
+        with pytest.raises(ModelError, match=message):
+            way(path, "gguf", device="cpu")
+
+
+@pytest.mark.parametrize("embedding_type", ["Q8_0", "dense"])
+def test_dequantized_it_is_dense_with_its_embedding_and_the_head_tied_to_it(tmp_path, embedding_type):
+    loaded = polyquant.load(
+        tiny_model("llama-tied", tmp_path), "gguf", type="Q4_0", embedding_type=embedding_type, device="cpu",
+        compute_dtype="float32",
+    )  # fmt: skip
+    before = loaded.logits([5, 6, 7])
+    with pytest.raises(ValueError, match="quantized with gguf and is not serializable"):
+        loaded.model.save_pretrained(tmp_path / "packed")
+    dense = loaded.model.dequantize()
+    assert type(dense.model.embed_tokens) is torch.nn.Embedding
+    assert type(dense.lm_head) is torch.nn.Linear
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    assert torch.allclose(loaded.logits([5, 6, 7]), before, atol=1e-3)

@@ -33,12 +33,10 @@ def test_damaged_checkpoints_name_the_tensor(copy, part, packing):
         tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"][:-1].contiguous()
 
     packing.change_tensors(copy, cut)
-    with pytest.raises(ModelError, match=rf"{UP} cannot be read: {part} has shape .* was expected"):
+    with pytest.raises(ModelError, match=rf"{UP} cannot be read: {part} of a layer .* should be"):
         load(copy)
     packing.change_tensors(copy, lambda tensors: tensors.pop(f"{UP}.{part}"))
-    with pytest.raises(
-        ModelError, match=rf"{UP} cannot be read: 1 tensors are missing or have no place in the model: {part}"
-    ):
+    with pytest.raises(ModelError, match=rf"{UP} cannot be read: {part} is missing; it has"):
         load(copy)
 
 

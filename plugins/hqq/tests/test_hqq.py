@@ -49,7 +49,7 @@ def test_bytes_and_checkpoint(folder, tmp_path, bits, axis):
     assert_verified(again)
     assert torch.equal(loaded.logits(TOKENS), again.logits(TOKENS))
     again.save(tmp_path / "second")
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "second")]
+    files = [(tmp_path / name / "packed.safetensors").read_bytes() for name in ("out", "second")]
     assert files[0] == files[1]
 
 
@@ -119,7 +119,7 @@ def test_nothing_of_a_checkpoint_is_evaluated(folder, tmp_path):
 
     loaded = load(tiny_model("llama", folder))
     loaded.save(tmp_path / "out")
-    file = tmp_path / "out" / "model.safetensors"
+    file = tmp_path / "out" / "packed.safetensors"
     evil = f"open({str(tmp_path / 'evil')!r}, 'w')"
     extra = {
         "compute_dtype": torch.tensor([ord(letter) for letter in evil], dtype=torch.uint8),
@@ -152,10 +152,10 @@ def test_damaged_checkpoints_name_the_layer(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     load(tiny_model("llama", folder)).save(tmp_path / "out")
-    file, name = tmp_path / "out" / "model.safetensors", "model.layers.1.mlp.up_proj"
+    file, name = tmp_path / "out" / "packed.safetensors", "model.layers.1.mlp.up_proj"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if key != f"{name}.scale"}, file)
-    with pytest.raises(ModelError, match=f"{name} cannot be read: scale .* is missing"):
+    with pytest.raises(ModelError, match=f"{name} cannot be read: scale is missing"):
         polyquant.load(tmp_path / "out", device="cpu")
     save_file({key: value for key, value in tensors.items() if not key.startswith(name)}, file)
     with pytest.raises(ModelError, match=rf"missing or have no place in the model: {name}\.weight"):

@@ -1,6 +1,10 @@
 """quanto on a small random llama: options, odd sizes, skipped modules, checkpoints, training."""
 
 import json
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import polyquant
 import pytest
@@ -46,13 +50,45 @@ def load(path, **options):
     ("options", "words"),
     [
         ({"weights": "int3"}, "weights must be 'int8', 'int4', 'int2' or 'float8', got 'int3'"),
-        ({"bits": 4}, "unknown option 'bits'"),
+        ({"bits": 3}, "quanto has nothing with bits=3; bits are 8, 4, 2"),
         ({"activations": "int8"}, "unknown option 'activations'"),
     ],
 )
 def test_bad_options(options, words):
     with pytest.raises(ConfigError, match=words):
         load("nowhere", **options)
+
+
+HOLDS = """
+import sys, time
+from torch.utils.file_baton import FileBaton
+assert FileBaton(sys.argv[1]).try_acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_compile_lock_of_a_killed_process_is_noticed_and_the_load_goes_on(tiny, tmp_path, monkeypatch):
+    extension = _library.get_extension("quanto_cpp")
+    lock, notes = tmp_path / "lock", []
+
+    def compiles(**_):
+        assert not lock.exists()
+        return SimpleNamespace(unpack=_library._unpack)
+
+    monkeypatch.setattr(extension, "build_directory", str(tmp_path))
+    monkeypatch.setattr(extension, "_lib", None)
+    monkeypatch.setattr("optimum.quanto.library.extensions.extension.load", compiles)
+    waits = threading.Thread(target=lambda: notes.extend(load(tiny(256, 384), weights="int4").notes))
+    with subprocess.Popen([sys.executable, "-c", HOLDS, lock], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        waits.start()
+        waits.join(5)
+        assert waits.is_alive(), "it did not wait for a process that compiles"
+        holder.kill()
+    waits.join(60)
+    assert not waits.is_alive()
+    assert f"{lock} was left by a process that is gone, and was removed" in notes
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -126,12 +162,12 @@ def test_damaged_checkpoints_name_the_tensor(tiny, tmp_path):
 
     out = tmp_path / "out"
     load(tiny()).save(out)
-    tensors = load_file(out / "model.safetensors")
+    tensors = load_file(out / "packed.safetensors")
     name = "model.layers.1.mlp.up_proj.weight._data"
-    save_file({key: value for key, value in tensors.items() if key != name}, out / "model.safetensors")
-    with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be read: it is incomplete"):
+    save_file({key: value for key, value in tensors.items() if key != name}, out / "packed.safetensors")
+    with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be read: weight._data is missing"):
         polyquant.load(out, device="cpu")
-    save_file({**tensors, "model.extra": torch.zeros(1)}, out / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(1)}, out / "packed.safetensors")
     with pytest.raises(ModelError, match=r"have no place in the model: model\.extra"):
         polyquant.load(out, device="cpu")
     config = json.loads((out / "config.json").read_text())

@@ -54,7 +54,7 @@ def made(folder):
         ({"weights": "fp8", "granularity": "group"}, "granularity of fp8 must be channel or tensor, not 'group'"),
         ({"weights": "int8", "group_size": 64}, "group_size applies to granularity='group' only, not to 'channel'"),
         ({"weights": "mxfp4", "group_size": 64}, "group_size of mxfp4 is always 32, got 64"),
-        ({"bits": 4}, "unknown option 'bits'"),
+        ({"bits": 3}, "quark has nothing with bits=3; bits are 4, 8"),
     ],
 )
 def test_bad_options(options, words):

@@ -132,8 +132,7 @@ def _measure(part: str, loaded: LoadedModel, job: Job, measured: dict[str, Any],
             measured["layers"] = layers_of(loaded, job.dense)
     elif part == "speed":
         progress.step(Step(what="speed"))
-        vocabulary = len(loaded.tokenizer)
-        measured["speed"] = measure_speed(loaded.session, vocabulary, limit_seconds=job.speed_limit_seconds)
+        measured["speed"] = measure_speed(loaded.session, loaded.vocabulary, limit_seconds=job.speed_limit_seconds)
     else:
         from polyquant.comparison.cell.tasks import measure_tasks
 

@@ -11,6 +11,7 @@ import torch
 from polyquant.comparison.records import Job, Score
 from polyquant.errors import ConfigError, did_you_mean
 from polyquant.loaded import LoadedModel
+from polyquant.models.prompts import prompt_ids
 from polyquant.support.progress import SILENT, Progress, Step
 
 MAX_NEW_TOKENS = 256  # of tasks that generate and say no length
@@ -70,8 +71,9 @@ def as_lm_eval_model(loaded: LoadedModel, progress: Progress = SILENT) -> Any:
             return self.eot_token_id if first is None else int(first)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
-            special = bool(add_special_tokens)
-            return list(self.tokenizer(string, add_special_tokens=special).input_ids)
+            if add_special_tokens:
+                return prompt_ids(self.tokenizer, string)
+            return list(self.tokenizer(string, add_special_tokens=False).input_ids)
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **more: Any) -> list[tuple[float, bool]]:
             answers = []

@@ -13,10 +13,9 @@ import msgspec
 from polyquant.comparison.engines.measure import CellTask, measure_cell
 from polyquant.comparison.records import Result
 from polyquant.errors import ConfigError
-from polyquant.measure.quality.index import INDEX
 from polyquant.models.resolve import resolve_dense
 from polyquant.support.cache import cache_folder
-from polyquant.support.files import atomic_folder
+from polyquant.support.files import once
 from polyquant.support.progress import SILENT, Progress, Step
 
 RETRIES = 3  # of a cell whose node or worker died
@@ -98,13 +97,15 @@ def _measure(task: str, files: Mapping[str, bytes] | None) -> bytes:
     asked = msgspec.json.decode(task, type=CellTask)
     if files is not None:
         folder = cache_folder() / "references" / asked.job.reference_key
-        if not (folder / INDEX).is_file():
-            with atomic_folder(folder, overwrite=True) as partial:
-                for name, content in files.items():
-                    (partial / name).write_bytes(content)
+        once(folder, lambda out: _unpack(files, out))
         asked = msgspec.structs.replace(asked, job=msgspec.structs.replace(asked.job, reference=str(folder)))
     with TemporaryDirectory() as work:
         return msgspec.json.encode(measure_cell(asked, Path(work), SILENT))
+
+
+def _unpack(files: Mapping[str, bytes], out: Path) -> None:
+    for name, content in files.items():
+        (out / name).write_bytes(content)
 
 
 def _files(folder: Path) -> dict[str, bytes]:

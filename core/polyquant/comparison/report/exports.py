@@ -18,8 +18,13 @@ def as_csv(run: Run) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [column.key for column in columns_of(run)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(plain_rows(run))
+    writer.writerows({key: _inert(value) for key, value in row.items()} for row in plain_rows(run))
     return text.getvalue()
+
+
+def _inert(value: object) -> object:
+    """A value that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def as_plain(run: Run) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from polyquant.comparison.report.difference import Difference
 from polyquant.comparison.report.exports import as_csv, as_markdown, as_plain
 from polyquant.comparison.report.plot import FRONTIER, plot_data
 from polyquant.errors import EnvironmentProblem
-from polyquant.support.files import write_atomically
+from polyquant.support.files import make_folder, write_atomically
 
 
 def write_report(run: Run, path: Path) -> Path:
@@ -27,7 +27,7 @@ def write_report(run: Run, path: Path) -> Path:
     where the disk does not take them.
     """
     path = path if path.suffix else path / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     plain = msgspec.json.format(msgspec.json.encode(as_plain(run)), indent=2).decode()
     for suffix, text in ((".csv", as_csv(run)), (".json", plain), (".md", as_markdown(run))):
         write_atomically(path.with_suffix(suffix), text)
@@ -64,7 +64,7 @@ def html(run: Run) -> str:
 
 def write_difference(difference: Difference, path: Path) -> Path:
     """Write what changed between two comparisons as one HTML file without scripts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     page = _render(
         "difference.html.j2",
         scripts=[],

@@ -20,11 +20,13 @@ SHORTEST = 32  # a length, where no text is used
 
 def main(job: dict[str, Any]) -> None:
     config = msgspec.convert(job["options"], AutoRoundOptions)
-    where = {"trust_remote_code": job["trusted"], "local_files_only": True}
+    model, trusted = job["model"], job["trusted"]
     ids = [torch.tensor([window]) for window in job["windows"]]
     rounding = AutoRound(
-        AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, **where),
-        AutoTokenizer.from_pretrained(job["model"], **where),
+        AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=trusted, local_files_only=True
+        ),
+        AutoTokenizer.from_pretrained(model, trust_remote_code=trusted, local_files_only=True),
         scheme=QuantizationScheme(bits=config.bits, group_size=config.group_size, sym=config.sym),
         alg_configs=algorithm(config),
         layer_config={name: dict(DENSE) for name in job["dense"]},
@@ -34,7 +36,7 @@ def main(job: dict[str, Any]) -> None:
         seqlen=ids[0].shape[1] if ids else SHORTEST,
         batch_size=min(BATCH, len(ids) or 1),
         device_map=job["device"],
-        trust_remote_code=job["trusted"],
+        trust_remote_code=trusted,
         enable_torch_compile=False,  # it starts a C++ compiler
         low_cpu_mem_usage=False,  # it would keep blocks in files in the working directory
         amp=False,  # bfloat16 would round the weights before they are quantized

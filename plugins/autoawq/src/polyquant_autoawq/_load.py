@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
-from polyquant.plugin.layers import bias_as_parameter, fill_empty
+from polyquant.plugin.layers import bias_as_parameter, fill_empty, layer_tensors, parts_of
 
 from polyquant_autoawq._layers import empty_layer, kernel
 from polyquant_autoawq.options import AutoawqOptions
@@ -25,7 +25,8 @@ def load(request: LoadRequest, config: AutoawqOptions) -> LoadedModel:
 
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         layer = empty_layer(linear, config)
-        fill_empty(layer, {part: tensor.to(kept.get(part, tensor.dtype)) for part, tensor in tensors.items()})
+        whole = layer_tensors(linear, tensors, parts_of(layer))
+        fill_empty(layer, {part: tensor.to(kept.get(part, tensor.dtype)) for part, tensor in whole.items()})
         bias_as_parameter(layer)
         return layer
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
-from polyquant.plugin.layers import bias_as_parameter, fill_empty, gptq_tensors
+from polyquant.plugin.layers import bias_as_parameter, fill_empty, gptq_tensors, layer_tensors, parts_of
 
 from polyquant_autogptq._layers import empty_layer, kernel
 from polyquant_autogptq.options import AutogptqOptions
@@ -24,7 +24,8 @@ def load(request: LoadRequest, config: AutogptqOptions) -> LoadedModel:
 
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         layer = empty_layer(linear, config, dtype)
-        whole = gptq_tensors(linear, tensors, config.group_size)
+        own = gptq_tensors(linear, tensors, config.group_size, in_order=not config.desc_act)
+        whole = layer_tensors(linear, own, parts_of(layer))
         fill_empty(layer, {part: tensor.to(kept.get(part, tensor.dtype)) for part, tensor in whole.items()})
         bias_as_parameter(layer)
         return layer

@@ -19,6 +19,7 @@ INFO = BackendInfo(
         devices=(DeviceSupport(type="cpu"), DeviceSupport(type="cuda", minimum_capability=(7, 0))),
         loads_prequantized=("bitnet",),
         saves=True,
+        readable_by=("transformers",),
         trains=True,
     ),
     options=BitnetOptions,

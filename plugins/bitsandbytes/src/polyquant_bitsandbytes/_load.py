@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from polyquant.errors import ConfigError, SaveError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 
+from polyquant_bitsandbytes._checks import require_sound
 from polyquant_bitsandbytes._library import kernel, quantize_config
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
@@ -34,8 +35,9 @@ def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
     dtype = resolved_dtype(config)
     if not request.source.stored_quantization:
         return checkpoints.load_causal_lm(request, dtype, quantize_config(config))
+    require_sound(request, config)
     model = checkpoints.load_causal_lm(request, dtype)
-    _cast_dense(model, getattr(torch, dtype))
+    _cast_dense(model, checkpoints.dense_dtypes(request))
     if config.bits == 4:  # transformers takes the stored compute dtype; the one asked for is a load-time option
         model.config.quantization_config.bnb_4bit_compute_dtype = getattr(torch, dtype)
         for module in linear_4bit(model):
@@ -53,13 +55,12 @@ def require_offload(request: LoadRequest, config: BitsAndBytesOptions) -> None:
         )
 
 
-def _cast_dense(model: Any, dtype: torch.dtype) -> None:
-    """Dense parameters of a stored checkpoint in `dtype`: transformers 5.23 leaves them in their stored one."""
-    kept = tuple(model._keep_in_fp32_modules or ())
+def _cast_dense(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Dense parameters of a stored checkpoint in their dtypes: transformers 5.23 leaves them in their stored one."""
     for name, parameter in model.named_parameters():
         packed = isinstance(parameter, (bitsandbytes.nn.Params4bit, bitsandbytes.nn.Int8Params))
-        if not packed and parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
-            parameter.data = parameter.data.to(dtype)
+        if not packed and parameter.is_floating_point() and name in dtypes:
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:

@@ -22,6 +22,7 @@ INFO = BackendInfo(
         on_the_fly=True,
         loads_prequantized=("bitsandbytes",),
         saves=True,
+        readable_by=("transformers",),
         trains=True,
         offloads=True,
     ),

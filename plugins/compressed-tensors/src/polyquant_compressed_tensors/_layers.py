@@ -13,6 +13,7 @@ from polyquant.errors import ModelError, UnsupportedOperation
 from polyquant.plugin import LayerInfo, LoadedModel
 from polyquant.plugin.layers import (
     PackedLinear,
+    Part,
     Quantized,
     describe,
     frozen_for_adapters,
@@ -28,6 +29,7 @@ from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, is_
 KERNEL = "decode and torch matmul"
 DYNAMIC_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
 INT8_KERNEL = f"torch._weight_int8pack_mm, above 8 rows {KERNEL}"
+MOST_EXPONENT = 254  # of an e8m0 scale; 255 stands for NaN
 INT8_ROWS = 8  # for more rows one decoding of the weight is faster
 
 
@@ -95,10 +97,18 @@ def packed_linear(
 ) -> CompressedLinear:  # fmt: skip
     """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen."""
     shape = (linear.out_features, linear.in_features)
-    held = layer_tensors(linear, tensors, checkpoint_tensors(shape, config, plain=plain))
+    expected = checkpoint_tensors(shape, config, plain=plain)
+    held = layer_tensors(linear, tensors, {name: Part(*part, *_range(name, config)) for name, part in expected.items()})
     if "weight_shape" in held and held.pop("weight_shape").tolist() != list(shape):
         raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {list(shape)}")
     return CompressedLinear(linear, config, dtype, _held(held, config, shape, dtype))
+
+
+def _range(name: str, config: CompressedTensorsOptions) -> tuple[float | None, float | None]:
+    """Least and greatest value of a tensor, where not all that its dtype can hold are possible."""
+    if name == "weight_scale" and config.weights == "mxfp4":
+        return 0, MOST_EXPONENT
+    return (torch.finfo(torch.float32).tiny, None) if name == "weight_global_scale" else (None, None)  # a divisor
 
 
 def _held(

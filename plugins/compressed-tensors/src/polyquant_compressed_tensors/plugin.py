@@ -16,6 +16,7 @@ INFO = BackendInfo(
         devices=(DeviceSupport(type="cpu"), DeviceSupport(type="cuda", minimum_capability=(7, 0))),
         loads_prequantized=("compressed-tensors",),
         saves=True,
+        readable_by=("transformers",),
         trains=True,
     ),
     options=CompressedTensorsOptions,

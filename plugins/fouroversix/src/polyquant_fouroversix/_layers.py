@@ -13,9 +13,9 @@ from polyquant.plugin.layers import (
     Quantized,
     describe,
     finite_weight,
+    layer_tensors,
     prepare_for_training,
     take_bias,
-    type_and_shape,
 )
 from torch import Tensor
 
@@ -46,25 +46,16 @@ def linear_from_tensors(
     linear: Any, config: FouroversixOptions, dtype: torch.dtype, tensors: Mapping[str, Tensor]
 ) -> FouroversixLinear:
     """A layer from stored tensors under the library's names. Raises ModelError where they are wrong."""
-    expected = [*STORED_NAMES.values(), METADATA] + (["bias"] if linear.bias is not None else [])
-    if set(expected) != set(tensors):
-        raise ModelError(f"it has {', '.join(sorted(tensors))}, where {', '.join(sorted(expected))} were expected")
     shape = (linear.out_features, linear.in_features)
-    dtypes = {"weight": torch.uint8, "scales": scale_dtype(config), "amax": torch.float32}
-    own = {name: tensors[stored] for name, stored in STORED_NAMES.items()}
-    for name, size in {**layout(shape, config), "amax": (1,)}.items():
-        if own[name].dtype != dtypes[name] or own[name].numel() != torch.Size(size).numel():
-            wanted, found = f"{str(dtypes[name]).removeprefix('torch.')} {size}", type_and_shape(own[name])
-            raise ModelError(
-                f"{STORED_NAMES[name]} of {config.dtype} weights {shape} should be {wanted}, and is {found}"
-            )
-        own[name] = own[name].view(size)
-    if (said := tensors[METADATA].tolist()) != (wanted := metadata(shape, config).tolist()):
+    dtypes = {"weight": "uint8", "scales": "float8_e8m0fnu" if config.dtype == "mxfp4" else "float8_e4m3fn"}
+    sizes = layout(shape, config)
+    expected = {STORED_NAMES[name]: (sizes[name], dtype) for name, dtype in dtypes.items()}
+    expected |= {STORED_NAMES["amax"]: ((1,), "float32"), METADATA: ((6,), "int32 or int64")}
+    found = layer_tensors(linear, tensors, expected)
+    if (said := found[METADATA].tolist()) != (wanted := metadata(shape, config).tolist()):
         raise ModelError(f"{METADATA} of {config.dtype} weights {shape} should be {wanted}, and is {said}")
-    if not all(bool(torch.isfinite(own[name].float()).all()) for name in ("scales", "amax")):
-        raise ModelError("its scales hold NaN or infinity; the checkpoint is damaged")
-    take_bias(linear, tensors, dtype)
-    return FouroversixLinear(linear, config, own)
+    take_bias(linear, found, dtype)
+    return FouroversixLinear(linear, config, {name: found[stored] for name, stored in STORED_NAMES.items()})
 
 
 def stored_tensors(layer: FouroversixLinear) -> dict[str, Tensor]:
@@ -77,11 +68,6 @@ def metadata(shape: tuple[int, int], config: FouroversixOptions) -> Tensor:
     """As planning.METADATA says, int32."""
     numbers = [*shape, *padded(shape, config.dtype), 1, int(config.dtype in SWIZZLED)]
     return torch.tensor(numbers, dtype=torch.int32)
-
-
-def scale_dtype(config: FouroversixOptions) -> torch.dtype:
-    """Powers of two, or e4m3."""
-    return torch.float8_e8m0fnu if config.dtype == "mxfp4" else torch.float8_e4m3fn
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:

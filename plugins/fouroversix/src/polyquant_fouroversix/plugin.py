@@ -23,6 +23,7 @@ INFO = BackendInfo(
         on_the_fly=True,
         loads_prequantized=("fouroversix",),
         saves=True,
+        readable_by=("transformers",),
         trains=True,
     ),
     options=FouroversixOptions,

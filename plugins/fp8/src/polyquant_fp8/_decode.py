@@ -42,11 +42,6 @@ def dequantize(weight: Tensor, scales: Tensor, block: Block) -> Tensor:
     return _times(bits.view(torch.float16).float(), scales.float() * 256, block)
 
 
-def has_nan(weight: Tensor) -> bool:
-    """e4m3 has no infinities, and two NaN."""
-    return bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any())
-
-
 def _times(numbers: Tensor, scales: Tensor, block: Block) -> Tensor:
     """`numbers` in place, each block times its scale."""
     if block is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from polyquant.plugin.layers import frozen_linear, rows_at_a_time
-from torch import Tensor, nn
+from torch import Tensor, float32, nn
 
 from polyquant_fp8._decode import Block, dequantize
 
@@ -16,6 +16,8 @@ class Fp8Linear(nn.Linear):
     """weight e4m3 (out_features, in_features), weight_scale_inv () or one for each block; names as in transformers."""
 
     weight_scale_inv: nn.Parameter
+    compute_dtype = float32
+    """Where PEFT finds it, it makes adapters of this dtype instead of the weight's."""
 
     def __init__(
         self, linear: nn.Linear, weight: Tensor, scales: Tensor, block: Block, activation_scale: Tensor | None = None

@@ -16,6 +16,7 @@ INFO = BackendInfo(
         on_the_fly=True,
         loads_prequantized=("fp8",),
         saves=True,
+        readable_by=("transformers",),
         trains=True,
     ),
     options=Fp8Options,

@@ -34,6 +34,10 @@ class Packed(nn.Module):
         """Of the weight before packing."""
         return int(self.weight.shape[0]), self.columns
 
+    def dequantize(self) -> Tensor:
+        """The weight, `logical_shape`, float32."""
+        return self.numbers(self.weight.detach(), torch.float32)
+
     def numbers(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows of `weight`, dequantized."""
         return dequantize(rows, self.block, dtype) if self.block.packed else rows.to(dtype)

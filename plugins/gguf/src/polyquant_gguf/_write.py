@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from polyquant.errors import SaveError
+from polyquant.errors import ModelError, SaveError
 from polyquant.plugin import LoadedModel, ModelSource, checkpoints
 from polyquant.plugin.gguf import FLOAT_DTYPES, read_header
 from torch import Tensor
@@ -77,7 +77,11 @@ def _write_new(loaded: LoadedModel, out: Path) -> None:
     tokens = _metadata.tokenizer_keys(loaded.tokenizer, architecture, int(model.config.vocab_size))
     _write(path, architecture, keys | _metadata.token_ids(model.config) | (tokens or {}), model, rules)
     source = ModelSource(name=str(path), path=out, gguf_file=path.name, weight_files=(path.name,))
-    _metadata.require_same_config(model.config, checkpoints.read_config(source))
+    try:
+        read_back = checkpoints.read_config(source)
+    except ModelError as error:
+        raise SaveError(f"no GGUF of this model can be read back: {error}") from error
+    _metadata.require_same_config(model.config, read_back)
     if tokens is None or not _metadata.same_tokenizer(loaded.tokenizer, checkpoints.load_tokenizer(source)):
         if tokens is not None:
             _write(path, architecture, keys | _metadata.token_ids(model.config), model, rules)

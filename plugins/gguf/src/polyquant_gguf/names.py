@@ -33,7 +33,6 @@ ARCHITECTURES = {
     "gemma3": Rules("gemma3_text", norm_offset=1.0),
     "nemotron": Rules("nemotron", norm_offset=1.0),
 }
-UNREADABLE_BLOCKS = {"gemma2": 46, "gemma3": 62}  # the 27B models: llama.cpp knows their scale by their depth
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -59,18 +58,6 @@ def rules_of(header: Header) -> Rules:
         )
     if (experts := header.number("expert_count") or 0) > 0:
         raise ModelError(f"{file} is a mixture of {experts} experts; this backend reads dense models only")
-    if name in UNREADABLE_BLOCKS and header.number("block_count") == UNREADABLE_BLOCKS[name]:
-        raise ModelError(
-            f"{file} scales attention in a way that a GGUF does not state; load the original model instead"
-        )
-    scaling = header.metadata.get(f"{name}.rope.scaling.type", "none")
-    if scaling == "none" and header.metadata.get(f"{name}.rope.scale_linear", 1.0) != 1.0:
-        scaling = "linear"
-    if scaling != "none":
-        raise ModelError(
-            f"{file} scales its rotary positions ({scaling}), which transformers does not read from a GGUF; "
-            "load the original model instead"
-        )
     return ARCHITECTURES[name]
 
 

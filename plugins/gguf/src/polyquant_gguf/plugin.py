@@ -18,6 +18,7 @@ INFO = BackendInfo(
         on_the_fly=True,
         loads_prequantized=("gguf",),
         saves=True,
+        readable_by=("llama.cpp",),
     ),
     options=GgufOptions,
     docs="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md",

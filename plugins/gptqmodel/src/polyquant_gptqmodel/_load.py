@@ -8,7 +8,7 @@ import msgspec
 import torch
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 from polyquant.plugin.formats import gptq_layout
-from polyquant.plugin.layers import fill_empty, gptq_tensors
+from polyquant.plugin.layers import fill_empty, gptq_tensors, layer_tensors, parts_of
 
 from polyquant_gptqmodel._layers import Layer, empty_layer, kernel_name, select_kernel, settle
 from polyquant_gptqmodel._library import contained, hf_convert_gptq_v1_to_v2_format, hf_gptqmodel_post_init
@@ -32,9 +32,10 @@ def load(request: LoadRequest, config: Options) -> LoadedModel:
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Layer:
         layer = empty_layer(linear, kernel, config, name)
         if is_gptq:
-            tensors = gptq_tensors(linear, tensors, config.group_size)
+            tensors = gptq_tensors(linear, tensors, config.group_size, in_order=not config.desc_act)
         keeps_scales = is_gptq and on_cpu and dtype != torch.float32
-        fill_empty(layer, {part: _kept(part, tensor, dtype, keeps_scales) for part, tensor in tensors.items()})
+        whole = layer_tensors(linear, tensors, parts_of(layer))
+        fill_empty(layer, {part: _kept(part, tensor, dtype, keeps_scales) for part, tensor in whole.items()})
         with contained():
             hf_convert_gptq_v1_to_v2_format(layer, config.bits, kernel, layout, None)
             if on_cpu:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
-from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, bias_as_parameter, describe, prepare_for_training
+from polyquant.plugin.layers import Quantized, bias_as_parameter, describe, layer_tensors, prepare_for_training
 
 from polyquant_hqq.options import HqqOptions
 from polyquant_hqq.planning import packed_shape
@@ -35,17 +34,15 @@ def linear_from_tensors(
     """A layer from the stored W_q, scale, zero and bias.
 
     hqq's own reading evaluates text of the checkpoint as Python, so what is not a weight comes from the config.
-    Raises ModelError where a tensor is missing or has another shape.
+    Raises ModelError where a tensor is missing or wrong.
     """
     shape = (linear.out_features, linear.in_features)
     groups = linear.out_features * linear.in_features // config.group_size
     group_shape = (groups, 1) if config.axis == 1 else (1, groups)
-    expected = {"W_q": packed_shape(shape, config), "scale": group_shape, "zero": group_shape}
-    expected |= {"bias": (linear.out_features,)} if linear.bias is not None else {}
-    for name, wanted in expected.items():
-        if name not in tensors or tuple(tensors[name].shape) != wanted:
-            found = tuple(tensors[name].shape) if name in tensors else "missing"
-            raise ModelError(f"{name} of an HQQ layer {shape} should have shape {wanted}, and is {found}")
+    codes = (packed_shape(shape, config), "int32" if config.bits == 3 else "uint8")
+    expected = {"W_q": codes, "scale": (group_shape, "float"), "zero": (group_shape, "float")}
+    own = {name: tensor for name, tensor in tensors.items() if name in (*expected, "bias")}
+    tensors = layer_tensors(linear, own, expected)
     layer = HQQLinear(
         None, config.quantize_config(), compute_dtype=dtype, device=str(tensors["W_q"].device), initialize=False
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears, unfit
 
 from polyquant_hqq.options import HqqOptions
 
@@ -39,7 +38,6 @@ def _groups(weight: WeightInfo, config: HqqOptions) -> int:
     packed_together = 1 if config.bits == 3 or config.axis == 0 else 8 // config.bits
     if length % size == 0 and groups % packed_together == 0:
         return groups
-    short = weight.name.rpartition(".")[0].rpartition(".")[2]
     what = f"group_size {size} does not divide {dimension} {length}"
     if length % size == 0:
         what = f"{groups} groups of {size} cannot be packed by {packed_together}"
@@ -48,5 +46,4 @@ def _groups(weight: WeightInfo, config: HqqOptions) -> int:
         for each in (8, 16, 32, 64, 128)
         if length % each == 0 and prod(weight.shape) // each % packed_together == 0
     ]
-    fix = f"group_size={max(other)} or " if other else ""
-    raise ConfigError(f"{what} in {weight.name}; use {fix}skip=({short!r},)")
+    raise unfit(weight, what, [f"group_size={max(other)}"] if other else [])

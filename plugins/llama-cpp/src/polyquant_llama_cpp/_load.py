@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 import psutil
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ConfigError, ModelError, PlacementError
-from polyquant.plugin import Feed, LoadedModel, LoadRequest, Prompt
+from polyquant.plugin import Feed, LoadedModel, LoadRequest, Prompt, encode_prompt
 from polyquant.plugin.gguf import Header, read_header
 
 from polyquant_llama_cpp import _layers, _sampling
@@ -29,9 +29,11 @@ class LlamaCppModel(LoadedModel):
     model: LlamaModel
     tokenizer: LlamaTokenizer
 
-    def stream(self, prompt: Prompt, **generation_parameters: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, template: Mapping[str, Any] | None = None, **generation_parameters: Any
+    ) -> Iterator[str]:
         """The text that follows, in pieces; a parameter that llama.cpp does not follow is a ConfigError."""
-        wanted, ids = _sampling.parameters(generation_parameters), self._encode(prompt)
+        wanted, ids = _sampling.parameters(generation_parameters), encode_prompt(self.tokenizer, prompt, template)
         least, most = wanted.limits(len(ids))
         if (count := len(ids) + most) > self.model.n_ctx:
             raise ConfigError(
@@ -57,15 +59,6 @@ class LlamaCppModel(LoadedModel):
 
     def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
         return round(self.model.kv_cache_bytes / self.model.n_ctx) or None
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-        if not ids:
-            raise ConfigError("the prompt is empty: give at least one token")
-        return ids
 
     def _pieces(
         self, ids: list[int], sampler: _sampling.Sampler, ends: frozenset[int], least: int, most: int

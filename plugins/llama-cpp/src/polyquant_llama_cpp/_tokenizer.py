@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -92,9 +92,13 @@ class LlamaTokenizer:
         return template.decode() if template else None
 
     def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], *, tokenize: bool = True, add_generation_prompt: bool = False
-    ) -> Any:
-        """The messages as one text, or as its token ids. Raises ConfigError where the template refuses them."""
+        self, messages: Sequence[Mapping[str, str]], *, tokenize: bool = True, add_generation_prompt: bool = False,
+        **switches: Any,
+    ) -> Any:  # fmt: skip
+        """The messages as one text, or as its token ids; switches: the template's own.
+
+        Raises ConfigError where the template refuses them.
+        """
         if self.chat_template is None:
             raise ConfigError("the model has no chat template: give the prompt as plain text")
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -104,7 +108,7 @@ class LlamaTokenizer:
                 template=self.chat_template, eos_token=self._text(self.eos_token_id),
                 bos_token=self._text(self.bos_token_id), add_generation_prompt=add_generation_prompt,
             )  # fmt: skip
-            text = formatter(messages=[dict(message) for message in messages]).prompt
+            text = formatter(messages=[dict(message) for message in messages], **switches).prompt
         except Exception as error:  # of the template: it raises what it likes
             raise ConfigError(f"the model's chat template does not take these messages: {error}") from error
         return self.encode(text, add_special_tokens=False) if tokenize else text

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from optimum.quanto.library.extensions import get_extension
 from polyquant.plugin import Problem
+from polyquant.plugin.process import wait_for_build
 from transformers import QuantoConfig
 
 from polyquant_quanto.options import QuantoOptions
@@ -34,13 +36,15 @@ def quantize_config(options: QuantoOptions) -> QuantoConfig:
 def prepare_unpacking() -> list[str]:
     """Compile quanto's C++ unpacking now, or fall back to its own version in torch, and say so."""
     extension = get_extension("quanto_cpp")
+    notes = wait_for_build(Path(extension.build_directory)) if extension._lib is None else []
     try:
         _ = extension.lib
     except Exception as error:  # no compiler, no ninja, or a folder that cannot be written
         logging.getLogger(__name__).debug("quanto_cpp", exc_info=error)
         extension._lib = SimpleNamespace(unpack=_unpack)
-        return [f"unpacks in torch: quanto's C++ unpacking could not be compiled ({str(error).splitlines()[0]})"]
-    return []
+        why = str(error).splitlines()[0]
+        return [*notes, f"unpacks in torch: quanto's C++ unpacking could not be compiled ({why})"]
+    return notes
 
 
 def _unpack(packed_values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -10,10 +10,13 @@ import torch
 from optimum import quanto
 from polyquant.errors import ModelError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin.layers import layer_tensors
+from polyquant.plugin.parts import layer_of
 
 from polyquant_quanto._layers import kernel, make_safe
 from polyquant_quanto._library import prepare_unpacking, quantize_config
 from polyquant_quanto.options import QuantoOptions
+from polyquant_quanto.planning import stored_parts
 
 QTYPES = {"int8": quanto.qint8, "int4": quanto.qint4, "int2": quanto.qint2, "float8": quanto.qfloat8}
 PARTS = ("_data", "_scale", "_shift")
@@ -49,7 +52,8 @@ def _read(request: LoadRequest, config: QuantoOptions) -> Any:
     dtype = getattr(torch, wanted)
 
     def make(_: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
-        state = {key: tensor.to(device, dtype if _is_scale(tensor) else None) for key, tensor in tensors.items()}
+        found = layer_tensors(linear, tensors, stored_parts((linear.out_features, linear.in_features), config.weights))
+        state = {key: tensor.to(device, dtype if _is_scale(tensor) else None) for key, tensor in found.items()}
         module = quanto.QLinear.qcreate(linear, QTYPES[config.weights], device="meta")
         missing, left_over = module.load_state_dict(state, strict=False, assign=True)
         if missing or left_over or not _is_frozen(module):
@@ -57,15 +61,10 @@ def _read(request: LoadRequest, config: QuantoOptions) -> Any:
         module.weight.requires_grad_(requires_grad=False)
         return module
 
-    names = sorted({_owner(weight) for weight in checkpoints.packed_modules(request.source, PARTS)})
-    model = checkpoints.read_layers(request, wanted, names, make, owner=_owner)
+    names = sorted({layer_of(weight) for weight in checkpoints.packed_modules(request.source, PARTS)})
+    model = checkpoints.read_layers(request, wanted, names, make, owner=layer_of)
     model.config.quantization_config = quantize_config(config)
     return model
-
-
-def _owner(module: str) -> str:
-    """The layer that a part belongs to: those of its weight lie in `weight`, codes of 4 and 2 bit in `weight._data`."""
-    return f"{module}.".partition(".weight.")[0].removesuffix(".")
 
 
 def _is_scale(tensor: torch.Tensor) -> bool:

@@ -9,7 +9,8 @@ from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears
 
 from polyquant_quanto.options import QuantoOptions
 
-ACTIVATION_SCALE_BYTES = 2 * 4  # input and output scale, float32 scalars, unused but there
+SIZES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float": 4}
+"""Bytes of an element; 'float': of the scales of activations, float32 scalars, unused but there."""
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: QuantoOptions) -> list[LayerPlan]:
@@ -26,14 +27,25 @@ def quantized_bytes(shape: tuple[int, ...], weights: str, dtype_bytes: int) -> i
 
     shape: (out_features, in_features); dtype_bytes: of one scale or shift, in the compute dtype.
     """
+    parts = stored_parts(shape, weights)
+    return sum(prod(size) * (dtype_bytes if size and kind == "float" else SIZES[kind]) for size, kind in parts.values())
+
+
+def stored_parts(shape: tuple[int, ...], weights: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of what a checkpoint holds of a layer: codes, scales, shifts, and activations' scales.
+
+    shape: (out_features, in_features). Scales and shifts are in the compute dtype, those of activations in float32.
+    """
     rows, columns = shape
+    activations: dict[str, tuple[tuple[int, ...], str]] = {"input_scale": ((), "float"), "output_scale": ((), "float")}
     if weights in ("int8", "float8"):
-        return prod(shape) + dtype_bytes * rows + ACTIVATION_SCALE_BYTES
-    group = group_size(columns)
-    if group:
+        codes = "int8" if weights == "int8" else "float8_e4m3fn"
+        return {"weight._data": (shape, codes), "weight._scale": ((rows, 1), "float"), **activations}
+    if group := group_size(columns):
         rows, columns = prod(shape) // group, group
-    values_per_byte = 4 if weights == "int2" else 2
-    return ceil(rows / values_per_byte) * columns + 2 * dtype_bytes * rows + ACTIVATION_SCALE_BYTES
+    packed = (ceil(rows / (4 if weights == "int2" else 2)), columns)
+    floats = dict.fromkeys(("weight._scale", "weight._shift"), ((rows, 1), "float"))
+    return {"weight._data._data": (packed, "uint8"), **floats, **activations}
 
 
 def group_size(in_features: int) -> int | None:

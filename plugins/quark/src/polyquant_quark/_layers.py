@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import PackedLinear, Quantized, describe, layer_tensors, prepare_for_training
+from polyquant.plugin.layers import PackedLinear, Part, Quantized, describe, layer_tensors, prepare_for_training
 from torch import Tensor
 
 from polyquant_quark.options import QuarkOptions
@@ -15,6 +15,7 @@ from polyquant_quark.planning import layout
 
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "dequantize and torch matmul"
+MOST_EXPONENT = 254  # of an e8m0 scale; 255 stands for NaN
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NIBBLES = {"order": (0, 1, 2, 3, 4, 5, 6, 7), "reorder": (0, 4, 1, 5, 2, 6, 3, 7)}
 """Packing -> where in a word the codes of eight neighbours are, in units of four bits from the lowest."""
@@ -73,7 +74,10 @@ def quark_linear(
     own = layout((linear.out_features, linear.in_features), config)
     stored = {name: (shape, "float" if kind == "float32" else kind) for name, (shape, kind) in own.items()}
     dtypes = {"bias": dtype, **{name: getattr(torch, kind) for name, (_, kind) in own.items()}}
-    found = layer_tensors(linear, tensors, stored)
+    expected = {name: Part(*part) for name, part in stored.items()}
+    if config.weights == "mxfp4":
+        expected["weight_scale"] = Part(*stored["weight_scale"], 0, MOST_EXPONENT)
+    found = layer_tensors(linear, tensors, expected)
     held = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in found.items()}
     return QuarkLinear(linear, config, dtype, packing, held)
 

@@ -15,6 +15,7 @@ INFO = BackendInfo(
         devices=(DeviceSupport(type="cpu"), DeviceSupport(type="cuda", minimum_capability=(7, 0))),
         loads_prequantized=("quark",),
         saves=True,
+        readable_by=("transformers",),
         trains=True,
     ),
     options=QuarkOptions,

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, frozen_linear, prepare_for_training, take_bias
+from polyquant.plugin.layers import (
+    Quantized,
+    describe,
+    frozen_linear,
+    layer_tensors,
+    prepare_for_training,
+    take_bias,
+)
 from sinq.quantizer import Quantizer
 from torch import Tensor
 
@@ -88,13 +94,9 @@ def linear_from_tensors(
     """A layer from stored tensors. Raises ModelError where one is missing, or has another shape or dtype."""
     shape = (linear.out_features, linear.in_features)
     expected = layout(shape, config)
-    for name, (size, dtype_name) in expected.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.numel() != prod(size) or dtype_name not in str(tensor.dtype):
-            found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ModelError(f"{name} of a SINQ layer {shape} should be {dtype_name} {size}, and is {found}")
-    take_bias(linear, tensors, dtype)
-    return SinqLinear(linear, config, dtype, {name: tensors[name].view(size) for name, (size, _) in expected.items()})
+    found = layer_tensors(linear, tensors, expected)
+    take_bias(linear, found, dtype)
+    return SinqLinear(linear, config, dtype, {name: found[name] for name in expected})
 
 
 def rounded_plainly(model: Any) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from polyquant.errors import CheckpointConflict
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 from torchao.utils import TorchAOBaseTensor
 
+from polyquant_torchao._checks import require_sound
 from polyquant_torchao._layers import kernel
 from polyquant_torchao._library import quantize_config
 from polyquant_torchao.options import TorchAoOptions
@@ -19,6 +20,7 @@ from polyquant_torchao.planning import plan_layers
 def load(request: LoadRequest, config: TorchAoOptions) -> LoadedModel:
     dtype = resolved_dtype(config)
     if request.source.stored_quantization:
+        require_sound(request, config)
         model = checkpoints.load_causal_lm(request, dtype)
         model.config.quantization_config.compute_dtype = dtype
         _require_dtype(model, getattr(torch, dtype), request.source.name)

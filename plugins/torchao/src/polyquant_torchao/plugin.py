@@ -17,6 +17,7 @@ INFO = BackendInfo(
         on_the_fly=True,
         loads_prequantized=("torchao",),
         saves=True,
+        readable_by=("transformers",),
         trains=True,
     ),
     options=TorchAoOptions,

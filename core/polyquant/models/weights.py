@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyquant.memory.roles import role_of
 from polyquant.models import versions
+from polyquant.models.roles import beside_the_language_model, role_of
 from polyquant.types import WeightInfo
 
 
 def list_weights(skeleton: Any) -> list[WeightInfo]:
     """Every parameter and buffer of `skeleton`, tied ones too (they name the tensor they share)."""
+    in_float32 = versions.kept_in_float32(skeleton, str(skeleton.dtype).removeprefix("torch."))
+    is_tower = beside_the_language_model(skeleton)
+    left_alone = versions.never_quantized(skeleton)
     head, tied = skeleton.get_output_embeddings(), versions.tied_tensors(skeleton)
     default_dense = versions.default_dense_modules(skeleton)
     weights = []
@@ -24,11 +27,11 @@ def list_weights(skeleton: Any) -> list[WeightInfo]:
                     WeightInfo(
                         name=name,
                         shape=tuple(tensor.shape),
-                        dtype=str(tensor.dtype).removeprefix("torch."),
-                        role=role_of(tensor, module, head=head, is_buffer=is_buffer),
+                        dtype="float32" if in_float32(name) else str(tensor.dtype).removeprefix("torch."),
+                        role=role_of(tensor, module, head=head, is_buffer=is_buffer, tower=is_tower(module_name)),
                         module=type(module).__name__,
                         tied_to=tied.get(name, ""),
-                        default_skip=module_name in default_dense,
+                        default_skip=module_name in default_dense or left_alone(name),
                     )
                 )
     return weights

@@ -1,0 +1,71 @@
+"""Runs a few tokens through a model that was loaded: some architectures cannot run as a format has their layers."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Collection
+from typing import Any
+
+from polyquant.errors import ConfigError, ModelError, OutOfMemory, PolyquantError
+from polyquant.loaded import LoadedModel
+
+TRIED_TOKENS = 3
+SHOWN_LETTERS = 200  # of a library's error
+
+
+def require_running(loaded: LoadedModel) -> None:
+    """Raises ConfigError, with the modules to skip, where the model's code fails on a layer as it is quantized.
+
+    Raises ModelError where it fails elsewhere, OutOfMemory where the device has no room for a forward pass.
+    """
+    import torch
+
+    quantized = {layer.name.rpartition(".")[0] for layer in loaded.initial_layers if layer.quantized}
+    try:
+        loaded.logits(range(min(TRIED_TOKENS, loaded.vocabulary)))
+    except (PolyquantError, MemoryError):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the model was loaded, and there is no room to run {TRIED_TOKENS} tokens: {error}"
+        ) from error
+    except Exception as error:  # of the model's code and the backend's layers, which were not written for each other
+        raise _explained(loaded, error, quantized) from error
+
+
+def _explained(loaded: LoadedModel, error: BaseException, quantized: Collection[str]) -> PolyquantError:
+    name, backend = loaded.request.source.name if loaded.request else "the model", loaded.backend.name
+    words = str(error).partition("\n")[0][:SHOWN_LETTERS].rstrip(".")
+    what = f"{name} was loaded with {backend} and cannot run: {type(error).__name__}: {words}"
+    skip = culprits(loaded.model, error, quantized)
+    if not skip:
+        return ModelError(what)
+    stored = loaded.settled is not None and loaded.settled.route == "as stored"
+    again = "make the checkpoint again from the dense model, with" if stored else "keep them dense:"
+    shown = ", ".join(map(repr, skip))
+    return ConfigError(
+        f"{what}. The code of this architecture cannot use {', '.join(skip)} as {backend} has them; {again} "
+        f"skip=({shown},) (--skip {','.join(skip)})"
+    )
+
+
+def culprits(model: Any, error: BaseException, quantized: Collection[str]) -> list[str]:
+    """Last name parts of the quantized modules that `error` is about; none where it is about no such module.
+
+    The innermost module of the model in whose code it was raised: itself, or those that the line names.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for (frame, _), summary in reversed(list(zip(frames, traceback.extract_tb(error.__traceback__), strict=True))):
+        name = names.get(id(frame.f_locals.get("self")))
+        if name is None:
+            continue
+        if name in quantized:
+            return [name.rpartition(".")[2]]
+        line = summary.line or ""
+        inside = {each.rpartition(".")[2] for each in quantized if each.startswith(f"{name}." if name else "")}
+        bare = {word for word in re.findall(r"(\w+)\.weight", line) if word in inside}
+        if found := bare or inside.intersection(re.findall(r"\w+", line)):
+            return sorted(found)
+    return []

@@ -1,0 +1,34 @@
+"""In words, what is wrong with what a plugin gave: the answer of a hook, or an error when it was imported."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+
+def wrong_answer(result: object, wanted: type, item: type | None) -> str:
+    """What is wrong with a hook's answer, in words; empty where it has the right type."""
+    if result is None:
+        return f"must answer with {wanted.__name__}, it answered with NoneType (does it return?)"
+    if not isinstance(result, wanted):
+        return f"must answer with {wanted.__name__}, it answered with {type(result).__name__}"
+    strange = [each for each in result if not isinstance(each, item)] if item and isinstance(result, list) else []
+    if strange and item:
+        return f"must answer with a list of {item.__name__}, {type(strange[0]).__name__} is in it"
+    return ""
+
+
+def cure_of_import(point: EntryPoint, error: BaseException) -> str:
+    """What to do where a plugin fails to import."""
+    if isinstance(error, SystemExit):
+        return "a plugin must not end the program: raise an error there, or in validate_environment return a Problem"
+    own = point.module.partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if error.name.partition(".")[0] == own:
+            return f"the entry point names {point.value}; write that module, or mend the entry point in pyproject.toml"
+        return (
+            f"install {error.name}; a library that only the hooks need is imported inside them, so that listing works "
+            "without it"
+        )
+    if isinstance(error, AttributeError) and point.attr and str(error).endswith(f"has no attribute {point.attr!r}"):
+        return f"the entry point names {point.value}; write {point.attr} = YourBackend() at the end of that module"
+    return "mend it there"

@@ -1,0 +1,149 @@
+"""Backends and options as people write them: `gguf:Q8_0,compute_dtype=bfloat16`, and the words of a query.
+
+A query asks for `bits` and `scheme` (`polyquant.backends(bits=4)`); every backend takes them as options too, whatever
+its own are called. What they come to follows from its card, its presets and its options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from polyquant.errors import ConfigError, did_you_mean
+from polyquant.options import BackendOptions, convert, describe_options
+from polyquant.types import BackendInfo
+
+SYNTAX = "backend (its first preset), backend:preset, backend:preset,option=value,... or backend@checkpoint"
+QUERY_WORDS = ("bits", "scheme")
+
+
+def pairs(text: str, words: Sequence[str]) -> dict[str, str]:
+    """name -> value of words written as name=value; one without = goes on with the value before it.
+
+    text: the whole, for messages. Raises ConfigError for a name that is given twice, and a word that is neither.
+    """
+    found: dict[str, str] = {}
+    last = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals:
+            if name in found:
+                raise ConfigError(f"{text!r} gives {name} twice")
+            last = name.strip()
+            found[last] = value.strip()
+        elif last:
+            found[last] += f",{word}"
+        else:
+            raise ConfigError(f"{text!r}: {word!r} is neither a preset nor name=value; a candidate is {SYNTAX}")
+    return found
+
+
+def preset_and_pairs(text: str, rest: str) -> tuple[str, dict[str, str]]:
+    """The preset, empty where none is named, and the options of what follows the colon in `text`."""
+    words = [word.strip() for word in rest.split(",") if word.strip()]
+    preset = words.pop(0) if words and "=" not in words[0] else ""
+    return preset, pairs(text, words)
+
+
+def preset_options(info: BackendInfo, preset: str) -> Mapping[str, object]:
+    """The options of a preset; none of the empty name. Raises ConfigError where the backend does not have it."""
+    if preset and preset not in info.presets:
+        known = ", ".join(info.presets) or "none"
+        raise ConfigError(
+            f"{info.name} has no preset {preset!r}; there are {known}.{did_you_mean(preset, info.presets)} "
+            "Options are written as name=value"
+        )
+    return info.presets.get(preset, {})
+
+
+def named(backend: str, options: Mapping[str, Any], card: Callable[[str], BackendInfo]) -> tuple[str, dict[str, Any]]:
+    """The backend of `name`, `name:preset` or `name:preset,option=value`, and its options, with `options` on top.
+
+    card: finds the card of a backend. Raises ConfigError, or what `card` raises for an unknown backend.
+    """
+    name, colon, rest = backend.partition(":")
+    if not colon:
+        return backend, dict(options)
+    info, (preset, given) = card(name), preset_and_pairs(backend, rest)
+    return name, {**preset_options(info, preset), **typed(info, given, strict=False), **options}
+
+
+def typed(info: BackendInfo, given: Mapping[str, object], *, strict: bool = True) -> dict[str, Any]:
+    """`given` with values of the right types; words of a query stay. Raises ConfigError for one that is not allowed."""
+    config = convert(info.options, resolved(info, given, strict=strict), strict=strict)
+    return {name: getattr(config, name, value) for name, value in given.items()}
+
+
+def words_of(info: BackendInfo) -> list[str]:
+    """The words of a query that are no option of the backend's own, and stand for some."""
+    return [word for word in QUERY_WORDS if word not in info.options.__struct_fields__]
+
+
+def resolved(info: BackendInfo, given: Mapping[str, object], *, strict: bool = True) -> dict[str, object]:
+    """`given` with the words of a query as the backend's own options: its defaults, a preset, or one option's value.
+
+    Raises ConfigError, with the choices, where nothing that it has is so, or several values are.
+    """
+    words = {name: given[name] for name in words_of(info) if name in given}
+    own = {name: value for name, value in given.items() if name not in words}
+    if not words:
+        return own
+    tried, refusals = 0, list[ConfigError]()
+
+    def fits(more: Mapping[str, object]) -> bool:
+        nonlocal tried
+        tried += 1
+        try:
+            config = convert(info.options, {**more, **own}, strict=strict)
+        except ConfigError as error:
+            refusals.append(error)
+            return False
+        return all(is_so(info, config, word, value) for word, value in words.items())
+
+    for known in ({}, *info.presets.values()):
+        if fits(known):
+            return {**known, **own}
+    single = [known for known in _single_values(info) if fits(known)]
+    if len(single) == 1:
+        return {**single[0], **own}
+    asked = ", ".join(f"{name}={value}" for name, value in {**words, **own}.items())
+    if single:
+        choices = " or ".join(f"{name}={value!r}" for known in single for name, value in known.items())
+        raise ConfigError(f"{asked} may be several of {info.name}'s: say which, {choices}")
+    can = info.capabilities
+    if len(refusals) == tried:
+        raise refusals[0]  # what else was given is not allowed, whatever the words stand for
+    raise ConfigError(
+        f"{info.name} has nothing with {asked}; bits are {', '.join(f'{bits:g}' for bits in can.bits)}, schemes "
+        f"{', '.join(can.schemes)}, presets {', '.join(info.presets) or 'none'}"
+    )
+
+
+def is_so(info: BackendInfo, config: BackendOptions, word: str, value: object) -> bool:
+    """Whether options have so many bits, or that scheme."""
+    if word == "bits":
+        try:
+            return float(str(value)) == config.level_bits
+        except ValueError:
+            return False
+    return str(value) in _schemes(info, config)
+
+
+def told(info: BackendInfo, config: BackendOptions, word: str) -> str:
+    """What options are, as a word of a query says it."""
+    return f"{config.level_bits:g}" if word == "bits" else " or ".join(sorted(_schemes(info, config))) or "another"
+
+
+def _schemes(info: BackendInfo, config: BackendOptions) -> set[str]:
+    """What the card's schemes call these options: by their own word, else by a value; where there is one, that one."""
+    own = getattr(config, "scheme", None)
+    values = {str(value) for value in (getattr(config, name) for name in config.__struct_fields__)}
+    known = info.capabilities.schemes
+    return {str(own)} if own else values.intersection(known) or set(known if len(known) == 1 else ())
+
+
+def _single_values(info: BackendInfo) -> Iterator[dict[str, object]]:
+    """Every allowed value of each option that has a list of them."""
+    for option in describe_options(info.options):
+        if option.name not in BackendOptions.__struct_fields__:
+            yield from ({option.name: value} for value in option.values if value != option.default)
