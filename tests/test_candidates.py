@@ -91,7 +91,12 @@ def card(**more):
         def weight_bits(self):
             return int(self.weights[-1])
 
-    can = Capabilities(bits=(8, 4, 2), schemes=("int8", "int4", "float4", "int2"), devices=(DeviceSupport(type="cpu"),))
+        @property
+        def scheme(self):
+            return f"{self.weights}-fast" if self.fast else ""
+
+    schemes = ("int8", "int4", "float4", "int2", "int2-fast", "codes")
+    can = Capabilities(bits=(8, 4, 2, 5), schemes=schemes, devices=(DeviceSupport(type="cpu"),))
     presets = {"small": {"weights": "int8"}, **more}
     return BackendInfo(name="acme", summary="", options=Options, docs="", capabilities=can, presets=presets)
 
@@ -101,6 +106,8 @@ def card(**more):
     [
         ({"bits": 8}, {}),
         ({"bits": 2}, {"weights": "int2"}),
+        ({"scheme": "int2-fast"}, {"weights": "int2", "fast": True}),
+        ({"scheme": "int8-fast", "weights": "int8"}, {"weights": "int8", "fast": True}),
         ({"bits": 2.0, "fast": True}, {"weights": "int2", "fast": True}),
         ({"scheme": "float4"}, {"weights": "float4"}),
         ({"bits": 4, "scheme": "int4", "group_size": 32}, {"weights": "int4", "group_size": 32}),
@@ -124,8 +131,12 @@ def test_presets_choose_between_several():
         ({"bits": 4}, "bits=4 may be several of acme's: say which, weights='int4' or weights='float4'"),
         (
             {"bits": 3},
-            "acme has nothing with bits=3; bits are 8, 4, 2, schemes int8, int4, float4, int2, presets small",
+            "acme has nothing with bits=3; bits are 8, 4, 2, 5, schemes int8, int4, float4, int2, int2-fast, codes, "
+            "presets small",
         ),
+        ({"bits": 5}, "acme reads checkpoints with bits=5, and none of its options makes one; presets are small"),
+        ({"scheme": "codes"}, "acme reads checkpoints with scheme=codes, and none of its options makes one"),
+        ({"scheme": "codes", "bits": 8}, "acme has nothing with bits=8, scheme=codes"),
         ({"bits": 4, "weights": "int8"}, "acme has nothing with bits=4, weights=int8"),
         ({"bits": 8, "scheme": "int4"}, "acme has nothing with bits=8, scheme=int4"),
         ({"bits": "many"}, "acme has nothing with bits=many"),
@@ -151,7 +162,7 @@ def test_every_backend_takes_the_words_that_its_card_answers_to(info):
                 handle.config({word: value})
                 taken.append(word)
             except ConfigError as error:
-                assert re.search("say which|has nothing with|must be", str(error)), error
+                assert re.search("say which|reads checkpoints with|must be", str(error)), error
     assert "bits" in taken
     assert "scheme" in taken
 

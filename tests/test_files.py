@@ -1,5 +1,6 @@
 """Folders are written all or nothing: errors, a full disk and a kill leave what was there, and what is not ours stays."""
 
+import errno
 import json
 import os
 import select
@@ -12,7 +13,7 @@ import pytest
 from polyquant.authoring.new import new_backend
 from polyquant.errors import SaveError
 from polyquant.support import files
-from polyquant.support.files import atomic_folder, locked, make_folder
+from polyquant.support.files import atomic_folder, locked, make_folder, write_atomically
 
 
 def write(out, text, **more):
@@ -47,13 +48,25 @@ def test_an_existing_folder_needs_overwrite(old):
 
 
 def test_an_error_leaves_the_old_folder_and_nothing_else(old):
-    with pytest.raises(SaveError, match="failed .*boom.* MiB are free there; what was at .* is unchanged") as caught:
+    with pytest.raises(SaveError, match=r"failed \(boom\); what was at .* is unchanged") as caught:
         with atomic_folder(old, overwrite=True) as partial:
             (partial / "weights").write_text("half")
             raise RuntimeError("boom")
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert (old / "weights").read_text() == "old"
     assert [child.name for child in old.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_only_where_the_disk_is_full_its_room_is_told(old, number):
+    with pytest.raises(SaveError, match=r"failed \(.*\); \d+ MiB are free there; what was at .* is unchanged"):
+        with atomic_folder(old, overwrite=True):
+            try:
+                raise OSError(number, os.strerror(number))
+            except OSError as error:
+                raise RuntimeError("the library's own words") from error
+    with pytest.raises(SaveError, match=r"cannot write .*\)$"):
+        write_atomically(old / "no" / "folder", "text")
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

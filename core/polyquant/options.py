@@ -95,6 +95,11 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Bits that decide how exact a weight is: below `weight_bits` where few levels are kept in wide numbers."""
         return self.weight_bits
 
+    @property
+    def scheme(self) -> str:
+        """Which of the card's schemes these options are; empty: the one that an option's value names, or a file."""
+        return ""
+
     def to_stored(self) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint with these options; `from_stored` reads it back."""
         raise NotImplementedError

@@ -27,12 +27,13 @@ class Variant(PluginBackend):
     options = RowwiseOptions
     card = {}
     capabilities = {}
+    hooks = ("plan_layers", "save", "prepare_for_training")
 
     def __init__(self):
         capabilities = msgspec.structs.replace(INFO.capabilities, **self.capabilities)
         changes = {"name": self.name, "options": self.options, "capabilities": capabilities, **self.card}
         info = msgspec.structs.replace(INFO, presets={"int8": {"bits": 8}}, **changes)
-        super().__init__(info, ("plan_layers", "save", "prepare_for_training"), package=rowwise.package)
+        super().__init__(info, self.hooks, package=rowwise.package)
 
 
 class CalibratedOptions(RowwiseOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,6 +94,11 @@ class Modest(Variant):
 @plugin(breaks="others_read_it_right_or_refuse_it")
 class Boasts(Variant):
     capabilities = {"readable_by": ("transformers",)}
+
+
+@plugin(breaks="what_is_declared_loads")
+class Promises(Variant):
+    capabilities = {"bits": (*INFO.capabilities.bits, 5)}
 
 
 @plugin(breaks="hooks_fit_the_specification")
@@ -267,6 +273,24 @@ class Coarse(Loads):
                 layer.mlp.up_proj.weight.div_(24, rounding_mode="trunc").mul_(24)
 
 
+@plugin(breaks="compiles_with_torch")
+class Compiled(Loads):
+    capabilities = {"compiles": True}
+
+    def after(self, loaded):
+        import torch
+
+        def halve(module, given, logits):
+            return logits / 2 if torch.compiler.is_compiling() else logits
+
+        loaded.model.lm_head.register_forward_hook(halve)
+
+
+@plugin(breaks="offloads_to_the_cpu")
+class Stays(Loads):
+    capabilities = {"offloads": True}
+
+
 # layers and bytes
 
 
@@ -302,6 +326,9 @@ class Silent(Variant):
 
 @plugin(breaks="covers_the_model")
 class Half(Loads):
+    capabilities = {"saves": False}
+    hooks = ("plan_layers", "prepare_for_training")
+
     def after(self, loaded):
         import torch
 
@@ -358,9 +385,10 @@ class Inexact(Variant):
         from safetensors.torch import load_file, save_file
 
         rowwise.save(loaded, out)
-        tensors = load_file(out / "model.safetensors")
+        (path,) = out.glob("*.safetensors")
+        tensors = load_file(path)
         rounded = {name: tensor.bfloat16().float() if "embed" in name else tensor for name, tensor in tensors.items()}
-        save_file(rounded, out / "model.safetensors", metadata={"format": "pt"})
+        save_file(rounded, path, metadata={"format": "pt"})
         return out
 
 

@@ -116,7 +116,10 @@ def sample(text: str) -> Check:
 
 
 def effective(loaded: LoadedModel) -> Check:
-    """The library's own config of the loaded model, read back, against the options."""
+    """The library's own config of the loaded model, read back, against the options.
+
+    Which modules of a stored checkpoint are dense, its headers say; a config may name them in other words.
+    """
     name, expected = "effective config", f"{loaded.config!r}"
     native = getattr(getattr(loaded.model, "config", None), "quantization_config", None)
     if native is None:
@@ -126,11 +129,13 @@ def effective(loaded: LoadedModel) -> Check:
         effective = type(loaded.config).from_stored(stored)
     except (PolyquantError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         return Check(name=name, passed=False, expected=expected, found=f"cannot be read back: {error}")
-    asked = loaded.config
+    asked, free = loaded.config, set(loaded.config.load_time)
+    if loaded.settled is not None and loaded.settled.route == "as stored":
+        free |= {"skip", "skip_defaults"}
     changed = [
         f"{field}: asked {getattr(asked, field)!r}, is {getattr(effective, field)!r}"
         for field in asked.__struct_fields__
-        if field not in asked.load_time and getattr(asked, field) != getattr(effective, field)
+        if field not in free and getattr(asked, field) != getattr(effective, field)
     ]
     return Check(name=name, passed=not changed, expected=expected, found="; ".join(changed) or "the same")
 

@@ -68,11 +68,11 @@ def _require_class(source: ModelSource, config: Any, model_class: Any) -> None:
     if known and model_class.__name__ not in named:
         raise ModelError(
             f"{source.name} is a {known[0]}, and would load as {model_class.__name__}, with the rest left out or made "
-            "of random numbers; polyquant loads causal language models: take a checkpoint of one"
+            "of random numbers; only causal language models are loaded: take a checkpoint of one"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{source.name} has an encoder beside its decoder; polyquant loads causal language models: take one"
+            f"{source.name} has an encoder beside its decoder; only causal language models are loaded: take one"
         )
 
 

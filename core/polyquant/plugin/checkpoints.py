@@ -255,7 +255,8 @@ def save(
         quantization_config = dict(loaded.model.config.quantization_config)
     tied = versions.tied_tensors(loaded.model)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}
-    stem = "model" if "transformers" in loaded.backend.capabilities.readable_by else OWN_FORMAT
+    readers = loaded._backend.capabilities.readable_by if loaded._backend else ()  # none: a quantize hook made it
+    stem = "model" if "transformers" in readers else OWN_FORMAT
     save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": "pt"})
     config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
     config.quantization_config = quantization_config

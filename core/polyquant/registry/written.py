@@ -7,6 +7,7 @@ its own are called. What they come to follows from its card, its presets and its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from polyquant.errors import ConfigError, did_you_mean
@@ -80,7 +81,7 @@ def words_of(info: BackendInfo) -> list[str]:
 
 
 def resolved(info: BackendInfo, given: Mapping[str, object], *, strict: bool = True) -> dict[str, object]:
-    """`given` with the words of a query as the backend's own options: its defaults, a preset, or one option's value.
+    """`given` with the words of a query as the backend's own options, the fewest that `reaching` finds.
 
     Raises ConfigError, with the choices, where nothing that it has is so, or several values are.
     """
@@ -88,6 +89,33 @@ def resolved(info: BackendInfo, given: Mapping[str, object], *, strict: bool = T
     own = {name: value for name, value in given.items() if name not in words}
     if not words:
         return own
+    found = reaching(info, words, own, strict=strict)
+    if len(found) == 1:
+        return found[0]
+    asked = ", ".join(f"{name}={value}" for name, value in {**words, **own}.items())
+    if found:
+        choices = " or ".join(
+            ", ".join(f"{name}={value!r}" for name, value in each.items() if name not in own) for each in found
+        )
+        raise ConfigError(f"{asked} may be several of {info.name}'s: say which, {choices}")
+    can, presets = info.capabilities, ", ".join(info.presets) or "none"
+    if not own and len(words) == 1 and _is_declared(info, *next(iter(words.items()))):
+        said = f"reads checkpoints with {asked}, and none of its options makes one; presets are {presets}"
+        raise ConfigError(f"{info.name} {said}")
+    raise ConfigError(
+        f"{info.name} has nothing with {asked}; bits are {', '.join(f'{bits:g}' for bits in can.bits)}, schemes "
+        f"{', '.join(can.schemes)}, presets {presets}"
+    )
+
+
+def reaching(
+    info: BackendInfo, words: Mapping[str, object], own: Mapping[str, object] = {}, *, strict: bool = True
+) -> list[dict[str, object]]:
+    """The options, `own` among them, that come to the words of a query.
+
+    The backend's defaults, else its first preset that does, else every value of one option, else of two.
+    Raises ConfigError where `own` is not allowed, whatever the words stand for.
+    """
     tried, refusals = 0, list[ConfigError]()
 
     def fits(more: Mapping[str, object]) -> bool:
@@ -102,21 +130,21 @@ def resolved(info: BackendInfo, given: Mapping[str, object], *, strict: bool = T
 
     for known in ({}, *info.presets.values()):
         if fits(known):
-            return {**known, **own}
-    single = [known for known in _single_values(info) if fits(known)]
-    if len(single) == 1:
-        return {**single[0], **own}
-    asked = ", ".join(f"{name}={value}" for name, value in {**words, **own}.items())
-    if single:
-        choices = " or ".join(f"{name}={value!r}" for known in single for name, value in known.items())
-        raise ConfigError(f"{asked} may be several of {info.name}'s: say which, {choices}")
-    can = info.capabilities
+            return [{**known, **own}]
+    values = [(name, value) for name, value in _values(info) if name not in own]
+    for count in (1, 2):
+        sets = (dict(chosen) for chosen in combinations(values, count))
+        if found := [{**known, **own} for known in sets if len(known) == count and fits(known)]:
+            return found
     if len(refusals) == tried:
-        raise refusals[0]  # what else was given is not allowed, whatever the words stand for
-    raise ConfigError(
-        f"{info.name} has nothing with {asked}; bits are {', '.join(f'{bits:g}' for bits in can.bits)}, schemes "
-        f"{', '.join(can.schemes)}, presets {', '.join(info.presets) or 'none'}"
-    )
+        raise refusals[0]
+    return []
+
+
+def _is_declared(info: BackendInfo, word: str, value: object) -> bool:
+    """Whether the card has it, of which its options need not make any."""
+    can = info.capabilities
+    return str(value) in (map(str, can.schemes) if word == "scheme" else (f"{bits:g}" for bits in can.bits))
 
 
 def is_so(info: BackendInfo, config: BackendOptions, word: str, value: object) -> bool:
@@ -136,14 +164,14 @@ def told(info: BackendInfo, config: BackendOptions, word: str) -> str:
 
 def _schemes(info: BackendInfo, config: BackendOptions) -> set[str]:
     """What the card's schemes call these options: by their own word, else by a value; where there is one, that one."""
-    own = getattr(config, "scheme", None)
-    values = {str(value) for value in (getattr(config, name) for name in config.__struct_fields__)}
+    values = {str(getattr(config, name)) for name in config.__struct_fields__}
     known = info.capabilities.schemes
-    return {str(own)} if own else values.intersection(known) or set(known if len(known) == 1 else ())
+    return {config.scheme} if config.scheme else values.intersection(known) or set(known if len(known) == 1 else ())
 
 
-def _single_values(info: BackendInfo) -> Iterator[dict[str, object]]:
-    """Every allowed value of each option that has a list of them."""
+def _values(info: BackendInfo) -> Iterator[tuple[str, object]]:
+    """(option, value) of every value but the default of each option that has a list of them, or two."""
     for option in describe_options(info.options):
         if option.name not in BackendOptions.__struct_fields__:
-            yield from ({option.name: value} for value in option.values if value != option.default)
+            values = (True, False) if isinstance(option.default, bool) else option.values
+            yield from ((option.name, value) for value in values if value != option.default)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -117,9 +118,8 @@ def atomic_folder(out: Path, *, overwrite: bool, keeps: Iterable[Path] = (), mar
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, PolyquantError) and not isinstance(error, BackendFailed):
                 raise
-            free = shutil.disk_usage(out.parent).free
             raise SaveError(
-                f"writing {out} failed ({error}); {free / 2**20:.0f} MiB are free there; what was at {out} is unchanged"
+                f"writing {out} failed ({error}); {_room(error, out.parent)}what was at {out} is unchanged"
             ) from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -171,5 +171,14 @@ def write_atomically(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise SaveError(f"cannot write {path} ({error}); {free / 2**20:.0f} MiB are free there") from error
+        raise SaveError(f"cannot write {path} ({error})" + f"; {_room(error, path.parent)}".rstrip("; ")) from error
+
+
+def _room(error: BaseException | None, folder: Path) -> str:
+    """Where the disk or a quota is full: how much is free in `folder`; else nothing."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or "No space left on device" in str(error):  # as safetensors words it, in an error of its own
+            return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there; "
+        error = error.__cause__ or error.__context__
+    return ""

@@ -53,6 +53,11 @@ CURES: Mapping[str, tuple[str, str]] = {
         "describe_layers", "count weights, scales, zero points and codes: polyquant.plugin.layers.describe does",
     ),
     "plan_is_within_one_percent": ("plan_layers", "count a layer's bytes as your module stores it, constants included"),
+    "what_is_declared_loads": (
+        "backend_info", "declare the bits, schemes and quant_methods that options or make_checkpoint come to, no more",
+    ),
+    "compiles_with_torch": ("load", "keep torch.compile's limits in the module's forward, or leave compiles out"),
+    "offloads_to_the_cpu": ("load", "place each layer as request.device_map says, or leave offloads out"),
     "memory_comes_back": ("load", "keep no reference to the model or its tensors: no globals, no caches"),
     "others_read_it_right_or_refuse_it": (
         "readable_by", "name transformers on the card if it reads the format, else write with checkpoints.save"

@@ -51,7 +51,7 @@ class ConformanceCheck:
     """A check and when it applies."""
 
     function: CheckFunction
-    per: Literal["backend", "preset", "model"]  # model: each preset on `models`, as `cases` says
+    per: Literal["backend", "preset", "model", "declared"]  # see `cases`
     models: tuple[str, ...]
     needs: tuple[str, ...]  # fields of Capabilities that must be set
     real: bool  # loads the real model
@@ -63,7 +63,7 @@ class ConformanceCheck:
 
     @property
     def group(self) -> str:
-        """What it is about: card, options, load, outputs, layers, bytes, files, train, state."""
+        """What it is about: card, options, load, outputs, layers, bytes, declared, files, damage, train, state."""
         return self.function.__module__.rpartition("checks_")[2]
 
     @property
@@ -71,12 +71,15 @@ class ConformanceCheck:
         """The promise, in one line."""
         return (self.function.__doc__ or "").partition("\n")[0]
 
-    def cases(self, presets: Sequence[str], everywhere: Collection[str]) -> list[Case]:
-        """Every run of the check for a backend with these presets; those of `everywhere` run on every tiny model."""
+    def cases(self, presets: Sequence[str], everywhere: Collection[str], declared: Collection[str]) -> list[Case]:
+        """Every run of the check: one for the backend, one for each preset, or for what else is declared.
+
+        Of those for a model, each preset runs on the first, and those of `everywhere` run on every tiny model.
+        """
         if self.per == "backend":
             return [Case()]
-        if self.per == "preset":
-            return [Case(preset) for preset in presets]
+        if self.per in ("preset", "declared"):
+            return [Case(preset) for preset in (presets if self.per == "preset" else declared)]
         return [
             Case(preset, model) for preset in presets for model in self.models if model == FIRST or preset in everywhere
         ]
@@ -94,10 +97,13 @@ CHECKS: dict[str, ConformanceCheck] = {}
 
 
 def check(
-    *, per: Literal["backend", "preset", "model"] = "preset", models: Sequence[str] = (), needs: Sequence[str] = (),
-    real: bool = False,
+    *, per: Literal["backend", "preset", "model", "declared"] = "preset", models: Sequence[str] = (),
+    needs: Sequence[str] = (), real: bool = False,
 ) -> Callable[[CheckFunction], CheckFunction]:  # fmt: skip
-    """Register a function as a check: f(subject), f(subject, preset) or f(subject, preset, model), as `per` says."""
+    """Register a function as a check: f(subject), f(subject, preset) or f(subject, preset, model), as `per` says.
+
+    declared: in place of a preset, what `polyquant.testing.schemes.not_in_presets` names.
+    """
 
     def register(function: CheckFunction) -> CheckFunction:
         CHECKS[function.__name__] = ConformanceCheck(function, per, tuple(models), tuple(needs), real)

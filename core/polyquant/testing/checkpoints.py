@@ -72,3 +72,62 @@ def assert_verified(loaded: LoadedModel) -> None:
     """Nothing but the sample fails, which random weights cannot speak."""
     failures = [check for check in polyquant.verify(loaded, max_new_tokens=2).failures if check.name != "sample"]
     assert not failures, failures
+
+
+FLOAT16_AT = {  # byte positions of float16 fields, which random bytes would make NaN or infinite
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
+    "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (), "IQ1_M": (),
+}  # fmt: skip
+
+
+LEFT_OUT = ("general.architecture", "general.file_type", "polyquant.options")  # written anew, or of another file
+MODERATE = {"MXFP4": (1, 112, 8), "NVFP4": (4, 8, 16)}
+"""kind -> how many bytes at the start are scales, the least of those that models have, how many: others overflow."""
+
+
+def random_blocks(kind: str, count: int) -> Any:
+    """GGUF blocks of random bytes whose values are finite, so that every field takes every value: (count, bytes)."""
+    import numpy as np
+
+    from polyquant.plugin.gguf import TYPES
+
+    rng = np.random.default_rng(7)
+    blocks = rng.integers(0, 256, (count, TYPES[kind].nbytes), dtype=np.uint8)
+    for at in FLOAT16_AT.get(kind, (0,)):
+        blocks[:, at : at + 2] = rng.normal(0, 0.02, (count, 1)).astype(np.float16).view(np.uint8)
+    if kind == "IQ1_M":
+        blocks[:, 55] &= 0x3F  # top nibble of the scale: no infinities
+    if kind == "MXFP4":
+        blocks[:, 0] %= 240  # an exponent; beyond, the reference overflows
+    return blocks
+
+
+def in_blocks_of(kind: str, path: Path, out: Path) -> Path:
+    """A copy of a GGUF, in the folder `out`, in which the matrices of its layers are random blocks of another type."""
+    import gguf
+
+    from polyquant.plugin.gguf import TYPES
+
+    reader, block = gguf.GGUFReader(path), TYPES[kind]
+    out.mkdir(parents=True)
+    writer = gguf.GGUFWriter(out / f"{kind}.gguf", reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name not in LEFT_OUT and not field.name.startswith("GGUF."):
+            writer.add_key_value(field.name, field.contents(), *field.types[:2])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{'MXFP4_MOE' if kind == 'MXFP4' else kind}"])
+    for tensor in reader.tensors:
+        data, stored_as = tensor.data, tensor.tensor_type
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
+            columns, rows = (int(size) for size in tensor.shape)
+            data = random_blocks(kind, rows * columns // block.elements)
+            if kind in MODERATE:
+                count, least, values = MODERATE[kind]
+                data[:, :count] = data[:, :count] % values + least
+            data = data.reshape(rows, -1)
+            stored_as = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(tensor.name, data, raw_dtype=stored_as)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out

@@ -20,8 +20,8 @@ def described_bytes_are_stored_bytes(subject: Subject, preset: str, model: str) 
     from polyquant.memory.storage import stored_bytes
 
     loaded = subject.loaded(preset, model)
-    first, at_first = total(loaded.initial_layers), subject.stored_at_first(preset, model)
-    expect(first == at_first, f"before any forward pass {first} bytes are described, {at_first} are stored")
+    first, at_first = loaded.tried_bytes, subject.stored_at_first(preset, model)
+    expect(first == at_first, f"as it was loaded {first} bytes are described, {at_first} are stored")
     layers = loaded.layers
     described, stored = total(layers), stored_bytes(loaded.model)
     expect(described == stored, f"{described} bytes are described, {stored} are stored")

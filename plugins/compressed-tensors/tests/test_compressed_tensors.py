@@ -215,7 +215,7 @@ def test_what_cannot_be_run_is_refused(changed, change, words):
         (lambda t: t.update({f"{UP}.weight_shape": torch.tensor([512, 255])}), r"weight_shape says \[512, 255\]"),
         (lambda t: t.update({f"{UP}.weight_g_idx": torch.zeros(256)}), f"{UP} cannot be read: weight_g_idx has no place"),
         (lambda t: t.pop("lm_head.weight"), r"lm_head\.weight of the model is not in the checkpoint"),
-        (lambda t: t.update({"lm_head.weight_packed": torch.zeros(1)}), r"no place in the model: lm_head\.weight_packed"),
+        (lambda t: t.update({"lm_head.weight_packed": torch.zeros(1)}), r"lm_head cannot be read: weight_scale, weight_shape is missing; it has weight, weight_packed"),
     ],
 )  # fmt: skip
 def test_damaged_checkpoints_name_the_tensor(changed, damage, words):

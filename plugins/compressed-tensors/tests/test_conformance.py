@@ -19,6 +19,6 @@ class TestCompressedTensors(BackendConformance):
 
     def make_checkpoint(self, dense, preset, out):
         """Text goes to GPTQ only, rounding to nearest refuses it; for tiny models a little, else polyquant's prose."""
-        options = dict(polyquant.backend(self.backend).info.presets[preset])
+        options = self.options(preset)
         text = CALIBRATION if options.get("method") == "gptq" and dense.exists() else None
         polyquant.quantize(str(dense), self.backend, out, calibration=text, **options)

@@ -1,6 +1,11 @@
 """The promises of the card, kept."""
 
+from pathlib import Path
+
+import polyquant
+from polyquant.plugin.gguf import TYPES
 from polyquant.testing import BackendConformance, Floor
+from polyquant.testing.checkpoints import in_blocks_of
 
 
 class TestGguf(BackendConformance):
@@ -12,3 +17,11 @@ class TestGguf(BackendConformance):
         "Q5_1": Floor(kl=0.15, top1=0.79),
         "Q8_0": Floor(kl=0.002, top1=0.94),
     }
+
+    def make_checkpoint(self, dense: Path, preset: str, out: Path) -> Path:
+        """Of a type that only llama.cpp writes, or of so many bits."""
+        word, _, value = preset.partition("=")
+        kinds = {name: name if word == "scheme" else f"{block.bits:g}" for name, block in TYPES.items() if block.packed}
+        kind = next(name for name, each in kinds.items() if each == value)
+        (plain,) = polyquant.quantize(str(dense), self.backend, out.with_name("plain"), type="Q8_0").glob("*.gguf")
+        return in_blocks_of(kind, plain, out)

@@ -6,26 +6,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 from polyquant.plugin.gguf import TYPES
+from polyquant.testing.checkpoints import random_blocks
 from polyquant_gguf._decode import BLOCKS, dequantize
 
 PACKED = [name for name, block in TYPES.items() if block.packed]
 QUANTIZABLE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
-FLOAT16_AT = {  # byte positions of float16 fields, which random bytes would make NaN or infinite
-    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
-    "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (), "IQ1_M": (),
-}  # fmt: skip
-
-
-def random_blocks(name: str, count: int) -> np.ndarray:
-    rng = np.random.default_rng(7)
-    blocks = rng.integers(0, 256, (count, TYPES[name].nbytes), dtype=np.uint8)
-    for at in FLOAT16_AT.get(name, (0,)):
-        blocks[:, at : at + 2] = rng.normal(0, 0.02, (count, 1)).astype(np.float16).view(np.uint8)
-    if name == "IQ1_M":
-        blocks[:, 55] &= 0x3F  # top nibble of the scale: no infinities
-    if name == "MXFP4":
-        blocks[:, 0] %= 240  # an exponent; beyond, the reference overflows
-    return blocks
 
 
 def test_sizes_are_ggmls() -> None:

@@ -1,11 +1,13 @@
 """The conformance suite. Floors: measured on SmolLM2-135M, llama-cpp-python 0.3.36, CPU, in brackets; KL in nats."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import polyquant
 import pytest
 from polyquant.testing import BackendConformance, Floor
+from polyquant.testing.checkpoints import in_blocks_of
+from polyquant_llama_cpp.formats import ReadOnly
 
 
 class TestLlamaCpp(BackendConformance):
@@ -28,6 +30,7 @@ class TestLlamaCpp(BackendConformance):
             source = type(self).write(dense, out.parent / f"{dense.name}.gguf")
         else:
             source, more = str(dense), {"requantize": True, "fallback": True}
-        return polyquant.quantize(
-            source, "llama-cpp", out, **polyquant.backend("llama-cpp").info.presets[preset], **more
-        )
+        options = self.options(preset)
+        if options["type"] in get_args(ReadOnly):  # only with an importance matrix, or not at all
+            return in_blocks_of(preset.partition("=")[2], source, out)
+        return polyquant.quantize(source, "llama-cpp", out, **options, **more)

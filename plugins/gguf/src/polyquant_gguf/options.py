@@ -45,6 +45,11 @@ class GgufOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
         return TYPES[self.type].format if self.type != "file" else "integers"
 
     @property
+    def scheme(self) -> str:
+        """The type; of a file each tensor has its own."""
+        return "" if self.type == "file" else self.type
+
+    @property
     def weight_bits(self) -> float:
         """Of the type; for a file, of the type that most of its weights have."""
         if self.type != "file":

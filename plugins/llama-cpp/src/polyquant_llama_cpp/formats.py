@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from polyquant.plugin.gguf import TYPES
+
 Quantizable = Literal[
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S",
     "Q5_K_M", "Q6_K", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0",
@@ -29,7 +31,14 @@ def name_of(file_type: object) -> str:
     return next((name for name, number in IDS.items() if number == file_type), "file")
 
 
+def scheme_of(name: str) -> str:
+    """The block type that most weights of such a file have; empty where its name does not say, as for IQ3_M."""
+    return next((each for each in (name, name.rpartition("_")[0]) if each in TYPES and TYPES[each].packed), "")
+
+
 def bits_of(name: str) -> float:
-    """Nominal bits of a weight: the number in the name; 0 for 'file'."""
+    """Nominal bits of a weight: of its block type, else the number in the name; 0 for 'file'."""
+    if scheme := scheme_of(name):
+        return TYPES[scheme].bits
     digits = name.lstrip("BFINMXPQT")
     return float(digits.partition("_")[0]) if digits[:1].isdigit() else 0.0

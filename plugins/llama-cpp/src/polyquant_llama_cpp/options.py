@@ -11,7 +11,7 @@ from msgspec import Meta
 from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
 from polyquant.plugin.gguf import TYPES, read_header
 
-from polyquant_llama_cpp.formats import Quantizable, ReadOnly, bits_of, name_of
+from polyquant_llama_cpp.formats import Quantizable, ReadOnly, bits_of, name_of, scheme_of
 
 
 class LlamaCppOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,8 +60,13 @@ class LlamaCppOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
     @property
     def number_format(self) -> NumberFormat:
         """Of the block type that the file is named after."""
-        block = TYPES.get(self.type) or TYPES.get(self.type.rpartition("_")[0])
+        block = TYPES.get(self.scheme)
         return block.format if block else "vectors" if self.type.startswith("IQ") else "integers"
+
+    @property
+    def scheme(self) -> str:
+        """The block type that the file is named after."""
+        return scheme_of(self.type)
 
     @property
     def weight_bits(self) -> float:
