@@ -162,17 +162,17 @@ def test_damaged_checkpoints_name_the_layer(changed, tensors, words):
         load(changed(tensors))
 
 
-def test_a_dense_layer_that_the_config_calls_quantized_is_refused(changed):
+def test_a_dense_layer_that_the_config_calls_quantized_is_read_as_it_is(changed):
     def dense(tensors):
         for key in ("codes", "codebooks", "scales"):
             del tensors[f"{LAYER}.{key}"]
         tensors[f"{LAYER}.weight"] = torch.zeros(512, 256)
 
-    with pytest.raises(ModelError, match=f"{LAYER} cannot be read: codebooks, codes, scales is missing; it has weight"):
-        load(changed(dense))
     listed = changed(dense, lambda stored: stored["linear_weights_not_to_quantize"].append(f"{LAYER}.weight"))
-    layer = next(layer for layer in load(listed).layers if layer.name == f"{LAYER}.weight")
-    assert (layer.quantized, layer.reason) == (False, "skipped on request")
+    for loaded in (load(changed(dense)), load(listed)):
+        layer = next(layer for layer in loaded.layers if layer.name == f"{LAYER}.weight")
+        assert (layer.quantized, layer.reason) == (False, "skipped on request")
+    assert any("layers are dense in the checkpoint" in note for note in load(changed(dense)).notes)
 
 
 @pytest.mark.parametrize(

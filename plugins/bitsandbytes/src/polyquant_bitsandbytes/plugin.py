@@ -24,6 +24,7 @@ INFO = BackendInfo(
         saves=True,
         readable_by=("transformers",),
         trains=True,
+        compiles=True,
         offloads=True,
     ),
     options=BitsAndBytesOptions,

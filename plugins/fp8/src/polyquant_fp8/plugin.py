@@ -18,6 +18,7 @@ INFO = BackendInfo(
         saves=True,
         readable_by=("transformers",),
         trains=True,
+        compiles=True,
     ),
     options=Fp8Options,
     docs="https://huggingface.co/docs/transformers/quantization/finegrained_fp8",

@@ -18,6 +18,7 @@ INFO = BackendInfo(
         loads_prequantized=("hqq",),
         saves=True,
         trains=True,
+        compiles=True,
     ),
     options=HqqOptions,
     docs="https://github.com/dropbox/hqq",

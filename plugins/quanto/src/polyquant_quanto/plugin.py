@@ -18,6 +18,7 @@ INFO = BackendInfo(
         loads_prequantized=("quanto",),
         saves=True,
         trains=True,
+        compiles=True,
     ),
     options=QuantoOptions,
     docs="https://github.com/huggingface/optimum-quanto",

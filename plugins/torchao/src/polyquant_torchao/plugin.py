@@ -19,6 +19,7 @@ INFO = BackendInfo(
         saves=True,
         readable_by=("transformers",),
         trains=True,
+        compiles=True,
     ),
     options=TorchAoOptions,
     docs="https://docs.pytorch.org/ao",
