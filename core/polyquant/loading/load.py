@@ -130,7 +130,7 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
         quantizer.mark(loaded)
         if "peft" in sys.modules:
             adapters.guard()
-        require_running(loaded)
+        require_running(loaded, backend)
         loaded.tried_bytes = total(loaded.layers)
     return loaded
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from polyquant.errors import ConfigError, ModelError, OutOfMemory, PolyquantError
 from polyquant.loaded import LoadedModel
+from polyquant.registry.backend import Backend
 
 TRIED_TOKENS = 3
 SHOWN_LETTERS = 200  # of a library's error
 
 
-def require_running(loaded: LoadedModel) -> None:
+def require_running(loaded: LoadedModel, backend: Backend) -> None:
     """Raises ConfigError, with the modules to skip, where the model's code fails on a layer as it is quantized.
 
-    Raises ModelError where it fails elsewhere, OutOfMemory where the device has no room for a forward pass.
+    Raises ModelError where it fails elsewhere, BackendFailed where the backend's own code has a slip, OutOfMemory where
+    the device has no room for a forward pass.
     """
     import torch
 
@@ -31,7 +33,7 @@ def require_running(loaded: LoadedModel) -> None:
             f"the model was loaded, and there is no room to run {TRIED_TOKENS} tokens: {error}"
         ) from error
     except Exception as error:  # of the model's code and the backend's layers, which were not written for each other
-        raise _explained(loaded, error, quantized) from error
+        raise backend.own_fault(error) or _explained(loaded, error, quantized) from error
 
 
 def _explained(loaded: LoadedModel, error: BaseException, quantized: Collection[str]) -> PolyquantError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyquant.errors import BackendFailed
 from polyquant.options import BackendOptions
-from polyquant.registry.hooks import last_own, package_of
+from polyquant.registry.hooks import last_own, package_of, raised_at
 from polyquant.registry.observers import Recorder
 from polyquant.registry.registry import Registry
 from polyquant.registry.written import resolved
@@ -83,6 +83,12 @@ class Backend:
         loaded._backend, loaded.request, loaded.settled = self, request, settled
         loaded.records += recorder.records
         return loaded
+
+    def own_fault(self, error: BaseException) -> BackendFailed | None:
+        """What to raise for an error of a forward pass that is a slip in the backend's own code; None for any other."""
+        slip = isinstance(error, (AttributeError, NameError, ImportError))
+        own = slip and raised_at(error, package_of(self.plugin))
+        return self._registry.failure(self.name, "load", error) if own else None
 
     def describe_layers(self, model: Any) -> list[LayerInfo]:
         """Every parameter and buffer of a loaded model."""

@@ -142,13 +142,7 @@ class Registry:
         except (PolyquantError, MemoryError, KeyboardInterrupt):
             raise
         except BaseException as error:  # sys.exit too
-            at = self._raised_at(name, error) or self._place(name, hook)
-            failure = BackendFailed(
-                f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); "
-                f"{hooks.cure_of(error) or self._makers(name)}"
-            )
-            failure.hook = hook
-            raise failure from error
+            raise self.failure(name, hook, error) from error
         if isinstance(result, list) and hook == "backend_info":
             result = result[0] if result else None
         if wrong := wrong_answer(result, RESULTS[hook], ITEMS.get(hook)):
@@ -158,6 +152,16 @@ class Registry:
             broken.hook = hook
             raise broken
         return result
+
+    def failure(self, name: str, hook: str, error: BaseException) -> BackendFailed:
+        """What is raised for an `error` of a hook, or of the layers that it made: where it was, and who mends it."""
+        at = self._raised_at(name, error) or self._place(name, hook)
+        failure = BackendFailed(
+            f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); "
+            f"{hooks.cure_of(error) or self._makers(name)}"
+        )
+        failure.hook = hook
+        return failure
 
     def _makers(self, name: str) -> str:
         return f"mend it there, or tell the makers of {self.origin(name)}: {self._infos[name].docs}"
