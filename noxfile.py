@@ -124,9 +124,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def zoo(session: nox.Session) -> None:
-    """Small models of every causal architecture through every on-the-fly backend; writes docs/reference/zoo.md."""
+    """Every causal architecture, small, through every on-the-fly backend; writes docs/reference/architectures.md."""
     install(session, *PLUGINS.values(), group="test")
-    session.run("python", "-m", "tests.zoo", *(session.posargs or ["--out", "docs/reference/zoo.json"]))
+    session.run("python", "-m", "tests.zoo", *(session.posargs or ["--out", "docs/reference/architectures.md"]))
 
 
 @nox.session(venv_backend="none")

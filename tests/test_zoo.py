@@ -30,8 +30,11 @@ def test_a_model_passes_or_is_refused_before_work(model, backend):
 
 
 def test_the_table_has_a_line_for_each_model_and_a_column_for_each_backend():
-    rows = [{"model": "llama", "backend": "hqq", "outcome": "passes"}, {"model": "llama", "backend": "fp8", "outcome": "refused"},
-            {"model": "gpt2", "backend": "hqq", "outcome": "refused"}]  # fmt: skip
-    assert zoo.table(rows).splitlines() == [
-        "| model | fp8 | hqq |", "|---|---|---|", "| gpt2 |  | refused |", "| llama | refused | passes |",
+    rows = [{"model": "llama", "backend": "hqq", "outcome": "passes", "said": ""},
+            {"model": "llama", "backend": "fp8", "outcome": "refused", "said": "load: h_k <no>"},
+            {"model": "gpt2", "backend": "hqq", "outcome": "refused", "said": "load: h_k <no>"}]  # fmt: skip
+    lines = zoo.page(rows).splitlines()
+    assert lines[lines.index("| model | fp8 | hqq |") :] == [
+        "| model | fp8 | hqq |", "|---|---|---|", "| gpt2 |  | refused |", "| llama | refused | passes |", "",
+        "## What is said", "", r"- llama with fp8, gpt2 with hqq: load: h\_k \<no\>",
     ]  # fmt: skip

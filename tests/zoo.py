@@ -43,6 +43,16 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # where those contradict each other
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_ssm": 256},
     "reformer": {"is_decoder": True},
 }
+HEAD = """# Architectures
+
+Small models with random weights of {models} causal architectures of transformers {version}, each through the {backends}
+backends that quantize as they load: planned, loaded, verified, run, saved, loaded, saved and loaded again, on a CPU.
+`python -m nox -s zoo` writes this page.
+
+- passes: everything, and the logits are the same after each loading.
+- partly: the same, and less than 95 % of the weights in its blocks are quantized; what stays dense is named below.
+- unsaved: it loads and runs, and the format has no place for it in a file.
+- refused: before work, with what to do."""
 LARGEST = 12_000_000  # weights: what cannot be made smaller is left out
 PARTLY = {"sample", "coverage"}
 """Checks that random weights, or experts that stay dense, may fail."""
@@ -164,14 +174,27 @@ def run_all(kinds: list[str], limit: float) -> Iterator[dict[str, Any]]:
             yield {"model": kind, "backend": backend, "outcome": "FAULT", "said": ended, "seconds": 0.0}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each architecture, a column for each backend."""
+def page(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each architecture, a column for each backend, and what each refusal says, once."""
+    from transformers import __version__
+
     backends = sorted({row["backend"] for row in rows})
     cells = {(row["model"], row["backend"]): row["outcome"] for row in rows}
-    lines = [f"| model | {' | '.join(backends)} |", "|---" * (len(backends) + 1) + "|"]
+    lines = [HEAD.format(version=__version__, models=len({row["model"] for row in rows}), backends=len(backends)), ""]
+    lines += [f"| model | {' | '.join(backends)} |", "|---" * (len(backends) + 1) + "|"]
     for model in sorted({row["model"] for row in rows}):
         lines.append(f"| {model} | {' | '.join(cells.get((model, backend), '') for backend in backends)} |")
-    return "\n".join(lines) + "\n"
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row["said"]:
+            said.setdefault(row["said"], []).append(f"{row['model']} with {row['backend']}")
+    lines += ["", "## What is said", "", *(f"- {', '.join(where)}: {_escaped(words)}" for words, where in said.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _escaped(words: str) -> str:
+    """As Markdown shows them: names with * and < as they are."""
+    return "".join(f"\\{letter}" if letter in "*<>_|`" else letter for letter in words)
 
 
 def main() -> None:
@@ -179,7 +202,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="model types; all that build, where none is named")
     parser.add_argument("--one", help="run one architecture in this process")
     parser.add_argument("--limit", type=float, default=300, help="seconds for an architecture")
-    parser.add_argument("--out", type=Path, help="a file for the rows, as JSON; the table goes beside it as Markdown")
+    parser.add_argument("--out", type=Path, help="a file for the table, as Markdown")
     given = parser.parse_args()
     if given.one:
         run_one(given.one)
@@ -189,8 +212,7 @@ def main() -> None:
         rows.append(row)
         print(f"{row['model']:24} {row['backend']:16} {row['outcome']:8} {row['said'][:160]}", flush=True)
         if given.out:
-            given.out.write_text(json.dumps(rows, indent=1))
-            given.out.with_suffix(".md").write_text(table(rows))
+            given.out.write_text(page(rows))
     sys.exit(any(row["outcome"] == "FAULT" for row in rows))
 
 
