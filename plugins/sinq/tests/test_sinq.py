@@ -8,7 +8,7 @@ import sys
 import polyquant
 import pytest
 import torch
-from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.errors import CheckpointConflict, ConfigError, ModelError, UnsupportedOperation
 from polyquant.plugin import WeightInfo
 from polyquant.testing.checkpoints import assert_verified, changed_copy, put
 from polyquant.testing.models import tiny_model
@@ -266,5 +266,5 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder):
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError):  # a packed weight takes no adapter
+    with pytest.raises(UnsupportedOperation, match=r"is packed by sinq: merge with polyquant\.merge"):
         model.merge_adapter()
