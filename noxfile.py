@@ -168,10 +168,15 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """The fuzz tests with thousands of cases each: minutes. `nox -s tests` runs a hundred of each."""
+    """Attacks: thousands of damaged files of each kind, and twenty kills of each command that writes. Half an hour.
+
+    `nox -s tests` runs a hundred of each kind; hostile tensors are in every backend's conformance suite.
+    """
     install(session, *PLUGINS.values(), group="test")
     files = sorted(str(path) for path in (ROOT / "tests").glob("test_fuzz_*.py"))
     session.run("python", "-m", "pytest", *files, "--hypothesis-profile=fuzz", *session.posargs)
+    kills = ["tests/test_kills.py", "tests/test_compare.py", "-k", "twenty_kills or ten_kills"]
+    session.run("python", "-m", "pytest", "-s", "-m", "slow", *kills)
 
 
 @nox.session(venv_backend="none")

@@ -20,7 +20,7 @@ from .isolating import environment, isolated_rowwise
 
 __all__ = ["environment", "isolated_rowwise"]  # fixtures
 
-settings.register_profile("fuzz", max_examples=2000)
+settings.register_profile("fuzz", max_examples=4000)  # eight kinds of headers and configs: 32,000
 
 GOOD_PLUGIN = """
 from typing import Literal

@@ -11,6 +11,7 @@ import os
 import struct
 import sys
 import sysconfig
+import time
 import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ SETTINGS = {
 }
 INSTALLED = tuple({sys.prefix, sys.base_prefix, *(sysconfig.get_path(name) for name in ("purelib", "platlib"))})
 OWN_CODE = (str(Path(__file__).parent.parent), "/proc", "/sys", "/dev", "/usr/share/zoneinfo")
+LONGEST = 5.0
 BASE_BYTES, AMPLIFICATION = 2**20, 200  # a JSON value of three bytes becomes an object of some hundred
 
 EXTREMES = [0, 1, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**30]
@@ -127,17 +129,20 @@ sys.addaudithook(OPENED)
 def guarded(folder, size):
     """Only polyquant's errors leave the block; it opens files in `folder` only, and allocates what `size` bytes may ask.
 
-    size: bytes of the file that is read.
+    size: bytes of the file that is read. It takes at most LONGEST seconds of this process.
     """
     OPENED.folder, OPENED.outside = Path(os.path.abspath(folder)), []
     tracemalloc.start()
+    began = time.process_time()
     try:
         yield
     except PolyquantError as error:
         assert str(error)
     finally:
+        seconds = time.process_time() - began
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         OPENED.folder = None
     assert not OPENED.outside, f"read outside of {folder}: {OPENED.outside}"
+    assert seconds <= LONGEST, f"{seconds:.1f} s were spent on a file of {size} bytes"
     assert peak <= BASE_BYTES + AMPLIFICATION * size, f"{peak} bytes were allocated for a file of {size}"
