@@ -286,7 +286,7 @@ def test_quantization_configs(folder, dialect):
                     if method in info.capabilities.loads_prequantized:
                         options = stored.stored_options(source, info, method)
                         assert isinstance(options, info.options)
-                        stored.reconcile(source, options, options, ["skip"])
+                        stored.reconcile(source, options, options, {"skip": options.skip}, info)
 
     warm = ModelSource(name="x", path=folder, config=CONFIG | {"quantization_config": dialect})
     for info in readers:  # libraries that reading imports are no part of what it allocates

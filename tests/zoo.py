@@ -43,6 +43,13 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # where those contradict each other
     "mamba2": {"num_heads": 8, "head_dim": 32, "n_groups": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_ssm": 256},
     "reformer": {"is_decoder": True},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},  # transformers generates with no hybrid
+    "bamba": {"attn_layer_indices": [1]},  # of which no layer is attention
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    **dict.fromkeys(
+        ("granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear"),
+        {"layer_types": ["linear_attention", "full_attention"]},
+    ),
 }
 HEAD = """# Architectures
 

@@ -146,7 +146,7 @@ def run(model: Any, ids: Any, state: State | None = None, **more: Any) -> tuple[
         return outputs, after
     cache = versions.empty_cache(model.config)
     again = model(input_ids=ids, use_cache=True, **{STATES[0]: cache}, **more)
-    if not cache.get_seq_length():
+    if not versions.is_filled(cache):
         return outputs, None
     _CACHE_IS_GIVEN.add(model)
     return again, State(STATES[0], cache)

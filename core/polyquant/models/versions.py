@@ -143,6 +143,16 @@ def empty_cache(config: Any) -> Any:
     return transformers.DynamicCache()
 
 
+def is_filled(cache: Any) -> bool:
+    """Whether a cache that a model was given holds something: tokens, or the states of linear attention."""
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # no layer of it has tokens
+        states = (value for layer in cache.layers for value in vars(layer).values())
+        return any(hasattr(each, "untyped_storage") for value in states
+                   for each in (value.values() if isinstance(value, dict) else (value,)))  # fmt: skip
+
+
 @contextmanager
 def progress_bars(enabled: bool) -> Iterator[None]:
     """Draw transformers' and the hub's progress bars only where `enabled`; what was set before comes back."""
