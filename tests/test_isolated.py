@@ -166,8 +166,10 @@ def test_errors_of_the_worker_are_errors_here(loaded, folder):
     assert "Traceback" in str(caught.value.__cause__)
     with pytest.raises(ConfigError, match="cannot be sent to it"):
         loaded.generate("Hello", stopping_criteria=[object()])
-    with pytest.raises(BackendFailed, match="rowwise: IndexError"):
+    with pytest.raises(ConfigError, match="token 1000000 is not one of the 384"):
         loaded.logits([10**6])
+    with pytest.raises(BackendFailed, match="rowwise: TypeError"):
+        loaded.logits([None])
     assert loaded.generate("Hello", max_new_tokens=2)
 
 
