@@ -27,6 +27,7 @@ from polyquant.measure.quality.index import StoredReference, stored_in
 from polyquant.measure.quality.windows import Window
 from polyquant.testing.models import tiny_model
 from safetensors.torch import save
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from .fuzzing import RAW, SETTINGS, TEXTS, VALUES, damaged, guarded, json_files, mutated
 
@@ -57,10 +58,15 @@ def test_adapter_cards(tmp_path, content):
         assert isinstance(adapter.read_card(tmp_path), Card)
 
 
-MODEL = torch.nn.ModuleDict({"q": torch.nn.Linear(8, 4, bias=False)})
-NAMES = st.sampled_from(
-    ["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight", "base_model.model.x.lora_A.weight", "q"]
+ADAPTER = {
+    "peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {},
+    "modules_to_save": None, "layer_replication": None, "bias": "none",
+}  # fmt: skip
+MODEL = LlamaForCausalLM(
+    LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16, intermediate_size=16)
 )
+LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+NAMES = st.sampled_from([f"{LORA}A.weight", f"{LORA}B.weight", "base_model.model.x.lora_A.weight", "q"])
 
 
 @st.composite
@@ -74,13 +80,25 @@ def adapter_weights(draw):
 @settings(**SETTINGS)
 @given(content=st.one_of(adapter_weights(), damaged(adapter_weights()), st.binary(max_size=40)))
 @example(content=struct.pack("<Q", 2**63) + b"{}")
-@example(content=save({"base_model.model.q.lora_A.weight": torch.zeros(())}))
+@example(content=save({f"{LORA}A.weight": torch.zeros(())}))
 def test_adapter_weights(tmp_path, content):
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER))
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
     with guarded(tmp_path, len(content)):
-        adapter._require_adapter(tmp_path)
-        adapter._require_fit(MODEL, tmp_path)
+        adapter._require_fit(MODEL, adapter.located(str(tmp_path)))
+
+
+@settings(**SETTINGS)
+@given(content=json_files(ADAPTER))
+@example(content=json.dumps(ADAPTER | {"layer_replication": [[0, 10**9]]}).encode())
+@example(content=json.dumps(ADAPTER | {"target_modules": "(q|q)*" * 40}).encode())
+@example(content=json.dumps(ADAPTER | {"peft_type": "LOHA"}).encode())
+def test_adapter_configs(tmp_path, content):
+    """What PEFT is given is bounded: its kind, its patterns, how many layers it makes."""
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    (tmp_path / "adapter_model.safetensors").write_bytes(save({f"{LORA}A.weight": torch.zeros(4, 8)}))
+    with guarded(tmp_path, len(content)):
+        adapter._require_fit(MODEL, adapter.located(str(tmp_path)))
 
 
 # training
