@@ -131,7 +131,7 @@ def cell(folder: Path, backend: str) -> tuple[str, str]:
         failed = {check.name: check.found for check in polyquant.verify(loaded, max_new_tokens=4).failures}
         if failed.keys() - PARTLY:
             return "FAULT", f"verify: {failed}"
-        stored = sum(layer.stored_bytes for layer in loaded.layers)
+        stored = sum(layer.stored_bytes for layer in loaded.initial_layers)
         if plan.weights_planned_bytes != stored:
             return "FAULT", f"planned {plan.weights_planned_bytes} bytes, stored {stored}"
         stage = "run"
