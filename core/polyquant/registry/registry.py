@@ -156,15 +156,11 @@ class Registry:
     def failure(self, name: str, hook: str, error: BaseException) -> BackendFailed:
         """What is raised for an `error` of a hook, or of the layers that it made: where it was, and who mends it."""
         at = self._raised_at(name, error) or self._place(name, hook)
-        failure = BackendFailed(
-            f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); "
-            f"{hooks.cure_of(error) or self._makers(name)}"
-        )
+        makers = f"mend it there, or tell the makers of {self.origin(name)}: {self._infos[name].docs}"
+        cure = hooks.cure_of(error) or makers
+        failure = BackendFailed(f"{name} failed in {hook}: {type(error).__name__}: {error} ({at}); {cure}")
         failure.hook = hook
         return failure
-
-    def _makers(self, name: str) -> str:
-        return f"mend it there, or tell the makers of {self.origin(name)}: {self._infos[name].docs}"
 
     def _place(self, name: str, hook: str) -> str:
         return hooks.defined_at(getattr(self._plugins[name], hook))
