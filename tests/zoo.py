@@ -43,6 +43,8 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # where those contradict each other
     "mamba2": {"num_heads": 8, "head_dim": 32, "n_groups": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_ssm": 256},
     "reformer": {"is_decoder": True},
+    **dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 16}),
+    "deepseek_v3": {"num_key_value_heads": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},  # transformers generates with no hybrid
     "bamba": {"attn_layer_indices": [1]},  # of which no layer is attention
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -91,7 +93,7 @@ def configs(kinds: Collection[str] = ()) -> Iterator[tuple[str, Any, type]]:
 
 
 def build(config: Any, model_class: Any, folder: Path) -> Path:
-    """A checkpoint with random weights of the spread that trained ones have."""
+    """A checkpoint with random weights of the spread that trained ones have. Raises what its dense model raises."""
     import torch
 
     torch.manual_seed(0)
@@ -100,6 +102,7 @@ def build(config: Any, model_class: Any, folder: Path) -> Path:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        model.eval()(input_ids=torch.arange(20, 36)[None])
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
