@@ -220,7 +220,7 @@ def test_a_link_to_an_output_stays_a_link(tmp_path, old):
 
 def test_a_new_backend_is_its_authors(tmp_path):
     new_backend("acme", tmp_path / "out")
-    with pytest.raises(SaveError, match="polyquant did not write what is in it"):
+    with pytest.raises(SaveError, match="what is in it was not written by polyquant"):
         write(tmp_path / "out", "new")
 
 

@@ -74,7 +74,7 @@ def _foreign(folder: Path) -> str:
         return ""
     written = _written(folder)
     if not written:
-        return f"polyquant did not write what is in it ({_some(there)})"
+        return f"what is in it was not written by polyquant ({_some(there)})"
     added = [name for name in there if not any(fnmatchcase(name, pattern) for pattern in written)]
     return f"it holds what polyquant did not write ({_some(added)})" if added else ""
 
