@@ -76,7 +76,7 @@ def _foreign(folder: Path) -> str:
     if not written:
         return f"what is in it was not written by polyquant ({_some(there)})"
     added = [name for name in there if not any(fnmatchcase(name, pattern) for pattern in written)]
-    return f"it holds what polyquant did not write ({_some(added)})" if added else ""
+    return f"it holds what was not written by polyquant ({_some(added)})" if added else ""
 
 
 def _written(folder: Path) -> tuple[str, ...]:
