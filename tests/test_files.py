@@ -153,7 +153,9 @@ def test_only_an_empty_folder_or_an_output_of_ours_is_replaced(tmp_path, old):
     assert (theirs / "weights").read_text() == "new"
     assert (write(old, "new") / "weights").read_text() == "new"
     (old / "notes.txt").write_text("mine")
-    with pytest.raises(SaveError, match=r"out is not replaced: it holds what was not written by polyquant \(notes.txt\)"):
+    with pytest.raises(
+        SaveError, match=r"out is not replaced: it holds what was not written by polyquant \(notes.txt\)"
+    ):
         write(old, "newer")
     assert (old / "weights").read_text() == "new"
     assert (old / "notes.txt").read_text() == "mine"
