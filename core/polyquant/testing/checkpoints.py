@@ -114,7 +114,7 @@ def in_blocks_of(kind: str, path: Path, out: Path) -> Path:
     for field in reader.fields.values():
         if field.name not in LEFT_OUT and not field.name.startswith("GGUF."):
             writer.add_key_value(field.name, field.contents(), *field.types[:2])
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{'MXFP4_MOE' if kind == 'MXFP4' else kind}"])
+    writer.add_file_type(next(each for each in gguf.LlamaFileType if each.name.startswith(f"MOSTLY_{kind}")))
     for tensor in reader.tensors:
         data, stored_as = tensor.data, tensor.tensor_type
         if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
