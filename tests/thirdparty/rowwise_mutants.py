@@ -305,14 +305,17 @@ class Twice(Variant):
 
 @plugin(breaks="bits_and_schemes_are_declared")
 class Renames(Variant):
+    @staticmethod
+    def renamed(layer):
+        return {"scheme": "int8"} if layer.quantized and "q_proj" in layer.name else None
+
     @hookimpl
     def describe_layers(self, model):
-        return redescribe(lambda layer: {"scheme": "int8"} if layer.quantized else None, rowwise.describe_layers(model))
+        return redescribe(self.renamed, rowwise.describe_layers(model))
 
     @hookimpl
     def plan_layers(self, weights, config):
-        plans = rowwise.plan_layers(weights, config)
-        return redescribe(lambda plan: {"scheme": "int8"} if plan.quantized else None, plans)
+        return redescribe(self.renamed, rowwise.plan_layers(weights, config))
 
 
 @plugin(breaks="dense_tensors_have_reasons")
