@@ -152,7 +152,9 @@ def run_pytest(site, tmp_path_factory):
 
 def test_the_five_line_file_of_the_reference_backend_passes(run_pytest, rowwise_package):
     outcomes, output = run_pytest(rowwise_package / "tests", "-m", "not real")
-    assert Counter(outcomes.values()).keys() == {"PASSED"}, output
+    idle = {"what_is_declared_loads", "compiles_with_torch", "offloads_to_the_cpu"}  # it declares none of these
+    found = {name.partition("[")[0].removeprefix("test_") for name, outcome in outcomes.items() if outcome != "PASSED"}
+    assert found == idle, output
     tested = {name.partition("[")[0] for name in outcomes}
     assert tested == {f"test_{each.name}" for each in ALL if not each.real}
     run = {name for name in outcomes if name.startswith("test_saves_and_loads_back[")}
