@@ -58,10 +58,8 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False, stored:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         _require_class(source, config, model_class)
         _untie_two(config, model_class, stored_tensors(source) if stored is None else stored)
-    if getattr(
-        config, "rescale_every", 0
-    ):  # RWKV divides weights in place as it runs, packed ones or their scales too:
-        config.rescale_every = 0  # what is saved then is divided twice. In float16 it kept activations small
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV would divide weights in place as it runs: packed ones, and what is saved then
     return config
 
 
