@@ -33,7 +33,8 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
     tokens = prompt_ids(loaded.tokenizer, SAMPLE_PROMPT)
     with measure_peak() as run_peak:
         outputs = _run(loaded, tokens, prompt, max_new_tokens)
-    after = total(loaded.layers)
+    known = {layer.name for layer in before}  # what came since is a state that the model keeps, and no weight
+    after = total([layer for layer in loaded.layers if layer.name in known])
     done = [
         checks.coverage(before),
         checks.against_plan(loaded.initial_layers or before, plans),
