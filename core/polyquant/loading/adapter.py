@@ -12,7 +12,7 @@ import msgspec
 
 from polyquant.errors import AdapterError, PolyquantError
 from polyquant.loaded import LoadedModel
-from polyquant.loading.adapter_config import require_bounded
+from polyquant.loading.adapter_config import CONFIG, require_addable, require_bounded
 from polyquant.memory.adapted import MARK, base_name
 from polyquant.models.hashing import content_hash
 from polyquant.models.resolve import refusal
@@ -27,7 +27,7 @@ SIZES: Mapping[str, Mapping[int, tuple[str, ...]]] = {
     "embedding_A": {1: OUTPUTS}, "embedding_B": {0: INPUTS},
 }  # fmt: skip
 """The end of a tensor's name -> axis -> the attributes of a module, one of which is its length."""
-CARD, CONFIG, WEIGHTS = "polyquant.json", "adapter_config.json", "adapter_model.safetensors"
+CARD, WEIGHTS = "polyquant.json", "adapter_model.safetensors"
 
 
 class Card(Record, frozen=True):
@@ -67,26 +67,28 @@ def located(adapter: str) -> Path:
     if missing:
         there = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise AdapterError(f"{adapter} is no adapter: {', '.join(missing)} missing; there is {there}")
-    require_bounded(folder / CONFIG, folder / WEIGHTS)
+    require_bounded(folder, folder / WEIGHTS)
     return folder
 
 
 def require(adapters: Sequence[str], capabilities: Capabilities) -> list[Path]:
     """The folders of adapters. Raises AdapterError where a backend that can this takes none, or one is no adapter."""
+    if not adapters:
+        return []
     if not capabilities.runs_on_torch:
         raise AdapterError("this backend does not run PyTorch modules, and PEFT adapters are such")
     folders = [located(adapter) for adapter in adapters]
     if len(folders) > 1:
-        _require_addable(folders)
+        require_addable(folders)
     return folders
 
 
-def attach(loaded: LoadedModel, adapters: Sequence[str]) -> LoadedModel:
-    """Put adapters (folders or hub names) on `loaded`, in place, in eval mode; what differs from training is noted.
+def attach(loaded: LoadedModel, adapters: Sequence[str], folders: Sequence[Path]) -> LoadedModel:
+    """Put adapters on `loaded`, in place, in eval mode; what differs from training is noted.
 
-    The products of several are added up. Raises AdapterError where one is none, or does not fit the model.
+    adapters: as they were asked for; folders: what `require` found of them. The products of several are added up.
+    Raises AdapterError where one does not fit the model.
     """
-    folders = require(adapters, loaded.backend.capabilities)
     for folder in folders:
         card = read_card(folder)
         if card is not None:
@@ -144,26 +146,6 @@ def _from_hub(name: str) -> Path:
             f"{name}: no such folder here, not in the hub's cache, and the hub cannot be reached "
             f"({type(error).__name__}); give the adapter's folder, or unset HF_HUB_OFFLINE and check the network"
         ) from error
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """PEFT's config of an adapter. Raises AdapterError for a file that is none."""
-    try:
-        return msgspec.json.decode((folder / CONFIG).read_bytes(), type=dict[str, Any])
-    except UNREADABLE as error:
-        raise AdapterError(f"{folder}: {CONFIG} is unreadable ({error}); fetch it again") from error
-
-
-def _require_addable(folders: Sequence[Path]) -> None:
-    """Raises AdapterError for an adapter that brings whole modules: of those one can take the place."""
-    for folder in folders:
-        config = _config(folder)
-        whole = [name for name in ("modules_to_save", "trainable_token_indices") if config.get(name)]
-        if whole or config.get("bias", "none") != "none":
-            raise AdapterError(
-                f"{folder} brings whole tensors ({', '.join(whole) or 'biases'}), which cannot be added to those of "
-                "another adapter; load it alone"
-            )
 
 
 def _differences(card: Card, loaded: LoadedModel) -> list[str]:

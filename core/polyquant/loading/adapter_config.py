@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from polyquant.models.checks import COUNTED, read_object
 from polyquant.models.headers import read_safetensors
 from polyquant.models.patterns import unbounded
 
+CONFIG = "adapter_config.json"
 KIND = "LORA"
 IMPORTED = ("megatron_config", "megatron_core")
 """Keys by which PEFT imports a module that the adapter names."""
@@ -18,16 +19,12 @@ DEFAULT_CORE = "megatron.core"  # which every adapter names, and nothing imports
 SPARE_RANK = 16  # times the greatest rank that is stored
 
 
-def require_bounded(config: Path, weights: Path) -> None:
+def require_bounded(folder: Path, weights: Path) -> None:
     """Raises AdapterError for an adapter that is no LoRA, or that would take PEFT for ever, or all memory, to put on.
 
-    config, weights: `adapter_config.json` and the safetensors file beside it.
+    weights: the safetensors file in its folder.
     """
-    folder = config.parent
-    try:
-        asked = read_object(config, str(folder))
-    except ModelError as error:
-        raise AdapterError(str(error)) from error
+    asked = _read(folder)
     try:
         shapes = {name: tensor.shape for name, tensor in read_safetensors(weights).items()}
     except ModelError as error:
@@ -40,9 +37,28 @@ def require_bounded(config: Path, weights: Path) -> None:
     if asked.get(IMPORTED[0]) or asked.get(IMPORTED[1]) not in (None, DEFAULT_CORE):
         raise AdapterError(f"{folder}: it has {' and '.join(IMPORTED)}, by which PEFT imports a module that it names")
     if why := unbounded(asked):
-        raise AdapterError(f"{folder}: its adapter_config.json cannot be used: {why}")
+        raise AdapterError(f"{folder}: its {CONFIG} cannot be used: {why}")
     _require_few_layers(asked.get("layer_replication"), folder)
     _require_ranks(asked, shapes, folder)
+
+
+def require_addable(folders: Iterable[Path]) -> None:
+    """Raises AdapterError for an adapter that brings whole modules: of those one can take the place."""
+    for folder in folders:
+        asked = _read(folder)
+        whole = [name for name in ("modules_to_save", "trainable_token_indices") if asked.get(name)]
+        if whole or asked.get("bias", "none") != "none":
+            raise AdapterError(
+                f"{folder} brings whole tensors ({', '.join(whole) or 'biases'}), which cannot be added to those of "
+                "another adapter; load it alone"
+            )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return read_object(folder / CONFIG, str(folder))
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
 
 
 def _require_few_layers(replicated: Any, folder: Path) -> None:

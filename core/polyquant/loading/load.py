@@ -89,16 +89,15 @@ def load_model(
             f"{model.name} is dense, and {backend.name} loads quantized checkpoints only "
             f"({', '.join(can.loads_prequantized)}); make one with: {make_command(model.name, backend, given)}"
         )
-    if how.adapter:
-        adapter.require(how.adapter, backend.capabilities)  # before the weights are read
+    adapters = adapter.require(how.adapter, backend.capabilities)  # before the weights are read
     request, settled = prepare(model, backend, config, given, how, route)
     with giving_back(settled) if how.return_freed_memory else nullcontext():
         loaded = load_settled(backend, request, settled)
     loaded.requested = config
     loaded.notes[:0] = settled.notes
     _require_quantized(loaded, how.allow_dequantize)
-    if how.adapter:
-        adapter.attach(loaded, how.adapter)
+    if adapters:
+        adapter.attach(loaded, how.adapter, adapters)
     return loaded
 
 
