@@ -73,28 +73,27 @@ def located_tensors(path: Path) -> dict[str, tuple[StoredTensor, int]]:
     return {name: (tensor, start + rows[name][2][0]) for name, tensor in tensors.items()}
 
 
-def small_header(path: Path) -> bytes:
-    """The header of a local file, not parsed; shorter than it claims to be where the file is.
+def small_header(path: Path) -> tuple[int, bytes]:
+    """The length that a local file claims for its header, and the header, not parsed: shorter where the file is.
 
     Raises ModelError for one that takes long to look at.
     """
     with path.open("rb") as file:
-        length = min(int.from_bytes(file.read(LENGTH_BYTES), "little"), path.stat().st_size)
+        claimed = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        length = min(claimed, path.stat().st_size)
         if length > HEADER_LIMIT_BYTES:
             raise ModelError(f"{path.name}: its header has {length} bytes; at most {HEADER_LIMIT_BYTES} are read")
         content = file.read(length)
     if (tensors := content.count(b'"data_offsets"')) > MOST_TENSORS:
         raise ModelError(f"{path.name}: its header has {tensors} tensors; at most {MOST_TENSORS} are read")
-    return content
+    return claimed, content
 
 
 def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
     """The entries of a header as they stand, and the byte after it."""
-    content, size = small_header(path), path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    if length > size - LENGTH_BYTES:
-        raise ModelError(f"{path.name}: its header claims {length} bytes, and the file has {size}; fetch it again")
+    (claimed, content), size = small_header(path), path.stat().st_size
+    if claimed > size - LENGTH_BYTES:
+        raise ModelError(f"{path.name}: its header claims {claimed} bytes, and the file has {size}; fetch it again")
     try:
         header = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
         entries = {
