@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import msgspec
@@ -126,11 +127,12 @@ class Option(msgspec.Struct, frozen=True):
     description: str
 
 
-def describe_options(options_type: type[msgspec.Struct]) -> list[Option]:
+@cache
+def describe_options(options_type: type[msgspec.Struct]) -> tuple[Option, ...]:
     """Every option with its default, allowed values and description, own options first."""
     common = {field.name for field in msgspec.structs.fields(BackendOptions)}
     described = [_describe(field) for field in msgspec.structs.fields(options_type)]
-    return sorted(described, key=lambda option: option.name in common)
+    return tuple(sorted(described, key=lambda option: option.name in common))
 
 
 def _describe(field: msgspec.structs.FieldInfo) -> Option:

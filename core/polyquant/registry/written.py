@@ -131,7 +131,7 @@ def reaching(
     for known in ({}, *info.presets.values()):
         if fits(known):
             return [{**known, **own}]
-    values = [(name, value) for name, value in _values(info) if name not in own]
+    values = [(name, value) for name, value in values_of(info) if name not in own]
     for count in (1, 2):
         sets = (dict(chosen) for chosen in combinations(values, count))
         if found := [{**known, **own} for known in sets if len(known) == count and fits(known)]:
@@ -169,7 +169,7 @@ def _schemes(info: BackendInfo, config: BackendOptions) -> set[str]:
     return {config.scheme} if config.scheme else values.intersection(known) or set(known if len(known) == 1 else ())
 
 
-def _values(info: BackendInfo) -> Iterator[tuple[str, object]]:
+def values_of(info: BackendInfo) -> Iterator[tuple[str, object]]:
     """(option, value) of every value but the default of each option that has a list of them, or two."""
     for option in describe_options(info.options):
         if option.name not in BackendOptions.__struct_fields__:

@@ -8,12 +8,11 @@ storing: sizes, tied tensors, biases, fused experts. How numbers are rounded sho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from polyquant.errors import PolyquantError
-from polyquant.options import describe_options
 from polyquant.registry.backend import Backend
-from polyquant.registry.written import reaching, words_of
+from polyquant.registry.written import reaching, values_of, words_of
 from polyquant.types import WeightInfo
 
 PROBE = WeightInfo(
@@ -63,18 +62,13 @@ def _first(handle: Backend, word: str, value: object) -> Mapping[str, object] | 
 
 
 def _stored_as(handle: Backend, method: str) -> Mapping[str, object] | None:
-    for known in _one_value_each(handle):
+    for option, value in values_of(handle.info):
         try:
-            if handle.config(known).to_stored().get("quant_method") == method:
-                return known
+            if handle.config({option: value}).to_stored().get("quant_method") == method:
+                return {option: value}
         except (PolyquantError, NotImplementedError):
             continue
     return None
-
-
-def _one_value_each(handle: Backend) -> Iterator[Mapping[str, object]]:
-    for option in describe_options(handle.info.options):
-        yield from ({option.name: value} for value in option.values)
 
 
 def _declared(handle: Backend, options: Mapping[str, object]) -> tuple[str, float]:
