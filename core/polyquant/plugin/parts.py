@@ -21,6 +21,7 @@ from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 FLOATS = ("float32", "bfloat16", "float16")
+MOST_EXPONENT = 254  # of an e8m0 scale that is stored as a byte; 255 stands for NaN
 
 
 class Part(NamedTuple):

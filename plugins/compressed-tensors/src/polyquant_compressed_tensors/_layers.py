@@ -20,6 +20,7 @@ from polyquant.plugin.layers import (
     layer_tensors,
     needs_gradient,
 )
+from polyquant.plugin.parts import MOST_EXPONENT
 
 from polyquant_compressed_tensors._decode import decode
 from polyquant_compressed_tensors._library import quantization_scheme
@@ -29,7 +30,6 @@ from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, is_
 KERNEL = "decode and torch matmul"
 DYNAMIC_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
 INT8_KERNEL = f"torch._weight_int8pack_mm, above 8 rows {KERNEL}"
-MOST_EXPONENT = 254  # of an e8m0 scale; 255 stands for NaN
 INT8_ROWS = 8  # for more rows one decoding of the weight is faster
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import PackedLinear, Part, Quantized, describe, layer_tensors, prepare_for_training
+from polyquant.plugin.parts import MOST_EXPONENT
 from torch import Tensor
 
 from polyquant_quark.options import QuarkOptions
@@ -15,7 +16,6 @@ from polyquant_quark.planning import layout
 
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "dequantize and torch matmul"
-MOST_EXPONENT = 254  # of an e8m0 scale; 255 stands for NaN
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NIBBLES = {"order": (0, 1, 2, 3, 4, 5, 6, 7), "reorder": (0, 4, 1, 5, 2, 6, 3, 7)}
 """Packing -> where in a word the codes of eight neighbours are, in units of four bits from the lowest."""
