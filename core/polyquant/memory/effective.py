@@ -13,14 +13,11 @@ CHUNK = 256  # unit vectors that go through a layer at a time
 def effective_weight(layer: Any, in_features: int, columns: Sequence[int] | None = None, dtype: Any = None) -> Any:
     """Columns of the weight of a linear layer, (out_features, columns), float32 on the CPU.
 
-    columns: which of the in_features; None: all of them. dtype: of the layer's inputs; None: that of its first
-    floating-point parameter of more than 8 bits. What the layer answers to zero, its bias, is taken away. No backend
-    is asked.
+    columns: which of the in_features; None: all of them. dtype: of the layer's inputs; None: as `input_dtype` says.
+    What the layer answers to zero, its bias, is taken away. No backend is asked.
     """
-    numbers = (tensor for tensor in layer.parameters() if tensor.is_floating_point() and tensor.itemsize > 1)
-    reference = next(numbers, torch.zeros(1))
-    device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), reference.device)
-    zero = torch.zeros(1, in_features, dtype=dtype or reference.dtype, device=device)
+    device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+    zero = torch.zeros(1, in_features, dtype=dtype or input_dtype(layer, torch.float32), device=device)
     chosen = torch.arange(in_features) if columns is None else torch.tensor(list(columns))
     with torch.inference_mode():
         bias = layer(zero)
@@ -30,3 +27,9 @@ def effective_weight(layer: Any, in_features: int, columns: Sequence[int] | None
             units[torch.arange(len(part), device=device), part] = 1
             rows.append((layer(units) - bias).float().cpu())
     return torch.cat(rows).T.clone()
+
+
+def input_dtype(layer: Any, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of a layer's inputs: of its first floating-point parameter of more than 8 bits, where it has one."""
+    numbers = (each.dtype for each in layer.parameters() if each.is_floating_point() and each.itemsize > 1)
+    return next(numbers, otherwise)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from polyquant.errors import UnsupportedOperation
+from polyquant.memory.effective import input_dtype
 from polyquant.plugin.quantizer import Marked, marked
 
 TOLERANCE = 0.05  # of the largest output: kernels round, other weights are further off than that
@@ -144,7 +145,7 @@ def _misread_once(layer: Any) -> str:
         weight = dequantize_module_weight(layer).detach()
         if tuple(weight.shape) != (layer.out_features, layer.in_features) or not weight.is_floating_point():
             return f"where it finds {tuple(weight.shape)} {weight.dtype}"
-        dtype = next((tensor.dtype for tensor in layer.parameters() if _is_number(tensor)), weight.dtype)
+        dtype = input_dtype(layer, weight.dtype)
         inputs = torch.linspace(-1, 1, layer.in_features, dtype=dtype, device=weight.device)[None]
         with torch.no_grad():
             given = (layer(inputs) - layer(torch.zeros_like(inputs))).float()
@@ -153,7 +154,3 @@ def _misread_once(layer: Any) -> str:
         return f"{type(error).__name__}: {error}"
     distance = float((given - wanted).abs().max() / wanted.abs().max())
     return "" if distance < TOLERANCE else f"whose outputs its weight misses by {distance:.0%}"
-
-
-def _is_number(tensor: torch.Tensor) -> bool:
-    return bool(tensor.is_floating_point() and tensor.itemsize > 1)
