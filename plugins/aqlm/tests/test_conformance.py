@@ -34,7 +34,5 @@ class TestAqlm(BackendConformance):
         numba.set_num_threads(before)
 
     def make_checkpoint(self, dense: Path, preset: str, out: Path) -> Path:
-        books = BOOKS.get(preset) or int(
-            preset.removeprefix("bits=")
-        )  # one of 256 vectors of 8 weights: a bit a weight
+        books = BOOKS.get(preset) or int(preset.removeprefix("bits="))  # of 256 vectors of 8 weights: a bit a weight
         return make(resolve_dense(str(dense)).path, out, books=books)

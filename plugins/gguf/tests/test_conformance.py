@@ -5,7 +5,7 @@ from pathlib import Path
 import polyquant
 from polyquant.plugin.gguf import TYPES
 from polyquant.testing import BackendConformance, Floor
-from polyquant.testing.checkpoints import in_blocks_of
+from polyquant.testing.gguf_files import in_blocks_of
 
 
 class TestGguf(BackendConformance):
@@ -20,8 +20,7 @@ class TestGguf(BackendConformance):
 
     def make_checkpoint(self, dense: Path, preset: str, out: Path) -> Path:
         """Of a type that only llama.cpp writes, or of so many bits."""
-        word, _, value = preset.partition("=")
-        kinds = {name: name if word == "scheme" else f"{block.bits:g}" for name, block in TYPES.items() if block.packed}
-        kind = next(name for name, each in kinds.items() if each == value)
+        asked = preset.partition("=")[2]
+        kind = next(name for name, block in TYPES.items() if block.packed and asked in (name, f"{block.bits:g}"))
         (plain,) = polyquant.quantize(str(dense), self.backend, out.with_name("plain"), type="Q8_0").glob("*.gguf")
         return in_blocks_of(kind, plain, out)

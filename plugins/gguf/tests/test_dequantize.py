@@ -6,7 +6,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 from polyquant.plugin.gguf import TYPES
-from polyquant.testing.checkpoints import random_blocks
+from polyquant.testing.gguf_files import random_blocks
 from polyquant_gguf._decode import BLOCKS, dequantize
 
 PACKED = [name for name, block in TYPES.items() if block.packed]

@@ -6,7 +6,7 @@ from typing import ClassVar, get_args
 import polyquant
 import pytest
 from polyquant.testing import BackendConformance, Floor
-from polyquant.testing.checkpoints import in_blocks_of
+from polyquant.testing.gguf_files import in_blocks_of
 from polyquant_llama_cpp.formats import ReadOnly
 
 

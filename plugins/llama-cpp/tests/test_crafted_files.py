@@ -6,34 +6,21 @@ import gguf
 import polyquant
 import pytest
 from polyquant.errors import ModelError, SaveError
+from polyquant.testing.gguf_files import rewritten_gguf
 
 from .conftest import load
 
 
 def rewritten(path, out, changes=(), types=None, without=()):
     """`path` with metadata changed or added, tensors in another type, or left out."""
-    reader, changes = gguf.GGUFReader(path), dict(changes)
-    architecture = changes.pop("general.architecture", "llama")
-    writer = gguf.GGUFWriter(out, architecture)
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            value = changes.pop(field.name, field.contents())
-            if value is not None:
-                writer.add_key_value(field.name.replace("llama.", f"{architecture}."), value, *field.types[:2])
-    for name, value in changes.items():
-        kinds = {bool: gguf.GGUFValueType.BOOL, float: gguf.GGUFValueType.FLOAT32, int: gguf.GGUFValueType.UINT32}
-        writer.add_key_value(name, value, kinds[type(value)])
-    for tensor in reader.tensors:
+
+    def retyped(tensor):
         if tensor.name in without:
-            continue
+            return None
         kind = gguf.GGMLQuantizationType[(types or {}).get(tensor.name, tensor.tensor_type.name)]
-        data = tensor.data if kind == tensor.tensor_type else gguf.quants.quantize(tensor.data, kind)
-        writer.add_tensor(tensor.name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
+        return tensor.data if kind == tensor.tensor_type else gguf.quants.quantize(tensor.data, kind), kind
+
+    return rewritten_gguf(path, out, dict(changes), retyped)
 
 
 @pytest.mark.parametrize(
