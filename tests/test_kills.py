@@ -78,6 +78,19 @@ def finished(process):
     return time.perf_counter() - began
 
 
+def killed(process, moment):
+    """Whether a process still ran `moment` seconds from now, when it was killed; what it had started ends with it."""
+    try:
+        process.wait(moment)
+        children, hit = [], False
+    except subprocess.TimeoutExpired:
+        children, hit = psutil.Process(process.pid).children(recursive=True), True
+        process.kill()
+    process.communicate()
+    assert all(gone(child.pid) for child in children)
+    return hit
+
+
 def tensors(out):
     """What is in the weights of a folder, by file and name."""
     files = sorted(out.glob("*.safetensors"))
@@ -95,13 +108,7 @@ def test_twenty_kills_leave_nothing_half_and_lose_nothing(start, tmp_path, call)
     folder.mkdir()
     out, chance, hits, there = folder / "out", random.Random(11), 0, 0  # noqa: S311
     for number in range(KILLS):
-        process = start(call, out)
-        try:
-            process.wait((number + chance.random()) / KILLS * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            hits += 1
-        process.communicate()
+        hits += killed(start(call, out), (number + chance.random()) / KILLS * seconds)
         if out.exists():
             assert same(tensors(out), whole), "what is there is whole"
             there += 1
@@ -109,8 +116,7 @@ def test_twenty_kills_leave_nothing_half_and_lose_nothing(start, tmp_path, call)
                 shutil.rmtree(out)
     print(f"{call}: {hits} of {KILLS} kills hit, {there} times there was an output after it, {seconds:.1f} s each")
     assert hits > KILLS / 2
-    if not out.exists() or call != "finetune":
-        finished(start(call, out))
+    finished(start(call, out))
     assert same(tensors(out), whole)
     assert [path.name for path in folder.iterdir()] == ["out"]
 
@@ -129,15 +135,7 @@ def test_twenty_kills_of_the_making_of_an_environment(isolated_rowwise):
     seconds, chance, hits = time.perf_counter() - began, random.Random(5), 0  # noqa: S311
     for number in range(KILLS):
         shutil.rmtree(found.folder, ignore_errors=True)
-        process = run()
-        try:
-            process.wait((number + chance.random()) / KILLS * seconds)
-        except subprocess.TimeoutExpired:
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            hits += 1
-            assert all(gone(child.pid) for child in children)
-        process.communicate()
+        hits += killed(run(), (number + chance.random()) / KILLS * seconds)
         if found.problem() is None:
             assert polyquant.backend("rowwise").problems("cpu") == [], "it says that it is whole, and it is"
     print(f"env create: {hits} of {KILLS} kills hit, {seconds:.1f} s each")

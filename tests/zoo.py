@@ -170,19 +170,18 @@ def run_one(kind: str) -> None:
 
 def run_all(kinds: list[str], limit: float) -> Iterator[dict[str, Any]]:
     """The rows of each architecture, run in a process of its own: one that crashes or hangs takes no other along."""
+    backends = on_the_fly()
     for kind in kinds:
         command = [sys.executable, "-m", "tests.zoo", "--one", kind]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-            out, ended = (
-                done.stdout,
-                "" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr[-300:]}",
-            )
+            out, code = done.stdout, done.returncode
+            ended = f"exit code {code}: {done.stderr[-300:]}" if code else ""
         except subprocess.TimeoutExpired as error:
             out, ended = (error.stdout or b"").decode(), f"not done after {limit:.0f} s"
         rows = [json.loads(line) for line in out.splitlines() if line.startswith('{"model"')]
         yield from rows
-        for backend in on_the_fly()[len(rows) :]:
+        for backend in backends[len(rows) :]:
             yield {"model": kind, "backend": backend, "outcome": "FAULT", "said": ended, "seconds": 0.0}
 
 
