@@ -126,6 +126,7 @@ def test_a_plugin_for_another_polyquant_is_refused_with_the_command(make_plugin,
 def test_check_backend_catches_it(run, code, reason):
     found = run(code, "check-backend", "acme", "--check", "imports_nothing_heavy", "--json")
     assert found.returncode == 1
+    assert found.stdout, found.stderr
     answer = json.loads(found.stdout)
     assert any(reason in said for said in [answer["reason"], *(outcome["reason"] for outcome in answer["outcomes"])])
 

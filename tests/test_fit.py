@@ -115,7 +115,7 @@ def test_a_model_of_another_class_is_refused_as_what_it_is(tmp_path, kind):
     getattr(transformers, name)(config).save_pretrained(tmp_path / "model")
     for way in (polyquant.plan, polyquant.load):
         with pytest.raises(
-            ModelError, match=f"is a {name}, and would load as .*polyquant loads causal language models"
+            ModelError, match=f"is a {name}, and would load as .*only causal language models are loaded"
         ):
             way(tmp_path / "model", "bitsandbytes", device="cpu")
 

@@ -335,10 +335,10 @@ def test_an_adapter_cannot_keep_the_machine_busy(adapter, tmp_path, name):
     entries, words = HOSTILE[name]
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     asked = json.loads((folder / "adapter_config.json").read_text())
-    require_bounded(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+    require_bounded(folder, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(asked | entries))
     with pytest.raises(AdapterError, match=words), bounded():
-        require_bounded(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+        require_bounded(folder, folder / "adapter_model.safetensors")
 
 
 def test_an_adapter_is_held_to_bounds_before_peft_reads_it(bitsandbytes, dense, adapter, tmp_path):

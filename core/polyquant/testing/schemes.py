@@ -38,13 +38,13 @@ def not_in_presets(handle: Backend) -> dict[str, Mapping[str, object] | None]:
 
     Such as 'scheme=Q4_K', 'bits=3' and 'stored=gptq', of quant_method. Bits that come with such a scheme are left out.
     """
-    shown = {_declared(handle, options) for options in handle.info.presets.values()}
+    shown = {said for options in handle.info.presets.values() if (said := _declared(handle, options))}
     found: dict[str, Mapping[str, object] | None] = {}
     for scheme in handle.info.capabilities.schemes:
         if scheme not in {each for each, _ in shown}:
             options = found[f"scheme={scheme}"] = _first(handle, "scheme", scheme)
-            if options is not None:
-                shown.add(_declared(handle, options))
+            if options is not None and (said := _declared(handle, options)):
+                shown.add(said)
     for bits in handle.info.capabilities.bits:
         if bits not in {each for _, each in shown}:
             found[f"bits={bits:g}"] = _first(handle, "bits", bits)
@@ -71,12 +71,15 @@ def _stored_as(handle: Backend, method: str) -> Mapping[str, object] | None:
     return None
 
 
-def _declared(handle: Backend, options: Mapping[str, object]) -> tuple[str, float]:
-    """Scheme and bits of options: as planned, or as they say themselves."""
+def _declared(handle: Backend, options: Mapping[str, object]) -> tuple[str, float] | None:
+    """Scheme and bits of options, as planned or as they say themselves; None where they fail: checks say how."""
     if (planned := _scheme(handle, options)) is not None:
         return planned
-    config = handle.config(options)
-    return config.scheme, config.weight_bits
+    try:
+        config = handle.config(options)
+        return config.scheme, config.weight_bits
+    except Exception:  # a backend's code, which is asked here before it is checked
+        return None
 
 
 def _scheme(handle: Backend, options: Mapping[str, object]) -> tuple[str, float] | None:
