@@ -66,7 +66,7 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False, stored:
 def _require_class(source: ModelSource, config: Any, model_class: Any) -> None:
     """Raises ModelError where the checkpoint says that it is of another class than the one that it would load as."""
     named = source.config.get("architectures") or []
-    known = [name for name in named if name in dir(transformers)]
+    known = [name for name in named if name in transformers.__all__]
     if known and model_class.__name__ not in named:
         raise ModelError(
             f"{source.name} is a {known[0]}, and would load as {model_class.__name__}, with the rest left out or made "
