@@ -141,8 +141,10 @@ def guarded(folder, size):
     finally:
         seconds = time.process_time() - began
         _, peak = tracemalloc.get_traced_memory()
+        too_much = peak > BASE_BYTES + AMPLIFICATION * size
+        held = tracemalloc.take_snapshot().statistics("filename")[:3] if too_much else []
         tracemalloc.stop()
         OPENED.folder = None
     assert not OPENED.outside, f"read outside of {folder}: {OPENED.outside}"
     assert seconds <= LONGEST, f"{seconds:.1f} s were spent on a file of {size} bytes"
-    assert peak <= BASE_BYTES + AMPLIFICATION * size, f"{peak} bytes were allocated for a file of {size}"
+    assert not too_much, f"{peak} bytes were allocated for a file of {size}; what is held: {held}"
