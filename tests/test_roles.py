@@ -5,7 +5,7 @@ from collections import Counter
 import polyquant
 import pytest
 from polyquant.errors import ConfigError
-from polyquant.loading.trial import culprits
+from polyquant.loading.trial import culprits, training
 from polyquant.models import versions
 from polyquant.models.weights import list_weights
 from polyquant.testing.models import _tokenizer
@@ -157,6 +157,30 @@ def test_what_cannot_run_is_refused_with_what_to_skip(models, architecture, back
     loaded = polyquant.load(models(architecture), backend, device="cpu", skip=(skip,), **options)
     assert any(layer.quantized for layer in loaded.initial_layers)
     assert loaded.logits([5, 6, 7]).isfinite().all()
+
+
+@FIVE
+def test_what_cannot_train_is_refused_with_what_to_skip(models, tmp_path):
+    """Mamba 2 has a way of its own for training, which reads the weight of one layer past its module."""
+    runs("hqq")
+    model, data, out = models("Mamba2"), tmp_path / "train.txt", tmp_path / "out"
+    data.write_text("It rains.\n\nThe sun shines.\n")
+    tuning = {"backend": "hqq", "device": "cpu", "steps": 1, "rank": 2}
+    loaded = polyquant.load(model, "hqq", device="cpu")
+    with pytest.raises(
+        ConfigError, match=r"was loaded with hqq and cannot train: .* keep them dense: skip=\('out_proj',\)"
+    ):
+        polyquant.finetune(loaded, data, out, steps=1, rank=2)
+    assert loaded.logits([5, 6, 7]).isfinite().all()
+    assert not out.exists()
+    assert polyquant.finetune(model, data, out, skip=("out_proj",), **tuning).steps == 1
+
+
+def test_a_failure_that_is_about_no_layer_is_raised_as_it_is(models):
+    runs("bitsandbytes")
+    loaded = polyquant.load(models("Mamba2"), "bitsandbytes", device="cpu", bits=8)
+    with pytest.raises(ZeroDivisionError), training(loaded):
+        raise ZeroDivisionError
 
 
 @FIVE

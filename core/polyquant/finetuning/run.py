@@ -23,6 +23,7 @@ from polyquant.finetuning.requirements import require_optimizer
 from polyquant.finetuning.targets import target_modules
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
+from polyquant.loading import trial
 from polyquant.loading.adapter import CARD, WEIGHTS, Card
 from polyquant.loading.load import load
 from polyquant.memory.peak import measure_peak
@@ -119,7 +120,7 @@ def _finetune(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     started = perf_counter()
-    with measure_peak() as peak, quiet_libraries(), _off_again(model):
+    with measure_peak() as peak, quiet_libraries(), _off_again(model), trial.training(loaded):
         followed = train.train(
             model, learned, held_out, pad, options, folder, checkpoint,
             progress=progress if processes.is_main_process else SILENT,

@@ -27,8 +27,8 @@ def working_folder(out: Path) -> Path:
 def begin(out: Path, job: Mapping[str, Any], *, restart: bool, notes: list[str] | None = None) -> Path:
     """The working folder of the run `job`, made or found again; what of an older run was thrown away goes to `notes`.
 
-    Raises TrainingConflict, field by field, where another run was left unfinished there, SaveError where the folder
-    cannot be written.
+    Raises TrainingConflict, field by field, where another run was left unfinished there with a checkpoint, SaveError
+    where the folder cannot be written.
     """
     folder = working_folder(out)
     try:
@@ -39,7 +39,7 @@ def begin(out: Path, job: Mapping[str, Any], *, restart: bool, notes: list[str] 
     except OSError as error:
         raise SaveError(f"cannot keep a run in {folder}: {error}") from error
     text = msgspec.json.encode(job)
-    if unfinished is None:
+    if unfinished is None or not _numbered(folder):  # of a run that made no step nothing is lost
         write_atomically(folder / JOB, text.decode())
         return folder
     now = msgspec.json.decode(text)
@@ -71,14 +71,17 @@ def _unfinished(folder: Path, notes: list[str]) -> dict[str, Any] | None:
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that was written to its end, and what was thrown away because it was not."""
     notes: list[str] = []
-    numbered = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
-    for path in sorted(numbered, key=step_of, reverse=True):
+    for path in sorted(_numbered(folder), key=step_of, reverse=True):
         broken = _damage(path)
         if not broken:
             return path, notes
         notes.append(f"{path.name} was half written ({broken}) and was thrown away")
         shutil.rmtree(path)
     return None, notes
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
 
 
 def mark_ended(folder: Path) -> None:

@@ -1,14 +1,16 @@
-"""Runs a few tokens through a model that was loaded: some architectures cannot run as a format has their layers."""
+"""Some architectures cannot run, or train, as a format has their layers: a few tokens tell, and which layers it is."""
 
 from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from polyquant.errors import ConfigError, ModelError, OutOfMemory, PolyquantError
 from polyquant.loaded import LoadedModel
+from polyquant.memory.adapted import base_name
 from polyquant.registry.backend import Backend
 
 TRIED_TOKENS = 3
@@ -23,7 +25,6 @@ def require_running(loaded: LoadedModel, backend: Backend) -> None:
     """
     import torch
 
-    quantized = {layer.name.rpartition(".")[0] for layer in loaded.initial_layers if layer.quantized}
     try:
         loaded.logits(range(min(TRIED_TOKENS, loaded.vocabulary)))
     except (PolyquantError, MemoryError):
@@ -33,13 +34,32 @@ def require_running(loaded: LoadedModel, backend: Backend) -> None:
             f"the model was loaded, and there is no room to run {TRIED_TOKENS} tokens: {error}"
         ) from error
     except Exception as error:  # of the model's code and the backend's layers, which were not written for each other
-        raise backend.own_fault(error) or _explained(loaded, error, quantized) from error
+        raise backend.own_fault(error) or _explained(loaded, error, "run") from error
 
 
-def _explained(loaded: LoadedModel, error: BaseException, quantized: Collection[str]) -> PolyquantError:
+@contextmanager
+def training(loaded: LoadedModel) -> Iterator[None]:
+    """Raises ConfigError, with the modules to skip, where training fails on a layer as it is quantized.
+
+    The code of some architectures takes another way when it trains, and reads a layer's weight itself there.
+    """
+    try:
+        yield
+    except (PolyquantError, MemoryError):
+        raise
+    except Exception as error:
+        told = loaded.backend.own_fault(error) or _explained(loaded, error, "train")
+        if isinstance(told, ModelError):
+            raise  # it is about no layer: an optimizer's, or the data's
+        raise told from error
+
+
+def _explained(loaded: LoadedModel, error: BaseException, to: str) -> PolyquantError:
+    """ConfigError where it is about quantized modules, else ModelError. to: what the model cannot do."""
     name, backend = loaded.request.source.name if loaded.request else "the model", loaded.backend.name
     words = str(error).partition("\n")[0][:SHOWN_LETTERS].rstrip(".")
-    what = f"{name} was loaded with {backend} and cannot run: {type(error).__name__}: {words}"
+    what = f"{name} was loaded with {backend} and cannot {to}: {type(error).__name__}: {words}"
+    quantized = {layer.name.rpartition(".")[0] for layer in loaded.initial_layers if layer.quantized}
     skip = culprits(loaded.model, error, quantized)
     if not skip:
         return ModelError(what)
@@ -57,7 +77,7 @@ def culprits(model: Any, error: BaseException, quantized: Collection[str]) -> li
 
     The innermost module of the model in whose code it was raised: itself, or those that the line names.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): base_name(name) for name, module in model.named_modules()}
     frames = list(traceback.walk_tb(error.__traceback__))
     for (frame, _), summary in reversed(list(zip(frames, traceback.extract_tb(error.__traceback__), strict=True))):
         name = names.get(id(frame.f_locals.get("self")))
