@@ -45,11 +45,12 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # where those contradict each other
     "reformer": {"is_decoder": True},
     **dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 16}),
     "deepseek_v3": {"num_key_value_heads": 4},
+    "kimi_linear": {"num_key_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},  # transformers generates with no hybrid
     "bamba": {"attn_layer_indices": [1]},  # of which no layer is attention
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     **dict.fromkeys(
-        ("granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear"),
+        ("granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
         {"layer_types": ["linear_attention", "full_attention"]},
     ),
 }

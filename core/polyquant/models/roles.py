@@ -64,10 +64,17 @@ def role_of(tensor: Any, module: Any, *, head: Any, is_buffer: bool, tower: bool
 
 
 def is_linear_module(module: Any) -> bool:
-    """Whether libraries that replace Linear modules may take it: by its class, or by what the class is called."""
+    """Whether libraries that replace Linear modules may take it: by its class, or by what the class is called.
+
+    A model may have the word in its own name, as Kimi Linear has: KimiLinearTopkRouter is none.
+    """
     import torch
 
-    return isinstance(module, torch.nn.Linear) or "Linear" in (kind := type(module).__name__) or kind == "Conv1D"
+    owner: Any = type(module)
+    if isinstance(module, torch.nn.Linear) or owner.__name__ in ("Conv1D", "Linear"):
+        return True
+    of_a_model = owner.__module__.startswith(MODEL_CODE)
+    return bool(owner.__name__.endswith("Linear") if of_a_model else "Linear" in owner.__name__)
 
 
 @cache
