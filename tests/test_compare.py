@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import polyquant
@@ -265,8 +266,8 @@ def cells_of(run):
     return [process for process in started if "polyquant.comparison.cell.run" in process.cmdline()]
 
 
-def killed_until_done(model, out, candidates, moments, victims):
-    """Kill `victims(run)` after each of the moments, in seconds, and run again until every row is there.
+def killed_until_done(model, out, candidates, moments, victims, most=1):
+    """Kill `victims(run)` after each of the moments, in seconds, `most` times, and run again until every row is there.
 
     Gives the names that were measured, in all runs together, and how many kills hit.
     """
@@ -274,7 +275,7 @@ def killed_until_done(model, out, candidates, moments, victims):
     while True:
         run = start(model, out, candidates)
         try:
-            run.wait(next(moments, None))
+            run.wait(next(moments) if hits < most else None)
         except subprocess.TimeoutExpired:
             for victim in victims(run):
                 victim.kill()
@@ -299,7 +300,7 @@ CANDIDATES = ["dense:float32", "rowwise:int8"]
 
 def test_a_killed_run_goes_on_and_measures_nothing_twice(finished, model, tmp_path):
     moment = random.Random(7).uniform(1, 8)  # noqa: S311
-    measured, _ = killed_until_done(model, tmp_path, CANDIDATES, iter([moment]), lambda run: [run])
+    measured, _ = killed_until_done(model, tmp_path, CANDIDATES, repeat(moment), lambda run: [run])
     require_the_same(tmp_path, measured, finished)
 
 
@@ -311,7 +312,7 @@ def test_ten_kills_at_random_moments_change_nothing(finished, model, tmp_path, v
     moments = iter(lambda: chance.uniform(1, 8), None)
     while hits < 10:
         out = tmp_path / str(comparisons)
-        measured, hit = killed_until_done(model, out, CANDIDATES, moments, victims)
+        measured, hit = killed_until_done(model, out, CANDIDATES, moments, victims, most=10 - hits)
         require_the_same(out, measured, finished)
         hits, comparisons = hits + hit, comparisons + 1
     print(f"{hits} kills hit in {comparisons} comparisons")
