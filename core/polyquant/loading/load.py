@@ -160,6 +160,7 @@ def prepare(
             device=device,
             device_map=device_map_for(model, backend, settled, how),
             weights=settled.weights,
+            names=model.renamed,
             offload=how.offload,
             allow_dequantize=how.allow_dequantize,
             trust_remote_code=how.trust_remote_code,

@@ -27,7 +27,7 @@ class Model:
         self.name = outline.source.name
         self._trust = trust_remote_code
         self._weights: dict[Dtype, tuple[WeightInfo, ...]] = {}
-        self._renamed: dict[str, str] = {}  # tensors that a packed checkpoint calls otherwise than the model
+        self.renamed: dict[str, str] = {}  # tensors that a packed checkpoint calls otherwise than the model
 
     @classmethod
     def find(
@@ -88,7 +88,7 @@ class Model:
         from polyquant.models.fit import Misfit, misfit, renamed, require_fit
 
         if self.source.stored_quantization:
-            self._renamed = renamed(skeleton, self.outline.tensors)
+            self.renamed = renamed(skeleton, self.outline.tensors)
             require_fit(self.name, Misfit(self._modules_without_tensors(skeleton), ()))
             return
         tensors = {
@@ -124,7 +124,7 @@ class Model:
         """Name of a module that the checkpoint holds something of -> names of its tensors inside it."""
         inside: dict[str, set[str]] = {}
         for name in self.outline.tensors:
-            parts = self._renamed.get(name, name).split(".")
+            parts = self.renamed.get(name, name).split(".")
             for end in range(1, len(parts)):
                 inside.setdefault(".".join(parts[:end]), set()).add(".".join(parts[end:]))
         return inside

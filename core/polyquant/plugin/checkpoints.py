@@ -254,7 +254,10 @@ def save(
     if quantization_config is None:
         quantization_config = dict(loaded.model.config.quantization_config)
     tied = versions.tied_tensors(loaded.model)
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}
+    # what is shared may come under one of its names alone, whichever the model has first
+    origins = {tied[name]: tensor for name, tensor in tensors.items() if name in tied}
+    whole = origins | {name: tensor for name, tensor in tensors.items() if name not in tied}
+    kept = {name: tensor.contiguous() for name, tensor in whole.items()}
     readers = loaded._backend.capabilities.readable_by if loaded._backend else ()  # none: a quantize hook made it
     stem = "model" if "transformers" in readers else OWN_FORMAT
     save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": "pt"})

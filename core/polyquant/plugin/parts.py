@@ -97,15 +97,16 @@ def require_layers(request: LoadRequest, expected: Callable[[WeightInfo, Mapping
     stored: dict[str, dict[str, tuple[str, str, StoredTensor]]] = defaultdict(dict)
     for file in source.weight_files:
         for key, tensor in read_safetensors(source.path / file).items():
-            home = layer_of(key.rpartition(".")[0])
-            stored[home][key.removeprefix(f"{home}.")] = (file, key, tensor)
+            name = request.names.get(key, key)
+            home = layer_of(name.rpartition(".")[0])
+            stored[home][name.removeprefix(f"{home}.")] = (file, key, tensor)
     files = {file: safe_open(source.path / file, framework="pt") for file in source.weight_files}
     shapes = {weight.name: weight.shape for weight in request.weights}
     for weight in request.weights:
         name = weight.name.removesuffix(".weight")
         held = stored.get(name, {})
         own = {short for short in held if f"{name}.{short}" in shapes}
-        if len(weight.shape) != 2 or not held or _is_dense(held, weight.shape, own):
+        if len(weight.shape) != 2 or weight.tied_to or not held or _is_dense(held, weight.shape, own):
             continue
         tensors = {short: files[file].get_tensor(key) for short, (file, key, _) in held.items()}
         try:

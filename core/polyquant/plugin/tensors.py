@@ -51,11 +51,11 @@ def _copies(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def own_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:
     """`read_tensors` without those that are tied, that the model computes, or that transformers leaves out too."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), OBSOLETE]
-    computed = {name for name, _ in model.named_buffers()}.difference(model.state_dict())
+    patterns, own = [*(model._keys_to_ignore_on_load_unexpected or ()), OBSOLETE], model.state_dict().keys()
+    computed = {name for name, _ in model.named_buffers()} - own
     left_out = {*versions.tied_tensors(model), *computed}
     for name, tensor in read_tensors(source):
-        if name not in left_out and not any(re.search(pattern, name) for pattern in patterns):
+        if name not in left_out and (name in own or not any(re.search(pattern, name) for pattern in patterns)):
             yield name, tensor
 
 

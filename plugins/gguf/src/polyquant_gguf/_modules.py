@@ -99,10 +99,11 @@ def replace(model: nn.Module, name: str, weight: Tensor | nn.Parameter, block: B
 
 
 def share_tied(model: nn.Module, tied: dict[str, str], dtype: torch.dtype) -> None:
-    """Let each tied matrix be its origin's, packed or not. tied: name -> origin."""
+    """Let each tied tensor be its origin's, packed or not. tied: name -> origin; a bias may be tied, as BERT's is."""
     for name, origin in tied.items():
-        home = model.get_submodule(origin.removesuffix(".weight"))
-        if isinstance(home, Packed):
+        (module, _, own), (home_name, _, short) = name.rpartition("."), origin.rpartition(".")
+        home = model.get_submodule(home_name)
+        if isinstance(home, Packed) and short == "weight":
             replace(model, name, home.weight, home.block, dtype)
         else:
-            model.get_submodule(name.removesuffix(".weight")).weight = home.weight
+            setattr(model.get_submodule(module), own, getattr(home, short))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from polyquant.plugin import LayerPlan, module_of
 from torchao import quantization as ao
 from transformers import TorchAoConfig
 
 from polyquant_torchao.options import TorchAoOptions
 
 
-def quantize_config(options: TorchAoOptions) -> TorchAoConfig:
-    """The options as transformers takes them; it carries the compute dtype along."""
-    config = TorchAoConfig(_torchao_config(options), modules_to_not_convert=options.stored_skip)
+def quantize_config(options: TorchAoOptions, planned: Sequence[LayerPlan] = ()) -> TorchAoConfig:
+    """The options as transformers takes them; it carries the compute dtype along.
+
+    planned: whose dense matrices are named one by one, since transformers misses some of what a model keeps in
+    float32. The model's config is to have the words of the options again afterwards.
+    """
+    dense = [module_of(plan) for plan in planned if plan.role in ("linear", "head") and not plan.quantized]
+    config = TorchAoConfig(_torchao_config(options), modules_to_not_convert=dense or options.stored_skip)
     config.compute_dtype = options.compute_dtype
     return config
 

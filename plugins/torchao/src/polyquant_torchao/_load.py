@@ -26,8 +26,9 @@ def load(request: LoadRequest, config: TorchAoOptions) -> LoadedModel:
         _require_dtype(model, getattr(torch, dtype), request.source.name)
         _keep_saveable(model)
     else:
-        plan_layers(request.weights, config)  # raises for a group size that does not fit
-        model = checkpoints.load_causal_lm(request, dtype, quantize_config(config))
+        planned = plan_layers(request.weights, config)  # raises for a group size that does not fit
+        model = checkpoints.load_causal_lm(request, dtype, quantize_config(config, planned))
+        model.config.quantization_config.modules_to_not_convert = config.stored_skip
     notes = []
     if config.weights == "int4":
         notes.append(
