@@ -16,10 +16,11 @@ from polyquant_torchao.options import TorchAoOptions
 def quantize_config(options: TorchAoOptions, planned: Sequence[LayerPlan] = ()) -> TorchAoConfig:
     """The options as transformers takes them; it carries the compute dtype along.
 
-    planned: whose dense matrices are named one by one, since transformers misses some of what a model keeps in
-    float32. The model's config is to have the words of the options again afterwards.
+    planned: whose dense layers are named one by one, since transformers misses some of what a model keeps in float32.
+    The model's config is to have the words of the options again afterwards.
     """
-    dense = [module_of(plan) for plan in planned if plan.role in ("linear", "head") and not plan.quantized]
+    layers = (plan for plan in planned if len(plan.shape) > 1 and plan.name.endswith(".weight"))
+    dense = [module_of(plan) for plan in layers if not plan.quantized]
     config = TorchAoConfig(_torchao_config(options), modules_to_not_convert=dense or options.stored_skip)
     config.compute_dtype = options.compute_dtype
     return config
