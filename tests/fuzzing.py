@@ -122,7 +122,12 @@ class _Opened:
             self.outside.append(path)
 
 
-PATHLIB = tracemalloc.Filter(True, pathlib.__file__)
+INTERNING = [
+    tracemalloc.Filter(True, pathlib.__file__, number)
+    for number, line in enumerate(Path(pathlib.__file__).read_text(encoding="utf-8").splitlines(), 1)
+    if "sys.intern(" in line
+]
+"""Where pathlib lets the interpreter keep a name, in a table that doubles now and then: no part of what a file asks."""
 OPENED = _Opened()
 sys.addaudithook(OPENED)
 
@@ -148,7 +153,7 @@ def guarded(folder, size):
         OPENED.folder = None
     assert not OPENED.outside, f"read outside of {folder}: {OPENED.outside}"
     assert seconds <= LONGEST, f"{seconds:.1f} s were spent on a file of {size} bytes"
-    if held is not None:  # pathlib interns names, in a table of the interpreter's that doubles now and then
-        peak -= sum(each.size for each in held.filter_traces([PATHLIB]).statistics("filename"))
+    if held is not None:
+        peak -= sum(each.size for each in held.filter_traces(INTERNING).statistics("lineno"))
         held = held.statistics("filename")[:3]
     assert peak <= most, f"{peak} bytes were allocated for a file of {size}; what is held: {held}"

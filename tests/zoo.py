@@ -48,18 +48,11 @@ OTHERWISE: dict[str, dict[str, Any]] = {  # where those contradict each other
     "bamba": {"attn_layer_indices": [1]},  # of which no layer is attention
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     **dict.fromkeys(
-        (
-            "granitemoehybrid",
-            "qwen3_next",
-            "qwen3_5_text",
-            "qwen3_5_moe_text",
-            "olmo_hybrid",
-            "kimi_linear",
-            "bailing_hybrid",
-        ),
+        ("granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear",
+         "bailing_hybrid"),
         {"layer_types": ["linear_attention", "full_attention"]},
     ),
-}
+}  # fmt: skip
 HEAD = """# Architectures
 
 Small models with random weights of {models} causal architectures of transformers {version}, each through the {backends}

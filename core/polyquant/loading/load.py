@@ -129,7 +129,7 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
         quantizer.mark(loaded)
         if "peft" in sys.modules:
             adapters.guard()
-        require_running(loaded, backend)
+        require_running(loaded)
         loaded.tried_bytes = total(loaded.layers)
     return loaded
 

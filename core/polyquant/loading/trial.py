@@ -11,13 +11,12 @@ from typing import Any
 from polyquant.errors import ConfigError, ModelError, OutOfMemory, PolyquantError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name
-from polyquant.registry.backend import Backend
 
 TRIED_TOKENS = 3
 SHOWN_LETTERS = 200  # of a library's error
 
 
-def require_running(loaded: LoadedModel, backend: Backend) -> None:
+def require_running(loaded: LoadedModel) -> None:
     """Raises ConfigError, with the modules to skip, where the model's code fails on a layer as it is quantized.
 
     Raises ModelError where it fails elsewhere, BackendFailed where the backend's own code has a slip, OutOfMemory where
@@ -34,42 +33,50 @@ def require_running(loaded: LoadedModel, backend: Backend) -> None:
             f"the model was loaded, and there is no room to run {TRIED_TOKENS} tokens: {error}"
         ) from error
     except Exception as error:  # of the model's code and the backend's layers, which were not written for each other
-        raise backend.own_fault(error) or _explained(loaded, error, "run") from error
+        raise _explained(loaded, error, "run") or ModelError(_what(loaded, error, "run")) from error
 
 
 @contextmanager
 def training(loaded: LoadedModel) -> Iterator[None]:
     """Raises ConfigError, with the modules to skip, where training fails on a layer as it is quantized.
 
-    The code of some architectures takes another way when it trains, and reads a layer's weight itself there.
+    The code of some architectures takes another way when it trains, and reads a layer's weight itself there. What is
+    about no layer, as of an optimizer or the data, is raised as it is.
     """
     try:
         yield
     except (PolyquantError, MemoryError):
         raise
     except Exception as error:
-        told = loaded.backend.own_fault(error) or _explained(loaded, error, "train")
-        if isinstance(told, ModelError):
-            raise  # it is about no layer: an optimizer's, or the data's
-        raise told from error
+        if (explained := _explained(loaded, error, "train")) is None:
+            raise
+        raise explained from error
 
 
-def _explained(loaded: LoadedModel, error: BaseException, to: str) -> PolyquantError:
-    """ConfigError where it is about quantized modules, else ModelError. to: what the model cannot do."""
-    name, backend = loaded.request.source.name if loaded.request else "the model", loaded.backend.name
-    words = str(error).partition("\n")[0][:SHOWN_LETTERS].rstrip(".")
-    what = f"{name} was loaded with {backend} and cannot {to}: {type(error).__name__}: {words}"
+def _explained(loaded: LoadedModel, error: BaseException, to: str) -> PolyquantError | None:
+    """BackendFailed for a slip of the backend, ConfigError for what is about quantized modules; None for the rest.
+
+    to: what the model cannot do.
+    """
+    if (slip := loaded.backend.own_fault(error)) is not None:
+        return slip
     quantized = {layer.name.rpartition(".")[0] for layer in loaded.initial_layers if layer.quantized}
     skip = culprits(loaded.model, error, quantized)
     if not skip:
-        return ModelError(what)
+        return None
     stored = loaded.settled is not None and loaded.settled.route == "as stored"
     again = "make the checkpoint again from the dense model, with" if stored else "keep them dense:"
     shown = ", ".join(map(repr, skip))
     return ConfigError(
-        f"{what}. The code of this architecture cannot use {', '.join(skip)} as {backend} has them; {again} "
-        f"skip=({shown},) (--skip {','.join(skip)})"
+        f"{_what(loaded, error, to)}. The code of this architecture cannot use {', '.join(skip)} as "
+        f"{loaded.backend.name} has them; {again} skip=({shown},) (--skip {','.join(skip)})"
     )
+
+
+def _what(loaded: LoadedModel, error: BaseException, to: str) -> str:
+    name = loaded.request.source.name if loaded.request else "the model"
+    words = str(error).partition("\n")[0][:SHOWN_LETTERS].rstrip(".")
+    return f"{name} was loaded with {loaded.backend.name} and cannot {to}: {type(error).__name__}: {words}"
 
 
 def culprits(model: Any, error: BaseException, quantized: Collection[str]) -> list[str]:

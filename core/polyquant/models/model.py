@@ -27,7 +27,7 @@ class Model:
         self.name = outline.source.name
         self._trust = trust_remote_code
         self._weights: dict[Dtype, tuple[WeightInfo, ...]] = {}
-        self.renamed: dict[str, str] = {}  # tensors that a packed checkpoint calls otherwise than the model
+        self.renamed: dict[str, str] = {}  # what a packed checkpoint calls otherwise; known with the weights
 
     @classmethod
     def find(

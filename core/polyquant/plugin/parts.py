@@ -106,7 +106,8 @@ def require_layers(request: LoadRequest, expected: Callable[[WeightInfo, Mapping
         name = weight.name.removesuffix(".weight")
         held = stored.get(name, {})
         own = {short for short in held if f"{name}.{short}" in shapes}
-        if len(weight.shape) != 2 or weight.tied_to or not held or _is_dense(held, weight.shape, own):
+        elsewhere = bool(weight.tied_to) and set(held) <= own - {"weight"}  # a tied head may have a bias of its own
+        if len(weight.shape) != 2 or not held or elsewhere or _is_dense(held, weight.shape, own):
             continue
         tensors = {short: files[file].get_tensor(key) for short, (file, key, _) in held.items()}
         try:
