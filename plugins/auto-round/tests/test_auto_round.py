@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
-
 import polyquant
 import pytest
 import torch
@@ -11,40 +9,30 @@ import transformers
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.testing.checkpoints import adapter_gradients
 from polyquant.testing.models import tiny_model
-from polyquant.testing.state import differences, snapshot
 from polyquant.testing.texts import CALIBRATION
 from polyquant_auto_round import _kernels
 from polyquant_auto_round.options import AutoRoundOptions
 from safetensors.torch import load_file, save_file
 
+from .conftest import quantize
+
+
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
+
+
 LAYER = "model.layers.1.mlp.up_proj"
+
+
 OWN: dict[str, object] = {}
+
+
 FITTED = {"sym": False}  # packed as AWQ does
+
+
 GPTQ = {"format": "auto_gptq", "skip": ("layers.0.mlp",)}
+
+
 AWQ = {"format": "auto_awq", "sym": False, "skip": ("layers.0.mlp",)}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def made(folder):
-    """A checkpoint of llama, or another model, with some options; each made once."""
-
-    def make(model="llama", calibration=None, **options):
-        out = folder / "-".join(["packed", model, *(f"{name}={value}" for name, value in options.items())])
-        if not out.exists():
-            quantize(tiny_model(model, folder), out, calibration=calibration, **options)
-        return out
-
-    return make
-
-
-def quantize(path, out, **options):
-    return polyquant.quantize(path, "auto-round", out, device="cpu", **options)
 
 
 def load(path, **options):
@@ -270,59 +258,6 @@ def test_reordered_columns_are_refused(made, tmp_path):
     change_tensors(path, lambda all_: all_ | {f"{LAYER}.g_idx": all_[f"{LAYER}.g_idx"].flip(0).contiguous()})
     with pytest.raises(ModelError, match=f"{LAYER} cannot be read: its columns are reordered"):
         load(path)
-
-
-def test_quantizing_leaves_the_process_alone(folder, tmp_path, monkeypatch, capfd):
-    """auto-round seeds everything, sets variables and print options, and writes work files where it runs."""
-    monkeypatch.chdir(tmp_path)
-    llama = tiny_model("llama", folder)
-    capfd.readouterr()
-    before = snapshot()
-    quantize(llama, tmp_path / "out")
-    assert not differences(before, snapshot())
-    assert [path.name for path in Path.cwd().iterdir()] == ["out"]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_what_auto_round_replaces_is_put_back():
-    from polyquant.testing.processes import run_python
-
-    code = """
-import json, sys, polyquant
-import torch, transformers.quantizers.auto
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
-from transformers.core_model_loading import Transpose
-from polyquant.testing.state import differences, snapshot
-state, methods = snapshot(), (AutoModelForCausalLM.from_pretrained, Transpose.convert, PreTrainedModel._init_weights)
-from polyquant_auto_round._library import algorithm
-rounding = algorithm(polyquant.backend("auto-round").config({"iters": 5}))
-after = (AutoModelForCausalLM.from_pretrained, Transpose.convert, PreTrainedModel._init_weights)
-print(json.dumps([type(rounding).__name__, "auto_round" in sys.modules, hasattr(torch.Tensor, "get_dtype"),
-                  methods == after, differences(state, snapshot())]))
-"""
-    assert run_python(code) == ["SignRoundConfig", True, False, True, []]
-
-
-def test_loading_imports_no_auto_round(made):
-    """Its import replaces methods of transformers, and its loading breaks other models of the process."""
-    from polyquant.testing.processes import run_python
-
-    code = """
-import json, sys, polyquant
-polyquant.load(sys.argv[1], "auto-round", device="cpu")
-print(json.dumps(["auto_round" in sys.modules, "auto_round_kernel" in sys.modules]))
-"""
-    assert run_python(code, str(made())) == [False, True]
-
-
-def test_what_auto_round_says_last_is_kept(folder, tmp_path):
-    """It ends its process where it cannot go on."""
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_model("llama", folder), broken)
-    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-64])
-    with pytest.raises(polyquant.errors.PolyquantError, match="model.safetensors|incomplete"):
-        quantize(broken, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options", [{"bits": 2, "sym": False, "group_size": 32}, {"bits": 3}], ids=str)

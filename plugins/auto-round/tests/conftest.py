@@ -1,0 +1,27 @@
+"""What the tests of this plugin share."""
+
+import polyquant
+import pytest
+from polyquant.testing.models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """A checkpoint of llama, or another model, with some options; each made once."""
+
+    def make(model="llama", calibration=None, **options):
+        out = folder / "-".join(["packed", model, *(f"{name}={value}" for name, value in options.items())])
+        if not out.exists():
+            quantize(tiny_model(model, folder), out, calibration=calibration, **options)
+        return out
+
+    return make
+
+
+def quantize(path, out, **options):
+    return polyquant.quantize(path, "auto-round", out, device="cpu", **options)
