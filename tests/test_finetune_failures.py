@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import polyquant
 import pytest
-from polyquant.errors import SaveError
+from polyquant.errors import SaveError, TrainingConflict
 from polyquant.finetuning import state
 from polyquant.testing.models import tiny_model
 
@@ -218,3 +218,33 @@ def test_a_checkpoint_cut_short_is_thrown_away(model, data, tmp_path, whole, row
     assert result.resumed_from == 2
     assert any("checkpoint-4 was half written" in note for note in result.notes)
     assert result.last_loss == whole
+
+
+def test_an_end_that_is_no_longer_held_is_none(model, data, tmp_path, whole, rowwise):
+    """A run that had ended before its adapter was written, whose last checkpoint was damaged then, goes on to its end."""
+
+    def stop(step):
+        if step.done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, data, tmp_path / "out", progress=SimpleNamespace(step=stop))
+    state.mark_ended(state.working_folder(tmp_path / "out"), 6)
+    result = tune(model, data, tmp_path / "out")
+    assert result.resumed_from == 4
+    assert result.last_loss == whole
+
+
+def test_what_a_run_without_a_checkpoint_left_is_no_part_of_the_next(tmp_path):
+    out = tmp_path / "out"
+    folder = state.begin(out, {"rank": 2}, restart=False)
+    state.mark_ended(folder, 2)
+    (folder / "runs").mkdir()
+    assert state.begin(out, {"rank": 4}, restart=False) == folder
+    assert [path.name for path in folder.iterdir()] == [state.JOB]
+    (folder / "checkpoint-2").mkdir()
+    with pytest.raises(TrainingConflict, match="rank: unfinished run 4, now 8"):
+        state.begin(out, {"rank": 8}, restart=False)
+    assert not state.has_ended(folder, folder / "checkpoint-2", 4)
+    state.mark_ended(folder, 2)
+    assert state.has_ended(folder, folder / "checkpoint-2", 4)

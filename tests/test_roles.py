@@ -159,6 +159,36 @@ def test_what_cannot_run_is_refused_with_what_to_skip(models, architecture, back
     assert loaded.logits([5, 6, 7]).isfinite().all()
 
 
+def test_an_error_of_another_module_is_not_blamed_on_layers_beside_it(models):
+    """Nor one that the device reports later than it happened."""
+    import torch
+
+    class Broken(torch.nn.Module):
+        def forward(self, inputs):
+            raise RuntimeError("no such activation here")
+
+    model = build("Mixtral")
+    attention = model.model.layers[0].self_attn
+    quantized = {f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "o_proj")}
+    attention.q_proj = torch.nn.Sequential(attention.q_proj, Broken())
+    try:
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    except RuntimeError as error:
+        assert culprits(model, error, {"model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.o_proj"}) == []
+        assert culprits(model, error, quantized) == ["q_proj"]
+    else:
+        pytest.fail("it ran")
+    runs("bitsandbytes")
+    loaded = polyquant.load(models("Mamba2"), "bitsandbytes", device="cpu", bits=8)
+
+    def late(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    next(loaded.model.modules()).get_submodule("backbone.layers.0.mixer.in_proj").register_forward_pre_hook(late)
+    with pytest.raises(RuntimeError, match="CUDA error"), training(loaded):
+        loaded.model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
 @FIVE
 def test_what_cannot_train_is_refused_with_what_to_skip(models, tmp_path):
     """Mamba 2 has a way of its own for training, which reads the weight of one layer past its module."""

@@ -39,10 +39,12 @@ def begin(out: Path, job: Mapping[str, Any], *, restart: bool, notes: list[str] 
     except OSError as error:
         raise SaveError(f"cannot keep a run in {folder}: {error}") from error
     text = msgspec.json.encode(job)
-    if unfinished is None or not _numbered(folder):  # of a run that made no step nothing is lost
+    if unfinished is None:
         write_atomically(folder / JOB, text.decode())
         return folder
     now = msgspec.json.decode(text)
+    if unfinished != now and not _numbered(folder):  # of a run that made no step nothing is lost
+        return begin(out, job, restart=True, notes=notes)
     changed = [
         f"  {name}: unfinished run {unfinished.get(name)!r}, now {now.get(name)!r}"
         for name in {**unfinished, **now}
@@ -84,14 +86,17 @@ def _numbered(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
 
 
-def mark_ended(folder: Path) -> None:
-    """Training is over, and the adapter is in the last checkpoint: what is left to do is to write its folder."""
-    (folder / ENDED).touch()
+def mark_ended(folder: Path, step: int) -> None:
+    """Training is over, and the adapter is in the checkpoint of `step`: what is left to do is to write its folder."""
+    write_atomically(folder / ENDED, str(step))
 
 
 def has_ended(folder: Path, checkpoint: Path | None, steps: int) -> bool:
     """Whether nothing is left to train: `checkpoint` is that of the last of `steps`, or the run stopped early there."""
-    return checkpoint is not None and (step_of(checkpoint) >= steps or (folder / ENDED).exists())
+    if checkpoint is None:
+        return False
+    ended = folder / ENDED
+    return step_of(checkpoint) >= steps or (ended.exists() and ended.read_text() == str(step_of(checkpoint)))
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -74,7 +74,7 @@ def train(
             return followed
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
-        state.mark_ended(folder)
+        state.mark_ended(folder, trainer.state.global_step)
     return followed
 
 

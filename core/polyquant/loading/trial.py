@@ -10,9 +10,10 @@ from typing import Any
 
 from polyquant.errors import ConfigError, ModelError, OutOfMemory, PolyquantError
 from polyquant.loaded import LoadedModel
-from polyquant.memory.adapted import base_name
+from polyquant.memory.adapted import base_name, is_adapters
 
 TRIED_TOKENS = 3
+DEVICE_FAULT = "CUDA error"
 SHOWN_LETTERS = 200  # of a library's error
 
 
@@ -60,6 +61,8 @@ def _explained(loaded: LoadedModel, error: BaseException, to: str) -> PolyquantE
     """
     if (slip := loaded.backend.own_fault(error)) is not None:
         return slip
+    if DEVICE_FAULT in str(error):  # raised later than where it happened, and after it nothing runs
+        return None
     quantized = {layer.name.rpartition(".")[0] for layer in loaded.initial_layers if layer.quantized}
     skip = culprits(loaded.model, error, quantized)
     if not skip:
@@ -82,16 +85,21 @@ def _what(loaded: LoadedModel, error: BaseException, to: str) -> str:
 def culprits(model: Any, error: BaseException, quantized: Collection[str]) -> list[str]:
     """Last name parts of the quantized modules that `error` is about; none where it is about no such module.
 
-    The innermost module of the model in whose code it was raised: itself, or those that the line names.
+    The innermost module of the model in whose code it was raised: itself, the quantized one that it is a part of, or
+    those that its lines name.
     """
     names = {id(module): base_name(name) for name, module in model.named_modules()}
     frames = list(traceback.walk_tb(error.__traceback__))
+    innermost = None
     for (frame, _), summary in reversed(list(zip(frames, traceback.extract_tb(error.__traceback__), strict=True))):
         name = names.get(id(frame.f_locals.get("self")))
         if name is None:
             continue
-        if name in quantized:
+        innermost = name if innermost is None else innermost
+        if name in quantized and f"{innermost}.".startswith(f"{name}.") and not is_adapters(innermost):
             return [name.rpartition(".")[2]]
+        if name != innermost:
+            continue
         line = summary.line or ""
         inside = {each.rpartition(".")[2] for each in quantized if each.startswith(f"{name}." if name else "")}
         bare = {word for word in re.findall(r"(\w+)\.weight", line) if word in inside}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from polyquant.errors import ModelError
@@ -72,8 +73,22 @@ def renamed(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
     one = [each for each in conversions if isinstance(each, WeightRenaming)]
     many = [each for each in conversions if isinstance(each, WeightConverter)]
     own, prefix = skeleton.state_dict(), skeleton.base_model_prefix
-    found = {name: rename_source_key(name, one, many, prefix, own)[0] for name in names if name not in own}
-    return {name: to for name, to in found.items() if to != name}
+
+    @cache
+    def whole(name: str) -> str:
+        to: str = rename_source_key(name, one, many, prefix, own)[0]
+        return to
+
+    def in_model(name: str) -> str:
+        if (to := whole(name)) in own:
+            return to
+        parts = name.split(".")  # else a part of a packed weight goes where the weight of its layer does
+        layers = (end for end in range(len(parts) - 1, 0, -1) if whole(".".join((*parts[:end], "weight"))) in own)
+        if (end := next(layers, 0)) == 0:
+            return to
+        return ".".join((whole(".".join((*parts[:end], "weight"))).removesuffix(".weight"), *parts[end:]))
+
+    return {name: to for name in names if name not in own and (to := in_model(name)) != name}
 
 
 def reporting(from_pretrained: Callable[..., Any], *arguments: Any, **more: Any) -> tuple[Any, Misfit]:

@@ -79,9 +79,13 @@ def _require_class(source: ModelSource, config: Any, model_class: Any) -> None:
 
 
 def _untie_two(config: Any, model_class: Any, stored: Collection[str]) -> None:
-    """The checkpoint decides: of two tensors that are both there none is tied, whatever the config says."""
+    """The checkpoint decides: of two weights that are both there none is tied, whatever the config says.
+
+    A packed one may have parts of other names; a bias is none of them.
+    """
+    homes = {name.rpartition(".")[0] for name in stored if not name.endswith(".bias")}
     ties = versions.class_ties(model_class)
-    if any(name in stored and other in stored for name, other in ties.items()):
+    if any({name.rpartition(".")[0], other.rpartition(".")[0]} <= homes for name, other in ties.items()):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 

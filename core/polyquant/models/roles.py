@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -23,6 +24,8 @@ REASONS: dict[Role, str] = {
 }
 MODEL_CODE = ("transformers.models.", "transformers_modules.")
 """Where the classes of models come from; others are those of libraries and plugins, in place of them."""
+OWN_LINEAR = r"Linear$|^Linear\w{0,6}$"  # MoshiLinear, Linear4bit, LinearFP8
+"""Names of Linear classes in the code of models."""
 ALWAYS_DENSE: tuple[Role, ...] = ("embedding", "tower", "custom")
 """Roles whose tensors are dense whether or not somebody asks for it."""
 TIED, SKIPPED = "tied to {}", "skipped on request"
@@ -73,8 +76,8 @@ def is_linear_module(module: Any) -> bool:
     owner: Any = type(module)
     if isinstance(module, torch.nn.Linear) or owner.__name__ in ("Conv1D", "Linear"):
         return True
-    of_a_model = owner.__module__.startswith(MODEL_CODE)
-    return bool(owner.__name__.endswith("Linear") if of_a_model else "Linear" in owner.__name__)
+    wanted = OWN_LINEAR if owner.__module__.startswith(MODEL_CODE) else "Linear"
+    return re.search(wanted, owner.__name__) is not None
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polyquant.errors import ModelError
 from polyquant.models.headers import StoredTensor, read_safetensors
-from polyquant.request import LoadRequest, ModelSource
+from polyquant.request import LoadRequest
 from polyquant.types import WeightInfo
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -95,16 +95,22 @@ def require_layers(request: LoadRequest, expected: Callable[[WeightInfo, Mapping
     """
     source = request.source
     stored: dict[str, dict[str, tuple[str, str, StoredTensor]]] = defaultdict(dict)
+    twice: dict[str, str] = {}
     for file in source.weight_files:
         for key, tensor in read_safetensors(source.path / file).items():
             name = request.names.get(key, key)
             home = layer_of(name.rpartition(".")[0])
-            stored[home][name.removeprefix(f"{home}.")] = (file, key, tensor)
+            short = name.removeprefix(f"{home}.")
+            if short in stored[home]:
+                twice[home] = f"it is stored twice, as {stored[home][short][1]} and as {key}"
+            stored[home][short] = (file, key, tensor)
     files = {file: safe_open(source.path / file, framework="pt") for file in source.weight_files}
     shapes = {weight.name: weight.shape for weight in request.weights}
     for weight in request.weights:
         name = weight.name.removesuffix(".weight")
         held = stored.get(name, {})
+        if name in twice and len(weight.shape) == 2:  # experts that are stored one by one are of three dimensions
+            raise ModelError(f"{source.name}: {name} cannot be read: {twice[name]}")
         own = {short for short in held if f"{name}.{short}" in shapes}
         elsewhere = bool(weight.tied_to) and set(held) <= own - {"weight"}  # a tied head may have a bias of its own
         if len(weight.shape) != 2 or not held or elsewhere or _is_dense(held, weight.shape, own):
@@ -124,12 +130,15 @@ def layer_of(module: str) -> str:
     return f"{module}.".partition(".weight.")[0].removesuffix(".")
 
 
-def stored_metadata(source: ModelSource) -> dict[str, str]:
-    """What the headers of a checkpoint's safetensors files hold beside the tensors."""
+def stored_metadata(request: LoadRequest) -> dict[str, str]:
+    """What the headers of the safetensors files hold beside the tensors; of a layer under the name in the model."""
+    layers = {key.rpartition(".")[0]: name.rpartition(".")[0] for key, name in request.names.items()}
     found: dict[str, str] = {}
-    for file in source.weight_files:
-        with safe_open(source.path / file, framework="pt") as content:
-            found |= content.metadata() or {}
+    for file in request.source.weight_files:
+        with safe_open(request.source.path / file, framework="pt") as content:
+            for key, text in (content.metadata() or {}).items():
+                layer, _, short = key.rpartition(".")
+                found[f"{layers.get(layer, layer)}.{short}" if layer else key] = text
     return found
 
 

@@ -122,3 +122,34 @@ def test_layers_whose_dense_weights_are_turned_are_read(tmp_path, preset):
     again = polyquant.load(tmp_path / "out", device="cpu")
     assert torch.equal(again.logits([3, 4, 5]), expected)
     assert_verified(again)
+
+
+def without_prefix(tensors):
+    """The names that the model without its head has: transformers puts the prefix before them as it loads."""
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("preset", ["nf4", "nf4-dq", "int8"])
+def test_names_without_the_prefix_of_the_model_are_read_and_checked(saved, tmp_path, preset):
+    plain, tokens = polyquant.load(saved(preset), device="cpu"), [5, 6, 7, 8]
+    loaded = polyquant.load(changed_copy(saved(preset), tmp_path / "plain", without_prefix), device="cpu")
+    assert torch.equal(loaded.logits(tokens), plain.logits(tokens))
+    assert_verified(loaded)
+
+    def short(tensors):
+        without_prefix(tensors)
+        part = "SCB" if preset == "int8" else "weight.absmax"
+        name = f"{UP.removeprefix('model.')}.{part}"
+        tensors[name] = tensors[name][:1].clone()
+
+    with pytest.raises(ModelError, match=rf"{UP} cannot be read: .*should be"):
+        polyquant.load(changed_copy(saved(preset), tmp_path / "short", short), device="cpu")
+
+
+def test_two_names_of_one_tensor_are_refused(saved, tmp_path):
+    def twice(tensors):
+        tensors[f"{UP.removeprefix('model.')}.weight"] = torch.zeros_like(tensors[f"{UP}.weight"])
+
+    with pytest.raises(ModelError, match=rf"{UP} cannot be read: it is stored twice, as .*{UP}.weight"):
+        polyquant.load(changed_copy(saved("int8"), tmp_path / "twice", twice), device="cpu")

@@ -140,3 +140,13 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder, preset):
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_head_is_not_tied_whatever_the_config_says(tmp_path):
+    loaded = polyquant.load(tiny_model("llama", tmp_path), "torchao", device="cpu", skip_defaults=False)
+    out, tokens = loaded.save(tmp_path / "out"), [5, 6, 7]
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    again = polyquant.load(out, device="cpu")
+    assert torch.equal(again.logits(tokens), loaded.logits(tokens))
+    assert next(layer for layer in again.layers if layer.name == "lm_head.weight").quantized

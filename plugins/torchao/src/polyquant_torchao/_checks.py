@@ -20,7 +20,7 @@ CODES = {"int8": ("int8", -128, 127), "int4": ("int8", -8, 7), "float8": ("float
 
 def require_sound(request: LoadRequest, config: TorchAoOptions) -> None:
     """Raises ModelError where a tensor, or torchao's description of one, does not fit its layer."""
-    described = stored_metadata(request.source)
+    described = stored_metadata(request)
 
     def expected(weight: WeightInfo, _: Mapping[str, Tensor]) -> Expected:
         rows, columns = weight.shape
