@@ -1,0 +1,118 @@
+// The C interface of the packed products. Every function is safe to call from several threads at once.
+//
+// A weight of (rows, columns) lies with eight rows interleaved: `codes` is (rows / 8, columns / 8, 8) lanes of 32 bits,
+// each with eight codes of four bits of one row, or (rows / 8, columns / 4, 8) lanes with four of eight bits. In a lane of
+// four-bit codes, code t has the bits from {0, 8, 16, 24, 4, 12, 20, 28}[t]: the even nibbles are codes 0 to 3, the odd
+// ones 4 to 7. Scales, zero points and minima are (rows / 8, columns / group, 8).
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define PQ_PUBLIC __declspec(dllexport)
+#else
+#define PQ_PUBLIC __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum pq_type { PQ_FLOAT32 = 0, PQ_FLOAT16 = 1, PQ_BFLOAT16 = 2 };
+
+enum pq_kind {
+  PQ_AFFINE4 = 0,    // scale * (code - zero), or scale * code + minimum
+  PQ_CODEBOOK4 = 1,  // scale * table[code]
+  PQ_INT8 = 2        // scale * (code - zero), or scale * code + minimum; the code is signed
+};
+
+// How activations enter a product: as they are; or in blocks of 32 as integers of 16 or of 8 bits with a scale each.
+// A product in 16 bits has a relative error of 5e-5, one in 8 bits of 1e-2. Only PQ_AFFINE4 has 8 bits.
+enum pq_activations { PQ_EXACT = 0, PQ_INT16 = 1, PQ_INT8_ACTIVATIONS = 2 };
+
+typedef struct {
+  const uint32_t* codes;
+  const void* scales;     // of scale_type
+  const int8_t* zeros;   // zero points, or null
+  const float* minima;    // minima, or null; never both
+  const float* table;     // sixteen levels of a PQ_CODEBOOK4
+  int64_t rows, columns;  // multiples of 8 and of 32
+  int64_t group;          // columns that share a scale; a multiple of 16 that divides columns
+  int32_t kind, scale_type;
+  float zero;  // the zero point of every group where `zeros` and `minima` are null
+} pq_weight;
+
+// Raised whenever the meaning of anything here changes.
+PQ_PUBLIC int32_t pq_interface(void);
+
+// The instruction sets that this processor runs, best first, with spaces between; and the one in use.
+PQ_PUBLIC const char* pq_available(void);
+PQ_PUBLIC const char* pq_in_use(void);
+// Uses another set than the best. Returns 0, or -1 where it is none of pq_available.
+PQ_PUBLIC int32_t pq_use(const char* name);
+
+// y = x @ weight.T + bias. x: (count, columns), y: (count, rows), each contiguous and of its type; bias: rows floats or null.
+// Returns 0; -1: what is asked for has no product; -2: no memory.
+PQ_PUBLIC int32_t pq_linear(
+    const pq_weight* weight, const void* x, int32_t x_type, int64_t count, void* y, int32_t y_type, const float* bias,
+    int32_t activations, int32_t threads);
+
+// Rows [first, first + count) as (count, columns) of out_type. first, count: multiples of 8.
+PQ_PUBLIC int32_t pq_decode(
+    const pq_weight* weight, int64_t first, int64_t count, void* out, int32_t out_type, int32_t threads);
+
+// Rows by their numbers, as (count, columns) of out_type. Every number is from 0 to rows - 1: the caller has checked.
+PQ_PUBLIC int32_t pq_rows(const pq_weight* weight, const int64_t* index, int64_t count, void* out, int32_t out_type);
+
+// ---- one token of a decoder of Llama's shape
+
+enum pq_activation { PQ_SILU = 0, PQ_GELU_TANH = 1 };
+
+typedef struct {
+  const float* weight;  // null: none
+  float epsilon, extra;  // extra: 1 where the weight is kept less 1
+} pq_norm;
+
+typedef struct {  // a norm that is not there has skip = 1
+  pq_norm norm;
+  int32_t skip;
+} pq_optional_norm;
+
+typedef struct {  // a product and its bias, of `rows` floats or null
+  const pq_weight* weight;
+  const float* bias;
+} pq_product;
+
+typedef struct {
+  pq_optional_norm before_attention, query_norm, key_norm, after_attention, before_mlp, after_mlp;
+  pq_product query, key, value, output;  // key.weight null: query holds all three, one below the other
+  pq_product gate, up, down;             // up.weight null: gate holds both
+  const float* sinks;                    // one for each head, or null
+  int64_t window;                        // positions that are seen, this one among them; 0: all
+  int32_t rotation;                      // which cosines and sines
+} pq_layer;
+
+typedef struct {
+  const pq_layer* layers;
+  int64_t layer_count, hidden, heads, key_heads, width, rotated;  // width: of a head; rotated: of its columns
+  float attention_scale, attention_cap, residual_scale;           // cap: 0 for none
+  int32_t activation;
+  pq_norm last;
+  pq_product head;
+  float logit_scale, logit_cap;
+} pq_model;
+
+typedef struct {        // of one layer
+  float *keys, *values;  // (batch, key_heads, room, width); the positions before this one are there
+  int64_t room;
+} pq_cache;
+
+// One token for each of `batch` texts of one length. hidden: (batch, hidden), embedded and scaled, is used up; cosines and
+// sines: (rotations, batch, rotated); position: of this token, and what the caches hold; logits: (batch, vocabulary) or null.
+// `hidden` has the last norm's output after the call.
+PQ_PUBLIC int32_t pq_step(
+    const pq_model* model, const pq_cache* caches, float* hidden, int64_t batch, int64_t position, const float* cosines,
+    const float* sines, float* logits, int32_t activations, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif

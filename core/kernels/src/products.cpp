@@ -1,0 +1,504 @@
+// Products of packed weights with activations, and decoding: compiled once for each instruction set.
+#include <algorithm>
+#include <type_traits>
+
+#include "lanes.h"
+#include "sets.h"
+
+#define PQ_TEXT_OF(name) #name
+#define PQ_TEXT(name) PQ_TEXT_OF(name)
+#define PQ_JOIN_OF(a, b) a##b
+#define PQ_JOIN(a, b) PQ_JOIN_OF(a, b)
+
+namespace PQ_SET {
+
+constexpr float MOST16 = 32767.0f, MOST8 = 127.0f;
+constexpr float MOST_LEVEL = 8191.0f;  // of a code book's levels as integers: 32 products with 8191 stay below 2^31
+
+// BLOCK, below: how many neighbouring activations share a scale; 32, or 16 where the weight's groups ask for it.
+
+// ---- scales and what stands beside them: of eight rows at once
+
+struct Group {
+  Floats scale, minimum;
+};
+
+struct Groups {  // of one block of eight rows
+  const void* scales;
+  const int8_t* zeros;
+  const float* minima;
+  int32_t type;
+  float zero;
+
+  Groups(const pq_weight& w, int64_t block) : type(w.scale_type), zero(w.zero) {
+    const int64_t before = block * (w.columns / w.group) * 8;
+    scales = static_cast<const char*>(w.scales) + before * (type == PQ_FLOAT32 ? 4 : 2);
+    zeros = w.zeros ? w.zeros + before : nullptr;
+    minima = w.minima ? w.minima + before : nullptr;
+  }
+  Floats scale(int64_t group) const {
+    if (type == PQ_FLOAT32) return load(static_cast<const float*>(scales) + group * 8);
+    const auto* halves = static_cast<const uint16_t*>(scales) + group * 8;
+    return type == PQ_FLOAT16 ? load_f16(halves) : load_bf16(halves);
+  }
+  Floats zero_point(int64_t group) const { return zeros ? load_i8(zeros + group * 8) : all(zero); }
+  Group at(int64_t group) const {
+    const Floats own = scale(group);
+    if (minima) return {own, load(minima + group * 8)};
+    return {own, multiply(own, subtract(PQ_SET::zero(), zero_point(group)))};
+  }
+  // the weights of codes, as the format defines them: each in at most two roundings
+  Floats weights(int64_t group, Floats codes) const {
+    if (minima) return fused(scale(group), codes, load(minima + group * 8));
+    return multiply(scale(group), subtract(codes, zero_point(group)));
+  }
+};
+
+// calls one(integral constant) for the codes of a lane
+template <int COUNT, class One> void each_code(const One& one) {
+  one(std::integral_constant<int, 0>()), one(std::integral_constant<int, 1>());
+  one(std::integral_constant<int, 2>()), one(std::integral_constant<int, 3>());
+  if constexpr (COUNT == 8) {
+    one(std::integral_constant<int, 4>()), one(std::integral_constant<int, 5>());
+    one(std::integral_constant<int, 6>()), one(std::integral_constant<int, 7>());
+  }
+}
+
+template <int T> Ints nibble(Ints lanes) {
+  constexpr int SHIFT = (T % 4) * 8 + (T / 4) * 4;
+  return ints_right<SHIFT>(lanes);
+}
+
+// ---- activations
+
+template <int64_t BLOCK> float sum_of(const float* x) {
+  Floats total = add(load(x), load(x + 8));
+  if constexpr (BLOCK == 32) total = add(total, add(load(x + 16), load(x + 24)));
+  return sum(total);
+}
+
+template <int64_t BLOCK>
+void quantize_row16(const float* x, int64_t columns, float most, bool interleaved, int16_t* to, float* scales, float* sums) {
+  int16_t plain[BLOCK];
+  for (int64_t block = 0; block < columns / BLOCK; block++) {
+    const float* from = x + block * BLOCK;
+    Floats tops = zero();
+    for (int64_t eight = 0; eight < BLOCK; eight += 8) tops = maximum(tops, magnitude(load(from + eight)));
+    const float top = largest(tops);
+    const Floats factor = all(top > 0 ? most / top : 0.0f);
+    scales[block] = top / most;
+    sums[block] = sum_of<BLOCK>(from);
+    int16_t* out = interleaved ? plain : to + block * BLOCK;
+    for (int64_t eight = 0; eight < BLOCK; eight += 8) store_halves(out + eight, multiply(load(from + eight), factor));
+    if (!interleaved) continue;
+    int16_t* pairs = to + block * BLOCK;  // (0, 2), (1, 3), (4, 6), (5, 7): as a shift and a mask leave the codes of a lane
+    for (int64_t eight = 0; eight < BLOCK; eight += 8)
+      for (int64_t half = eight; half < eight + 8; half += 4) {
+        pairs[half] = plain[half], pairs[half + 1] = plain[half + 2];
+        pairs[half + 2] = plain[half + 1], pairs[half + 3] = plain[half + 3];
+      }
+  }
+}
+
+template <int64_t BLOCK> void quantize_row8(const float* x, int64_t columns, int8_t* to, float* scales, float* sums) {
+  for (int64_t block = 0; block < columns / BLOCK; block++) {
+    const float* from = x + block * BLOCK;
+    float top = 0;
+    for (int64_t i = 0; i < BLOCK; i++) top = std::max(top, std::fabs(from[i]));
+    const float inverse = top > 0 ? MOST8 / top : 0.0f;
+    int32_t total = 0;
+    for (int64_t i = 0; i < BLOCK; i++) {
+      const auto rounded = static_cast<int32_t>(std::nearbyint(from[i] * inverse));
+      to[block * BLOCK + i] = static_cast<int8_t>(rounded);
+      total += rounded;
+    }
+    scales[block] = top / MOST8;
+    sums[block] = scales[block] * static_cast<float>(total);  // of the rounded ones, as the codes are multiplied with
+  }
+}
+
+template <int64_t BLOCK>
+void quantize_rows(const pq_weight& w, const float* x, int64_t first, int64_t last, const Activations& to, int how) {
+  const int64_t columns = w.columns, blocks = columns / BLOCK;
+  for (int64_t row = first; row < last; row++) {
+    const float* from = x + row * columns;
+    float *scales = to.scales + row * blocks, *sums = to.sums + row * blocks;
+    if (how == PQ_INT8_ACTIVATIONS) {
+      quantize_row8<BLOCK>(from, columns, to.bytes + row * columns, scales, sums);
+    } else if (how == PQ_INT16) {
+      const bool book = w.kind == PQ_CODEBOOK4;
+      quantize_row16<BLOCK>(from, columns, book ? MOST_LEVEL : MOST16, !book, to.halves + row * columns, scales, sums);
+    } else {  // exact: the sums alone
+      for (int64_t block = 0; block < blocks; block++) sums[block] = sum_of<BLOCK>(from + block * BLOCK);
+    }
+  }
+}
+
+void quantize(const pq_weight& w, const float* x, int64_t first, int64_t last, const Activations& to, int how) {
+  if (block_of(w) == 32) quantize_rows<32>(w, x, first, last, to, how);
+  else quantize_rows<16>(w, x, first, last, to, how);
+}
+
+// ---- one tile: eight rows of the weight, COUNT inputs
+
+struct Inputs {  // of one tile
+  const float* x;
+  const int16_t* halves;
+  const int8_t* bytes;
+  const float *scales, *sums;
+  int64_t columns;
+
+  Inputs(const float* of, const Activations& a, int64_t row, int64_t columns, int64_t block)
+      : x(of + row * columns), halves(a.halves ? a.halves + row * columns : nullptr),
+        bytes(a.bytes ? a.bytes + row * columns : nullptr), scales(a.scales + row * (columns / block)),
+        sums(a.sums + row * (columns / block)), columns(columns) {}
+};
+
+template <int COUNT, int64_t BLOCK>
+void affine4_int16(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
+  const Ints mask = ints_all(0x000f000f);
+  const int64_t blocks = in.columns / BLOCK;
+  for (int64_t block = 0; block < blocks; block++) {
+    Ints total[COUNT];
+    for (int i = 0; i < COUNT; i++) total[i] = ints_zero();
+    for (int64_t j = 0; j < BLOCK / 8; j++) {
+      const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
+      const Ints q0 = ints_and(lanes, mask), q1 = ints_and(halves_right<8>(lanes), mask);
+      const Ints q2 = ints_and(halves_right<4>(lanes), mask), q3 = halves_right<12>(lanes);
+      for (int i = 0; i < COUNT; i++) {
+        const int16_t* x = in.halves + i * in.columns + block * BLOCK + j * 8;
+        total[i] = dot_halves(total[i], q0, ints_all(load32(x)));
+        total[i] = dot_halves(total[i], q1, ints_all(load32(x + 2)));
+        total[i] = dot_halves(total[i], q2, ints_all(load32(x + 4)));
+        total[i] = dot_halves(total[i], q3, ints_all(load32(x + 6)));
+      }
+    }
+    const Group group = groups.at(block / per);
+    for (int i = 0; i < COUNT; i++) {
+      const int64_t at = i * blocks + block;
+      acc[i] = fused(to_floats(total[i]), multiply(group.scale, all(in.scales[at])), acc[i]);
+      acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
+    }
+  }
+}
+
+template <int COUNT, int64_t BLOCK>
+void affine4_int8(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
+  const Ints mask = ints_all(0x0f0f0f0f);
+  const int64_t blocks = in.columns / BLOCK;
+  for (int64_t block = 0; block < blocks; block++) {
+    Ints total[COUNT];
+    for (int i = 0; i < COUNT; i++) total[i] = ints_zero();
+    for (int64_t j = 0; j < BLOCK / 8; j++) {
+      const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
+      const Ints q0 = ints_and(lanes, mask), q1 = ints_and(halves_right<4>(lanes), mask);
+      for (int i = 0; i < COUNT; i++) {
+        const int8_t* x = in.bytes + i * in.columns + block * BLOCK + j * 8;
+        total[i] = dot_bytes(total[i], q0, ints_all(load32(x)));
+        total[i] = dot_bytes(total[i], q1, ints_all(load32(x + 4)));
+      }
+    }
+    const Group group = groups.at(block / per);
+    for (int i = 0; i < COUNT; i++) {
+      const int64_t at = i * blocks + block;
+      acc[i] = fused(to_floats(total[i]), multiply(group.scale, all(in.scales[at])), acc[i]);
+      acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
+    }
+  }
+}
+
+// exact: eight columns of weights, as floats, times the activations
+template <int COUNT>
+void eight_columns(const Floats (&q)[8], const float* x, int64_t columns, Floats (&even)[COUNT], Floats (&odd)[COUNT]) {
+  for (int i = 0; i < COUNT; i++) {
+    const float* at = x + i * columns;
+    even[i] = fused(q[0], all(at[0]), even[i]), odd[i] = fused(q[1], all(at[1]), odd[i]);
+    even[i] = fused(q[2], all(at[2]), even[i]), odd[i] = fused(q[3], all(at[3]), odd[i]);
+    even[i] = fused(q[4], all(at[4]), even[i]), odd[i] = fused(q[5], all(at[5]), odd[i]);
+    even[i] = fused(q[6], all(at[6]), even[i]), odd[i] = fused(q[7], all(at[7]), odd[i]);
+  }
+}
+
+template <int COUNT, int64_t BLOCK>
+void affine4_exact(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
+  const Ints mask = ints_all(15);
+  const int64_t blocks = in.columns / BLOCK;
+  for (int64_t block = 0; block < blocks; block++) {
+    Floats even[COUNT], odd[COUNT];
+    for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
+    for (int64_t j = 0; j < BLOCK / 8; j++) {
+      const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
+      const Floats q[8] = {
+          to_floats(ints_and(nibble<0>(lanes), mask)), to_floats(ints_and(nibble<1>(lanes), mask)),
+          to_floats(ints_and(nibble<2>(lanes), mask)), to_floats(ints_and(nibble<3>(lanes), mask)),
+          to_floats(ints_and(nibble<4>(lanes), mask)), to_floats(ints_and(nibble<5>(lanes), mask)),
+          to_floats(ints_and(nibble<6>(lanes), mask)), to_floats(ints_and(nibble<7>(lanes), mask))};
+      eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
+    }
+    const Group group = groups.at(block / per);
+    for (int i = 0; i < COUNT; i++) {
+      acc[i] = fused(add(even[i], odd[i]), group.scale, acc[i]);
+      acc[i] = fused(group.minimum, all(in.sums[i * blocks + block]), acc[i]);
+    }
+  }
+}
+
+// code books: sixteen columns at a time, since groups of 16 are usual
+template <int COUNT>
+void codebook4_exact(
+    const uint32_t* codes, const Groups& groups, int64_t group_size, const float* levels, const Inputs& in, Floats (&acc)[COUNT]) {
+  const Table table(levels);
+  for (int64_t sixteen = 0; sixteen < in.columns / 16; sixteen++) {
+    Floats even[COUNT], odd[COUNT];
+    for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
+    for (int64_t j = 0; j < 2; j++) {
+      const Ints lanes = ints_load(codes + (sixteen * 2 + j) * 8);
+      const Floats q[8] = {
+          table.at(nibble<0>(lanes)), table.at(nibble<1>(lanes)), table.at(nibble<2>(lanes)), table.at(nibble<3>(lanes)),
+          table.at(nibble<4>(lanes)), table.at(nibble<5>(lanes)), table.at(nibble<6>(lanes)), table.at(nibble<7>(lanes))};
+      eight_columns<COUNT>(q, in.x + sixteen * 16 + j * 8, in.columns, even, odd);
+    }
+    const Floats scale = groups.scale(sixteen * 16 / group_size);
+    for (int i = 0; i < COUNT; i++) acc[i] = fused(add(even[i], odd[i]), scale, acc[i]);
+  }
+}
+
+#if defined(__AVX2__)
+// levels of 14 bits times activations of 14 bits: the sums are exact; two shuffles look sixteen levels up
+template <int COUNT, int64_t BLOCK>
+void codebook4_int16(
+    const uint32_t* codes, const Groups& groups, int64_t per, const float* levels, const Inputs& in, Floats (&acc)[COUNT]) {
+  float top = 0;
+  for (int i = 0; i < 16; i++) top = std::max(top, std::fabs(levels[i]));
+  const float unit = top > 0 ? top / MOST_LEVEL : 1.0f;
+  alignas(32) uint8_t low[32], high[32];
+  for (int i = 0; i < 32; i++) {
+    const auto level = static_cast<uint16_t>(static_cast<int16_t>(std::nearbyint(levels[i % 16] / unit)));
+    low[i] = static_cast<uint8_t>(level & 255), high[i] = static_cast<uint8_t>(level >> 8);
+  }
+  const Ints lows = ints_load(low), highs = ints_load(high), mask = ints_all(0x0f0f0f0f);
+  const int64_t blocks = in.columns / BLOCK;
+  for (int64_t block = 0; block < blocks; block++) {
+    Ints first[COUNT], second[COUNT];
+    for (int i = 0; i < COUNT; i++) first[i] = second[i] = ints_zero();
+    for (int64_t j = 0; j < BLOCK / 8; j++) {
+      const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
+      for (int64_t half = 0; half < 2; half++) {
+        const Ints index = ints_and(half ? halves_right<4>(lanes) : lanes, mask);
+        const Ints l = _mm256_shuffle_epi8(lows, index), h = _mm256_shuffle_epi8(highs, index);
+        const Ints some = _mm256_unpacklo_epi8(l, h), others = _mm256_unpackhi_epi8(l, h);
+        for (int i = 0; i < COUNT; i++) {
+          long long four;
+          std::memcpy(&four, in.halves + i * in.columns + block * BLOCK + j * 8 + half * 4, 8);
+          const Ints x = _mm256_set1_epi64x(four);
+          first[i] = dot_halves(first[i], some, x);
+          second[i] = dot_halves(second[i], others, x);
+        }
+      }
+    }
+    const Floats scale = multiply(all(unit), groups.scale(block / per));
+    for (int i = 0; i < COUNT; i++)  // first: rows 0, 0, 1, 1 | 4, 4, 5, 5; second: 2, 2, 3, 3 | 6, 6, 7, 7
+      acc[i] = fused(
+          to_floats(_mm256_hadd_epi32(first[i], second[i])), multiply(scale, all(in.scales[i * blocks + block])), acc[i]);
+  }
+}
+#endif
+
+template <int COUNT, int64_t BLOCK>
+void int8_int16(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
+  const int64_t blocks = in.columns / BLOCK;
+  for (int64_t block = 0; block < blocks; block++) {
+    Ints total[COUNT];
+    for (int i = 0; i < COUNT; i++) total[i] = ints_zero();
+    for (int64_t j = 0; j < BLOCK / 4; j++) {
+      const Ints lanes = ints_load(codes + (block * (BLOCK / 4) + j) * 8);
+      const Ints even = halves_right_signed<8>(halves_left<8>(lanes)), odd = halves_right_signed<8>(lanes);
+      for (int i = 0; i < COUNT; i++) {
+        const int16_t* x = in.halves + i * in.columns + block * BLOCK + j * 4;  // (0, 2), (1, 3)
+        total[i] = dot_halves(total[i], even, ints_all(load32(x)));
+        total[i] = dot_halves(total[i], odd, ints_all(load32(x + 2)));
+      }
+    }
+    const Group group = groups.at(block / per);
+    for (int i = 0; i < COUNT; i++) {
+      const int64_t at = i * blocks + block;
+      acc[i] = fused(to_floats(total[i]), multiply(group.scale, all(in.scales[at])), acc[i]);
+      acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
+    }
+  }
+}
+
+template <int T> Ints byte_of(Ints lanes) { return ints_right_signed<24>(ints_left<24 - 8 * T>(lanes)); }
+
+template <int COUNT, int64_t BLOCK>
+void int8_exact(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
+  const int64_t blocks = in.columns / BLOCK;
+  for (int64_t block = 0; block < blocks; block++) {
+    Floats even[COUNT], odd[COUNT];
+    for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
+    for (int64_t j = 0; j < BLOCK / 8; j++) {
+      const uint32_t* at = codes + (block * (BLOCK / 4) + j * 2) * 8;
+      const Ints first = ints_load(at), second = ints_load(at + 8);
+      const Floats q[8] = {
+          to_floats(byte_of<0>(first)), to_floats(byte_of<1>(first)), to_floats(byte_of<2>(first)), to_floats(byte_of<3>(first)),
+          to_floats(byte_of<0>(second)), to_floats(byte_of<1>(second)), to_floats(byte_of<2>(second)), to_floats(byte_of<3>(second))};
+      eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
+    }
+    const Group group = groups.at(block / per);
+    for (int i = 0; i < COUNT; i++) {
+      acc[i] = fused(add(even[i], odd[i]), group.scale, acc[i]);
+      acc[i] = fused(group.minimum, all(in.sums[i * blocks + block]), acc[i]);
+    }
+  }
+}
+
+template <int COUNT, int64_t BLOCK>
+void tile(const pq_weight& w, int64_t block, const Inputs& in, float* y, int how) {
+  const Groups groups(w, block);
+  const uint32_t* codes = w.codes + block * w.columns * (w.kind == PQ_INT8 ? 2 : 1);
+  const int64_t per = w.group / BLOCK;
+  Floats acc[COUNT];
+  for (int i = 0; i < COUNT; i++) acc[i] = zero();
+  if (w.kind == PQ_CODEBOOK4) {
+#if defined(__AVX2__)
+    if (how == PQ_INT16) codebook4_int16<COUNT, BLOCK>(codes, groups, per, w.table, in, acc);
+    else
+#endif
+      codebook4_exact<COUNT>(codes, groups, w.group, w.table, in, acc);
+  } else if (w.kind == PQ_INT8) {
+    if (how == PQ_EXACT) int8_exact<COUNT, BLOCK>(codes, groups, per, in, acc);
+    else int8_int16<COUNT, BLOCK>(codes, groups, per, in, acc);
+  } else if (how == PQ_EXACT) {
+    affine4_exact<COUNT, BLOCK>(codes, groups, per, in, acc);
+  } else if (how == PQ_INT16) {
+    affine4_int16<COUNT, BLOCK>(codes, groups, per, in, acc);
+  } else {
+    affine4_int8<COUNT, BLOCK>(codes, groups, per, in, acc);
+  }
+  for (int i = 0; i < COUNT; i++) store(y + i * w.rows, acc[i]);
+}
+
+template <int64_t BLOCK>
+void tiles(const pq_weight& w, const float* x, const Activations& a, int64_t count, int64_t first, int64_t last, float* y, int how) {
+  for (int64_t block = first; block < last; block++) {
+    int64_t row = 0;
+    const auto run = [&](auto number) {
+      constexpr int COUNT = decltype(number)::value;
+      for (; row + COUNT <= count; row += COUNT)
+        tile<COUNT, BLOCK>(w, block, Inputs(x, a, row, w.columns, BLOCK), y + row * w.rows + block * 8, how);
+    };
+    run(std::integral_constant<int, 4>()), run(std::integral_constant<int, 2>()), run(std::integral_constant<int, 1>());
+  }
+}
+
+void multiply_all(
+    const pq_weight& w, const float* x, const Activations& a, int64_t count, int64_t first, int64_t last, float* y, int how) {
+  if (block_of(w) == 32) tiles<32>(w, x, a, count, first, last, y, how);
+  else tiles<16>(w, x, a, count, first, last, y, how);
+}
+
+// ---- decoding
+
+void decode_block(const pq_weight& w, int64_t block, float* out) {
+  const Groups groups(w, block);
+  const Ints mask = ints_all(15);
+  float lanes_of[8];
+  const auto put = [&](int64_t column, Floats value) {
+    store(lanes_of, value);
+    for (int64_t row = 0; row < 8; row++) out[row * w.columns + column] = lanes_of[row];
+  };
+  if (w.kind == PQ_INT8) {
+    const uint32_t* codes = w.codes + block * w.columns * 2;
+    for (int64_t column = 0; column < w.columns; column += 4) {
+      const Ints lanes = ints_load(codes + column * 2);
+      each_code<4>([&](auto number) {
+        constexpr int T = decltype(number)::value;
+        put(column + T, groups.weights(column / w.group, to_floats(byte_of<T>(lanes))));
+      });
+    }
+    return;
+  }
+  const uint32_t* codes = w.codes + block * w.columns;
+  const float none[16] = {};
+  const Table table(w.kind == PQ_CODEBOOK4 ? w.table : none);
+  for (int64_t column = 0; column < w.columns; column += 8) {
+    const Ints lanes = ints_load(codes + column);
+    const int64_t group = column / w.group;
+    each_code<8>([&](auto number) {
+      constexpr int T = decltype(number)::value;
+      if (w.kind == PQ_CODEBOOK4) put(column + T, multiply(groups.scale(group), table.at(nibble<T>(lanes))));
+      else put(column + T, groups.weights(group, to_floats(ints_and(nibble<T>(lanes), mask))));
+    });
+  }
+}
+
+// with the arithmetic of the whole block: its lane is the row
+void decode_row(const pq_weight& w, int64_t row, float* out) {
+  const Groups groups(w, row / 8);
+  const bool wide = w.kind == PQ_INT8;
+  const uint32_t* codes = w.codes + row / 8 * w.columns * (wide ? 2 : 1) + row % 8;
+  float eight[8];
+  for (int64_t column = 0; column < w.columns; column++) {
+    const int64_t t = column % (wide ? 4 : 8);
+    const uint32_t code = codes[column / (wide ? 4 : 8) * 8] >> (t % 4 * 8 + t / 4 * 4);
+    const int64_t group = column / w.group;
+    if (w.kind == PQ_CODEBOOK4) store(eight, multiply(groups.scale(group), all(w.table[code & 15])));
+    else store(eight, groups.weights(group, all(wide ? static_cast<float>(static_cast<int8_t>(code & 255)) : static_cast<float>(code & 15))));
+    out[column] = eight[row % 8];
+  }
+}
+
+// ---- other types of activations
+
+void to_float32(const void* from, int type, int64_t count, float* to) {
+  const auto* halves = static_cast<const uint16_t*>(from);
+  int64_t at = 0;
+  for (; at + 8 <= count; at += 8) store(to + at, type == PQ_FLOAT16 ? load_f16(halves + at) : load_bf16(halves + at));
+  if (at == count) return;
+  uint16_t rest[8] = {};
+  float out[8];
+  std::memcpy(rest, halves + at, static_cast<size_t>(count - at) * 2);
+  store(out, type == PQ_FLOAT16 ? load_f16(rest) : load_bf16(rest));
+  std::memcpy(to + at, out, static_cast<size_t>(count - at) * 4);
+}
+
+inline uint16_t to_f16(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
+  if (bits < 0x38800000u) {                                              // subnormal: let the processor round
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    const float shifted = magnitude + 0.5f;  // one unit of 0.5f's last place is 2^-24
+    uint32_t rounded;
+    std::memcpy(&rounded, &shifted, 4);
+    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
+  }
+  const uint32_t rounded = bits + 0xfffu + ((bits >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+void from_float32(const float* from, int type, int64_t count, void* to) {
+  auto* out = static_cast<uint16_t*>(to);
+  if (type == PQ_BFLOAT16)
+    for (int64_t i = 0; i < count; i++) out[i] = to_bf16(from[i]);
+  else
+    for (int64_t i = 0; i < count; i++) out[i] = to_f16(from[i]);
+}
+
+}  // namespace PQ_SET
+
+namespace PQ_SET {  // steps.cpp
+void normalize(const pq_norm&, const float*, int64_t, float*);
+void activate(float*, const float*, int64_t, int);
+void attend(const float*, const float*, const float*, int64_t, int64_t, int64_t, float, float, const float*, float*, float*);
+}  // namespace PQ_SET
+
+extern const Set PQ_JOIN(PQ_SET, _set);
+const Set PQ_JOIN(PQ_SET, _set) = {
+    PQ_TEXT(PQ_SET), PQ_SET::quantize, PQ_SET::multiply_all, PQ_SET::decode_block,
+    PQ_SET::decode_row, PQ_SET::to_float32, PQ_SET::from_float32, PQ_SET::normalize, PQ_SET::activate, PQ_SET::attend,
+};
