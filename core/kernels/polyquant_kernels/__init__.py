@@ -1,0 +1,92 @@
+"""Products of packed weights, compiled: the library, its structures, and what it may answer. Imports neither torch nor numpy.
+
+One shared library, called through its C interface (src/polyquant_kernels.h), serves every Python and every torch; it
+chooses among the instruction sets that it holds when it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+__version__ = version("polyquant-kernels")
+INTERFACE = 1
+"""Of src/polyquant_kernels.h: the library of another number is not called."""
+FLOAT32, FLOAT16, BFLOAT16 = range(3)
+AFFINE4, CODEBOOK4, INT8 = range(3)
+EXACT, INT16, INT8_ACTIVATIONS = range(3)
+SILU, GELU_TANH = range(2)
+ANSWERS = {-1: "there is no product for what was asked", -2: "there is no memory for it"}
+
+
+class Weight(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "minima", "table")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
+        ("kind", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("zero", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float), ("extra", ctypes.c_float)]
+
+
+class OptionalNorm(ctypes.Structure):
+    _fields_ = [("norm", Norm), ("skip", ctypes.c_int32)]
+
+
+class Product(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, OptionalNorm) for name in (
+            "before_attention", "query_norm", "key_norm", "after_attention", "before_mlp", "after_mlp")),
+        *((name, Product) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        ("sinks", ctypes.c_void_p), ("window", ctypes.c_int64), ("rotation", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.POINTER(Layer)),
+        *((name, ctypes.c_int64) for name in ("layer_count", "hidden", "heads", "key_heads", "width", "rotated")),
+        *((name, ctypes.c_float) for name in ("attention_scale", "attention_cap", "residual_scale")),
+        ("activation", ctypes.c_int32), ("last", Norm), ("head", Product), ("logit_scale", ctypes.c_float),
+        ("logit_cap", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Cache(ctypes.Structure):
+    _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("room", ctypes.c_int64)]
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library, its functions with their types. Raises OSError where there is none for this machine."""
+    names = ("libpolyquant_kernels.so", "libpolyquant_kernels.dylib", "libpolyquant_kernels.dll")
+    found = next((path for name in names if (path := Path(__file__).parent / name).exists()), None)
+    if found is None:
+        raise OSError(f"{Path(__file__).parent} holds no library; install polyquant-kernels anew")
+    loaded = ctypes.CDLL(str(found))
+    for name in ("pq_interface", "pq_use", "pq_linear", "pq_decode", "pq_rows", "pq_step"):
+        getattr(loaded, name).restype = ctypes.c_int32
+    for name in ("pq_available", "pq_in_use"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    address, count, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    loaded.pq_use.argtypes = [ctypes.c_char_p]
+    loaded.pq_linear.argtypes = [address, address, word, count, address, word, address, word, word]
+    loaded.pq_decode.argtypes = [address, count, count, address, word, word]
+    loaded.pq_rows.argtypes = [address, address, count, address, word]
+    loaded.pq_step.argtypes = [address, address, address, count, count, address, address, address, word, word]
+    if (other := loaded.pq_interface()) != INTERFACE:
+        raise OSError(f"{found} has interface {other}, and {INTERFACE} is called; install polyquant-kernels anew")
+    return loaded
+
+
+def available() -> list[str]:
+    """The instruction sets that this processor runs, best first."""
+    return library().pq_available().decode().split()
