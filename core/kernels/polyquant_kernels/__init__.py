@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 __version__ = version("polyquant-kernels")
-INTERFACE = 1
+INTERFACE = 2
 """Of src/polyquant_kernels.h: the library of another number is not called."""
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 AFFINE4, CODEBOOK4, INT8 = range(3)
@@ -23,7 +23,7 @@ ANSWERS = {-1: "there is no product for what was asked", -2: "there is no memory
 
 class Weight(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "minima", "table")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "minima", "table", "order")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
         ("kind", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("zero", ctypes.c_float),
     ]  # fmt: skip
@@ -55,13 +55,15 @@ class Model(ctypes.Structure):
         ("layers", ctypes.POINTER(Layer)),
         *((name, ctypes.c_int64) for name in ("layer_count", "hidden", "heads", "key_heads", "width", "rotated")),
         *((name, ctypes.c_float) for name in ("attention_scale", "attention_cap", "residual_scale")),
-        ("activation", ctypes.c_int32), ("last", Norm), ("head", Product), ("logit_scale", ctypes.c_float),
-        ("logit_cap", ctypes.c_float),
+        ("activation", ctypes.c_int32), ("whole_norms", ctypes.c_int32), ("last", Norm),
     ]  # fmt: skip
 
 
 class Cache(ctypes.Structure):
-    _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("room", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("room", "held")),
+    ]  # fmt: skip
 
 
 @cache
@@ -81,7 +83,7 @@ def library() -> ctypes.CDLL:
     loaded.pq_linear.argtypes = [address, address, word, count, address, word, address, word, word]
     loaded.pq_decode.argtypes = [address, count, count, address, word, word]
     loaded.pq_rows.argtypes = [address, address, count, address, word]
-    loaded.pq_step.argtypes = [address, address, address, count, count, address, address, address, word, word]
+    loaded.pq_step.argtypes = [address, address, address, count, address, address, word, word]
     if (other := loaded.pq_interface()) != INTERFACE:
         raise OSError(f"{found} has interface {other}, and {INTERFACE} is called; install polyquant-kernels anew")
     return loaded

@@ -78,7 +78,7 @@ int32_t linear(
 
 extern "C" {
 
-int32_t pq_interface(void) { return 1; }
+int32_t pq_interface(void) { return 2; }
 
 const char* pq_available(void) {
   static const std::string names = [] {

@@ -35,6 +35,7 @@ typedef struct {
   const int8_t* zeros;   // zero points, or null
   const float* minima;    // minima, or null; never both
   const float* table;     // sixteen levels of a PQ_CODEBOOK4
+  const int32_t* order;   // which input each column multiplies, every one once; null: its own
   int64_t rows, columns;  // multiples of 8 and of 32
   int64_t group;          // columns that share a scale; a multiple of 16 that divides columns
   int32_t kind, scale_type;
@@ -56,7 +57,7 @@ PQ_PUBLIC int32_t pq_linear(
     const pq_weight* weight, const void* x, int32_t x_type, int64_t count, void* y, int32_t y_type, const float* bias,
     int32_t activations, int32_t threads);
 
-// Rows [first, first + count) as (count, columns) of out_type. first, count: multiples of 8.
+// Rows [first, first + count) as (count, columns) of out_type, its columns as they lie. first, count: multiples of 8.
 PQ_PUBLIC int32_t pq_decode(
     const pq_weight* weight, int64_t first, int64_t count, void* out, int32_t out_type, int32_t threads);
 
@@ -83,6 +84,7 @@ typedef struct {  // a product and its bias, of `rows` floats or null
 } pq_product;
 
 typedef struct {
+  // of queries and keys: over each head, or with whole_norms over all of them
   pq_optional_norm before_attention, query_norm, key_norm, after_attention, before_mlp, after_mlp;
   pq_product query, key, value, output;  // key.weight null: query holds all three, one below the other
   pq_product gate, up, down;             // up.weight null: gate holds both
@@ -95,23 +97,20 @@ typedef struct {
   const pq_layer* layers;
   int64_t layer_count, hidden, heads, key_heads, width, rotated;  // width: of a head; rotated: of its columns
   float attention_scale, attention_cap, residual_scale;           // cap: 0 for none
-  int32_t activation;
+  int32_t activation, whole_norms;
   pq_norm last;
-  pq_product head;
-  float logit_scale, logit_cap;
 } pq_model;
 
-typedef struct {        // of one layer
-  float *keys, *values;  // (batch, key_heads, room, width); the positions before this one are there
-  int64_t room;
+typedef struct {         // of one layer
+  float *keys, *values;  // (batch, key_heads, room, width), with what is held; this token's are written behind it
+  int64_t room, held;    // positions: there is memory for, less than which are held
 } pq_cache;
 
 // One token for each of `batch` texts of one length. hidden: (batch, hidden), embedded and scaled, is used up; cosines and
-// sines: (rotations, batch, rotated); position: of this token, and what the caches hold; logits: (batch, vocabulary) or null.
-// `hidden` has the last norm's output after the call.
+// sines: (rotations, batch, rotated). `hidden` has the last norm's output after the call, which the head multiplies.
 PQ_PUBLIC int32_t pq_step(
-    const pq_model* model, const pq_cache* caches, float* hidden, int64_t batch, int64_t position, const float* cosines,
-    const float* sines, float* logits, int32_t activations, int32_t threads);
+    const pq_model* model, const pq_cache* caches, float* hidden, int64_t batch, const float* cosines, const float* sines,
+    int32_t activations, int32_t threads);
 
 #ifdef __cplusplus
 }

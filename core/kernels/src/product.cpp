@@ -16,7 +16,17 @@ int how_for(const pq_weight& w, int32_t asked) {
 }
 
 bool same_activations(const pq_weight& a, const pq_weight& b, int32_t asked) {
-  return how_for(a, asked) == how_for(b, asked) && block_of(a) == block_of(b) && (a.kind == PQ_CODEBOOK4) == (b.kind == PQ_CODEBOOK4);
+  return how_for(a, asked) == how_for(b, asked) && block_of(a) == block_of(b) && a.order == b.order &&
+         (a.kind == PQ_CODEBOOK4) == (b.kind == PQ_CODEBOOK4);
+}
+
+// the inputs in the order of the weight's columns
+const float* ordered(const pq_weight& w, const float* x, int64_t count, Room& room) {
+  if (!w.order) return x;
+  float* to = at_least(room.ordered, count * w.columns);
+  for (int64_t input = 0; input < count; input++)
+    for (int64_t column = 0; column < w.columns; column++) to[input * w.columns + column] = x[input * w.columns + w.order[column]];
+  return to;
 }
 
 Activations quantized(const Set& set, const pq_weight& w, const float* x, int64_t count, int how, int32_t threads, Room& room) {
@@ -45,7 +55,8 @@ void multiply(
     while (together < some && same_activations(first, *products[together].weight, activations))
       blocks += products[together++].weight->rows / 8;
     const int how = how_for(first, activations);
-    const Activations a = quantized(set, first, x, count, how, threads, room);
+    const float* inputs = ordered(first, x, count, room);
+    const Activations a = quantized(set, first, inputs, count, how, threads, room);
     const int64_t least = std::max<int64_t>(1, WORTH_SHARING / (8 * first.columns * count));
     const int64_t each = std::max(least, (blocks + threads * PIECES_EACH - 1) / (threads * PIECES_EACH));
     share((blocks + each - 1) / each, threads, [&](int64_t piece) {
@@ -55,7 +66,7 @@ void multiply(
         const pq_weight& w = *own.weight;
         const int64_t last = std::min(to, w.rows / 8);
         if (from < last) {
-          set.multiply(w, x, a, count, from, last, own.y, how);
+          set.multiply(w, inputs, a, count, from, last, own.y, how);
           for (int64_t input = 0; own.bias && input < count; input++)
             for (int64_t row = from * 8; row < last * 8; row++) own.y[input * w.rows + row] += own.bias[row];
         }

@@ -13,7 +13,7 @@ struct Product {
 };
 
 struct Room {  // for quantized activations: kept by its thread for the next product
-  std::vector<float> scales, sums;
+  std::vector<float> scales, sums, ordered;
   std::vector<int16_t> halves;
   std::vector<int8_t> bytes;
 };

@@ -1,4 +1,4 @@
-// One token of a decoder of Llama's shape, from the embedding to the logits.
+// One token of a decoder of Llama's shape, from the embedding to the head.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,7 +13,7 @@ namespace {
 struct Step {
   const pq_model& model;
   const pq_cache* caches;
-  const int64_t batch, position;
+  const int64_t batch;
   const float *cosines, *sines;
   const int32_t activations, threads;
   const Set& set;
@@ -65,19 +65,20 @@ struct Step {
         std::copy_n(from + query_rows + key_rows, key_rows, values.data() + text * key_rows);
       }
     }
-    // a norm of queries and keys is over each head, or over all of them: its rows say which
-    normalize(layer.query_norm, queries.data(), batch * model.heads, width, queries.data());
-    normalize(layer.key_norm, keys.data(), batch * model.key_heads, width, keys.data());
+    const int64_t parts = model.whole_norms ? 1 : model.heads, key_parts = model.whole_norms ? 1 : model.key_heads;
+    normalize(layer.query_norm, queries.data(), batch * parts, query_rows / parts, queries.data());
+    normalize(layer.key_norm, keys.data(), batch * key_parts, key_rows / key_parts, keys.data());
     for (int64_t text = 0; text < batch; text++) {
       rotate(queries.data() + text * query_rows, model.heads, text, layer.rotation);
       rotate(keys.data() + text * key_rows, model.key_heads, text, layer.rotation);
       for (int64_t head = 0; head < model.key_heads; head++) {
-        const int64_t at = ((text * model.key_heads + head) * cache.room + position) * width;
+        const int64_t at = ((text * model.key_heads + head) * cache.room + cache.held) * width;
         std::copy_n(keys.data() + (text * model.key_heads + head) * width, width, cache.keys + at);
         std::copy_n(values.data() + (text * model.key_heads + head) * width, width, cache.values + at);
       }
     }
-    const int64_t first = layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0, count = position + 1 - first;
+    const int64_t seen = cache.held + 1, first = layer.window ? std::max<int64_t>(0, seen - layer.window) : 0;
+    const int64_t count = seen - first;
     const int64_t all = batch * model.heads, of_one = model.heads / model.key_heads;
     const int64_t each = std::max<int64_t>(1, 16384 / (count * width));  // heads in a piece
     share((all + each - 1) / each, threads, [&](int64_t piece) {
@@ -86,7 +87,7 @@ struct Step {
         const int64_t at = (text * model.key_heads + head / of_one) * cache.room * width;
         set.attend(
             queries.data() + i * width, cache.keys + at, cache.values + at, first, count, width, model.attention_scale,
-            model.attention_cap, layer.sinks ? layer.sinks + head : nullptr, scores.data() + i * (position + 1),
+            model.attention_cap, layer.sinks ? layer.sinks + head : nullptr, scores.data() + i * seen,
             joined.data() + i * width);
       }
     });
@@ -118,28 +119,23 @@ struct Step {
     for (int64_t i = 0; i < batch * model.hidden; i++) hidden[i] += model.residual_scale * out[static_cast<size_t>(i)];
   }
 
-  void run(float* hidden, float* logits) {
+  void run(float* hidden) {
     const int64_t query_rows = model.heads * model.width, key_rows = model.key_heads * model.width;
-    int64_t inner = 0;
-    for (int64_t i = 0; i < model.layer_count; i++) inner = std::max(inner, model.layers[i].down.weight->columns);
+    int64_t inner = 0, most = 0;
+    for (int64_t i = 0; i < model.layer_count; i++) {
+      inner = std::max(inner, model.layers[i].down.weight->columns);
+      most = std::max(most, caches[i].held + 1);
+    }
     at_least(normed, batch * model.hidden), at_least(out, batch * model.hidden);
     at_least(queries, batch * query_rows), at_least(keys, batch * key_rows), at_least(values, batch * key_rows);
     at_least(joined, batch * (query_rows + 2 * key_rows)), at_least(gates, batch * inner * 2), at_least(ups, batch * inner);
-    at_least(scores, batch * model.heads * (position + 1));
+    at_least(scores, batch * model.heads * most);
     for (int64_t i = 0; i < model.layer_count; i++) {
       attention(model.layers[i], caches[i], hidden);
       mlp(model.layers[i], hidden);
     }
     for (int64_t text = 0; text < batch; text++)
       set.normalize(model.last, hidden + text * model.hidden, model.hidden, hidden + text * model.hidden);
-    if (!logits) return;
-    const Product product{model.head.weight, model.head.bias, logits};
-    multiply(&product, 1, hidden);
-    const int64_t all = batch * model.head.weight->rows;
-    for (int64_t i = 0; i < all && (model.logit_scale != 1 || model.logit_cap > 0); i++) {
-      logits[i] *= model.logit_scale;
-      if (model.logit_cap > 0) logits[i] = model.logit_cap * std::tanh(logits[i] / model.logit_cap);
-    }
   }
 };
 
@@ -148,7 +144,7 @@ bool fits(const pq_product& product, int64_t rows, int64_t columns) {
 }
 
 // every size follows from the model's own; whatever does not would be read past its end
-bool is_sound(const pq_model& m, const pq_cache* caches, int64_t position, bool with_head) {
+bool is_sound(const pq_model& m, const pq_cache* caches) {
   if (m.layer_count < 1 || m.heads < 1 || m.key_heads < 1 || m.heads % m.key_heads || m.width < 1 || m.rotated > m.width || m.rotated % 2)
     return false;
   const int64_t query_rows = m.heads * m.width, key_rows = m.key_heads * m.width;
@@ -159,21 +155,22 @@ bool is_sound(const pq_model& m, const pq_cache* caches, int64_t position, bool 
     if (!attention || !fits(l.output, m.hidden, query_rows) || !l.down.weight) return false;
     const int64_t inner = l.down.weight->columns;
     const bool gated = l.up.weight ? fits(l.gate, inner, m.hidden) && fits(l.up, inner, m.hidden) : fits(l.gate, 2 * inner, m.hidden);
-    if (!gated || !fits(l.down, m.hidden, inner) || position >= caches[i].room) return false;
+    if (!gated || !fits(l.down, m.hidden, inner) || caches[i].held < 0 || caches[i].held >= caches[i].room)
+      return false;
   }
-  return !with_head || (m.head.weight && is_sound(*m.head.weight) && m.head.weight->columns == m.hidden);
+  return true;
 }
 
 }  // namespace
 
 extern "C" int32_t pq_step(
-    const pq_model* model, const pq_cache* caches, float* hidden, int64_t batch, int64_t position, const float* cosines,
-    const float* sines, float* logits, int32_t activations, int32_t threads) {
-  if (batch < 1 || position < 0 || activations < PQ_EXACT || activations > PQ_INT8_ACTIVATIONS) return -1;
-  if (!is_sound(*model, caches, position, logits != nullptr)) return -1;
+    const pq_model* model, const pq_cache* caches, float* hidden, int64_t batch, const float* cosines, const float* sines,
+    int32_t activations, int32_t threads) {
+  if (batch < 1 || activations < PQ_EXACT || activations > PQ_INT8_ACTIVATIONS) return -1;
+  if (!is_sound(*model, caches)) return -1;
   try {
-    Step step{*model, caches, batch, position, cosines, sines, activations, std::max(1, threads), in_use(), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-    step.run(hidden, logits);
+    Step step{*model, caches, batch, cosines, sines, activations, std::max(1, threads), in_use(), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    step.run(hidden);
     return 0;
   } catch (const std::bad_alloc&) {
     return -2;
