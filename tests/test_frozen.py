@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from polyquant.plugin import layers
+from polyquant.packed_weights import frozen
 from polyquant.plugin.layers import differentiable, frozen_linear, rows_at_a_time, weight_rows
 
 
@@ -58,7 +58,7 @@ def test_the_product_is_computed_in_the_inputs_dtype(weight):
 
 @pytest.mark.parametrize("at_a_time", [1, 4, 256])
 def test_a_gradient_passes_a_matmul_that_has_none(weight, monkeypatch, at_a_time):
-    monkeypatch.setattr(layers, "IDENTITY_ROWS", at_a_time)
+    monkeypatch.setattr(frozen, "IDENTITY_ROWS", at_a_time)
     inputs = torch.randn(3, 6, requires_grad=True)
 
     def multiply(rows):
