@@ -1,4 +1,4 @@
-"""Products of packed weights, compiled: the library, its structures, and what it may answer. Imports neither torch nor numpy.
+"""Products of packed weights, compiled: the library, its structures, and what it may answer. Imports no torch.
 
 One shared library, called through its C interface (src/polyquant_kernels.h), serves every Python and every torch; it
 chooses among the instruction sets that it holds when it is loaded.

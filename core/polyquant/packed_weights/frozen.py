@@ -51,15 +51,18 @@ def rows_at_a_time(columns: int, device: torch.device) -> int:
     return max(1, CHUNK_WEIGHTS["cpu" if device.type == "cpu" else "other"] // columns)
 
 
-def frozen_linear(inputs: Tensor, pieces: Pieces, bias: Tensor | None = None) -> Tensor:
+def frozen_linear(
+    inputs: Tensor, pieces: Pieces, bias: Tensor | None = None, multiply: Multiply | None = None
+) -> Tensor:
     """inputs @ W.T + bias, with W dequantized for the product, and again for its gradient, and never kept.
 
     inputs: (..., in_features). pieces: gives W anew, some of its rows at a time, (rows, in_features), in any dtype;
-    the product is computed in that of the inputs. Returns (..., out_features).
+    the product is computed in that of the inputs. multiply: a kernel that gives the same without dequantizing, bias
+    and all; the gradient is of `pieces`. Returns (..., out_features).
     """
     if not needs_gradient(inputs):
-        return _product(inputs, pieces, bias)
-    product: Tensor = _Packed.apply(inputs, pieces, bias)
+        return product_of_pieces(inputs, pieces, bias) if multiply is None else multiply(inputs)
+    product: Tensor = _Packed.apply(inputs, pieces, bias, multiply)
     return product
 
 
@@ -92,7 +95,8 @@ def needs_gradient(inputs: Tensor) -> bool:
     return bool(torch.is_grad_enabled() and inputs.requires_grad)
 
 
-def _product(inputs: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
+def product_of_pieces(inputs: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
+    """inputs @ W.T + bias, where `pieces` gives W some rows at a time."""
     products, start = [], 0
     for piece in pieces():
         end = start + len(piece)
@@ -103,9 +107,9 @@ def _product(inputs: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
 
 class _Packed(torch.autograd.Function):  # type: ignore[misc]  # torch is not typed here
     @staticmethod
-    def forward(context: Any, inputs: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
+    def forward(context: Any, inputs: Tensor, pieces: Pieces, bias: Tensor | None, multiply: Multiply | None) -> Tensor:
         context.pieces = pieces
-        return _product(inputs, pieces, bias)
+        return product_of_pieces(inputs, pieces, bias) if multiply is None else multiply(inputs)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,7 +119,7 @@ class _Packed(torch.autograd.Function):  # type: ignore[misc]  # torch is not ty
             part = gradient[..., start:end] @ piece.to(gradient.dtype)
             total, start = part if total is None else total.add_(part), end
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if context.needs_input_grad[2] else None
-        return total, None, bias
+        return total, None, bias, None
 
 
 class _Multiplied(torch.autograd.Function):  # type: ignore[misc]

@@ -1,0 +1,74 @@
+"""The compiled products of `polyquant-kernels`, where it is installed. Imports no torch until one is asked for."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from polyquant.errors import EnvironmentProblem
+from polyquant.packed_weights.format import Kind
+
+DISTRIBUTION, INTERFACE = "polyquant-kernels", 2
+"""Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
+UPDATE = f"pip install --upgrade {DISTRIBUTION}"
+KINDS: dict[Kind, int] = {"affine4": 0, "codebook4": 1, "int8": 2}
+ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
+
+
+@cache
+def library() -> Any:
+    """The package `polyquant_kernels`; None where it is not installed.
+
+    Raises EnvironmentProblem where it is, and cannot be used: of another interface, or not for this machine.
+    """
+    try:
+        import polyquant_kernels
+    except ImportError:
+        return None
+    if polyquant_kernels.INTERFACE != INTERFACE:
+        version = metadata.version(DISTRIBUTION)
+        raise EnvironmentProblem(
+            f"{DISTRIBUTION} {version} has interface {polyquant_kernels.INTERFACE}, and this polyquant calls "
+            f"{INTERFACE}: {UPDATE}"
+        )
+    try:
+        polyquant_kernels.library()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{DISTRIBUTION} cannot be loaded ({error}); {UPDATE}, or take it out and plain torch multiplies"
+        ) from error
+    return polyquant_kernels
+
+
+def name() -> str:
+    """What multiplies with packed weights here: `packed (avx2)`, or `packed (plain torch)`."""
+    found = library()
+    return f"packed ({found.library().pq_in_use().decode()})" if found else "packed (plain torch)"
+
+
+def type_number(dtype: Any) -> int | None:
+    """The number of a dtype of activations or scales; None for one that the kernels do not take."""
+    import torch
+
+    return {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}.get(dtype)
+
+
+def weight_struct(packed: Any) -> ctypes.Structure:
+    """A `PackedWeight` as the kernels take it; it points into the tensors, which have to live and stay in their places."""
+    rows, columns = packed.padded
+    address = {name: part.data_ptr() for name, part in packed.parts.items()}
+    struct: ctypes.Structure = library().Weight(
+        *(address.get(name) for name in ("codes", "scales", "zeros", "minima", "table", "order")),
+        rows, columns, packed.group, KINDS[packed.format.kind], type_number(packed.scales.dtype), packed.zero,
+    )  # fmt: skip
+    return struct
+
+
+def require(status: int) -> None:
+    """Raises what a status of the kernels means."""
+    if status == -2:
+        raise MemoryError("there is no memory for a product of packed weights")
+    if status:
+        raise ValueError(f"the kernels refused a product of packed weights ({status})")

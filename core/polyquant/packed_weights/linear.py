@@ -1,0 +1,168 @@
+"""A linear layer on the packed runtime, and the operator that `torch.compile` sees. Imports torch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from polyquant.packed_weights import kernels
+from polyquant.packed_weights.format import ROWS, PackedFormat
+from polyquant.packed_weights.frozen import (
+    PackedLinear,
+    frozen_linear,
+    needs_gradient,
+    product_of_pieces,
+    rows_at_a_time,
+)
+from polyquant.packed_weights.weight import PARTS, PackedWeight
+
+MOST_INPUTS = 96
+"""For more, decoding some rows at a time and torch's own product are faster: measured on AVX2, 576 to 8192 rows."""
+
+
+CODES = "qweight"
+"""What the codes are called in a layer: PEFT looks for where a layer is by this name."""
+
+
+class RepackedLinear(PackedLinear):
+    """A linear layer whose weight, of any format, lies in the packed layout."""
+
+    def __init__(self, linear: Any, weight: PackedWeight, bias: Tensor | None, scheme: str, bits: float) -> None:
+        """linear: the layer whose place it takes. scheme, bits: what its backend calls the weights."""
+        tensors = {CODES if name == "codes" else name: part for name, part in weight.parts.items()}
+        super().__init__(linear, tensors if bias is None else {**tensors, "bias": bias.detach()})
+        self.format, self.zero, self.scheme, self.bits = weight.format, weight.zero, scheme, bits
+        self.activations = "int16"
+
+    format: PackedFormat
+    zero: float
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, whose tensors are the layer's own."""
+        return self._as_multiplied()[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (..., in_features), in any floating point. Returns (..., out_features) in it."""
+        if torch.compiler.is_compiling() and not needs_gradient(input):
+            parts = {name: self._parameters.get(name) for name in ("zeros", "minima", "table", "order", "bias")}
+            output: Tensor = packed_linear(
+                input, self.qweight, self.scales, **parts, zero=self.zero, rows=self.out_features,
+                layout=_words(self.format), activations=self.activations,
+            )  # fmt: skip
+            return output
+        if needs_gradient(input):
+            return frozen_linear(input, self.pieces, self.bias, self._product)
+        return self._product(input)
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 (out_features, in_features)."""
+        return torch.cat(list(self.pieces()))
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The weight, some rows at a time: float32 (rows, in_features)."""
+        return decoded(*self._as_multiplied())
+
+    def _product(self, input: Tensor) -> Tensor:
+        weight, struct = self._as_multiplied()
+        return product(input, weight, struct, self.bias, self.activations)
+
+    def _as_multiplied(self) -> tuple[PackedWeight, Any]:
+        """The weight, and as the kernels take it; both made anew where its tensors have gone elsewhere."""
+        tensors = self._parameters
+        places = tuple(tensor.data_ptr() for tensor in tensors.values() if tensor is not None)
+        known = self.__dict__.get("_known")
+        if known is None or known[0] != places:
+            own = {"codes" if name == CODES else name: tensor for name, tensor in tensors.items()}
+            parts = {name: tensor.detach() for name in PARTS if (tensor := own.get(name)) is not None}
+            shape = (self.out_features, self.in_features)
+            weight = PackedWeight(shape=shape, format=self.format, zero=self.zero, **parts)
+            known = self.__dict__["_known"] = (places, weight, struct_of(weight))
+        return known[1], known[2]
+
+    def _apply(self, *arguments: Any, **more: Any) -> Any:
+        self.__dict__.pop("_known", None)  # which would hold the tensors that it is moved away from
+        return super()._apply(*arguments, **more)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the addresses, which are no other copy's."""
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+
+
+def struct_of(weight: PackedWeight) -> Any:
+    """A weight as the kernels take it; None where plain torch multiplies."""
+    on_kernels = weight.codes.device.type == "cpu" and kernels.library() is not None
+    return kernels.weight_struct(weight) if on_kernels else None
+
+
+def decoded(weight: PackedWeight, struct: Any) -> Iterator[Tensor]:
+    """A weight, some rows at a time: float32 (rows, in_features). struct: for the kernels; None: plain torch."""
+    rows, columns = weight.padded
+    step = max(ROWS, rows_at_a_time(columns, weight.codes.device) // ROWS * ROWS)
+    for start in range(0, weight.shape[0], step):
+        end = min(start + step, rows)
+        if struct is None:
+            yield weight.decode(start, end)
+            continue
+        piece = torch.empty(end - start, columns)
+        library, threads = kernels.library().library(), torch.get_num_threads()
+        kernels.require(library.pq_decode(ctypes.byref(struct), start, end - start, piece.data_ptr(), 0, threads))
+        yield weight._columns(piece)[: weight.shape[0] - start]
+
+
+def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | None, activations: str) -> Tensor:
+    """input @ weight.T + bias. input: (..., in_features); struct: for the kernels; None: plain torch."""
+    count, number = input.numel() // max(1, input.shape[-1]), kernels.type_number(input.dtype)
+    if struct is None or number is None or count > MOST_INPUTS or input.device.type != "cpu":
+        return product_of_pieces(input, partial(decoded, weight, struct), bias)
+    rows, columns = weight.padded
+    inputs = input.detach().reshape(count, input.shape[-1])
+    if columns != inputs.shape[1]:
+        inputs = functional.pad(inputs, (0, columns - inputs.shape[1]))
+    inputs = inputs.contiguous()
+    outputs = inputs.new_empty(count, rows)
+    if bias is not None:
+        bias = functional.pad(bias.detach().float(), (0, rows - len(bias))).contiguous()
+    status = kernels.library().library().pq_linear(
+        ctypes.byref(struct), inputs.data_ptr(), number, count, outputs.data_ptr(), number,
+        None if bias is None else bias.data_ptr(), kernels.ACTIVATIONS[activations], torch.get_num_threads(),
+    )  # fmt: skip
+    kernels.require(status)
+    return outputs[:, : weight.shape[0]].contiguous().view(*input.shape[:-1], weight.shape[0])
+
+
+def _words(layout: PackedFormat) -> str:
+    """A layout as an argument of the operator."""
+    return f"{layout.kind} {layout.group_size} {layout.scale_dtype} {layout.offsets} {int(layout.ordered)}"
+
+
+@torch.library.custom_op("polyquant::packed_linear", mutates_args=())  # type: ignore[untyped-decorator]
+def packed_linear(
+    input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, table: Tensor | None,
+    order: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
+) -> Tensor:  # fmt: skip
+    """A product, opaque to `torch.compile`. input: (..., in_features). Returns (..., rows)."""
+    kind, group_size, scale_dtype, offsets, ordered = layout.split()
+    weight = PackedWeight(
+        shape=(rows, input.shape[-1]), codes=codes, scales=scales, zeros=zeros, minima=minima, table=table,
+        order=order, zero=zero,
+        format=PackedFormat(
+            kind=kind, group_size=int(group_size), scale_dtype=scale_dtype, offsets=offsets,  # type: ignore[arg-type]
+            ordered=ordered == "1",
+        ),
+    )  # fmt: skip
+    return product(input, weight, struct_of(weight), bias, activations)
+
+
+@packed_linear.register_fake  # type: ignore[untyped-decorator]
+def _(
+    input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, table: Tensor | None,
+    order: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
+) -> Tensor:  # fmt: skip
+    return input.new_empty(*input.shape[:-1], rows)

@@ -1,0 +1,204 @@
+"""One layout for the packed weights of every format, which one set of kernels multiplies with. Imports torch.
+
+A weight (out_features, in_features) lies with eight rows interleaved: a product needs no sums across a register.
+
+    codes   int32 (rows / 8, columns / 8, 8), lanes of eight 4-bit codes of a row; of 8 bits (rows / 8, columns / 4, 8)
+    scales  (rows / 8, columns / group, 8), float32, float16 or bfloat16
+    zeros   int8, or minima float32, like scales; or neither, and one zero point for all
+    table   float32 (16), of a code book
+    order   int32 (columns), where columns are sorted by their groups: the input that each multiplies
+
+In a lane of 4-bit codes, code t lies at bit SHIFTS[t]: the even nibbles are codes 0 to 3, the odd ones 4 to 7. Rows
+are padded to a multiple of 8, columns to one of 32 and of the group. What is stored is what is multiplied with, so that
+files can be mapped. The same is said to C in core/kernels/src/polyquant_kernels.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from polyquant.errors import ModelError
+from polyquant.packed_weights.format import LEAST_GROUP, ROWS, PackedFormat
+
+SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
+PARTS = ("codes", "scales", "zeros", "minima", "table", "order")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedWeight:
+    """The weight of a layer, packed; see the module."""
+
+    shape: tuple[int, int]  # out_features, in_features, without padding
+    format: PackedFormat
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    minima: Tensor | None = None
+    table: Tensor | None = None
+    order: Tensor | None = None
+    zero: float = 0.0  # the zero point of every group where there are neither zeros nor minima
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {name: tensor for name in PARTS if (tensor := getattr(self, name)) is not None}
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns as they are stored."""
+        return self.format.padded(self.shape)
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.format.group_of(self.padded[1])
+
+    def decode(self, start: int = 0, end: int | None = None) -> Tensor:
+        """Rows from `start`, a multiple of 8, to before `end`, as numbers: float32 (rows, in_features)."""
+        last = self.shape[0] if end is None else min(end, self.shape[0])
+        first_block, last_block = start // ROWS, -(-last // ROWS)
+        columns = self.padded[1]
+        codes = self._codes(first_block, last_block).view(-1, columns // self.group, self.group)
+
+        def of_groups(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+            return tensor[first_block:last_block].transpose(1, 2).reshape(-1, columns // self.group, 1).to(dtype)
+
+        if self.table is not None:
+            values = of_groups(self.scales) * self.table[codes.int()]
+        elif self.minima is not None:  # one rounding, as a fused multiplication and addition has
+            exact = of_groups(self.scales, torch.float64) * codes + of_groups(self.minima, torch.float64)
+            values = exact.float()
+        else:
+            zero = self.zero if self.zeros is None else of_groups(self.zeros)
+            values = of_groups(self.scales) * (codes.float() - zero)
+        return self._columns(values.reshape(-1, columns))[: last - start]
+
+    def _columns(self, values: Tensor) -> Tensor:
+        """Decoded columns in the order of the inputs, without padding."""
+        if self.order is None:
+            return values[:, : self.shape[1]]
+        back = torch.empty_like(values)
+        back[:, self.order.long()] = values
+        return back[:, : self.shape[1]]
+
+    def codes_of_all(self) -> Tensor:
+        """Its codes, (out_features, in_features): uint8, or int8 for 8 bits."""
+        return self._columns(self._codes(0, len(self.codes)))[: self.shape[0]]
+
+    def groups_of_all(self, name: str) -> Tensor:
+        """One of scales, zeros and minima, (out_features, groups), its columns as they are stored."""
+        tensor: Tensor = getattr(self, name)
+        return tensor.transpose(1, 2).reshape(-1, tensor.shape[1])[: self.shape[0]]
+
+    def _codes(self, first: int, last: int) -> Tensor:
+        lanes, columns = self.codes[first:last].transpose(1, 2), self.padded[1]  # (blocks, 8, lanes)
+        if self.format.kind == "int8":
+            return lanes.contiguous().view(torch.int8).reshape(-1, columns)
+        shifts = torch.tensor(SHIFTS, dtype=torch.int32, device=lanes.device)
+        return ((lanes[..., None] >> shifts) & 15).to(torch.uint8).reshape(-1, columns)
+
+
+def pack(
+    codes: Tensor,
+    scales: Tensor,
+    group_size: int = -1,
+    *,
+    zeros: Tensor | None = None,
+    minima: Tensor | None = None,
+    table: Tensor | None = None,
+    zero: float = 0.0,
+    groups_of_columns: Tensor | None = None,
+) -> PackedWeight:
+    """A weight from what its format stores, nothing rounded.
+
+    codes: (out_features, in_features), uint8 from 0 to 15, or int8 for 8 bits. scales: (out_features, groups) in a
+    floating point; group_size: -1 is all columns. zeros: integers from -128 to 127, like scales; minima: like scales;
+    zero: where there are neither. table: (16,), for codes that are entries of a code book.
+    groups_of_columns: (in_features,), which group each column belongs to, where they do not follow each other.
+    Raises ModelError where the parts do not fit each other.
+    """
+    rows, columns = codes.shape
+    order = None if groups_of_columns is None else _order(groups_of_columns, columns, group_size)
+    wide = codes.dtype == torch.int8
+    layout = PackedFormat(
+        kind="codebook4" if table is not None else "int8" if wide else "affine4",
+        group_size=group_size,
+        scale_dtype=str(scales.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # as torch calls it
+        offsets="zeros" if zeros is not None else "minima" if minima is not None else "none",
+        ordered=order is not None,
+    )
+    padded_rows, padded_columns = layout.padded((rows, columns))
+    group = layout.group_of(padded_columns)
+    groups = padded_columns // group
+    if group % LEAST_GROUP or (order is not None and padded_columns != columns):
+        raise ModelError(f"groups of {group_size} columns in {columns} have no place in the packed layout")
+    for name, tensor in (("scales", scales), ("zeros", zeros), ("minima", minima)):
+        if tensor is not None and tensor.shape != (rows, groups):
+            raise ModelError(f"{name} are {tuple(tensor.shape)}, and {rows} rows of {groups} groups need as many")
+    if order is not None:
+        codes = codes[:, order.long()]
+
+    def of_groups(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if tensor is None:
+            return None
+        whole = functional.pad(tensor.to(dtype), (0, 0, 0, padded_rows - rows))
+        return whole.view(-1, ROWS, groups).transpose(1, 2).contiguous()
+
+    whole = functional.pad(codes, (0, padded_columns - columns, 0, padded_rows - rows)).contiguous()
+    packed_scales = of_groups(scales, scales.dtype)
+    assert packed_scales is not None
+    return PackedWeight(
+        shape=(rows, columns), format=layout, codes=_wide_lanes(whole) if wide else _lanes(whole),
+        scales=packed_scales, zeros=of_groups(zeros, torch.int8), minima=of_groups(minima, torch.float32),
+        table=None if table is None else table.detach().float().contiguous(),
+        order=order, zero=0.0 if zeros is not None or minima is not None else zero,
+    )  # fmt: skip
+
+
+def _order(groups: Tensor, columns: int, group_size: int) -> Tensor:
+    """Columns sorted by their groups, each of which must have `group_size` of them. Raises ModelError."""
+    counts = torch.bincount(groups.long(), minlength=1) if bool((groups >= 0).all()) else groups.new_zeros(1)
+    if len(groups) != columns or columns % group_size or not bool((counts == group_size).all()):
+        raise ModelError(f"its columns do not come in whole groups of {group_size}")
+    return torch.argsort(groups, stable=True).int()
+
+
+def _lanes(codes: Tensor) -> Tensor:
+    """4-bit codes, uint8 (rows, columns), as lanes."""
+    rows, columns = codes.shape
+    eight = codes.view(rows // ROWS, ROWS, columns // 8, 8)
+    lanes = eight.new_zeros(eight.shape[:-1], dtype=torch.int32)
+    for place, shift in enumerate(SHIFTS):
+        lanes |= eight[..., place].to(torch.int32) << shift
+    return lanes.transpose(1, 2).contiguous()
+
+
+def _wide_lanes(codes: Tensor) -> Tensor:
+    """8-bit codes, int8 (rows, columns), as lanes."""
+    rows, columns = codes.shape
+    return codes.view(torch.int32).view(rows // ROWS, ROWS, columns // 4).transpose(1, 2).contiguous()
+
+
+def same(one: PackedWeight, other: PackedWeight) -> bool:
+    """Whether two weights are the same, bit for bit."""
+    mine, theirs = one.parts, other.parts
+    return (
+        (one.shape, one.format, one.zero) == (other.shape, other.format, other.zero)
+        and mine.keys() == theirs.keys()
+        and all(torch.equal(_bits(mine[name]), _bits(theirs[name])) for name in mine)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dim() else tensor
+
+
+def fields(weight: PackedWeight) -> Mapping[str, Any]:
+    """What it is beside its tensors."""
+    return {"shape": weight.shape, "format": weight.format, "zero": weight.zero}

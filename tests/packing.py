@@ -1,0 +1,54 @@
+"""Packed weights made by chance, and the numbers that they stand for."""
+
+from __future__ import annotations
+
+import torch
+from polyquant.packed_weights.format import PackedFormat
+from polyquant.packed_weights.linear import RepackedLinear
+from polyquant.packed_weights.weight import PackedWeight, pack
+from torch import Tensor
+
+
+def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedWeight, Tensor, Tensor, Tensor]:
+    """A weight of the layout, the same as float32 by the format's formula, its codes and its scales."""
+    torch.manual_seed(0)
+    rows, columns = shape
+    padded = layout.padded(shape)[1]
+    group = layout.group_of(padded)
+    groups = padded // group
+    wide = layout.kind == "int8"
+    codes = torch.randint(-128 if wide else 0, 128 if wide else 16, shape).to(torch.int8 if wide else torch.uint8)
+    scales = (torch.rand(rows, groups) * 0.1 + 0.01).to(getattr(torch, layout.scale_dtype))
+    zeros = torch.randint(0, 16, (rows, groups)) if layout.offsets == "zeros" else None
+    minima = torch.randn(rows, groups) if layout.offsets == "minima" else None
+    table = torch.randn(16) if layout.kind == "codebook4" else None
+    weight = pack(codes, scales, layout.group_size, zeros=zeros, minima=minima, table=table, zero=8.0)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.repeat_interleave(group, 1)[:, :columns]
+
+    if table is not None:
+        dense = spread(scales.float()) * table[codes.long()]
+    elif minima is not None:
+        dense = (spread(scales.double()) * codes.double() + spread(minima.double())).float()
+    else:
+        dense = spread(scales.float()) * (codes.float() - (8 if zeros is None else spread(zeros.float())))
+    return weight, dense, codes, scales
+
+
+def packed_like(linear: torch.nn.Linear, group: int = 32) -> RepackedLinear:
+    """A dense layer in 4 bits: rounded to the nearest, in groups with a minimum each."""
+    weight = linear.weight.detach().float()
+    groups = weight.view(len(weight), -1, group)
+    low, high = groups.amin(2), groups.amax(2)
+    scales = ((high - low) / 15).half()
+    codes = ((groups - low[..., None]) / scales.float()[..., None]).round().clamp(0, 15)
+    packed = pack(codes.view_as(weight).to(torch.uint8), scales, group, minima=low)
+    return RepackedLinear(linear, packed, linear.bias, "int4", 4)
+
+
+def pack_linears(model: torch.nn.Module, *, but: tuple[str, ...] = ("lm_head",)) -> None:
+    """Pack every linear layer of a model in place, but those of these last names."""
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and name.rpartition(".")[2] not in but:
+            model.set_submodule(name, packed_like(module))
