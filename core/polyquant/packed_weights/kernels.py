@@ -56,7 +56,7 @@ def type_number(dtype: Any) -> int | None:
 
 
 def weight_struct(packed: Any) -> ctypes.Structure:
-    """A `PackedWeight` as the kernels take it; it points into the tensors, which have to live and stay in their places."""
+    """A `PackedWeight` as the kernels take it: it points into the tensors, which must stay."""
     rows, columns = packed.padded
     address = {name: part.data_ptr() for name, part in packed.parts.items()}
     struct: ctypes.Structure = library().Weight(

@@ -7,10 +7,11 @@ the plain case (several tokens, masks, hooks, adapters, other caches, gradients)
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import update_wrapper
 from inspect import signature
+from operator import is_, methodcaller
 from types import MethodType
 from typing import Any
 
@@ -31,6 +32,7 @@ KNOWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_
 STATIC = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings whose angles depend on nothing but the position."""
 TURNED = 64  # positions whose cosines and sines are computed at once
+HOOKED = methodcaller("__contains__", "_hf_hook")
 NORMS = ("before_attention", "query_norm", "key_norm", "after_attention", "before_mlp", "after_mlp")
 
 
@@ -103,7 +105,7 @@ class DecodeStep:
         self._model, self._decoder = model, decoder
         self._kept: list[Any] = []  # what the structures point to
         self._table: tuple[int, Tensor] = (-1, torch.empty(0))  # the first position, and angles from it on
-        self._watched = list(_watched(model))
+        self._watched = Watched(model)
         self._structure = self._built()
 
     def answer(self, given: Mapping[str, Any]) -> Any:
@@ -122,7 +124,7 @@ class DecodeStep:
         hidden = (embedded.reshape(len(ids), -1) * self._decoder.embedding_scale).contiguous()
         angles = self._angles(embedded, positions, len(ids))
         library = kernels.library()
-        caches = (library.Cache * len(rooms))(*(room.structure() for room in rooms))
+        caches = (library.Cache * len(rooms))(*(room.fields() for room in rooms))
         status = library.library().pq_step(
             ctypes.byref(self._structure), caches, hidden.data_ptr(), len(ids), angles[0].data_ptr(),
             angles[1].data_ptr(), kernels.ACTIVATIONS["int16"], torch.get_num_threads(),
@@ -147,16 +149,7 @@ class DecodeStep:
             and not (torch.is_grad_enabled() or model.training or torch.compiler.is_compiling())
             and not (torch.is_autocast_enabled("cpu") or model.config.output_attentions)
             and not model.config.output_hidden_states
-            and self._is_as_it_was()
-        )
-
-    def _is_as_it_was(self) -> bool:
-        """Whether no module was replaced, and none has a hook."""
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return False
-        return all(
-            holder.get(name) is module and not before and not after and own.get("_hf_hook") is None
-            for holder, name, module, before, after, own in self._watched
+            and self._watched.are_as_they_were()
         )
 
     def _angles(self, like: Tensor, positions: Tensor, texts: int) -> Tensor:
@@ -221,12 +214,21 @@ class DecodeStep:
         return kernels.library().Product(ctypes.addressof(structure), None if bias is None else bias.data_ptr())
 
 
-def _watched(model: Any) -> Iterator[tuple[Any, ...]]:
-    """Of each module in the decoder: who holds it, by which name, itself, and its hooks."""
-    for module in model.modules():
-        for name, child in module._modules.items():
-            if child is not None:
-                yield module._modules, name, child, child._forward_hooks, child._forward_pre_hooks, child.__dict__
+class Watched:
+    """The modules inside a decoder. Asked for every token, so that the loops are the interpreter's own."""
+
+    def __init__(self, model: Any) -> None:
+        found = [(each._modules, name, child) for each in model.modules() for name, child in each._modules.items()]
+        self._holders, self._names, self._modules = zip(*found, strict=True)
+        modules = [child for child in self._modules if child is not None]
+        self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        self._own = [each.__dict__ for each in modules]
+
+    def are_as_they_were(self) -> bool:
+        """Whether none was replaced, and none has a hook, or accelerate's."""
+        now = map(dict.get, self._holders, self._names)
+        return not any(self._hooks) and all(map(is_, now, self._modules)) and not any(map(HOOKED, self._own))
 
 
 class Room:
@@ -247,9 +249,9 @@ class Room:
         """Whether it holds what the layer does, and can take one position more."""
         return layer.keys is self.keys and layer.values is self.values and self.start + self.held < self.size
 
-    def structure(self) -> Any:
+    def fields(self) -> tuple[int, int, int, int]:
         """As the kernels take it."""
-        return kernels.library().Cache(self.keys.data_ptr(), self.values.data_ptr(), self.size, self.held)
+        return self.keys.data_ptr(), self.values.data_ptr(), self.size, self.held
 
     def grow(self, layer: Any) -> None:
         """Show the layer the position that a step has written; one with a window lets go of the oldest."""
@@ -261,7 +263,7 @@ class Room:
         self._show(layer)
 
     def _show(self, layer: Any) -> None:
-        self.keys, self.values = (whole[:, :, self.start : self.start + self.held] for whole in self._whole)
+        self.keys, self.values = (whole.narrow(2, self.start, self.held) for whole in self._whole)
         layer.keys, layer.values = self.keys, self.values
 
 
