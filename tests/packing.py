@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from polyquant.packed_weights.format import PackedFormat
+from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.weight import PackedWeight, pack
 from torch import Tensor
@@ -44,7 +44,7 @@ def packed_like(linear: torch.nn.Linear, group: int = 32) -> RepackedLinear:
     scales = ((high - low) / 15).half()
     codes = ((groups - low[..., None]) / scales.float()[..., None]).round().clamp(0, 15)
     packed = pack(codes.view_as(weight).to(torch.uint8), scales, group, minima=low)
-    return RepackedLinear(linear, packed, linear.bias, "int4", 4)
+    return RepackedLinear(packed, linear.bias, "int4", 4)
 
 
 def pack_linears(model: torch.nn.Module, *, but: tuple[str, ...] = ("lm_head",)) -> None:

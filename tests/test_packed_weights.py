@@ -10,7 +10,8 @@ import pytest
 import torch
 from polyquant.errors import EnvironmentProblem, ModelError
 from polyquant.packed_weights import kernels
-from polyquant.packed_weights.format import PackedFormat, group_of_runs
+from polyquant.packed_weights.format import group_of_runs
+from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import MOST_INPUTS, RepackedLinear
 from polyquant.packed_weights.weight import PackedWeight, pack, same
 from torch.nn import Linear, functional
@@ -45,7 +46,7 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 def layer_of(weight: PackedWeight, bias: bool = True) -> RepackedLinear:
     torch.manual_seed(1)
     linear = Linear(weight.shape[1], weight.shape[0], bias=bias)
-    return RepackedLinear(linear, weight, linear.bias, "int4", 4)
+    return RepackedLinear(weight, linear.bias, "int4", 4)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,24 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         raise NotImplementedError
 
 
+class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of a backend whose weights have a place in polyquant's packed layout."""
+
+    kernel: Annotated[
+        Literal["auto", "packed", "library"],
+        Meta(description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library and auto: the "
+             "backend's library"),
+    ] = "auto"  # fmt: skip
+
+    load_time: ClassVar[frozenset[str]] = BackendOptions.load_time | {"kernel"}
+
+
+def is_packed(options: BackendOptions) -> bool:
+    """Whether the packed runtime multiplies with these options."""
+    return getattr(options, "kernel", "") == PACKED
+
+
+PACKED = "packed"
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from math import ceil, lcm
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -133,6 +134,46 @@ class WeightInfo(Record, frozen=True):
     default_skip: bool = False  # kept dense unless skip_defaults=False
 
 
+PackedKind = Literal["affine4", "codebook4", "int8"]
+"""affine4: codes from 0 to 15, scale * (code - zero) or scale * code + minimum. codebook4: scale * table[code].
+int8: as affine4, with signed codes of 8 bits."""
+PackedOffsets = Literal["none", "zeros", "minima"]
+"""Of the groups. none: one zero point for all. zeros: an int8 zero point each. minima: a float32 minimum each."""
+
+
+class PackedFormat(Record, frozen=True):
+    """The layout of a layer's weights in the packed runtime: see `polyquant.packed_weights.weight`."""
+
+    kind: PackedKind
+    group_size: int  # columns that share a scale; -1: all of them
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    offsets: PackedOffsets = "none"
+    ordered: bool = False  # whether columns are sorted by their groups: act-order
+
+    ROWS: ClassVar[int] = 8  # that are interleaved
+    COLUMNS: ClassVar[int] = 32  # what those stored are a multiple of
+    TABLE_BYTES: ClassVar[int] = 16 * 4
+
+    def padded(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The rows and columns that are stored, of a weight (out_features, in_features)."""
+        rows, columns = shape
+        whole = self.COLUMNS if self.group_size == -1 else lcm(self.COLUMNS, self.group_size)
+        return self.ROWS * ceil(rows / self.ROWS), whole * ceil(columns / whole)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight (out_features, in_features) with scales, offsets, table and order."""
+        rows, columns = self.padded(shape)
+        groups = rows * (columns // self.group_of(columns))
+        each = DTYPE_BYTES[self.scale_dtype] + {"none": 0, "zeros": 1, "minima": 4}[self.offsets]
+        codes = rows * columns if self.kind == "int8" else rows * columns // 2
+        table = self.TABLE_BYTES if self.kind == "codebook4" else 0
+        return codes + groups * each + table + (4 * columns if self.ordered else 0)
+
+    def group_of(self, columns: int) -> int:
+        """Columns that share a scale, of so many that are stored."""
+        return columns if self.group_size == -1 else self.group_size
+
+
 class LayerPlan(Record, frozen=True):
     """What a tensor is going to be."""
 
@@ -144,6 +185,7 @@ class LayerPlan(Record, frozen=True):
     scheme: str
     quantized: bool
     reason: str = ""  # why it stays dense
+    packed: PackedFormat | None = None  # its layout with kernel="packed"; None: it has none there
 
 
 class LayerInfo(Record, frozen=True):

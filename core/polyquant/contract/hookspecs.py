@@ -16,6 +16,7 @@ from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem, WeightIn
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
     from polyquant.options import BackendOptions
+    from polyquant.packed_weights.weight import PackedWeight
     from polyquant.request import LoadRequest
 
 VERSION = 1
@@ -24,7 +25,7 @@ for a plugin that does not ask for it (docs/authors says how)."""
 REMOVED: Mapping[str, Mapping[str, str]] = {}
 """hook -> argument that earlier versions gave -> what to use instead."""
 REQUIRED = ("backend_info", "validate_environment", "build_config", "load", "describe_layers")
-OPTIONAL = ("plan_layers", "quantize", "prepare_for_training", "save")
+OPTIONAL = ("plan_layers", "quantize", "prepare_for_training", "save", "pack")
 
 
 class QuantBackend:
@@ -86,4 +87,13 @@ class QuantBackend:
     @hookspec(firstresult=True)
     def save(self, loaded: LoadedModel, out: Path) -> Path:
         """Write a checkpoint into the empty folder `out`; it loads back bit for bit. The core makes it atomic."""
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def pack(self, module: Any) -> PackedWeight:
+        """The weight of a quantized module in polyquant's packed layout, nothing rounded.
+
+        Asked with the option kernel="packed", of each module whose plan says which layout its weight has there
+        (`LayerPlan.packed`), as `load` made it. The core puts its own layer in the module's place, with the same bias.
+        """
         raise NotImplementedError

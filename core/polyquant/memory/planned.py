@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
+from msgspec.structs import replace
+
 from polyquant.errors import ConfigError
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED
 from polyquant.options import BackendOptions
-from polyquant.types import DTYPE_BYTES, LayerPlan, WeightInfo
+from polyquant.types import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo
 
 
 def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:
@@ -43,20 +45,29 @@ def plan_linears(
     stored_bytes: Callable[[WeightInfo], int],
     *,
     takes: Callable[[WeightInfo, BackendOptions], bool] = is_linear,
+    packed: Callable[[WeightInfo], PackedFormat | None] = lambda weight: None,
 ) -> list[LayerPlan]:
     """The plan of a backend that packs linear layers and leaves everything else dense, in the order of `weights`.
 
-    stored_bytes: of a tensor that `takes` says is quantized, with scales, zero points and constants.
+    stored_bytes: of a tensor that `takes` says is quantized, with scales, zero points and constants. packed: its layout
+    with kernel="packed", None where it has none.
     """
     return [
         LayerPlan(
             name=weight.name, shape=weight.shape, role=weight.role, stored_bytes=stored_bytes(weight),
-            bits=config.weight_bits, scheme=scheme, quantized=True,
+            bits=config.weight_bits, scheme=scheme, quantized=True, packed=packed(weight),
         )
         if takes(weight, config)
         else plan_dense(weight, config)
         for weight in weights
     ]  # fmt: skip
+
+
+def as_packed(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Plans with the bytes of the packed layout, where a weight has a place in it."""
+    return [
+        plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(plan.shape)) for plan in plans
+    ]
 
 
 def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:

@@ -28,7 +28,7 @@ class PackedLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not typed
     """
 
     def __init__(self, linear: Any, tensors: Mapping[str, Tensor]) -> None:
-        """linear: the layer whose place it takes; only its sizes are read. tensors: by name, a bias among them."""
+        """linear: what has its in_features and out_features. tensors: by name, a bias among them."""
         torch.nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         for name in ("weight", "bias"):

@@ -8,12 +8,12 @@ from importlib import metadata
 from typing import Any
 
 from polyquant.errors import EnvironmentProblem
-from polyquant.packed_weights.format import Kind
+from polyquant.types import PackedKind
 
 DISTRIBUTION, INTERFACE = "polyquant-kernels", 2
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 UPDATE = f"pip install --upgrade {DISTRIBUTION}"
-KINDS: dict[Kind, int] = {"affine4": 0, "codebook4": 1, "int8": 2}
+KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2}
 ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyquant.packed_weights import kernels
-from polyquant.packed_weights.format import ROWS, PackedFormat
+from polyquant.packed_weights.format import ROWS
 from polyquant.packed_weights.frozen import (
     PackedLinear,
     frozen_linear,
@@ -21,6 +21,7 @@ from polyquant.packed_weights.frozen import (
     rows_at_a_time,
 )
 from polyquant.packed_weights.weight import PARTS, PackedWeight
+from polyquant.types import PackedFormat
 
 MOST_INPUTS = 96
 """For more, decoding some rows at a time and torch's own product are faster: measured on AVX2, 576 to 8192 rows."""
@@ -33,10 +34,10 @@ CODES = "qweight"
 class RepackedLinear(PackedLinear):
     """A linear layer whose weight, of any format, lies in the packed layout."""
 
-    def __init__(self, linear: Any, weight: PackedWeight, bias: Tensor | None, scheme: str, bits: float) -> None:
-        """linear: the layer whose place it takes. scheme, bits: what its backend calls the weights."""
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, scheme: str, bits: float) -> None:
+        """bias: (out_features,), or None. scheme, bits: what its backend calls the weights."""
         tensors = {CODES if name == "codes" else name: part for name, part in weight.parts.items()}
-        super().__init__(linear, tensors if bias is None else {**tensors, "bias": bias.detach()})
+        super().__init__(weight, tensors if bias is None else {**tensors, "bias": bias.detach()})
         self.format, self.zero, self.scheme, self.bits = weight.format, weight.zero, scheme, bits
         self.activations = "int16"
 

@@ -15,16 +15,15 @@ files can be mapped. The same is said to C in core/kernels/src/polyquant_kernels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from polyquant.errors import ModelError
-from polyquant.packed_weights.format import LEAST_GROUP, ROWS, PackedFormat
+from polyquant.packed_weights.format import LEAST_GROUP, ROWS
+from polyquant.types import PackedFormat
 
 SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
 PARTS = ("codes", "scales", "zeros", "minima", "table", "order")
@@ -43,6 +42,16 @@ class PackedWeight:
     table: Tensor | None = None
     order: Tensor | None = None
     zero: float = 0.0  # the zero point of every group where there are neither zeros nor minima
+
+    @property
+    def out_features(self) -> int:
+        """Its rows, without padding."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Its columns, without padding."""
+        return self.shape[1]
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -197,8 +206,3 @@ def same(one: PackedWeight, other: PackedWeight) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dim() else tensor
-
-
-def fields(weight: PackedWeight) -> Mapping[str, Any]:
-    """What it is beside its tensors."""
-    return {"shape": weight.shape, "format": weight.format, "zero": weight.zero}

@@ -18,7 +18,17 @@ from polyquant.memory.planned import (
 )
 from polyquant.models.prompts import encode_prompt
 from polyquant.models.roles import REASONS, TIED
-from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
+from polyquant.options import (
+    BackendOptions,
+    Dtype,
+    NumberFormat,
+    PackableOptions,
+    RoundingMethod,
+    convert,
+    is_packed,
+    resolved_dtype,
+)
+from polyquant.packed_weights.format import group_of_runs
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import module_of, quantized_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
@@ -34,6 +44,7 @@ from polyquant.types import (
     LayerInfo,
     LayerPlan,
     Library,
+    PackedFormat,
     Problem,
     Role,
     WeightInfo,
@@ -58,6 +69,8 @@ __all__ = [
     "LoadedModel",
     "ModelSource",
     "NumberFormat",
+    "PackableOptions",
+    "PackedFormat",
     "PluginBackend",
     "Problem",
     "Prompt",
@@ -69,9 +82,11 @@ __all__ = [
     "dense_linears",
     "device_problems",
     "encode_prompt",
+    "group_of_runs",
     "hookimpl",
     "import_problems",
     "is_linear",
+    "is_packed",
     "library_problems",
     "module_of",
     "plan_dense",

@@ -25,6 +25,7 @@ FILES: Mapping[str, str] = {
     "prepare_for_training": "_layers",
     "plan_layers": "planning",
     "quantize": "_quantize",
+    "pack": "_layers",
 }
 """hook -> the file of the package whose function of that name answers it."""
 
@@ -123,5 +124,8 @@ def _forwarding(answer: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     def save(loaded: LoadedModel, out: Path) -> Path:
         return answer("save", loaded, out)  # type: ignore[no-any-return]
 
-    functions = (load, describe_layers, plan_layers, quantize, prepare_for_training, save)
+    def pack(module: Any) -> Any:
+        return answer("pack", module)
+
+    functions = (load, describe_layers, plan_layers, quantize, prepare_for_training, save, pack)
     return {function.__name__: function for function in functions}

@@ -11,6 +11,8 @@ from polyquant.memory.adapted import base_name, is_adapters, unwrapped
 from polyquant.memory.storage import walk
 from polyquant.models import versions
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED, beside_the_language_model, role_of
+from polyquant.packed_weights import kernels
+from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.types import LayerInfo
 
 
@@ -42,7 +44,7 @@ def describe(
     is_tower, layers = beside_the_language_model(model), list[LayerInfo]()
     for name, module in model.named_modules():
         remaining = parts.get(name, {})
-        found = quantized(name, module)
+        found = _repacked(module) if isinstance(module, RepackedLinear) else quantized(name, module)
         for short, tensor, is_buffer in _own_tensors(module, found):
             whole = f"{name}.{short}" if name else short
             origin = "" if is_adapters(whole) else tied.get(base_name(whole), "")
@@ -83,6 +85,10 @@ def describe(
                 )
             )  # fmt: skip
     return layers
+
+
+def _repacked(module: RepackedLinear) -> Quantized:
+    return Quantized((module.out_features, module.in_features), module.bits, module.scheme, kernels.name())
 
 
 def _is_parameter(module: Any, short: str) -> bool:

@@ -20,12 +20,14 @@ from polyquant.packed_weights.frozen import (
     rows_at_a_time,
     weight_rows,
 )
+from polyquant.packed_weights.weight import PackedWeight, pack
 from polyquant.plugin.describe import Quantized, describe
 from polyquant.plugin.parts import Part, layer_tensors, parts_of, require_parts
 
 __all__ = [
     "CHUNK_WEIGHTS",
     "PackedLinear",
+    "PackedWeight",
     "Part",
     "Quantized",
     "bias_as_parameter",
@@ -38,6 +40,7 @@ __all__ = [
     "gptq_tensors",
     "layer_tensors",
     "needs_gradient",
+    "pack",
     "parts_of",
     "prepare_for_training",
     "rows_at_a_time",

@@ -20,6 +20,8 @@ from polyquant.memory.effective import effective_weight
 from polyquant.models import versions
 
 MARK = "_polyquant"
+OF_LIBRARIES = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_4bit_serializable",
+                "is_8bit_serializable")  # fmt: skip
 
 
 class Marked(NamedTuple):
@@ -122,11 +124,18 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
 
 def unmark(model: Any) -> None:
     """Take off what `mark` put on."""
-    for name in (MARK, "hf_quantizer", "quantization_method", "_apply"):
+    forget_library(model)
+    for name in (MARK, "_apply"):
         vars(model).pop(name, None)
-    model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def forget_library(model: Any) -> None:
+    """Take off what transformers' own quantizers mark a model with: its modules are others now."""
+    for name in OF_LIBRARIES:
+        vars(model).pop(name, None)
+    model.is_quantized = False
 
 
 def _is_plain(module: Any) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyquant.errors import BackendFailed
-from polyquant.options import BackendOptions
+from polyquant.memory.planned import as_packed
+from polyquant.options import BackendOptions, is_packed
 from polyquant.registry.hooks import last_own, package_of, raised_at
 from polyquant.registry.observers import Recorder
 from polyquant.registry.registry import Registry
@@ -82,6 +83,10 @@ class Backend:
         loaded, recorder = self._recorded("load", request=request, config=settled.options)
         loaded._backend, loaded.request, loaded.settled = self, request, settled
         loaded.records += recorder.records
+        if is_packed(settled.options):
+            from polyquant.registry import repacked
+
+            repacked.repack(loaded, self)
         return loaded
 
     def own_fault(self, error: BaseException) -> BackendFailed | None:
@@ -96,7 +101,12 @@ class Backend:
 
     def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]:
         """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
-        return self._call("plan_layers", weights=weights, config=config)
+        plans: list[LayerPlan] = self._call("plan_layers", weights=weights, config=config)
+        return as_packed(plans) if is_packed(config) else plans
+
+    def pack(self, module: Any) -> Any:
+        """The weight of a quantized module, as a `PackedWeight`."""
+        return self._call("pack", module=module)
 
     def save(
         self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None
@@ -108,7 +118,7 @@ class Backend:
         """
         self._require_hook("save")
         with atomic_folder(out, overwrite=overwrite, keeps=loaded.files) as partial:
-            _, recorder = self._recorded("save", loaded=loaded, out=partial)
+            _, recorder = self._recorded("save", loaded=self._as_its_own(loaded), out=partial)
             loaded.records += recorder.records
             if accept is not None:
                 accept(partial)
@@ -142,7 +152,19 @@ class Backend:
             from polyquant.plugin import adapters
 
             adapters.guard()
+        if is_packed(loaded.config):
+            from polyquant.plugin.layers import frozen_for_adapters
+
+            return frozen_for_adapters(loaded.model)
         return self._call("prepare_for_training", loaded=loaded)
+
+    def _as_its_own(self, loaded: LoadedModel) -> LoadedModel:
+        """The model as the backend's library has it."""
+        if not is_packed(loaded.config):
+            return loaded
+        from polyquant.registry import repacked
+
+        return repacked.as_its_own(loaded, self)
 
     def _require_hook(self, hook: str) -> None:
         self._registry.require(self.name, hook)

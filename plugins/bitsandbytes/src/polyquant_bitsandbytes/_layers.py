@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from bitsandbytes import nn as bnb
-from polyquant.plugin import LayerInfo, LoadedModel
-from polyquant.plugin.layers import Quantized, describe
+from bitsandbytes.functional import dequantize_blockwise
+from polyquant.plugin import LayerInfo, LoadedModel, group_of_runs
+from polyquant.plugin.layers import PackedWeight, Quantized, describe
+from polyquant.plugin.layers import pack as pack_weight
 
 from polyquant_bitsandbytes._library import kernel
 from polyquant_bitsandbytes._load import linear_4bit, read_again, repacked
+
+LARGEST = 127  # of the 8-bit codes, to which a row's scale belongs
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
@@ -30,6 +35,22 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
     for module in linear_4bit(loaded.model):
         module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(loaded.model, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def pack(module: Any) -> PackedWeight:
+    if isinstance(module, bnb.Linear8bitLt):
+        scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+        return pack_weight(module.weight.detach(), scales.float()[:, None] / LARGEST)
+    state = module.weight.quant_state
+    rows, columns = state.shape
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    codes = module.weight.detach().reshape(-1).view(torch.uint8)
+    codes = torch.stack([codes >> 4, codes & 15], 1).view(-1)[: rows * columns].view(rows, columns)
+    group = group_of_runs(state.blocksize, columns)
+    scales = absmax.float().repeat_interleave(state.blocksize // group)[: rows * columns // group]
+    return pack_weight(codes, scales.view(rows, -1), group, table=state.code)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.plugin import BackendOptions, LayerPlan, WeightInfo, plan_linears
+from polyquant.plugin import BackendOptions, LayerPlan, PackedFormat, WeightInfo, group_of_runs, plan_linears
 
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
@@ -16,8 +16,17 @@ STORAGE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 
 
 def plan_layers(weights: Sequence[WeightInfo], config: BitsAndBytesOptions) -> list[LayerPlan]:
     return plan_linears(
-        weights, config, config.scheme, lambda weight: quantized_bytes(weight.shape, config), takes=is_quantized
-    )
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight.shape, config), takes=is_quantized,
+        packed=lambda weight: packed_format(weight.shape, config),
+    )  # fmt: skip
+
+
+def packed_format(shape: tuple[int, ...], config: BitsAndBytesOptions) -> PackedFormat | None:
+    """4 bit: a code book's entries in blocks that are counted over the whole matrix. 8 bit: a scale for each row."""
+    if config.bits == 8:
+        return PackedFormat(kind="int8", group_size=-1, scale_dtype="float32")
+    group = group_of_runs(BLOCK, shape[1])
+    return PackedFormat(kind="codebook4", group_size=group, scale_dtype="float32") if group else None
 
 
 def is_quantized(weight: WeightInfo, config: BackendOptions) -> bool:
