@@ -82,6 +82,11 @@ CURES: Mapping[str, tuple[str, str]] = {
     "dora_trains_or_is_refused": (
         "prepare_for_training", "let the module's `weight` be what it computes with, always, or packed",
     ),
+    "packed_weights_are_the_librarys": (
+        "pack", "return the codes, scales and offsets of the module as they are, in the layout that plan_layers names",
+    ),
+    "packed_layers_train": ("pack", "leave out what is no part of a plain linear layer: its plan then names no layout"),
+    "packed_models_save_what_the_library_does": ("pack", "let load give the same weights each time"),
     "load_leaves_global_state_alone": (
         "load", "put back what your library changes: polyquant.plugin.contained, torch.random.fork_rng",
     ),

@@ -13,6 +13,7 @@ from polyquant.testing import (
     checks_load,
     checks_options,
     checks_outputs,
+    checks_packed,
     checks_state,
     checks_train,
 )
@@ -21,7 +22,7 @@ from polyquant.testing.schemes import not_in_presets, run_everywhere
 
 MODULES = (
     checks_card, checks_options, checks_load, checks_outputs, checks_layers, checks_bytes, checks_declared,
-    checks_files, checks_damage, checks_train, checks_state,
+    checks_files, checks_damage, checks_train, checks_packed, checks_state,
 )  # fmt: skip
 ALL: tuple[ConformanceCheck, ...] = tuple(
     each for module in MODULES for each in CHECKS.values() if each.function.__module__ == module.__name__

@@ -63,7 +63,7 @@ class ConformanceCheck:
 
     @property
     def group(self) -> str:
-        """What it is about: card, options, load, outputs, layers, bytes, declared, files, damage, train, state."""
+        """What it is about: card, options, load, outputs, layers, bytes, declared, files, damage, train, packed, ..."""
         return self.function.__module__.rpartition("checks_")[2]
 
     @property

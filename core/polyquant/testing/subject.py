@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, SaveE
 from polyquant.loading.records import total
 from polyquant.models import builtin
 from polyquant.models.resolve import resolve
+from polyquant.options import PACKED
 from polyquant.registry.hooks import package_of
 from polyquant.support.devices import choose_device
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
@@ -41,6 +42,7 @@ class Subject:
     real_model: str = "builtin:smollm2"
     device: str = "auto"
     make_checkpoint: MakeCheckpoint | None = None  # (dense folder, preset, out) -> checkpoint; None: the quantize hook
+    always: Mapping[str, Any] = field(default_factory=dict)  # options that every load has beside its own
     _loaded: OrderedDict[tuple[str, str], LoadedModel] = field(default_factory=OrderedDict)
     _stored: dict[tuple[str, str], int] = field(default_factory=dict)
     _refused: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class Subject:
             raise NotApplicable(self._refused[preset, model])
         try:
             source, options = self.source(preset, model)
-            return polyquant.load(source, self.backend, **{"device": device, **options, **more})
+            return polyquant.load(source, self.backend, **{"device": device, **options, **self.always, **more})
         except (BackendFailed, BrokenBackend, SaveError):
             raise
         except PolyquantError as error:
@@ -115,6 +117,15 @@ class Subject:
                 raise
             self._refused[preset, model] = f"refuses {model}: {error}"
             raise NotApplicable(self._refused[preset, model]) from error
+
+    @cached_property
+    def packed(self) -> Subject:
+        """The same with polyquant's own kernels. Raises NotApplicable where the backend has no place for them."""
+        if not self.handle.can("pack"):
+            raise NotApplicable(f"{self.backend} does not implement pack")
+        if self.runs_on != "cpu":
+            raise NotApplicable(f"the packed kernels run on a CPU, and this is {self.runs_on}")
+        return replace(self, always={"kernel": PACKED}, _loaded=OrderedDict(), _stored={}, _refused={})
 
     def loaded(self, preset: str, model: str = "llama") -> LoadedModel:
         """The same, kept for checks that change nothing."""
