@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import RepackedLinear
-from polyquant.packed_weights.weight import PackedWeight, pack
+from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from torch import Tensor
 
 
@@ -22,7 +22,7 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
     zeros = torch.randint(0, 16, (rows, groups)) if layout.offsets == "zeros" else None
     minima = torch.randn(rows, groups) if layout.offsets == "minima" else None
     table = torch.randn(16) if layout.kind == "codebook4" else None
-    weight = pack(codes, scales, layout.group_size, zeros=zeros, minima=minima, table=table, zero=8.0)
+    weight = pack_weight(codes, scales, layout.group_size, zeros=zeros, minima=minima, table=table, zero=8.0)
 
     def spread(values: Tensor) -> Tensor:
         return values.repeat_interleave(group, 1)[:, :columns]
@@ -43,7 +43,7 @@ def packed_like(linear: torch.nn.Linear, group: int = 32) -> RepackedLinear:
     low, high = groups.amin(2), groups.amax(2)
     scales = ((high - low) / 15).half()
     codes = ((groups - low[..., None]) / scales.float()[..., None]).round().clamp(0, 15)
-    packed = pack(codes.view_as(weight).to(torch.uint8), scales, group, minima=low)
+    packed = pack_weight(codes.view_as(weight).to(torch.uint8), scales, group, minima=low)
     return RepackedLinear(packed, linear.bias, "int4", 4)
 
 

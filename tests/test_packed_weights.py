@@ -13,7 +13,7 @@ from polyquant.packed_weights import kernels
 from polyquant.packed_weights.format import group_of_runs
 from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import MOST_INPUTS, RepackedLinear
-from polyquant.packed_weights.weight import PackedWeight, pack, same
+from polyquant.packed_weights.weight import PackedWeight, pack_weight, same
 from torch.nn import Linear, functional
 
 from .packing import random_weight
@@ -98,7 +98,7 @@ def test_scales_that_are_no_numbers_show(instructions: str) -> None:
     codes = torch.full((16, 64), 9, dtype=torch.uint8)
     scales = torch.ones(16, 2)
     scales[3, 0], scales[5, 1] = float("nan"), float("inf")
-    outputs = layer_of(pack(codes, scales, 32, zero=8.0), bias=False)(torch.ones(1, 64))
+    outputs = layer_of(pack_weight(codes, scales, 32, zero=8.0), bias=False)(torch.ones(1, 64))
     assert not outputs[0, [3, 5]].isfinite().any()
     assert outputs[0, [0, 1, 2, 4, 6, 7]].isfinite().all()
 
@@ -107,7 +107,7 @@ def test_columns_in_another_order(instructions: str) -> None:
     groups = (torch.arange(256) // 64)[torch.randperm(256, generator=torch.Generator().manual_seed(0))]
     codes = torch.randint(0, 16, (16, 256), dtype=torch.uint8)
     scales = torch.rand(16, 4).half()
-    weight = pack(codes, scales, 64, zero=8.0, groups_of_columns=groups)
+    weight = pack_weight(codes, scales, 64, zero=8.0, groups_of_columns=groups)
     dense = scales.float()[:, groups] * (codes.float() - 8)
     assert weight.format.ordered and torch.equal(weight.codes_of_all(), codes)
     assert torch.equal(layer_of(weight).dequantize(), dense)
@@ -121,17 +121,17 @@ def test_columns_in_another_order(instructions: str) -> None:
 def test_columns_that_come_in_no_whole_groups_are_refused(groups: list[int]) -> None:
     codes = torch.zeros(8, 64, dtype=torch.uint8)
     with pytest.raises(ModelError, match="whole groups of 32"):
-        pack(codes, torch.ones(8, 2), 32, zero=8.0, groups_of_columns=torch.tensor(groups))
+        pack_weight(codes, torch.ones(8, 2), 32, zero=8.0, groups_of_columns=torch.tensor(groups))
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     codes = torch.zeros(8, 64, dtype=torch.uint8)
     with pytest.raises(ModelError, match=r"scales are \(8, 3\), and 8 rows of 2 groups"):
-        pack(codes, torch.ones(8, 3), 32)
+        pack_weight(codes, torch.ones(8, 3), 32)
     with pytest.raises(ModelError, match="groups of 8 columns in 64 have no place"):
-        pack(codes, torch.ones(8, 8), 8)
+        pack_weight(codes, torch.ones(8, 8), 8)
     with pytest.raises(ModelError, match="zeros are"):
-        pack(codes, torch.ones(8, 2), 32, zeros=torch.ones(8))
+        pack_weight(codes, torch.ones(8, 2), 32, zeros=torch.ones(8))
 
 
 def test_gradients_are_those_of_the_dense_weight(instructions: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import msgspec
 from polyquant.errors import ConfigError, ModelError
@@ -17,6 +17,7 @@ from polyquant_rowwise.plugin import INFO
 from polyquant_rowwise.plugin import backend as rowwise
 
 PLUGINS = {}  # name of the backend -> value of its entry point
+COUNT = itertools.count(1)
 BREAKS = {}  # name of the backend -> the check that must fail
 
 
@@ -222,6 +223,41 @@ class Elsewhere(Variant):
         return redescribe(
             lambda layer: {"device": "meta"} if layer.role == "vector" else None, rowwise.describe_layers(model)
         )
+
+
+class Packs(Variant):
+    hooks = (*Variant.hooks, "pack")
+
+
+@plugin(breaks="packed_weights_are_the_librarys")
+class Shifted(Packs):
+    @hookimpl
+    def pack(self, module):
+        weight = rowwise.pack(module)
+        return replace(weight, scales=weight.scales * 1.01)
+
+
+@plugin(breaks="packed_layers_train")
+class Stiff(Packs):
+    """Lets no gradient through where the core's layers are to take its own's place."""
+
+    @hookimpl
+    def load(self, request, config):
+        loaded = rowwise.load(request, config)
+        if config.kernel == "packed":
+            layer = loaded.model.model.layers[1]
+            layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
+        return loaded
+
+
+@plugin(breaks="packed_models_save_what_the_library_does")
+class Moody(Packs):
+    """Packs a little otherwise each time."""
+
+    @hookimpl
+    def pack(self, module):
+        weight = rowwise.pack(module)
+        return replace(weight, scales=weight.scales * (1 + 1e-6 * next(COUNT)))
 
 
 @plugin(breaks="load_leaves_global_state_alone")

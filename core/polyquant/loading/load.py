@@ -119,8 +119,6 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
     if loaded.tokenizer is None:
         raise BrokenBackend(f"{backend.name}: load gave no tokenizer, and the core reads none of a GGUF: return one")
     if backend.capabilities.runs_on_torch:
-        if getattr(loaded.model.config, "quantization_config", None) is None:
-            loaded.model.config.quantization_config = loaded.config.to_stored()
         loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
     loaded.initial_layers = loaded.layers
     if backend.capabilities.runs_on_torch:

@@ -113,7 +113,7 @@ class PackedWeight:
         return ((lanes[..., None] >> shifts) & 15).to(torch.uint8).reshape(-1, columns)
 
 
-def pack(
+def pack_weight(
     codes: Tensor,
     scales: Tensor,
     group_size: int = -1,

@@ -20,7 +20,7 @@ from polyquant.packed_weights.frozen import (
     rows_at_a_time,
     weight_rows,
 )
-from polyquant.packed_weights.weight import PackedWeight, pack
+from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.plugin.describe import Quantized, describe
 from polyquant.plugin.parts import Part, layer_tensors, parts_of, require_parts
 
@@ -40,7 +40,7 @@ __all__ = [
     "gptq_tensors",
     "layer_tensors",
     "needs_gradient",
-    "pack",
+    "pack_weight",
     "parts_of",
     "prepare_for_training",
     "rows_at_a_time",

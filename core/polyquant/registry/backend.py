@@ -83,6 +83,8 @@ class Backend:
         loaded, recorder = self._recorded("load", request=request, config=settled.options)
         loaded._backend, loaded.request, loaded.settled = self, request, settled
         loaded.records += recorder.records
+        if self.capabilities.runs_on_torch and getattr(loaded.model.config, "quantization_config", None) is None:
+            loaded.model.config.quantization_config = loaded.config.to_stored()
         if is_packed(settled.options):
             from polyquant.registry import repacked
 

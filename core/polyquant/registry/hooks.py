@@ -28,7 +28,7 @@ CURES: Mapping[str, str] = {
     "quantize": "write the checkpoint into `out` and return `out`, a Path",
     "prepare_for_training": "return the model: polyquant.plugin.layers.prepare_for_training does for most",
     "save": "write the checkpoint into `out` and return `out`, a Path",
-    "pack": "return a PackedWeight of the layout that was planned: polyquant.plugin.layers.pack makes it",
+    "pack": "return a PackedWeight of the layout that was planned: polyquant.plugin.layers.pack_weight makes it",
 }
 """hook -> what it must do."""
 

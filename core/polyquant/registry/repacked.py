@@ -88,8 +88,6 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
             f"any more: {error}"
         ) from error
     again.tokenizer = loaded.tokenizer
-    if getattr(again.model.config, "quantization_config", None) is None:
-        again.model.config.quantization_config = loaded.config.to_stored()
     mine = {base_name(name): module for name, module in loaded.model.named_modules()
             if isinstance(module, RepackedLinear)}  # fmt: skip
     for name, module in mine.items():

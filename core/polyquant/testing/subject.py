@@ -122,7 +122,7 @@ class Subject:
     def packed(self) -> Subject:
         """The same with polyquant's own kernels. Raises NotApplicable where the backend has no place for them."""
         if not self.handle.can("pack"):
-            raise NotApplicable(f"{self.backend} does not implement pack")
+            raise NotApplicable(f"{self.backend} does not declare a hook pack")
         if self.runs_on != "cpu":
             raise NotApplicable(f"the packed kernels run on a CPU, and this is {self.runs_on}")
         return replace(self, always={"kernel": PACKED}, _loaded=OrderedDict(), _stored={}, _refused={})

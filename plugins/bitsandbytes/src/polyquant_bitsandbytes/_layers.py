@@ -8,8 +8,7 @@ import torch
 from bitsandbytes import nn as bnb
 from bitsandbytes.functional import dequantize_blockwise
 from polyquant.plugin import LayerInfo, LoadedModel, group_of_runs
-from polyquant.plugin.layers import PackedWeight, Quantized, describe
-from polyquant.plugin.layers import pack as pack_weight
+from polyquant.plugin.layers import PackedWeight, Quantized, describe, pack_weight
 
 from polyquant_bitsandbytes._library import kernel
 from polyquant_bitsandbytes._load import linear_4bit, read_again, repacked

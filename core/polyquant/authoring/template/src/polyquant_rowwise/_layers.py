@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, frozen_linear, layer_tensors, prepare_for_training
+from polyquant.plugin.layers import (
+    PackedWeight,
+    Quantized,
+    describe,
+    frozen_linear,
+    layer_tensors,
+    pack_weight,
+    prepare_for_training,
+)
 
 from polyquant_rowwise.planning import SCHEME
 
@@ -55,6 +63,11 @@ class RowwiseLinear(torch.nn.Linear):
         """input: (..., in_features) in the compute dtype; returns (..., out_features)."""
         output = frozen_linear(input, lambda: [self.weight]) * self.scale.to(input.dtype).squeeze(1)
         return output if self.bias is None else output + self.bias
+
+
+def pack(module: RowwiseLinear) -> PackedWeight:
+    """With kernel="packed": the same weight for polyquant's own kernels, nothing rounded."""
+    return pack_weight(module.weight, module.scale)
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from polyquant.plugin import DTYPE_BYTES, BackendOptions, LayerPlan, WeightInfo, plan_linears
+from polyquant.plugin import DTYPE_BYTES, BackendOptions, LayerPlan, PackedFormat, WeightInfo, plan_linears
 
 from polyquant_rowwise.options import RowwiseOptions
 
@@ -20,7 +20,11 @@ def plan_layers(weights: Sequence[WeightInfo], config: RowwiseOptions) -> list[L
         # Replace: the bytes that one weight takes when it is stored, constants included.
         return prod(weight.shape) + weight.shape[0] * DTYPE_BYTES[config.scale_dtype]
 
-    return plan_linears(weights, config, SCHEME, stored_bytes, takes=is_quantized)
+    def packed(weight: WeightInfo) -> PackedFormat:
+        # Replace: the layout of what `pack` gives with kernel="packed"; leave both out where there is none.
+        return PackedFormat(kind="int8", group_size=-1, scale_dtype=config.scale_dtype)
+
+    return plan_linears(weights, config, SCHEME, stored_bytes, takes=is_quantized, packed=packed)
 
 
 def is_quantized(weight: WeightInfo, config: BackendOptions) -> bool:
