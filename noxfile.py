@@ -12,6 +12,7 @@ import nox
 
 ROOT = Path(__file__).parent
 PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
+KERNELS = ROOT / "core" / "kernels"  # the compiled products: pip builds them in half a minute
 TEMPLATE = ROOT / "core" / "polyquant" / "authoring" / "template"  # a plugin, as `polyquant new-backend` writes it
 DEVELOPMENT = {
     name: tomllib.loads((path / "pyproject.toml").read_text())
@@ -50,7 +51,7 @@ def install(session: nox.Session, *plugins: Path, group: str = "") -> None:
     Among others, a plugin that needs an environment of its own comes without its library: it is listed, and the doctor
     says what is missing.
     """
-    usual, alone = ["-e", str(ROOT), "gguf", *GROUPS.get(group, [])], [BUILTIN_MODEL]
+    usual, alone = ["-e", str(ROOT), str(KERNELS), "gguf", *GROUPS.get(group, [])], [BUILTIN_MODEL]
     unisolated: list[str] = []
     for path in plugins:
         table = DEVELOPMENT[path.name]

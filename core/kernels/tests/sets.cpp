@@ -1,0 +1,132 @@
+// Every instruction set of this processor against plain sums in double: where no Python is, as under an emulator.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../src/polyquant_kernels.h"
+
+namespace {
+
+std::mt19937 chance(0);
+
+float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(chance); }
+
+uint16_t to_bf16(float value) {  // cut off: any scale does
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+float from_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Made {  // a weight, and the numbers that it stands for
+  int64_t rows, columns, group;
+  std::vector<uint32_t> codes;
+  std::vector<float> scales, minima, table, dense;
+  std::vector<uint16_t> halves;
+  std::vector<int8_t> zeros;
+  std::vector<int32_t> order;
+  pq_weight weight;
+};
+
+Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t columns, int64_t group, bool ordered) {
+  Made m{rows, columns, group, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  const int64_t each = kind == PQ_INT8 ? 4 : 8, groups = columns / group;
+  m.codes.assign(static_cast<size_t>(rows * columns / each), 0);
+  m.dense.resize(static_cast<size_t>(rows * columns));
+  for (int i = 0; i < 16; i++) m.table.push_back(uniform(-1, 1));
+  for (int64_t i = 0; i < rows * groups; i++) {
+    const float scale = uniform(0.01f, 0.1f);
+    m.halves.push_back(to_bf16(scale));
+    m.scales.push_back(scale_type == PQ_BFLOAT16 ? from_bf16(m.halves.back()) : scale);
+    m.minima.push_back(uniform(-1, 1));
+    m.zeros.push_back(static_cast<int8_t>(chance() % 16));
+  }
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t column = 0; column < columns; column++) {
+      const uint32_t code = chance() & (kind == PQ_INT8 ? 255u : 15u);
+      const int64_t t = column % each, lane = (row / 8 * (columns / each) + column / each) * 8 + row % 8;
+      m.codes[static_cast<size_t>(lane)] |= code << (t % 4 * 8 + t / 4 * 4);
+      const auto at = static_cast<size_t>((row / 8 * groups + column / group) * 8 + row % 8);
+      const double number = kind == PQ_INT8 ? static_cast<int8_t>(code) : static_cast<double>(code), scale = m.scales[at];
+      const double zero = offsets == 1 ? m.zeros[at] : 8;
+      const double value = kind == PQ_CODEBOOK4 ? scale * m.table[code] : offsets == 2 ? scale * number + m.minima[at] : scale * (number - zero);
+      m.dense[static_cast<size_t>(row * columns + column)] = static_cast<float>(value);
+    }
+  if (ordered) {
+    for (int64_t column = 0; column < columns; column++) m.order.push_back(static_cast<int32_t>(columns - 1 - column));
+  }
+  const void* scales = scale_type == PQ_BFLOAT16 ? static_cast<const void*>(m.halves.data()) : m.scales.data();
+  const bool book = kind == PQ_CODEBOOK4;
+  m.weight = {m.codes.data(), scales, offsets == 1 && !book ? m.zeros.data() : nullptr,
+              offsets == 2 && !book ? m.minima.data() : nullptr, book ? m.table.data() : nullptr,
+              ordered ? m.order.data() : nullptr, rows, columns, group, kind, scale_type, 8};
+  return m;
+}
+
+int wrong = 0;
+
+void expect(bool condition, const char* set, const char* what, double found) {
+  if (condition) return;
+  wrong++;
+  std::printf("%s: %s: %g\n", set, what, found);
+}
+
+void check(const char* set, const Made& m) {
+  std::vector<float> decoded(m.dense.size());
+  expect(pq_decode(&m.weight, 0, m.rows, decoded.data(), PQ_FLOAT32, 2) == 0, set, "decode", -1);
+  double apart = 0;
+  for (size_t i = 0; i < m.dense.size(); i++) apart = std::max(apart, std::abs(static_cast<double>(m.dense[i]) - decoded[i]));
+  expect(apart <= 1e-6, set, "decoded weights are off by", apart);
+  const int64_t index[] = {3, 0, m.rows - 1};
+  std::vector<float> rows(static_cast<size_t>(3 * m.columns));
+  expect(pq_rows(&m.weight, index, 3, rows.data(), PQ_FLOAT32) == 0, set, "rows", -1);
+  for (int64_t i = 0; i < 3; i++)
+    expect(std::memcmp(&rows[static_cast<size_t>(i * m.columns)], &decoded[static_cast<size_t>(index[i] * m.columns)],
+                       static_cast<size_t>(m.columns) * 4) == 0, set, "a row is not the decoded one", static_cast<double>(i));
+  for (int64_t count : {1, 3, 6}) {
+    std::vector<float> x(static_cast<size_t>(count * m.columns)), y(static_cast<size_t>(count * m.rows));
+    for (float& each : x) each = uniform(-2, 2);
+    for (int32_t how : {PQ_EXACT, PQ_INT16, PQ_INT8_ACTIVATIONS}) {
+      expect(pq_linear(&m.weight, x.data(), PQ_FLOAT32, count, y.data(), PQ_FLOAT32, nullptr, how, 2) == 0, set, "linear", how);
+      double off = 0, whole = 0;
+      for (int64_t input = 0; input < count; input++)
+        for (int64_t row = 0; row < m.rows; row++) {
+          double sum = 0;
+          for (int64_t column = 0; column < m.columns; column++) {
+            const int64_t from = m.order.empty() ? column : m.order[static_cast<size_t>(column)];
+            sum += static_cast<double>(m.dense[static_cast<size_t>(row * m.columns + column)]) * x[static_cast<size_t>(input * m.columns + from)];
+          }
+          off += (sum - y[static_cast<size_t>(input * m.rows + row)]) * (sum - y[static_cast<size_t>(input * m.rows + row)]);
+          whole += sum * sum;
+        }
+      const double bounds[] = {3e-6, 5e-4, 5e-2};
+      expect(std::sqrt(off / whole) <= bounds[how], set, "a product's relative error", std::sqrt(off / whole));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::istringstream names(pq_available());
+  for (std::string set; names >> set;) {
+    pq_use(set.c_str());
+    for (int32_t kind : {PQ_AFFINE4, PQ_CODEBOOK4, PQ_INT8})
+      for (int offsets : {0, 1, 2})
+        for (int32_t scale_type : {PQ_FLOAT32, PQ_BFLOAT16})
+          for (int64_t group : {16, 32, 64, 128})
+            check(set.c_str(), make(kind, offsets, scale_type, 24, 256, group, group == 32));
+    std::printf("%s: %s\n", set.c_str(), wrong ? "wrong" : "as it should be");
+  }
+  return wrong ? 1 : 0;
+}
