@@ -350,7 +350,9 @@ def test_the_wheel_has_what_is_no_python(tmp_path):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(["git", "ls-files", "core/polyquant"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "core/polyquant"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     data = {name.removeprefix("core/") for name in tracked.split() if not name.endswith(".py")}
     assert {"polyquant/py.typed", "polyquant/registry/catalogue.json"} <= data <= names
 

@@ -28,7 +28,11 @@ from polyquant.packed_weights.linear import RepackedLinear
 MOST_TEXTS = 4
 SPARE = 256  # positions that a cache gets beyond those it holds
 TRIED, TOLERANCE = 5, 1e-2  # tokens, and the part of the largest output by which the two ways may differ
-KNOWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict")
+KNOWN = (
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
+    "tokenizer",
+)  # fmt: skip
+"""What a decoder may be given; `generate` passes a tokenizer on, which none reads."""
 STATIC = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings whose angles depend on nothing but the position."""
 TURNED = 64  # positions whose cosines and sines are computed at once
