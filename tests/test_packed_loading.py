@@ -13,6 +13,7 @@ import pytest
 import torch
 from polyquant.cli.main import main
 from polyquant.errors import ConfigError, PolyquantError, SaveError
+from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.testing.models import tiny_model
@@ -80,7 +81,7 @@ def test_without_the_compiled_kernels_plain_torch_multiplies(models: Path, monke
 
 def test_other_devices_and_values_are_refused(models: Path) -> None:
     model = tiny_model("llama", models)
-    with pytest.raises(ConfigError, match="multiplies on a CPU so far, and this is cuda:0: take kernel='library'"):
+    with pytest.raises(ConfigError, match="for a CPU so far, and this is cuda:0: take kernel='library'"):
         polyquant.plan(model, "bitsandbytes", kernel="packed", device="cuda:0")
     with pytest.raises(ConfigError, match="kernel must be 'auto', 'packed' or 'library', got 'fast'"):
         polyquant.load(model, "bitsandbytes", kernel="fast")
@@ -140,3 +141,65 @@ def test_a_dense_model_of_it_has_its_weights(models: Path) -> None:
     assert packed_layers(dense) == 0
     with torch.inference_mode():
         assert torch.allclose(dense(torch.arange(5, 25)[None]).logits[0], expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", ["packed", "library"])
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "odd"])
+def test_embedding_and_head_in_few_bits(models: Path, name: str, bits: str, kernel: str, tmp_path: Path) -> None:
+    model, tied = tiny_model(name, models), name == "llama-tied"
+    how: dict[str, Any] = {"kernel": kernel, "compute_dtype": "float32", "device": "cpu"}
+    dense = polyquant.load(model, "bitsandbytes", **how)
+    small = {"embeddings": bits, **({} if tied else {"head": bits})}
+    loaded = polyquant.load(model, "bitsandbytes", **how, **small)
+    report = polyquant.verify(loaded)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    plan = polyquant.plan(model, "bitsandbytes", **how, **small)
+    stored = report.memory.weights_stored_bytes
+    assert plan.weights_planned_bytes == stored < 0.8 * sum(layer.stored_bytes for layer in dense.layers)
+    found = {layer.role: layer for layer in loaded.layers if layer.role in ("embedding", "head")}
+    assert found["embedding"].quantized and found["embedding"].scheme == f"int{bits[0]}-g32"
+    assert found["head"].quantized is not tied and found["head"].bits == int(bits[0])
+    assert not tied or found["head"].reason == "tied to model.embed_tokens.weight"
+    tokens = range(5, 45)
+    divergence = kl_divergence(dense.logits(tokens), loaded.logits(tokens)).mean()
+    assert divergence < (0.002 if bits == "8bit" else 0.2)
+    assert ("whole steps" in loaded.kernel) == (kernel == "packed" and name != "odd" and kernels.library() is not None)
+    saved = loaded.save(tmp_path / "saved")
+    again = polyquant.load(saved, **how, **small)
+    assert torch.equal(again.logits(tokens), loaded.logits(tokens))
+    assert loaded.generate("The water", max_new_tokens=4, do_sample=False)
+
+
+def test_what_cannot_be_packed_is_said(models: Path) -> None:
+    with pytest.raises(ConfigError, match="lm_head.weight is tied to .*: embeddings= is for both, leave head out"):
+        polyquant.plan(tiny_model("llama-tied", models), "bitsandbytes", head="8bit", device="cpu")
+    with pytest.raises(ConfigError, match="lm_head.weight is nf4 already: leave head out"):
+        polyquant.load(tiny_model("llama", models), "bitsandbytes", head="8bit", skip_defaults=False, device="cpu")
+    with pytest.raises(ConfigError, match="embeddings must be 'keep', '8bit' or '4bit'"):
+        polyquant.load(tiny_model("llama", models), "bitsandbytes", embeddings="2bit")
+
+
+def test_adapters_train_beside_a_packed_embedding(models: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    loaded = polyquant.load(
+        tiny_model("llama-tied", models), "bitsandbytes", kernel="packed", embeddings="8bit", device="cpu"
+    )
+    model = get_peft_model(
+        loaded.backend.prepare_for_training(loaded), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    ids = torch.arange(5, 25)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
+    assert trained and all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in trained)
+
+
+def test_ids_that_are_not_in_the_table_are_refused(models: Path) -> None:
+    loaded = polyquant.load(tiny_model("llama", models), "bitsandbytes", embeddings="8bit", device="cpu")
+    embedding = loaded.model.get_input_embeddings()
+    for wrong in (-1, 384):
+        with pytest.raises(IndexError, match="rows go from 0 to 383"):
+            embedding(torch.tensor([[wrong]]))
+    assert embedding(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 256)
+    assert torch.equal(embedding(torch.tensor([[3, 7]])), embedding.dequantize()[None, [3, 7]])

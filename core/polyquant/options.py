@@ -20,6 +20,8 @@ RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
 """How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are
 fitted to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text
 (AutoRound). codebook: groups of weights are entries of learned code books (AQLM)."""
+VocabularyBits = Literal["keep", "8bit", "4bit"]
+"""Of an embedding or an output head. keep: dense, or as its checkpoint has it."""
 NumberFormat = Literal["integers", "integers with zero points", "normal floats", "floats", "k-quants", "vectors"]
 """What codes stand for. integers: even steps around zero. integers with zero points: even steps from a minimum of their
 own. normal floats: a table of uneven levels (NF4, IQ4_NL). floats: FP8, FP4, MXFP4. k-quants: even steps whose scales
@@ -122,16 +124,26 @@ class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
         Meta(description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library and auto: the "
              "backend's library"),
     ] = "auto"  # fmt: skip
+    embeddings: Annotated[
+        VocabularyBits,
+        Meta(description="bits of the input embedding, and of an output head tied to it, packed on a CPU as it loads"),
+    ] = "keep"
+    head: Annotated[VocabularyBits, Meta(description="bits of an output head that is not tied, as embeddings")] = "keep"
 
-    load_time: ClassVar[frozenset[str]] = BackendOptions.load_time | {"kernel"}
+    load_time: ClassVar[frozenset[str]] = BackendOptions.load_time | {"kernel", "embeddings", "head"}
 
 
 def is_packed(options: BackendOptions) -> bool:
-    """Whether the packed runtime multiplies with these options."""
+    """Whether the packed runtime multiplies with a backend's weights with these options."""
     return getattr(options, "kernel", "") == PACKED
 
 
-PACKED = "packed"
+def packs_any(options: BackendOptions) -> bool:
+    """Whether anything comes into the packed layout with these options: weights, an embedding, a head."""
+    return is_packed(options) or any(getattr(options, name, KEEP) != KEEP for name in ("embeddings", "head"))
+
+
+PACKED, KEEP = "packed", "keep"
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 

@@ -16,7 +16,7 @@ from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
 from polyquant.models.model import Model
-from polyquant.options import BackendOptions, Dtype, is_packed
+from polyquant.options import BackendOptions, Dtype, is_packed, packs_any
 from polyquant.registry.catalogue import maker_of
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo, Record, WeightInfo
@@ -105,8 +105,11 @@ def settle(
         config = reconcile(source, stored_options(source, backend.info, method_of(source)), config, given, backend.info)
     elif needs_dense_file(source, backend, route):
         notes.append(f"{source.gguf_file} is dequantized to a float32 checkpoint first, then quantized again")
-    if is_packed(config) and device != "cpu":
-        raise ConfigError(f"kernel='packed' multiplies on a CPU so far, and this is {device}: take kernel='library'")
+    if packs_any(config) and device != "cpu":
+        raise ConfigError(
+            f"kernel='packed', embeddings and head are for a CPU so far, and this is {device}: take kernel='library', "
+            "and leave the others out"
+        )
     dtype = compute_dtype(config, backend.info, device)
     config = msgspec.structs.replace(config, compute_dtype=dtype)
     only_gguf = backend.info.capabilities.makes_from == "gguf"  # its runtime may know models that transformers does not

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
-from msgspec.structs import replace
-
 from polyquant.errors import ConfigError
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED
 from polyquant.options import BackendOptions
@@ -61,13 +59,6 @@ def plan_linears(
         else plan_dense(weight, config)
         for weight in weights
     ]  # fmt: skip
-
-
-def as_packed(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """Plans with the bytes of the packed layout, where a weight has a place in it."""
-    return [
-        plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(plan.shape)) for plan in plans
-    ]
 
 
 def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from polyquant.packed_weights.linear import RepackedLinear
+from polyquant.packed_weights.vocabulary import RepackedEmbedding
 
 AROUND = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
 AFTER = {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"}
@@ -82,7 +83,7 @@ def _read(model: Any, config: Any, family: str) -> Decoder | None:
     layers = [_layer(layer, config, family) for layer in model.layers[: config.num_hidden_layers]]
     attention = model.layers[0].self_attn
     width = attention.head_dim
-    if any(layer is None for layer in layers) or model.embed_tokens.weight.dtype != torch.float32:
+    if any(layer is None for layer in layers) or _answers(model.embed_tokens) != torch.float32:
         return None
     kept = [layer for layer in layers if layer is not None]
     query_norm = kept[0].norms.get("query_norm")
@@ -100,6 +101,12 @@ def _read(model: Any, config: Any, family: str) -> Decoder | None:
         activation=ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act],
         whole_norms=query_norm is not None and query_norm.weight.numel() != width,
     )
+
+
+def _answers(embedding: Any) -> torch.dtype:
+    """The dtype of an embedding's rows."""
+    dtype: torch.dtype = embedding.dtype if isinstance(embedding, RepackedEmbedding) else embedding.weight.dtype
+    return dtype
 
 
 def _layer(layer: Any, config: Any, family: str) -> LayerOf | None:

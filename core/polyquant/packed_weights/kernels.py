@@ -66,6 +66,11 @@ def weight_struct(packed: Any) -> ctypes.Structure:
     return struct
 
 
+def address_of(struct: ctypes.Structure) -> Any:
+    """As the kernels' functions take a structure."""
+    return ctypes.byref(struct)
+
+
 def require(status: int) -> None:
     """Raises what a status of the kernels means."""
     if status == -2:

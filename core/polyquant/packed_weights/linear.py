@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -43,6 +42,7 @@ class RepackedLinear(PackedLinear):
 
     format: PackedFormat
     zero: float
+    is_tied = False  # whether its tensors are the embedding's
 
     @property
     def packed(self) -> PackedWeight:
@@ -113,8 +113,8 @@ def decoded(weight: PackedWeight, struct: Any) -> Iterator[Tensor]:
             continue
         piece = torch.empty(end - start, columns)
         library, threads = kernels.library().library(), torch.get_num_threads()
-        kernels.require(library.pq_decode(ctypes.byref(struct), start, end - start, piece.data_ptr(), 0, threads))
-        yield weight._columns(piece)[: weight.shape[0] - start]
+        kernels.require(library.pq_decode(kernels.address_of(struct), start, end - start, piece.data_ptr(), 0, threads))
+        yield weight.in_order(piece)[: weight.shape[0] - start]
 
 
 def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | None, activations: str) -> Tensor:
@@ -131,7 +131,7 @@ def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | Non
     if bias is not None:
         bias = functional.pad(bias.detach().float(), (0, rows - len(bias))).contiguous()
     status = kernels.library().library().pq_linear(
-        ctypes.byref(struct), inputs.data_ptr(), number, count, outputs.data_ptr(), number,
+        kernels.address_of(struct), inputs.data_ptr(), number, count, outputs.data_ptr(), number,
         None if bias is None else bias.data_ptr(), kernels.ACTIVATIONS[activations], torch.get_num_threads(),
     )  # fmt: skip
     kernels.require(status)

@@ -15,6 +15,7 @@ files can be mapped. The same is said to C in core/kernels/src/polyquant_kernels
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +72,20 @@ class PackedWeight:
     def decode(self, start: int = 0, end: int | None = None) -> Tensor:
         """Rows from `start`, a multiple of 8, to before `end`, as numbers: float32 (rows, in_features)."""
         last = self.shape[0] if end is None else min(end, self.shape[0])
-        first_block, last_block = start // ROWS, -(-last // ROWS)
+        blocks = slice(start // ROWS, -(-last // ROWS))
+        return self._numbers(lambda part: part[blocks].transpose(1, 2).flatten(0, 1))[: last - start]
+
+    def decode_rows(self, index: Tensor) -> Tensor:
+        """Some rows by their numbers, which are in range: float32 (numbers, in_features)."""
+        return self._numbers(lambda part: part[index // ROWS, :, index % ROWS])
+
+    def _numbers(self, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows as numbers. rows_of: a part -> those rows of it, (rows, lanes or groups)."""
         columns = self.padded[1]
-        codes = self._codes(first_block, last_block).view(-1, columns // self.group, self.group)
+        codes = self._unpacked(rows_of(self.codes)).view(-1, columns // self.group, self.group)
 
         def of_groups(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-            return tensor[first_block:last_block].transpose(1, 2).reshape(-1, columns // self.group, 1).to(dtype)
+            return rows_of(tensor)[..., None].to(dtype)
 
         if self.table is not None:
             values = of_groups(self.scales) * self.table[codes.int()]
@@ -86,9 +95,9 @@ class PackedWeight:
         else:
             zero = self.zero if self.zeros is None else of_groups(self.zeros)
             values = of_groups(self.scales) * (codes.float() - zero)
-        return self._columns(values.reshape(-1, columns))[: last - start]
+        return self.in_order(values.reshape(-1, columns))
 
-    def _columns(self, values: Tensor) -> Tensor:
+    def in_order(self, values: Tensor) -> Tensor:
         """Decoded columns in the order of the inputs, without padding."""
         if self.order is None:
             return values[:, : self.shape[1]]
@@ -98,15 +107,16 @@ class PackedWeight:
 
     def codes_of_all(self) -> Tensor:
         """Its codes, (out_features, in_features): uint8, or int8 for 8 bits."""
-        return self._columns(self._codes(0, len(self.codes)))[: self.shape[0]]
+        return self.in_order(self._unpacked(self.codes.transpose(1, 2).flatten(0, 1)))[: self.shape[0]]
 
     def groups_of_all(self, name: str) -> Tensor:
         """One of scales, zeros and minima, (out_features, groups), its columns as they are stored."""
         tensor: Tensor = getattr(self, name)
         return tensor.transpose(1, 2).reshape(-1, tensor.shape[1])[: self.shape[0]]
 
-    def _codes(self, first: int, last: int) -> Tensor:
-        lanes, columns = self.codes[first:last].transpose(1, 2), self.padded[1]  # (blocks, 8, lanes)
+    def _unpacked(self, lanes: Tensor) -> Tensor:
+        """Codes of rows of lanes, (rows, columns)."""
+        columns = self.padded[1]
         if self.format.kind == "int8":
             return lanes.contiguous().view(torch.int8).reshape(-1, columns)
         shifts = torch.tensor(SHIFTS, dtype=torch.int32, device=lanes.device)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from polyquant.memory.adapted import base_name, is_adapters, unwrapped
+from polyquant.memory.packed import VOCABULARY, scheme_of
 from polyquant.memory.storage import walk
 from polyquant.models import versions
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED, beside_the_language_model, role_of
 from polyquant.packed_weights import kernels
 from polyquant.packed_weights.linear import RepackedLinear
-from polyquant.types import LayerInfo
+from polyquant.packed_weights.vocabulary import RepackedEmbedding
+from polyquant.types import LayerInfo, Role
+
+SCHEMES = [scheme_of(layout) for layout in VOCABULARY.values()]
+"""Of embeddings and heads that the core has packed."""
 
 
 class Quantized(NamedTuple):
@@ -25,6 +30,7 @@ class Quantized(NamedTuple):
     kernel: str
     tensor: str = "weight"  # name of the weight inside the module
     dense: tuple[str, ...] = ("bias",)  # tensors of the module that are not part of the quantized weight
+    role: Role | None = None  # left out: linear, or experts where the shape has three sizes
 
 
 def describe(
@@ -44,7 +50,10 @@ def describe(
     is_tower, layers = beside_the_language_model(model), list[LayerInfo]()
     for name, module in model.named_modules():
         remaining = parts.get(name, {})
-        found = _repacked(module) if isinstance(module, RepackedLinear) else quantized(name, module)
+        found = _repacked(module, head) or quantized(name, module)
+        if isinstance(module, RepackedLinear) and module.is_tied:
+            layers.append(_tied(name, module, tied))
+            continue
         for short, tensor, is_buffer in _own_tensors(module, found):
             whole = f"{name}.{short}" if name else short
             origin = "" if is_adapters(whole) else tied.get(base_name(whole), "")
@@ -79,7 +88,7 @@ def describe(
             layers.append(
                 LayerInfo(
                     name=f"{name}.{found.tensor}", shape=found.shape,
-                    role="experts" if len(found.shape) == 3 else "linear",
+                    role=found.role or ("experts" if len(found.shape) == 3 else "linear"),
                     bits=found.bits, scheme=found.scheme, stored_bytes=sum(remaining.values()), parts=dict(remaining),
                     device=devices.get(name, "meta"), quantized=True, kernel=found.kernel,
                 )
@@ -87,8 +96,27 @@ def describe(
     return layers
 
 
-def _repacked(module: RepackedLinear) -> Quantized:
-    return Quantized((module.out_features, module.in_features), module.bits, module.scheme, kernels.name())
+def _repacked(module: Any, head: Any) -> Quantized | None:
+    """What the core has packed itself; None for any other module."""
+    if isinstance(module, RepackedEmbedding):
+        role: Role = "embedding"
+    elif isinstance(module, RepackedLinear):
+        role = "head" if module is head and module.scheme in SCHEMES else "linear"
+    else:
+        return None
+    packed = module.packed
+    return Quantized(
+        packed.shape, module.bits, module.scheme, kernels.name(), dense=("bias", "embed_scale"), role=role
+    )  # fmt: skip
+
+
+def _tied(name: str, module: RepackedLinear, tied: Mapping[str, str]) -> LayerInfo:
+    """A head that multiplies with the embedding's own tensors."""
+    return LayerInfo(
+        name=f"{name}.weight", shape=module.packed.shape, role="head", bits=module.bits, scheme=module.scheme,
+        stored_bytes=0, parts={}, device=str(module.qweight.device), quantized=False,
+        reason=TIED.format(tied[f"{base_name(name)}.weight"]),
+    )  # fmt: skip
 
 
 def _is_parameter(module: Any, short: str) -> bool:

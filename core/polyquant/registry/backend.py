@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyquant.errors import BackendFailed
-from polyquant.memory.planned import as_packed
-from polyquant.options import BackendOptions, is_packed
+from polyquant.memory.packed import packed_plans
+from polyquant.options import BackendOptions, is_packed, packs_any
 from polyquant.registry.hooks import last_own, package_of, raised_at
 from polyquant.registry.observers import Recorder
 from polyquant.registry.registry import Registry
@@ -85,7 +85,7 @@ class Backend:
         loaded.records += recorder.records
         if self.capabilities.runs_on_torch and getattr(loaded.model.config, "quantization_config", None) is None:
             loaded.model.config.quantization_config = loaded.config.to_stored()
-        if is_packed(settled.options):
+        if packs_any(settled.options):
             from polyquant.registry import repacked
 
             repacked.repack(loaded, self)
@@ -104,7 +104,7 @@ class Backend:
     def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]:
         """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
         plans: list[LayerPlan] = self._call("plan_layers", weights=weights, config=config)
-        return as_packed(plans) if is_packed(config) else plans
+        return packed_plans(plans, weights, config) if packs_any(config) else plans
 
     def pack(self, module: Any) -> Any:
         """The weight of a quantized module, as a `PackedWeight`."""
@@ -162,7 +162,7 @@ class Backend:
 
     def _as_its_own(self, loaded: LoadedModel) -> LoadedModel:
         """The model as the backend's library has it."""
-        if not is_packed(loaded.config):
+        if not packs_any(loaded.config):
             return loaded
         from polyquant.registry import repacked
 

@@ -1,20 +1,27 @@
-"""A loaded model in the packed runtime: its backend's modules replaced, one after the other, and back for saving."""
+"""A loaded model in the packed runtime: modules replaced, one after the other, and back for saving. Imports torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from msgspec.structs import replace
 
-from polyquant.errors import BrokenBackend, SaveError
+from polyquant.errors import BrokenBackend, ConfigError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name
+from polyquant.memory.packed import VOCABULARY, scheme_of
+from polyquant.models.versions import tied_tensors
+from polyquant.options import KEEP, is_packed
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.linear import RepackedLinear
+from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
 from polyquant.packed_weights.weight import PackedWeight, same
 from polyquant.plugin.quantizer import forget_library
-from polyquant.types import LayerInfo, LayerPlan
+from polyquant.types import LayerInfo, LayerPlan, PackedFormat
 
+VOCABULARY_SCHEMES = [scheme_of(layout) for layout in VOCABULARY.values()]
 SHOWN = 3  # names of layers in a note
 
 
@@ -30,12 +37,27 @@ class Packing(Protocol):
 
 
 def repack(loaded: LoadedModel, backend: Packing) -> None:
-    """Put each quantized module of a loaded model that was planned so into the packed layout.
+    """Put what was planned so of a loaded model into the packed layout: quantized modules, embedding, head.
 
     Raises BrokenBackend where the backend packs a weight otherwise than it plans.
     """
     assert loaded.settled is not None  # every load sets it
     plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
+    if is_packed(loaded.config):
+        _pack_quantized(loaded, plans, backend)
+        forget_library(loaded.model)
+        loaded.kernel = kernels.name()
+    for plan in plans.values():
+        if plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed):
+            _pack_vocabulary(loaded.model, plan, plan.packed)
+    if kernels.library() is None:
+        loaded.notes.append(f"plain torch multiplies, slowly: pip install {kernels.DISTRIBUTION}")
+    if is_packed(loaded.config) and step.attach(loaded.model):
+        loaded.kernel += ", whole steps"
+
+
+def _pack_quantized(loaded: LoadedModel, plans: Mapping[str, LayerPlan], backend: Packing) -> None:
+    """Replace the modules that the backend has quantized; those that have no place in the layout stay, with a note."""
     left = []
     for layer in [each for each in backend.describe_layers(loaded.model) if each.quantized]:
         plan = plans.get(layer.name)
@@ -47,17 +69,33 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         weight = _packed(module, plan, backend)
         bias = getattr(module, "bias", None)
         loaded.model.set_submodule(name, RepackedLinear(weight, bias, layer.scheme, layer.bits))
-    forget_library(loaded.model)
-    loaded.kernel = kernels.name()
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         loaded.notes.append(
             f"the library multiplies with {', '.join(left[:SHOWN])}{more}: they have no place in the packed layout"
         )
-    if kernels.library() is None:
-        loaded.notes.append(f"plain torch multiplies, slowly: pip install {kernels.DISTRIBUTION}")
-    if step.attach(loaded.model):
-        loaded.kernel += ", whole steps"
+
+
+def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
+    """Round the embedding, with a head that is tied to it, or the head. Raises ConfigError for modules that do more."""
+    name = plan.name.rpartition(".")[0]
+    module = model.get_submodule(name)
+    if plan.role == "head":
+        if not isinstance(module, torch.nn.Linear):
+            raise ConfigError(f"{name} is {type(module).__name__}, and no plain Linear: leave head out")
+        weight = rounded(module.weight, layout)
+        model.set_submodule(name, RepackedLinear(weight, module.bias, plan.scheme, plan.bits))
+        return
+    scale = getattr(module, "embed_scale", None)
+    if not isinstance(module, torch.nn.Embedding) or isinstance(scale, float) or module.max_norm is not None:
+        raise ConfigError(f"{name} is {type(module).__name__}, and does more than look up rows: leave embeddings out")
+    weight = rounded(module.weight, layout)
+    tied = [each for each, origin in tied_tensors(model).items() if origin == plan.name]
+    embedding = RepackedEmbedding(weight, module.weight.dtype, plan.scheme, plan.bits, scale)
+    model.set_submodule(name, embedding)
+    for other in tied:
+        head = other.rpartition(".")[0]
+        model.set_submodule(head, tied_head(embedding, getattr(model.get_submodule(head), "bias", None)))
 
 
 def _packed(module: Any, plan: LayerPlan, backend: Packing) -> PackedWeight:
@@ -79,7 +117,7 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
     """
     if loaded.request is None or loaded.settled is None:
         raise SaveError("it is not known where this model came from: load through polyquant.load")
-    options = replace(loaded.settled.options, kernel="library")
+    options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP)
     try:
         again = backend.load(loaded.request, replace(loaded.settled, options=options))
     except OSError as error:
@@ -89,9 +127,11 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
         ) from error
     again.tokenizer = loaded.tokenizer
     mine = {base_name(name): module for name, module in loaded.model.named_modules()
-            if isinstance(module, RepackedLinear)}  # fmt: skip
+            if isinstance(module, (RepackedLinear, RepackedEmbedding))}  # fmt: skip
     for name, module in mine.items():
-        if not same(backend.pack(again.model.get_submodule(name)), module.packed):
+        now = again.model.get_submodule(name)
+        ours = module.scheme in VOCABULARY_SCHEMES
+        if not same(rounded(now.weight, module.format) if ours else backend.pack(now), module.packed):
             raise SaveError(
                 f"{loaded.request.source.name} has changed since it was loaded: {name} is another weight now; load it "
                 "again, then save"

@@ -1,0 +1,65 @@
+"""What the packed layout changes of a backend's plans: the bytes of its weights, and embedding and head in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from polyquant.errors import ConfigError
+from polyquant.options import KEEP, BackendOptions, is_packed
+from polyquant.types import LayerPlan, PackedFormat, WeightInfo
+
+VOCABULARY: dict[str, PackedFormat] = {
+    "8bit": PackedFormat(kind="int8", group_size=32),
+    "4bit": PackedFormat(kind="affine4", group_size=32, offsets="zeros"),
+}
+"""The layouts of embeddings and heads: 8.5 and 4.75 bits a weight."""
+
+
+def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]:
+    """A backend's plans for `weights` as the packed layout has them, where the options ask for it.
+
+    Raises ConfigError for an embedding or head that is not there to be packed.
+    """
+    planned = list(plans)
+    if is_packed(config):
+        planned = [
+            plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(plan.shape))
+            for plan in planned
+        ]
+    for option in ("embeddings", "head"):
+        if (bits := getattr(config, option, KEEP)) != KEEP:
+            place = _place(option, planned, weights)
+            planned[place] = in_vocabulary(planned[place], bits)
+    return planned
+
+
+def in_vocabulary(plan: LayerPlan, bits: str) -> LayerPlan:
+    """The plan of an embedding or a head in so many bits: '8bit' or '4bit'."""
+    layout = VOCABULARY[bits]
+    return replace(
+        plan, stored_bytes=layout.nbytes(plan.shape), bits=float(bits[0]), scheme=scheme_of(layout), quantized=True,
+        reason="", packed=layout,
+    )  # fmt: skip
+
+
+def scheme_of(layout: PackedFormat) -> str:
+    """What an embedding's or a head's weights are called: int8-g32, int4-g32."""
+    return f"int{8 if layout.kind == 'int8' else 4}-g{layout.group_size}"
+
+
+def _place(option: str, plans: Sequence[LayerPlan], weights: Sequence[WeightInfo]) -> int:
+    """Where the embedding, or the head, is in the plans. Raises ConfigError where it is tied, quantized or absent."""
+    role = "embedding" if option == "embeddings" else "head"
+    own = [place for place, weight in enumerate(weights) if weight.role == role and len(weight.shape) == 2]
+    if role == "head" and own and weights[own[0]].tied_to:
+        raise ConfigError(
+            f"{weights[own[0]].name} is tied to {weights[own[0]].tied_to}: embeddings= is for both, leave head out"
+        )
+    if not own:
+        raise ConfigError(f"this model has no matrix that is its {role}: leave {option} out")
+    place = max(own, key=lambda each: weights[each].shape[0])  # of words, and not of positions
+    if plans[place].quantized:
+        raise ConfigError(f"{plans[place].name} is {plans[place].scheme} already: leave {option} out")
+    return place
