@@ -72,6 +72,7 @@ def test_doctor(bitsandbytes, run_python):
     assert ill.returncode == 1
     assert "does not run on mps" in ill.stdout
     assert "fix: use one of cpu" in ill.stdout
+    assert "packed kernels: " in ill.stdout
 
 
 def test_doctor_shows_a_broken_plugin_as_a_row(make_plugin, tmp_path, run_python):

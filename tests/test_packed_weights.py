@@ -178,9 +178,13 @@ def test_an_older_library_is_refused_by_its_number(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(polyquant_kernels, "INTERFACE", 1)
     with pytest.raises(EnvironmentProblem, match="has interface 1.*pip install --upgrade polyquant-kernels"):
         kernels.library()
+    assert "has interface 1" in kernels.told()
     monkeypatch.undo()
     kernels.library.cache_clear()
     assert kernels.library() is polyquant_kernels
+    assert kernels.told() == f"packed kernels: polyquant-kernels {polyquant_kernels.__version__}, {SETS[1]}"
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert "slowly: pip install polyquant-kernels" in kernels.told()
 
 
 def test_threads_and_forks_multiply_alike() -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from polyquant.api import Diagnosis
 from polyquant.cli.output import say
 from polyquant.cli.terminal import Terminal, styled
+from polyquant.packed_weights import kernels
 from polyquant.registry.catalogue import Quantizes
 from polyquant.registry.installed import registry
 from polyquant.registry.query import Selection
@@ -129,6 +130,7 @@ def doctor(diagnoses: Sequence[Diagnosis]) -> None:
             console.print(styled("  - {}\n    fix: [bold]{}[/]", problem.what, problem.fix))
             if problem.detail:
                 console.print(f"    {problem.detail.strip()}", style="dim")
+    console.print(kernels.told(), style="dim")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from polyquant.types import PackedKind
 
 DISTRIBUTION, INTERFACE = "polyquant-kernels", 2
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
-UPDATE = f"pip install --upgrade {DISTRIBUTION}"
+INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
 KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2}
 ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
 
@@ -46,6 +46,17 @@ def name() -> str:
     """What multiplies with packed weights here: `packed (avx2)`, or `packed (plain torch)`."""
     found = library()
     return f"packed ({found.library().pq_in_use().decode()})" if found else "packed (plain torch)"
+
+
+def told() -> str:
+    """What the doctor says of them: which are used, or what is lost without them and how to get them."""
+    try:
+        found = library()
+    except EnvironmentProblem as problem:
+        return f"packed kernels: {problem}"
+    if found is None:
+        return f"packed kernels: not installed, so kernel='packed' multiplies in plain torch, slowly: {INSTALL}"
+    return f"packed kernels: {DISTRIBUTION} {found.__version__}, {found.library().pq_in_use().decode()}"
 
 
 def type_number(dtype: Any) -> int | None:

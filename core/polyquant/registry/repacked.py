@@ -51,7 +51,7 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         if plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed):
             _pack_vocabulary(loaded.model, plan, plan.packed)
     if kernels.library() is None:
-        loaded.notes.append(f"plain torch multiplies, slowly: pip install {kernels.DISTRIBUTION}")
+        loaded.notes.append(f"plain torch multiplies, slowly: {kernels.INSTALL}")
     if is_packed(loaded.config) and step.attach(loaded.model):
         loaded.kernel += ", whole steps"
 
