@@ -43,17 +43,18 @@ def _halves(d: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _q5_0(blocks: Tensor) -> Tensor:
     d, high, low = split(blocks, 2, 4, 16)
-    return _five_bits(low, high).sub_(16).mul_(f16(d))
+    return five_bits(low, high).float().sub_(16).mul_(f16(d))
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
     d, m, high, low = split(blocks, 2, 2, 4, 16)
-    return _five_bits(low, high).mul_(f16(d)).add_(f16(m))
+    return five_bits(low, high).float().mul_(f16(d)).add_(f16(m))
 
 
-def _five_bits(low: Tensor, high: Tensor) -> Tensor:
+def five_bits(low: Tensor, high: Tensor) -> Tensor:
+    """Codes of Q5_0 and Q5_1, uint8 (count, 32)."""
     fifth = bits(high, 1).flatten(1)  # bit i of the four bytes belongs to weight i
-    return (nibbles(low) | (fifth << 4)).float()
+    return nibbles(low) | (fifth << 4)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
@@ -78,9 +79,15 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
+    q, scale, low = q4_k_parts(blocks)
+    return (scale[..., None] * q.float() - low[..., None]).flatten(1)
+
+
+def q4_k_parts(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, uint8 (count, groups, 32), and what a group's are multiplied with, and then made less by: float32."""
     d, dmin, scales, q = split(blocks, 2, 2, 12, 128)
     scale, low = _scales_and_minima(scales)
-    return ((f16(d) * scale)[..., None] * _groups(q, 4, 32, 32) - (f16(dmin) * low)[..., None]).flatten(1)
+    return _fields(q, 4, 32, 32), f16(d) * scale, f16(dmin) * low
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
@@ -98,10 +105,14 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 def _groups(packed: Tensor, width_bits: int, run: int, size: int) -> Tensor:
-    """Fields of `width_bits`, float32 (count, groups, size); each run of bytes holds its lowest fields first."""
+    return _fields(packed, width_bits, run, size).float()
+
+
+def _fields(packed: Tensor, width_bits: int, run: int, size: int) -> Tensor:
+    """Fields of `width_bits`, uint8 (count, groups, size); each run of bytes holds its lowest fields first."""
     runs = packed.view(packed.shape[0], -1, 1, run)
     shifts = torch.arange(0, 8, width_bits, dtype=torch.uint8, device=packed.device).view(1, 1, -1, 1)
-    return ((runs >> shifts) & (2**width_bits - 1)).float().view(packed.shape[0], -1, size)
+    return ((runs >> shifts) & (2**width_bits - 1)).view(packed.shape[0], -1, size)
 
 
 def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,19 +137,30 @@ def _tq2_0(blocks: Tensor) -> Tensor:
 
 
 def _mxfp4(blocks: Tensor) -> Tensor:
+    q, half = mxfp4_parts(blocks)
+    return half * table(FP4_LEVELS, torch.float32, blocks.device)[q.int()]
+
+
+def mxfp4_parts(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, places in FP4_LEVELS, uint8 (count, 32), and their scale, float32 (count, 1)."""
     exponent, q = blocks[:, :1].to(torch.int32), blocks[:, 1:]
     half = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)  # 2**(e - 128)
-    return half.view(torch.float32) * table(FP4_LEVELS, torch.float32, blocks.device)[nibbles(q).int()]
+    return nibbles(q), half.view(torch.float32)
 
 
 def _nvfp4(blocks: Tensor) -> Tensor:
+    q, scale = nvfp4_parts(blocks)
+    return (scale[..., None] * table(FP4_LEVELS, torch.float32, blocks.device)[q.int()]).flatten(1)
+
+
+def nvfp4_parts(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, places in FP4_LEVELS, uint8 (count, 4, 16), and the scales of the sixteens, float32 (count, 4)."""
     scales, q = blocks[:, :4], blocks[:, 4:]
     exponent, mantissa = ((scales >> 3) & 15).float(), (scales & 7).float()
     raw = torch.where(exponent == 0, mantissa * 2**-9, (1 + mantissa / 8) * torch.exp2(exponent - 7))  # unsigned e4m3
-    scale = torch.where((scales == 0) | (scales == 127), torch.zeros_like(raw), raw * 0.5)[..., None]
+    scale = torch.where((scales == 0) | (scales == 127), torch.zeros_like(raw), raw * 0.5)
     pairs = q.reshape(q.shape[0], 4, 8)
-    levels = table(FP4_LEVELS, torch.float32, blocks.device)[torch.cat([pairs & 15, pairs >> 4], dim=2).int()]
-    return (scale * levels).flatten(1)
+    return torch.cat([pairs & 15, pairs >> 4], dim=2), scale
 
 
 BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {

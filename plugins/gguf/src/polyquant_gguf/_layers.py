@@ -11,18 +11,20 @@ from polyquant.plugin.layers import Quantized, describe
 
 from polyquant_gguf._load import KERNEL
 from polyquant_gguf._modules import Packed, PackedEmbedding
+from polyquant_gguf._pack import pack
 from polyquant_gguf.planning import IN_FILE
 
+__all__ = ["describe_layers", "pack"]
 GGUF_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
-    packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Packed)}
+    modules = {f"{name}.weight": module for name, module in model.named_modules()}
     config = getattr(model.config, "quantization_config", None) or {}
     from_file = config.get("type") == "file"
     layers = describe(model, _quantized(model), skipped=config.get("skip", ()))
     head = model.get_output_embeddings()
-    refined = [_refined(layer, packed[layer.name], head) if layer.name in packed else layer for layer in layers]
+    refined = [_refined(layer, modules.get(layer.name), head) for layer in layers]
     return [_with_reason(layer) for layer in refined] if from_file else refined
 
 
@@ -43,9 +45,11 @@ def _quantized(model: Any) -> Any:
     return quantized
 
 
-def _refined(layer: LayerInfo, module: Packed, head: Any) -> LayerInfo:
-    """The parts of a packed matrix's description that its class name and bytes do not tell."""
+def _refined(layer: LayerInfo, module: Any, head: Any) -> LayerInfo:
+    """The parts of a matrix's description that its class name and bytes do not tell."""
     role: Role = "head" if module is head else "embedding" if isinstance(module, PackedEmbedding) else "linear"
+    if not isinstance(module, Packed):  # with kernel="packed" the core's own layer, which knows no heads
+        return msgspec.structs.replace(layer, role=role) if layer.quantized else layer
     scheme = module.block.name if module.block.packed else layer.scheme
     return msgspec.structs.replace(layer, role=role, shape=module.logical_shape, bits=module.block.bits, scheme=scheme)
 

@@ -73,7 +73,9 @@ def _as_stored(tensor: Tensor, placed: Placed) -> np.ndarray[Any, Any]:
 def _write_new(loaded: LoadedModel, out: Path) -> None:
     model, path = loaded.model, out / NEW_FILE
     architecture, rules = _metadata.architecture_of(model.config)
-    keys = _metadata.model_keys(model.config, architecture) | {OPTIONS_KEY: msgspec.json.encode(loaded.config).decode()}
+    options: Any = loaded.config
+    written = {OPTIONS_KEY: msgspec.json.encode(options.to_written()).decode()}
+    keys = _metadata.model_keys(model.config, architecture) | written
     tokens = _metadata.tokenizer_keys(loaded.tokenizer, architecture, int(model.config.vocab_size))
     _write(path, architecture, keys | _metadata.token_ids(model.config) | (tokens or {}), model, rules)
     source = ModelSource(name=str(path), path=out, gguf_file=path.name, weight_files=(path.name,))

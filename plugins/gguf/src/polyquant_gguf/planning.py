@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import LayerPlan, WeightInfo, plan_dense, unfit
+from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_dense, unfit
 from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES, BlockType, read_header
 
 from polyquant_gguf.names import place
 from polyquant_gguf.options import GgufOptions
 
 IN_FILE = "the file holds it as {}, no blocks"
+LAYOUTS: Mapping[str, PackedFormat] = {
+    "Q4_0": PackedFormat(kind="affine4", group_size=32),
+    "Q4_1": PackedFormat(kind="affine4", group_size=32, offsets="minima"),
+    "Q5_0": PackedFormat(kind="int8", group_size=32),
+    "Q5_1": PackedFormat(kind="int8", group_size=32, offsets="minima"),
+    "Q8_0": PackedFormat(kind="int8", group_size=32),
+    "Q4_K": PackedFormat(kind="affine4", group_size=32, scale_dtype="float32", offsets="minima"),
+    "IQ4_NL": PackedFormat(kind="codebook4", group_size=32),
+    "MXFP4": PackedFormat(kind="codebook4", group_size=32, scale_dtype="bfloat16"),  # powers of two, down to 2**-128
+    "NVFP4": PackedFormat(kind="codebook4", group_size=16),
+}
+"""Block type -> its weights with kernel="packed", nothing rounded. The others would take far more memory there."""
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: GgufOptions) -> list[LayerPlan]:
@@ -62,9 +74,13 @@ def _chosen(weight: WeightInfo, config: GgufOptions) -> str | None:
     """The type for a weight, or None where it stays dense."""
     if weight.tied_to or len(weight.shape) != 2:
         return None
-    if weight.module == "Embedding" or weight.module.endswith("ScaledWordEmbedding"):
+    if _is_embedding(weight):
         return None if config.embedding_type == "dense" else config.embedding_type
     return config.type if weight.module == "Linear" and not config.skips(weight) else None
+
+
+def _is_embedding(weight: WeightInfo) -> bool:
+    return weight.module == "Embedding" or weight.module.endswith("ScaledWordEmbedding")
 
 
 def _plan(weight: WeightInfo, block: BlockType, config: GgufOptions) -> LayerPlan:
@@ -80,4 +96,5 @@ def _plan(weight: WeightInfo, block: BlockType, config: GgufOptions) -> LayerPla
         bits=block.bits,
         scheme=block.name,
         quantized=True,
+        packed=None if _is_embedding(weight) else LAYOUTS.get(block.name),
     )

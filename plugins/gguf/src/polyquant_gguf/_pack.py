@@ -1,0 +1,96 @@
+"""Blocks in polyquant's packed layout, nothing rounded: the numbers are those of `_decode`, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from polyquant.plugin.layers import PackedWeight, pack_weight
+from torch import Tensor
+
+from polyquant_gguf._bits import f16, nibbles, split, table
+from polyquant_gguf._codebooks import IQ4_LEVELS
+from polyquant_gguf._decode import FP4_LEVELS, five_bits, mxfp4_parts, nvfp4_parts, q4_k_parts
+from polyquant_gguf._modules import PackedLinear
+from polyquant_gguf.planning import LAYOUTS
+
+
+class Parts(NamedTuple):
+    """What blocks hold. Codes in the order of the weights; scales and minima one for each group, block after block."""
+
+    codes: Tensor
+    scales: Tensor
+    minima: Tensor | None = None
+    zero: float = 0.0
+    levels: tuple[float, ...] = ()  # that codes are places in
+
+
+def pack(module: PackedLinear) -> PackedWeight:
+    layout, (rows, columns) = LAYOUTS[module.block.name], module.logical_shape
+    parts = PARTS[module.block.name](module.weight.detach().reshape(-1, module.block.nbytes))
+    codes = parts.codes.reshape(rows, columns)
+    return pack_weight(
+        codes.to(torch.int8) if layout.kind == "int8" else codes,
+        parts.scales.reshape(rows, -1).to(getattr(torch, layout.scale_dtype)),
+        layout.group_size,
+        minima=None if parts.minima is None else parts.minima.reshape(rows, -1),
+        table=table(parts.levels, torch.float32, codes.device) if parts.levels else None,
+        zero=parts.zero,
+    )
+
+
+def _q4_0(blocks: Tensor) -> Parts:
+    d, q = split(blocks, 2, 16)
+    return Parts(nibbles(q), f16(d), zero=8)
+
+
+def _q4_1(blocks: Tensor) -> Parts:
+    d, m, q = split(blocks, 2, 2, 16)
+    return Parts(nibbles(q), f16(d), f16(m))
+
+
+def _q5_0(blocks: Tensor) -> Parts:
+    d, high, low = split(blocks, 2, 4, 16)
+    return Parts(five_bits(low, high).view(torch.int8) - 16, f16(d))
+
+
+def _q5_1(blocks: Tensor) -> Parts:
+    d, m, high, low = split(blocks, 2, 2, 4, 16)
+    return Parts(five_bits(low, high), f16(d), f16(m))
+
+
+def _q8_0(blocks: Tensor) -> Parts:
+    d, q = split(blocks, 2, 32)
+    return Parts(q.view(torch.int8), f16(d))
+
+
+def _q4_k(blocks: Tensor) -> Parts:
+    q, scale, low = q4_k_parts(blocks)
+    return Parts(q, scale, -low)
+
+
+def _iq4_nl(blocks: Tensor) -> Parts:
+    d, q = split(blocks, 2, 16)
+    return Parts(nibbles(q), f16(d), levels=IQ4_LEVELS)
+
+
+def _mxfp4(blocks: Tensor) -> Parts:
+    return Parts(*mxfp4_parts(blocks), levels=FP4_LEVELS)
+
+
+def _nvfp4(blocks: Tensor) -> Parts:
+    return Parts(*nvfp4_parts(blocks), levels=FP4_LEVELS)
+
+
+PARTS: dict[str, Callable[[Tensor], Parts]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "IQ4_NL": _iq4_nl,
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
+}
