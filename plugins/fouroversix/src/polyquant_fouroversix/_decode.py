@@ -28,7 +28,9 @@ def _of_bytes(codes: list[float]) -> Tensor:
 
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-FP4, INT4 = _of_bytes(E2M1 + [-number for number in E2M1]), _of_bytes([*range(8), *range(-8, 0)])
+E2M1 += [-number for number in E2M1]
+TWOS_COMPLEMENT = [*range(8), *range(-8, 0)]
+FP4, INT4 = _of_bytes(E2M1), _of_bytes(TWOS_COMPLEMENT)
 TABLES = {"nvfp4": FP4, "mxfp4": FP4, "nvint4": INT4, "if4": torch.cat([FP4, INT4 * INT_IN_IF4])}
 """Format -> the numbers of a byte of codes; for IF4 those of a byte in an FP4 block, then in an INT4 one."""
 
@@ -39,10 +41,8 @@ def dequantize(codes: Tensor, scales: Tensor, amax: Tensor, config: FouroversixO
     codes: uint8 (rows, columns / 2). scales: as they are stored. amax: (1,).
     """
     block, (rows, half) = BLOCK[config.dtype], codes.shape
-    per_row = 2 * half // block
-    if config.dtype in SWIZZLED:
-        scales = from_blocked(scales, (rows, per_row))
-    factors, whole = _factors(scales.reshape(rows, per_row), amax, config)
+    factors, whole = block_factors(codes, scales, amax, config)
+    per_row = factors.shape[1]
     table = TABLES[config.dtype].to(codes.device)
     step = max(1, CHUNK_WEIGHTS["cpu" if codes.device.type == "cpu" else "other"] // (2 * half))
     for start in range(0, rows, step):
@@ -52,6 +52,17 @@ def dequantize(codes: Tensor, scales: Tensor, amax: Tensor, config: FouroversixO
             places.view(-1, per_row, block // 2).add_(whole[part].unsqueeze(-1), alpha=256)
         numbers = torch.index_select(table, 0, places.flatten()).view(-1, per_row, block)
         yield numbers.mul_(factors[part].unsqueeze(-1)).view(-1, 2 * half)
+
+
+def block_factors(
+    codes: Tensor, scales: Tensor, amax: Tensor, config: FouroversixOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Of the blocks as `dequantize` takes them, (rows, blocks in a row): what codes are multiplied with, float32; and
+    for IF4 which are INT4."""
+    rows, per_row = codes.shape[0], 2 * codes.shape[1] // BLOCK[config.dtype]
+    if config.dtype in SWIZZLED:
+        scales = from_blocked(scales, (rows, per_row))
+    return _factors(scales.reshape(rows, per_row), amax, config)
 
 
 def rounded(x: Tensor, config: FouroversixOptions) -> Tensor:

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from polyquant_fouroversix._library import quantize_config
 from polyquant_fouroversix._modules import FouroversixLinear
+from polyquant_fouroversix._pack import pack
 from polyquant_fouroversix.formats import SWIZZLED, padded
 from polyquant_fouroversix.options import FouroversixOptions
 from polyquant_fouroversix.planning import METADATA, STORED_NAMES, layout
 
-__all__ = ["prepare_for_training"]  # freezing is all that adapters need
+__all__ = ["pack", "prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "torch dequantize and matmul"
 WITH_ACTIVATIONS = KERNEL + ", activations rounded to {}"
 

@@ -17,6 +17,7 @@ from polyquant.plugin import (
     WeightInfo,
     checkpoints,
     dense_linears,
+    is_packed,
     module_of,
     quantized_modules,
     resolved_dtype,
@@ -34,6 +35,8 @@ def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
     weights, source, dtype, notes = request.weights, request.source, resolved_dtype(config), list[str]()
     if source.stored_quantization:
         config, notes = checkpoints.as_packed(config, request, (CODES,))
+    if is_packed(config) and config.quantize_activations:
+        notes = [*notes, "activations are not rounded to the format: kernel='packed' multiplies with weights alone so"]
     names = quantized_modules(plan_layers(weights, config))
 
     def read(_: str, linear: Any, tensors: dict[str, torch.Tensor]) -> FouroversixLinear:

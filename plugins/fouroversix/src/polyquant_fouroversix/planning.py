@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from polyquant.plugin import LayerPlan, WeightInfo, plan_linears, refuse_experts
+from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_linears, refuse_experts
 
 from polyquant_fouroversix.formats import BLOCK, padded
 from polyquant_fouroversix.options import FouroversixOptions
@@ -17,12 +17,22 @@ STORED_NAMES = {
 METADATA = "quantized_weight_metadata"
 """Beside them in checkpoints: sizes without and with padding, packed or not, scales swizzled or not; (6,), integers."""
 AMAX_BYTES = 4
+LAYOUTS: Mapping[str, PackedFormat] = {
+    "nvfp4": PackedFormat(kind="codebook4", group_size=BLOCK["nvfp4"], scale_dtype="float32"),
+    "mxfp4": PackedFormat(kind="codebook4", group_size=BLOCK["mxfp4"], scale_dtype="bfloat16"),  # powers of two
+    "if4": PackedFormat(kind="int8", group_size=BLOCK["if4"], scale_dtype="float32"),  # FP4 doubled, or INT4
+    "nvint4": PackedFormat(kind="affine4", group_size=BLOCK["nvint4"], scale_dtype="float32"),
+}
+"""Format -> its weights with kernel="packed". NVFP4 scales are a float8 times the tensor's own: 32 bits hold that."""
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: FouroversixOptions) -> list[LayerPlan]:
     """Raises ConfigError where experts are fused into one tensor."""
     refuse_experts(weights, config)
-    return plan_linears(weights, config, config.dtype, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.dtype, lambda weight: quantized_bytes(weight, config),
+        packed=lambda weight: LAYOUTS[config.dtype],
+    )  # fmt: skip
 
 
 def quantized_bytes(weight: WeightInfo, config: FouroversixOptions) -> int:

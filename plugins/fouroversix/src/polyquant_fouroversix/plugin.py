@@ -56,4 +56,4 @@ class FouroversixBackend(PluginBackend):
         ]
 
 
-backend = FouroversixBackend(INFO, ("plan_layers", "save", "prepare_for_training"), imports=INFO.libraries)
+backend = FouroversixBackend(INFO, ("plan_layers", "save", "prepare_for_training", "pack"), imports=INFO.libraries)
