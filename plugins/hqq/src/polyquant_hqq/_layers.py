@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, bias_as_parameter, describe, layer_tensors, prepare_for_training
+from polyquant.plugin.layers import (
+    PackedWeight,
+    Quantized,
+    bias_as_parameter,
+    describe,
+    layer_tensors,
+    pack_weight,
+    prepare_for_training,
+)
 
 from polyquant_hqq.options import HqqOptions
 from polyquant_hqq.planning import packed_shape
 
-__all__ = ["prepare_for_training"]  # freezing is all that adapters need
+__all__ = ["pack", "prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "hqq dequantize and torch matmul"
+HALF = 128  # what codes of 8 bits are made less by: the packed layout has them signed
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
@@ -59,6 +68,17 @@ def linear_from_tensors(
     layer.in_gpu = layer.ready = True
     bias_as_parameter(layer)
     return layer.eval()
+
+
+def pack(module: HQQLinear) -> PackedWeight:
+    """(code - zero) * scale as code * scale + minimum, whose one rounding is that of float32."""
+    meta, shape = module.meta, (module.out_features, module.in_features)
+    codes = Quantizer.unpack[meta["packing"]](module.W_q.detach(), dtype=torch.uint8).view(shape)
+    scales, least = (meta[name].detach().view(shape[0], -1) for name in ("scale", "zero"))
+    least = -least.double()
+    if meta["nbits"] == 8:
+        codes, least = (codes ^ HALF).view(torch.int8), least + HALF
+    return pack_weight(codes, scales, meta["group_size"], minima=(least * scales.double()).float())
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

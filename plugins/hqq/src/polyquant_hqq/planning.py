@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, prod
+from typing import Literal
 
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears, unfit
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, group_of_runs, plan_linears, unfit
 
 from polyquant_hqq.options import HqqOptions
+
+KINDS: Mapping[int, Literal["affine4", "int8"]] = {4: "affine4", 8: "int8"}
+"""Bits -> what the codes are with kernel="packed"; fewer bits would take far more memory there."""
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: HqqOptions) -> list[LayerPlan]:
     """Raises ConfigError where the group size does not fit a layer."""
-    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
+        packed=lambda weight: packed_format(weight, config),
+    )  # fmt: skip
+
+
+def packed_format(weight: WeightInfo, config: HqqOptions) -> PackedFormat | None:
+    """Zero points are no integers: each group has a minimum. None where groups lie otherwise than in rows."""
+    if config.axis == 0 or config.bits not in KINDS:
+        return None
+    layout = PackedFormat(
+        kind=KINDS[config.bits], group_size=config.group_size,
+        scale_dtype=weight.dtype, offsets="minima",  # type: ignore[arg-type]  # the compute dtype, as hqq has them
+    )  # fmt: skip
+    columns = weight.shape[1]
+    whole = group_of_runs(config.group_size, columns) == config.group_size and layout.padded(weight.shape)[1] == columns
+    return layout if whole else None
 
 
 def quantized_bytes(weight: WeightInfo, config: HqqOptions) -> int:
