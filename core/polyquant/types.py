@@ -132,6 +132,7 @@ class WeightInfo(Record, frozen=True):
     module: str  # class name of the module that owns it
     tied_to: str = ""  # the tensor it shares its storage with; it then counts no bytes
     default_skip: bool = False  # kept dense unless skip_defaults=False
+    parts: Mapping[str, str] = {}  # of a packed checkpoint's layer: what the file holds of it -> dtype, {"scales": ...}
 
 
 PackedKind = Literal["affine4", "codebook4", "int8"]

@@ -118,6 +118,7 @@ def settle(
         notes.append(f"vision and audio parts stay dense: {', '.join(towers)}")
     checkpoint = _checkpoint(model, weights, route)
     if stored:
+        weights = model.with_parts(weights)
         agreed, config = config, _skipping_what_is_dense(model, weights, config)
         if config is not agreed:
             notes.append(f"{len(config.skip)} layers are dense in the checkpoint: {', '.join(config.skip[:3])}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, Self
+
+from msgspec.structs import replace
 
 from polyquant.models.outline import Outline, outline_of
 from polyquant.models.resolve import dense_of, resolve
@@ -113,18 +114,28 @@ class Model:
         """Whether the checkpoint holds a weight as it is in the model, with nothing but a bias beside it."""
         found = self.outline.tensors.get(weight.name)
         same = found is not None and found.shape == weight.shape and found.dtype in FLOATS
-        return same and self._inside[weight.name.rpartition(".")[0]] <= {"weight", "bias"}
+        return same and self._inside[weight.name.rpartition(".")[0]].keys() <= {"weight", "bias"}
 
     def holds_part(self, weight: WeightInfo) -> bool:
         """Whether the checkpoint holds anything of the module of a weight."""
         return weight.name.rpartition(".")[0] in self._inside
 
+    def with_parts(self, weights: tuple[WeightInfo, ...]) -> tuple[WeightInfo, ...]:
+        """`weights`, each matrix that the checkpoint holds packed with the tensors that it holds of it."""
+        return tuple(
+            replace(weight, parts=parts)
+            if weight.role in ("linear", "head") and not self.holds_dense(weight)
+            and (parts := self._inside.get(weight.name.rpartition(".")[0]))
+            else weight
+            for weight in weights
+        )  # fmt: skip
+
     @cached_property
-    def _inside(self) -> Mapping[str, AbstractSet[str]]:
-        """Name of a module that the checkpoint holds something of -> names of its tensors inside it."""
-        inside: dict[str, set[str]] = {}
-        for name in self.outline.tensors:
+    def _inside(self) -> Mapping[str, Mapping[str, str]]:
+        """Name of a module that the checkpoint holds something of -> dtypes of its tensors by their names inside it."""
+        inside: dict[str, dict[str, str]] = {}
+        for name, tensor in self.outline.tensors.items():
             parts = self.renamed.get(name, name).split(".")
             for end in range(1, len(parts)):
-                inside.setdefault(".".join(parts[:end]), set()).add(".".join(parts[end:]))
+                inside.setdefault(".".join(parts[:end]), {})[".".join(parts[end:])] = tensor.dtype
         return inside
