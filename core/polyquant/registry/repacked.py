@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from msgspec.structs import replace
 
-from polyquant.errors import BrokenBackend, ConfigError, SaveError
+from polyquant.errors import BrokenBackend, ConfigError, ModelError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name
 from polyquant.memory.packed import VOCABULARY, scheme_of
@@ -39,7 +39,8 @@ class Packing(Protocol):
 def repack(loaded: LoadedModel, backend: Packing) -> None:
     """Put what was planned so of a loaded model into the packed layout: quantized modules, embedding, head.
 
-    Raises BrokenBackend where the backend packs a weight otherwise than it plans.
+    Raises BrokenBackend where the backend packs a weight otherwise than it plans, ModelError where a weight's values
+    have no place there.
     """
     assert loaded.settled is not None  # every load sets it
     plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
@@ -99,7 +100,10 @@ def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
 
 
 def _packed(module: Any, plan: LayerPlan, backend: Packing) -> PackedWeight:
-    weight = backend.pack(module)
+    try:
+        weight = backend.pack(module)
+    except ModelError as error:
+        raise ModelError(f"{plan.name} has no place in the packed layout: {error}; take kernel='library'") from error
     if not isinstance(weight, PackedWeight):
         raise BrokenBackend(f"{backend.name}: pack answered with {type(weight).__name__}, and not with a PackedWeight")
     if (weight.shape, weight.format) != (plan.shape, plan.packed):
