@@ -11,7 +11,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from polyquant.plugin.planning import unfit
-from polyquant.types import WeightInfo
+from polyquant.types import PackedFormat, WeightInfo
 
 WORD_BITS = 32  # packed values lie in int32 words
 
@@ -83,6 +83,29 @@ def awq_bytes(shape: tuple[int, ...], bits: int, group_size: int, *, scale_bytes
 def int4pack_bytes(shape: tuple[int, ...], group_size: int) -> int:
     """Bytes of a layer in torch's int4 matmul on the CPU."""
     return total_bytes(int4pack_tensors(shape, group_size))
+
+
+def packed_group(in_features: int, group_size: int) -> int:
+    """A group size as the packed layout has it: libraries forget whether one group for all was meant, or its size."""
+    return -1 if group_size == in_features else group_size
+
+
+def packed_format(
+    weight: WeightInfo, bits: int, group_size: int, *, sym: bool, ordered: bool = False
+) -> PackedFormat | None:
+    """The place of a GPTQ or AWQ layer in polyquant's packed layout, with its scales as the checkpoint stores them.
+
+    sym: all zero points are in the middle of the range. ordered: columns belong to groups in an order of their own.
+    None: of 2 and 3 bits, for which 4 would be wasted, and of reordered columns that have to be padded.
+    """
+    size = packed_group(weight.shape[1], group_size)
+    layout = PackedFormat(
+        kind="int8" if bits == 8 else "affine4", group_size=size, offsets="none" if sym else "zeros",
+        scale_dtype=weight.parts.get("scales", "float16"),  # type: ignore[arg-type]  # `require_parts` refuses others
+        ordered=ordered and size != -1,
+    )  # fmt: skip
+    whole = layout.padded(weight.shape)[1] == weight.shape[1]
+    return layout if bits in (4, 8) and (whole or not layout.ordered) else None
 
 
 def require_gptq(weight: WeightInfo, bits: int, group_size: int) -> None:
