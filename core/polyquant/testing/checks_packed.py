@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 import polyquant
 from polyquant.errors import ConfigError
 from polyquant.loaded import LoadedModel
@@ -44,11 +46,12 @@ def packed_weights_are_the_librarys(subject: Subject, preset: str, model: str) -
     expect(
         theirs == mine, f"its layers are others than the library's: {', '.join(map(str, sorted(theirs ^ mine)[:3]))}"
     )
+    computes_in = getattr(torch, library.config.compute_dtype)
     for layer in own:
         name = layer.name.rpartition(".")[0]
         weight = loaded.model.get_submodule(name).dequantize()
-        apart = (effective_weight(library.model.get_submodule(name), weight.shape[1]) - weight).abs().max()
-        share = float(apart / weight.abs().max())
+        theirs_whole = effective_weight(library.model.get_submodule(name), weight.shape[1], dtype=computes_in)
+        share = float((theirs_whole - weight).abs().max() / weight.abs().max())
         expect(share <= tolerance, f"{name}: its weights are up to {share:.2g} of the largest off the library's")
     tokens = subject.tokens(library, 24)
     reference = reference_logits(subject.dense(model), tokens)
