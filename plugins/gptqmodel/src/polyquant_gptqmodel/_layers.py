@@ -8,8 +8,16 @@ from typing import Any
 
 import torch
 from polyquant.errors import ConfigError
-from polyquant.plugin import LayerInfo, LoadedModel
-from polyquant.plugin.layers import Quantized, bias_as_parameter, describe, differentiable, frozen_for_adapters
+from polyquant.plugin import LayerInfo, LoadedModel, is_packed
+from polyquant.plugin.layers import (
+    PackedWeight,
+    Quantized,
+    bias_as_parameter,
+    describe,
+    differentiable,
+    frozen_for_adapters,
+)
+from polyquant.plugin.packing import pack_awq, pack_gptq
 
 from polyquant_gptqmodel._library import (
     AwqTorchLinear,
@@ -23,7 +31,7 @@ from polyquant_gptqmodel._library import (
     hf_select_quant_linear_v2,
 )
 from polyquant_gptqmodel.options import Options
-from polyquant_gptqmodel.planning import ATEN_ROWS, why_not_on_cpu
+from polyquant_gptqmodel.planning import ATEN_ROWS, AWQ_TORCH_GROUPS, OWN_CHOICE, why_not_on_cpu
 
 Layer = BaseQuantLinear
 ATEN: dict[str, type[Layer]] = {"gptq": TorchAtenLinear, "awq": TorchAtenAwqLinear}
@@ -40,11 +48,14 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 def select_kernel(config: Options, layout: str, device: str) -> type[Layer]:
     """The class of the packed layers. Raises ConfigError where the kernel asked for does not take them."""
+    if is_packed(config):  # it only holds them; those that have no place in polyquant's layout are unpacked
+        held_by_aten = config.method == "awq" and config.group_size not in AWQ_TORCH_GROUPS
+        return (ATEN if held_by_aten else UNPACKING)[config.method]
     if device == "cpu":
         if why := why_not_on_cpu(config.kernel, config, config.compute_dtype):
             raise ConfigError(f"kernel {config.kernel!r} cannot be used on cpu: {why}; leave kernel at 'auto'")
         return (ATEN if config.kernel == "torch_aten" else UNPACKING)[config.method]
-    name = "auto" if config.kernel == "auto" else f"{config.method}_{config.kernel}"
+    name = "auto" if config.kernel in OWN_CHOICE else f"{config.method}_{config.kernel}"
     try:
         with contained():
             chosen: type[Layer] = hf_select_quant_linear_v2(
@@ -59,7 +70,7 @@ def select_kernel(config: Options, layout: str, device: str) -> type[Layer]:
 
 def empty_layer(linear: Any, kernel: type[Layer], config: Options, name: str) -> Layer:
     """A packed layer on the meta device that takes the place of `linear`. Raises ConfigError for an unfit size."""
-    if kernel is ATEN[config.method] and linear.out_features % ATEN_ROWS:
+    if kernel is ATEN[config.method] and linear.out_features % ATEN_ROWS and not is_packed(config):
         kernel = UNPACKING[config.method]
     # a kernel for GPUs is made for one dtype; those for CPUs take any, and say float32 is none of theirs
     for_cpu = kernel in (ATEN[config.method], UNPACKING[config.method])
@@ -102,6 +113,14 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
         if isinstance(module, tuple(ATEN.values())):
             module._fused_op_forward = partial(differentiable, module._fused_op_forward)
     return frozen_for_adapters(loaded.model)
+
+
+def pack(module: Any) -> PackedWeight:
+    """As a layer holds its weight before `settle`: zero points of GPTQ layers are not stored less one there."""
+    parts = (module.qweight, module.qzeros, module.scales)
+    if isinstance(module, AWQuantLinear):
+        return pack_awq(*parts, module.group_size, sym=module.sym)
+    return pack_gptq(*parts, module.g_idx, module.bits, module.group_size, sym=module.sym, ordered=module.desc_act)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -6,14 +6,22 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
+from polyquant.plugin import (
+    LoadedModel,
+    LoadRequest,
+    checkpoints,
+    is_packed,
+    module_of,
+    quantized_modules,
+    resolved_dtype,
+)
 from polyquant.plugin.formats import gptq_layout
-from polyquant.plugin.layers import fill_empty, gptq_tensors, layer_tensors, parts_of
+from polyquant.plugin.layers import bias_as_parameter, fill_empty, gptq_tensors, layer_tensors, parts_of
 
 from polyquant_gptqmodel._layers import Layer, empty_layer, kernel_name, select_kernel, settle
 from polyquant_gptqmodel._library import contained, hf_convert_gptq_v1_to_v2_format, hf_gptqmodel_post_init
 from polyquant_gptqmodel.options import GptqOptions, Options
-from polyquant_gptqmodel.planning import cpu_kernel, plan_layers
+from polyquant_gptqmodel.planning import OWN_CHOICE, cpu_kernel, plan_layers
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -22,9 +30,11 @@ def load(request: LoadRequest, config: Options) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
     dtype, on_cpu = getattr(torch, wanted), request.device == "cpu"
     config, notes = checkpoints.as_packed(config, request, PARTS)
-    if on_cpu and config.kernel == "auto":
+    if on_cpu and config.kernel in OWN_CHOICE:
         config = msgspec.structs.replace(config, kernel=cpu_kernel(config, wanted))
-    names = sorted(quantized_modules(plan_layers(request.weights, config)))
+    plans = plan_layers(request.weights, config)
+    names = sorted(quantized_modules(plans))
+    repacked = {module_of(plan) for plan in plans if plan.packed is not None and is_packed(config)}
     is_gptq = isinstance(config, GptqOptions)
     layout = gptq_layout(source.stored_quantization) if is_gptq else config.written_layout
     kernel = select_kernel(config, layout, request.device)
@@ -35,10 +45,13 @@ def load(request: LoadRequest, config: Options) -> LoadedModel:
             tensors = gptq_tensors(linear, tensors, config.group_size, in_order=not config.desc_act)
         keeps_scales = is_gptq and on_cpu and dtype != torch.float32
         whole = layer_tensors(linear, tensors, parts_of(layer))
-        fill_empty(layer, {part: _kept(part, tensor, dtype, keeps_scales) for part, tensor in whole.items()})
+        kept = {part: _kept(part, tensor, dtype, keeps_scales) for part, tensor in whole.items()}
+        fill_empty(layer, kept | {"scales": whole["scales"]} if name in repacked else kept)
         with contained():
             hf_convert_gptq_v1_to_v2_format(layer, config.bits, kernel, layout, None)
-            if on_cpu:
+            if name in repacked:
+                bias_as_parameter(layer)
+            elif on_cpu:
                 layer.post_init()  # gptqmodel's function for it collects garbage after each call, 0.3 s a layer
                 settle(layer, dtype)
         return layer

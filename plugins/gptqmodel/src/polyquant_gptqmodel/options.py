@@ -13,13 +13,18 @@ from polyquant.plugin.formats import GEMM, AwqFormat, GptqFormat, gptq_layout, h
 LAYOUTS = ("gptq", "gptq_v2")
 UNREAD = ("activation", "adapter", "rotation", "is_marlin_format")
 LOAD_TIME = frozenset({"compute_dtype", "kernel"})
-KERNEL = Meta(description="what multiplies; auto: torch_aten or torch on a CPU, gptqmodel's choice elsewhere")
+KERNEL = Meta(
+    description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library and auto: torch_aten "
+    "or torch on a CPU, gptqmodel's choice elsewhere"
+)
 
 
 class GptqOptions(GptqFormat, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A scale and a zero point for each group of weights, rounded so that calibration text changes least."""
 
-    kernel: Annotated[Literal["auto", "torch_aten", "torch", "triton", "exllama_v2", "marlin"], KERNEL] = "auto"
+    kernel: Annotated[
+        Literal["auto", "packed", "library", "torch_aten", "torch", "triton", "exllama_v2", "marlin"], KERNEL
+    ] = "auto"
 
     load_time: ClassVar[frozenset[str]] = LOAD_TIME
     method: ClassVar[str] = "gptq"
@@ -46,9 +51,10 @@ class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Columns that calibration text activates most are scaled up before rounding, so that they lose least."""
 
     zero_point: Annotated[bool, Meta(description="zero point fitted, instead of in the middle of the range")] = True
-    kernel: Annotated[Literal["auto", "torch_aten", "torch", "gemm", "gemm_triton", "exllama_v2", "marlin"], KERNEL] = (
-        "auto"
-    )
+    kernel: Annotated[
+        Literal["auto", "packed", "library", "torch_aten", "torch", "gemm", "gemm_triton", "exllama_v2", "marlin"],
+        KERNEL,
+    ] = "auto"
 
     load_time: ClassVar[frozenset[str]] = LOAD_TIME
     method: ClassVar[str] = "awq"

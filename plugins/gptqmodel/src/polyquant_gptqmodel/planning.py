@@ -11,12 +11,18 @@ from polyquant_gptqmodel.options import GptqOptions, Options
 ATEN_GROUPS = (32, 64, 128, 256)  # what aten::_weight_int4pack_mm_for_cpu takes
 ATEN_ROWS = 16  # and what it wants out_features to be a multiple of
 AWQ_TORCH_GROUPS = (-1, 16, 32, 64, 128)  # what gptqmodel's AwqTorchLinear takes
+OWN_CHOICE = ("auto", "library")  # kernel options that leave the choice to this package, or to gptqmodel
 SHIFTS_3 = 36  # int32 words of each of the two tables with which TorchLinear unpacks 3-bit weights
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: Options) -> list[LayerPlan]:
     """With the kernel still 'auto', for the CPU. Raises ConfigError for a layer that cannot be packed."""
-    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
+        packed=lambda weight: layouts.packed_format(
+            weight, config.bits, config.group_size, sym=config.sym, ordered=config.desc_act
+        ),
+    )  # fmt: skip
 
 
 def quantized_bytes(weight: WeightInfo, config: Options) -> int:
@@ -24,7 +30,7 @@ def quantized_bytes(weight: WeightInfo, config: Options) -> int:
     is_gptq = isinstance(config, GptqOptions)
     require = layouts.require_gptq if is_gptq else layouts.require_awq
     require(weight, config.bits, config.group_size)
-    kernel = config.kernel if config.kernel != "auto" else cpu_kernel(config, weight.dtype)
+    kernel = config.kernel if config.kernel not in OWN_CHOICE else cpu_kernel(config, weight.dtype)
     if kernel == "torch_aten" and not weight.shape[0] % ATEN_ROWS:
         order = 4 * weight.shape[1] if config.desc_act else 0
         return layouts.int4pack_bytes(weight.shape, config.group_size) + order
@@ -32,7 +38,7 @@ def quantized_bytes(weight: WeightInfo, config: Options) -> int:
     if not is_gptq:
         return layouts.awq_bytes(*sizes)
     shifts = SHIFTS_3 if config.bits == 3 else 32 // config.bits
-    tables = 2 * 4 * shifts if kernel in ("torch", "torch_aten") else 0
+    tables = 2 * 4 * shifts if kernel in ("torch", "torch_aten", "packed") else 0
     return layouts.gptq_bytes(*sizes, scale_bytes=DTYPE_BYTES[weight.dtype]) + tables
 
 
