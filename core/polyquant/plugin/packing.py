@@ -32,11 +32,12 @@ def unpacked_awq(words: Tensor) -> Tensor:
 
 
 def pack_gptq(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, group_size: int, *, sym: bool,
-    ordered: bool = False, less_one: bool = False,
+    qweight: Tensor, qzeros: Tensor | None, scales: Tensor, g_idx: Tensor | None, bits: int, group_size: int, *,
+    sym: bool, ordered: bool = False, less_one: bool = False,
 ) -> PackedWeight:  # fmt: skip
-    """A layer of 4 or 8 bits, as `layouts.packed_format` plans it. less_one: its zero points are stored so.
+    """A layer of 4 or 8 bits, as `layouts.packed_format` plans it.
 
+    qzeros: None where they are known to be in the middle of the range. less_one: zero points are stored so.
     ordered: columns belong to groups in an order of their own, which g_idx says. Raises ModelError as `_packed`, and
     for reordered columns where they are not to be.
     """
@@ -46,18 +47,21 @@ def pack_gptq(
         size = codes.shape[1] if group_size == -1 else group_size
         if not torch.equal(g_idx.long(), torch.arange(len(g_idx), device=g_idx.device) // size):
             raise ModelError("its columns are reordered, and the checkpoint's config says that they are not (desc_act)")
-    zeros = unpacked(qzeros, bits).T.short() + less_one
+    zeros = None if qzeros is None else unpacked(qzeros, bits).T.short() + less_one
     return _packed(codes, zeros, scales.T, bits, group_size, sym=sym, groups=g_idx if ordered else None)
 
 
-def pack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, *, sym: bool) -> PackedWeight:
-    """A layer of 4 bits, of version gemm, as `layouts.packed_format` plans it. Raises ModelError as `_packed`."""
-    zeros = unpacked_awq(qzeros).T.short()
+def pack_awq(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, group_size: int, *, sym: bool) -> PackedWeight:
+    """A layer of 4 bits, of version gemm, as `layouts.packed_format` plans it.
+
+    qzeros: None where they are known to be in the middle of the range. Raises ModelError as `_packed`.
+    """
+    zeros = None if qzeros is None else unpacked_awq(qzeros).T.short()
     return _packed(unpacked_awq(qweight).T, zeros, scales.T, 4, group_size, sym=sym)
 
 
 def _packed(
-    codes: Tensor, zeros: Tensor, scales: Tensor, bits: int, group_size: int, *, sym: bool,
+    codes: Tensor, zeros: Tensor | None, scales: Tensor, bits: int, group_size: int, *, sym: bool,
     groups: Tensor | None = None,
 ) -> PackedWeight:  # fmt: skip
     """codes (out_features, in_features) below 2^bits; zeros and scales (out_features, groups).
@@ -66,14 +70,17 @@ def _packed(
     for columns that do not come in whole groups.
     """
     middle, group = 1 << (bits - 1), packed_group(codes.shape[1], group_size)
-    if sym and not bool((zeros == middle).all()):
-        raise ModelError("its zero points are fitted, and the checkpoint's config says that they are symmetric")
+    if sym:
+        if zeros is not None and not bool((zeros == middle).all()):
+            raise ModelError("its zero points are fitted, and the checkpoint's config says that they are symmetric")
+        zeros = None
     if bits == 8:
-        codes, zeros, middle = (codes ^ 128).view(torch.int8), zeros - 128, 0
-        if bool((zeros > 127).any()):
+        codes, middle = (codes ^ 128).view(torch.int8), 0
+        zeros = None if zeros is None else zeros - 128
+        if zeros is not None and bool((zeros > 127).any()):
             raise ModelError("it has a zero point of 256, and its weights end at 255")
     if group != -1:  # groups of columns that only fill up the last block
         columns = PackedFormat(kind="affine4", group_size=group).padded(codes.shape)[1]
-        missing = columns // group - scales.shape[1]
-        scales, zeros = (functional.pad(each, (0, missing)) for each in (scales, zeros))
-    return pack_weight(codes, scales, group, zeros=None if sym else zeros, zero=middle, groups_of_columns=groups)
+        missing = (0, columns // group - scales.shape[1])
+        scales, zeros = functional.pad(scales, missing), None if zeros is None else functional.pad(zeros, missing)
+    return pack_weight(codes, scales, group, zeros=zeros, zero=middle, groups_of_columns=groups)
