@@ -6,14 +6,14 @@ Neither needs transformers' auto-round path, which changes transformers when it 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from polyquant.errors import EnvironmentProblem, ModelError
 from polyquant.plugin import contained
 from polyquant.plugin.layers import bias_as_parameter
 
-from polyquant_auto_round.options import AutoRoundOptions
+from polyquant_auto_round.options import AutoRoundOptions, Packing
 
 try:
     with contained():
@@ -58,7 +58,7 @@ def _packed_bytes(shape: tuple[int, ...], bits: int, group_size: int, product: s
     )
 
 
-def empty_layer(linear: Any, layout: Literal["plain", "gptq", "awq"], config: AutoRoundOptions) -> Any:
+def empty_layer(linear: Any, layout: Packing, config: AutoRoundOptions) -> Any:
     """A packed layer on the meta device that takes the place of `linear`.
 
     Raises EnvironmentProblem for the AWQ layout without auto-round-lib: auto-round has no other layer for it.
@@ -88,8 +88,8 @@ def settle(layer: Any) -> None:
     Raises ModelError where zero points, which a symmetric layer of auto-round-lib does not read, are not the middle.
     """
     if is_fast(layer.bits):
-        if not layer.asym and not _are_middle(layer.qzeros, layer.bits):
-            raise ModelError("its zero points are fitted, and the checkpoint's config says that they are symmetric")
+        if not layer.asym:
+            require_middle(layer.qzeros, layer.bits)
         layer.post_init()
     if layer.bias is not None and layer.bias.numel():
         bias_as_parameter(layer)
@@ -114,8 +114,9 @@ def multiply(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
     return product.to(inputs.dtype)
 
 
-def _are_middle(zeros: torch.Tensor, bits: int) -> bool:
-    """Whether packed zero points are all the middle of the range, or that less one, as GPTQ stores it."""
+def require_middle(zeros: torch.Tensor, bits: int) -> None:
+    """Raises ModelError unless packed zero points are all the middle of the range, or that less one, as GPTQ's are."""
     ones = sum(1 << shift for shift in range(0, 32, bits))
     words = [ones * (2 ** (bits - 1) - less) for less in (0, 1)]
-    return any(bool((zeros == word - (word >> 31 << 32)).all()) for word in words)
+    if not any(bool((zeros == word - (word >> 31 << 32)).all()) for word in words):
+        raise ModelError("its zero points are fitted, and the checkpoint's config says that they are symmetric")

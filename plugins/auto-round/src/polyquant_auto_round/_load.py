@@ -6,11 +6,20 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
+from polyquant.plugin import (
+    LoadedModel,
+    LoadRequest,
+    checkpoints,
+    is_packed,
+    module_of,
+    quantized_modules,
+    resolved_dtype,
+)
 from polyquant.plugin.layers import gptq_tensors, layer_tensors
 
 from polyquant_auto_round import _kernels
 from polyquant_auto_round._kernels import FAST_BITS, empty_layer, is_fast, settle
+from polyquant_auto_round._layers import StoredLayer, pass_gradients
 from polyquant_auto_round.options import AutoRoundOptions, packing
 from polyquant_auto_round.planning import plan_layers
 
@@ -19,13 +28,17 @@ def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
     layout = packing(source.stored_quantization)
     config, notes = checkpoints.as_packed(config, request, ("qweight", "qzeros", "scales"))
+    plans = plan_layers(request.weights, config)
+    repacked = {module_of(plan) for plan in plans if plan.packed is not None and is_packed(config)}
     floats = torch.float32 if is_fast(config.bits) else getattr(torch, wanted)  # auto-round-lib keeps float32
 
     def make(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        tensors = gptq_tensors(linear, tensors, config.group_size)
+        _require_plain_order(linear, config.group_size, tensors.pop("g_idx"))
+        if name in repacked:
+            return StoredLayer(linear, tensors, layout, config)
         layer = empty_layer(linear, layout, config)
         layer.polyquant_scheme = config.scheme
-        tensors = gptq_tensors(linear, tensors, config.group_size)
-        _require_plain_order(layer, tensors.pop("g_idx"))
         expected = {
             key: (tuple(buffer.shape), "float" if buffer.is_floating_point() else "int32")
             for key, buffer in layer.named_buffers()
@@ -35,16 +48,18 @@ def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
         settle(layer)
         return layer
 
-    names = quantized_modules(plan_layers(request.weights, config))
+    names = quantized_modules(plans)
     model = checkpoints.read_layers(request, wanted, names, make)
-    if not is_fast(config.bits):
+    if is_packed(config):
+        pass_gradients(model)  # of layers that stay with the library: the core prepares this model for training
+    if not is_fast(config.bits) and set(names) - repacked:
         notes.append(_slow(config.bits))
     return LoadedModel(model=model, config=config, kernel=_kernels.name(config.bits), notes=notes)
 
 
-def _require_plain_order(layer: Any, group_of_column: torch.Tensor) -> None:
+def _require_plain_order(linear: Any, group_size: int, group_of_column: torch.Tensor) -> None:
     """Raises ModelError where columns are reordered."""
-    plain = torch.arange(layer.infeatures) // layer.group_size
+    plain = torch.arange(linear.in_features) // (linear.in_features if group_size == -1 else group_size)
     if not torch.equal(group_of_column.long(), plain):
         raise ModelError("its columns are reordered; load it with backend='gptq'")
 

@@ -7,15 +7,17 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
+from polyquant.plugin import NumberFormat, PackableOptions, RoundingMethod
 
+Packing = Literal["plain", "gptq", "awq"]
+"""plain: gptq with zero points that are not stored less one."""
 METHODS = {"auto_round": "auto-round", "auto_gptq": "gptq", "auto_awq": "awq"}  # format -> quant_method
 SAMPLES, SAMPLE_TOKENS = 32, 256
 LIBRARY_ITERS, LIBRARY_SAMPLES, LIBRARY_TOKENS = 200, 128, 2048  # auto-round's defaults, which it does not store
 UNREAD = ("act_bits", "rotation_config", "spinquant_config", "static_kv_dtype", "static_attention_dtype")
 
 
-class AutoRoundOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AutoRoundOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A scale for each group of weights; which way each weight is rounded is tuned, block by block, or left plain."""
 
     bits: Annotated[Literal[2, 3, 4, 8], Meta(description="bits of a quantized weight; 3 has no fast kernel")] = 4
@@ -108,8 +110,8 @@ class AutoRoundOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown
         return msgspec.convert(values, cls)
 
 
-def packing(stored: Mapping[str, Any]) -> Literal["plain", "gptq", "awq"]:
-    """How a checkpoint packs its weights: plain is gptq with zero points that are not stored less one.
+def packing(stored: Mapping[str, Any]) -> Packing:
+    """How a checkpoint packs its weights.
 
     Raises ValueError for another layout.
     """
@@ -118,7 +120,7 @@ def packing(stored: Mapping[str, Any]) -> Literal["plain", "gptq", "awq"]:
         layout = f"auto_round:{stored.get('version', 'gemm')}".lower().replace(":gemm", ":auto_awq")
     elif method == "gptq":
         layout = f"auto_round:{stored.get('checkpoint_format') or 'gptq'}".replace(":gptq_v2", ":gptqmodel")
-    known: dict[str, Literal["plain", "gptq", "awq"]] = {
+    known: dict[str, Packing] = {
         "auto_round": "plain", "auto_round:gptqmodel": "plain", "auto_round:exllamav2": "plain",
         "auto_round:tritonv2": "plain", "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq",
         "auto_round:auto_gptq:exllamav2": "gptq", "auto_round:gptq:exllamav2": "gptq", "auto_round:auto_awq": "awq",

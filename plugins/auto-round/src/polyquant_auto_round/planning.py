@@ -20,7 +20,10 @@ def plan_layers(weights: Sequence[WeightInfo], config: AutoRoundOptions) -> list
                 f"{weight.name} is no Linear module but {weight.module} with shape {weight.shape}; this backend "
                 "quantizes Linear modules only"
             )
-    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
+        packed=lambda weight: layouts.packed_format(weight, config.bits, config.group_size, sym=config.sym),
+    )  # fmt: skip
 
 
 def quantized_bytes(weight: WeightInfo, config: AutoRoundOptions) -> int:

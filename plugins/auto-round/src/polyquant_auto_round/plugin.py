@@ -36,4 +36,4 @@ INFO = BackendInfo(
     measured_kl={"rtn-int4": 0.315, "int4": 0.115, "rtn-int8": 0.00612},
     compute_dtypes={"cpu": "bfloat16"},
 )
-backend = PluginBackend(INFO, ("plan_layers", "quantize", "prepare_for_training"), imports=KERNELS)
+backend = PluginBackend(INFO, ("plan_layers", "quantize", "prepare_for_training", "pack"), imports=KERNELS)
