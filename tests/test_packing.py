@@ -23,7 +23,7 @@ def words(codes, bits, order=None):
     return torch.tensor([[word - (word >> 31 << 32) for word in row] for row in sums], dtype=torch.int32)
 
 
-def parts(shape, bits, group_size, *, sym=False, ordered=False, dtype=torch.float16, most=None):
+def parts(shape, bits, group_size, *, sym=False, ordered=False, dtype=torch.float16):
     """Codes (in, out), zero points and scales (groups, out), the group of each column, and the weight (out, in)."""
     torch.manual_seed(0)
     rows, columns = shape
@@ -32,7 +32,7 @@ def parts(shape, bits, group_size, *, sym=False, ordered=False, dtype=torch.floa
     groups = torch.arange(columns) // size
     if ordered:
         groups = groups[torch.randperm(columns)]
-    zeros = torch.randint(1, most or 2**bits, (columns // size, rows))
+    zeros = torch.randint(1, 2**bits, (columns // size, rows))
     if sym:
         zeros[:] = 2 ** (bits - 1)
     scales = (torch.rand(columns // size, rows) * 0.1 + 1e-3).to(dtype)
@@ -93,6 +93,10 @@ def test_a_zero_point_beyond_the_weights():
     weight = scale * (codes.T - zeros.T).float()
     packed = pack_gptq(words(codes.T, 4).T, words(zeros - 1, 4), scales, groups, 4, 32, sym=False, less_one=True)
     assert torch.equal(packed.decode(), weight)
+    packed = pack_gptq(
+        words(codes.T, 4).T, words(zeros - 1, 4), scales, groups, 4, 32, sym=False, less_one=True, wraps=True
+    )
+    assert torch.equal(packed.decode(), scale * (codes.T - zeros.T % 16).float())
     codes, zeros, scales, groups, weight = parts((8, 32), 8, 32)
     zeros[0, 3] = 256
     with pytest.raises(ModelError, match="a zero point of 256"):

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from polyquant.options import BackendOptions, NumberFormat, RoundingMethod
+from polyquant.options import NumberFormat, PackableOptions, RoundingMethod
 
 GEMM = "gemm"
 """AWQ's version whose words run along out_features; those of the other versions are in orders of their own."""
 GROUP = "weights along in_features that share one scale and zero point; -1: all of them"
 
 
-class GptqFormat(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GptqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A scale and a zero point for each group of weights, rounded so that calibration text changes least."""
 
     bits: Annotated[Literal[2, 3, 4, 8], Meta(description="bits of a quantized weight")] = 4
@@ -64,7 +64,7 @@ class GptqFormat(BackendOptions, frozen=True, kw_only=True, forbid_unknown_field
         return msgspec.convert(values | _stored_skips(stored), cls)
 
 
-class AwqFormat(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AwqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Columns that calibration text activates most are scaled up before rounding, so that they lose least."""
 
     bits: Annotated[Literal[4], Meta(description="bits of a quantized weight")] = 4

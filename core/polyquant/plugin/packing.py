@@ -33,13 +33,14 @@ def unpacked_awq(words: Tensor) -> Tensor:
 
 def pack_gptq(
     qweight: Tensor, qzeros: Tensor | None, scales: Tensor, g_idx: Tensor | None, bits: int, group_size: int, *,
-    sym: bool, ordered: bool = False, less_one: bool = False,
+    sym: bool, ordered: bool = False, less_one: bool = False, wraps: bool = False,
 ) -> PackedWeight:  # fmt: skip
     """A layer of 4 or 8 bits, as `layouts.packed_format` plans it.
 
-    qzeros: None where they are known to be in the middle of the range. less_one: zero points are stored so.
-    ordered: columns belong to groups in an order of their own, which g_idx says. Raises ModelError as `_packed`, and
-    for reordered columns where they are not to be.
+    qzeros: None where they are known to be in the middle of the range. less_one: zero points are stored so; wraps: 0
+    then as the largest code, which else stands for the one beyond it: libraries differ. ordered: columns belong to
+    groups in an order of their own, which g_idx says. Raises ModelError as `_packed`, and for reordered columns where
+    they are not to be.
     """
     codes = unpacked(qweight.T, bits)
     ordered = ordered and packed_group(codes.shape[1], group_size) != -1
@@ -48,6 +49,8 @@ def pack_gptq(
         if not torch.equal(g_idx.long(), torch.arange(len(g_idx), device=g_idx.device) // size):
             raise ModelError("its columns are reordered, and the checkpoint's config says that they are not (desc_act)")
     zeros = None if qzeros is None else unpacked(qzeros, bits).T.short() + less_one
+    if zeros is not None and wraps:
+        zeros = zeros & ((1 << bits) - 1)
     return _packed(codes, zeros, scales.T, bits, group_size, sym=sym, groups=g_idx if ordered else None)
 
 

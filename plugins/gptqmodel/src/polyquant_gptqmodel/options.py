@@ -12,7 +12,6 @@ from polyquant.plugin.formats import GEMM, AwqFormat, GptqFormat, gptq_layout, h
 
 LAYOUTS = ("gptq", "gptq_v2")
 UNREAD = ("activation", "adapter", "rotation", "is_marlin_format")
-LOAD_TIME = frozenset({"compute_dtype", "kernel"})
 KERNEL = Meta(
     description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library and auto: torch_aten "
     "or torch on a CPU, gptqmodel's choice elsewhere"
@@ -26,7 +25,6 @@ class GptqOptions(GptqFormat, frozen=True, kw_only=True, forbid_unknown_fields=T
         Literal["auto", "packed", "library", "torch_aten", "torch", "triton", "exllama_v2", "marlin"], KERNEL
     ] = "auto"
 
-    load_time: ClassVar[frozenset[str]] = LOAD_TIME
     method: ClassVar[str] = "gptq"
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "desc_act")
     """What a rule of gptqmodel's `dynamic` may change for a layer."""
@@ -56,7 +54,6 @@ class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         KERNEL,
     ] = "auto"
 
-    load_time: ClassVar[frozenset[str]] = LOAD_TIME
     method: ClassVar[str] = "awq"
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "zero_point")
     desc_act: ClassVar[bool] = False
