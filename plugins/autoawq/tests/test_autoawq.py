@@ -62,6 +62,19 @@ def test_each_layer_multiplies_with_what_the_format_stands_for(checkpoint):
         torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
 
 
+def test_packed_layers_are_what_the_format_stands_for(checkpoint):
+    """Bit for bit: the library itself rounds them to float16 in each pass."""
+    loaded = polyquant.load(checkpoint, "autoawq", device="cpu", kernel="packed")
+    tensors = load_file(checkpoint / "model.safetensors")
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    assert len(modules) == 14
+    for module in modules:
+        layer = loaded.model.get_submodule(module)
+        assert torch.equal(layer.dequantize(), dequantized(tensors, module, 64))
+        assert layer.packed.scales.dtype == tensors[f"{module}.scales"].dtype == torch.float16
+    assert all(check.passed for check in polyquant.verify(loaded, max_new_tokens=2).checks)
+
+
 def test_the_search_for_scales_puts_the_weights_back():
     """The library's own does not on a CPU, and every layer of a real model is noise after it."""
     from awq.quantize.quantizer import AwqQuantizer

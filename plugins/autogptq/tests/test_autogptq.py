@@ -58,6 +58,47 @@ def test_each_layer_multiplies_with_what_the_format_stands_for(checkpoint):
         torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("order", [False, True], ids=["", "act-order"])
+def test_packed_layers_are_what_the_format_stands_for(folder, tmp_path, order):
+    """Bit for bit, scales in the dtype that they are stored in."""
+    path = polyquant.quantize(
+        folder, "autogptq", tmp_path / "out", device="cpu", group_size=32, desc_act=order, calibration=CALIBRATION
+    )
+    loaded, tensors = (
+        polyquant.load(path, "autogptq", device="cpu", kernel="packed"),
+        load_file(path / "model.safetensors"),
+    )
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    assert len(modules) == 14
+    for module in modules:
+        layer = loaded.model.get_submodule(module)
+        assert torch.equal(layer.dequantize(), dequantized(tensors, module, 32))
+        assert layer.packed.scales.dtype == tensors[f"{module}.scales"].dtype
+        assert layer.packed.format.ordered == order
+    assert all(check.passed for check in polyquant.verify(loaded, max_new_tokens=2).checks)
+
+
+def test_a_zero_point_that_is_stored_as_all_ones_is_the_librarys(checkpoint, tmp_path):
+    """Its layers without reordered columns read 0 there, those with them 16."""
+    path = shutil.copytree(checkpoint, tmp_path / "copy")
+    tensors = load_file(path / "model.safetensors")
+    module = "model.layers.0.mlp.up_proj"
+    tensors[f"{module}.qzeros"][0, 0] = -1
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["sym"] = False
+    (path / "config.json").write_text(json.dumps(config))
+    if (path / "quantize_config.json").exists():
+        (path / "quantize_config.json").unlink()
+    packed, library = (
+        polyquant.load(path, "autogptq", device="cpu", kernel=kernel).model.get_submodule(module)
+        for kernel in ("packed", "library")
+    )
+    with torch.inference_mode():
+        identity = torch.eye(256)
+        torch.testing.assert_close(packed.dequantize().T, library(identity), rtol=1e-5, atol=1e-6)
+
+
 def test_it_quantizes_on_a_cpu_and_puts_its_device_back(checkpoint, folder):
     from auto_gptq.modeling import _base
     from polyquant.loading import dense

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe
+from polyquant.plugin.layers import PackedWeight, Quantized, describe
+from polyquant.plugin.packing import pack_awq
 
 from polyquant_autoawq._library import WQLinear_GEMM
 from polyquant_autoawq.options import AutoawqOptions
@@ -24,6 +25,10 @@ def empty_layer(linear: Any, config: AutoawqOptions) -> WQLinear_GEMM:
 def kernel(device: str) -> str:
     """What multiplies on `device`."""
     return "autoawq WQLinear_GEMM" + (", dequantized to float16 in each pass" if device == "cpu" else "")
+
+
+def pack(module: Any) -> PackedWeight:
+    return pack_awq(module.qweight, module.qzeros, module.scales, module.group_size, sym=False)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

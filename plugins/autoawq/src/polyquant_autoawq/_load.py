@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, is_packed, quantized_modules, resolved_dtype
 from polyquant.plugin.layers import bias_as_parameter, fill_empty, layer_tensors, parts_of
 
 from polyquant_autoawq._layers import empty_layer, kernel
@@ -19,7 +19,9 @@ SLOW = "Using naive"  # the library's warning, once a process; `kernel` says the
 
 def load(request: LoadRequest, config: AutoawqOptions) -> LoadedModel:
     wanted = resolved_dtype(config)
-    kept = {"scales": torch.float16, "bias": getattr(torch, wanted)}  # the library multiplies in float16
+    kept = {"bias": getattr(torch, wanted)}
+    if not is_packed(config):  # in which every layer has a place
+        kept["scales"] = torch.float16  # the library multiplies in it
     config, notes = checkpoints.as_packed(config, request, PARTS)
     names = sorted(quantized_modules(plan_layers(request.weights, config)))
 
@@ -31,7 +33,8 @@ def load(request: LoadRequest, config: AutoawqOptions) -> LoadedModel:
         return layer
 
     model = checkpoints.read_layers(request, wanted, names, read)
-    _warm(model.get_submodule(names[0]))
+    if not is_packed(config):
+        _warm(model.get_submodule(names[0]))
     return LoadedModel(model=model, config=config, kernel=kernel(request.device), notes=notes)
 
 

@@ -11,7 +11,10 @@ from polyquant_autoawq.options import AutoawqOptions
 
 def plan_layers(weights: Sequence[WeightInfo], config: AutoawqOptions) -> list[LayerPlan]:
     """Raises ConfigError for a layer that cannot be packed."""
-    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
+        packed=lambda weight: layouts.packed_format(weight, config.bits, config.group_size, sym=False),
+    )  # fmt: skip
 
 
 def quantized_bytes(weight: WeightInfo, config: AutoawqOptions) -> int:

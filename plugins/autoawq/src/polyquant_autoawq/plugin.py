@@ -32,4 +32,4 @@ INFO = BackendInfo(
     compute_dtypes={"cpu": "float32"},
     isolated=ISOLATED,
 )
-backend = PluginBackend(INFO, ("plan_layers", "quantize"), imports=(AUTOAWQ,))
+backend = PluginBackend(INFO, ("plan_layers", "quantize", "pack"), imports=(AUTOAWQ,))

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe
+from polyquant.plugin.layers import PackedWeight, Quantized, describe
+from polyquant.plugin.packing import pack_gptq
 
 from polyquant_autogptq._library import ORDERED, PLAIN
 from polyquant_autogptq.options import AutogptqOptions
@@ -26,6 +27,7 @@ def empty_layer(linear: Any, config: AutogptqOptions, dtype: torch.dtype) -> Any
         )  # fmt: skip
     with torch.device("cpu"):
         layer.wf = kind(config.bits, 32, 32, 32, bias=False).wf
+    layer.polyquant_sym = config.sym
     return layer.eval()
 
 
@@ -33,6 +35,16 @@ def kernel(layer: Any) -> str:
     """What multiplies in `layer`."""
     on_gpu = layer.qweight.device.type == "cuda" and layer.autogptq_cuda_available
     return f"auto-gptq {layer.QUANT_TYPE}" + ("" if on_gpu else ", dequantized in each pass")
+
+
+def pack(module: Any) -> PackedWeight:
+    """Zero points as the library's layers read them: without reordered columns, one that is stored as all ones is 0."""
+    parts = (module.qweight, module.qzeros, module.scales, module.g_idx)
+    ordered = isinstance(module, ORDERED)
+    return pack_gptq(
+        *parts, module.bits, module.group_size, sym=module.polyquant_sym, ordered=ordered, less_one=True,
+        wraps=not ordered,
+    )  # fmt: skip
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
+from polyquant.plugin import (
+    LoadedModel,
+    LoadRequest,
+    checkpoints,
+    is_packed,
+    module_of,
+    quantized_modules,
+    resolved_dtype,
+)
 from polyquant.plugin.layers import bias_as_parameter, fill_empty, gptq_tensors, layer_tensors, parts_of
 
 from polyquant_autogptq._layers import empty_layer, kernel
@@ -20,13 +28,16 @@ def load(request: LoadRequest, config: AutogptqOptions) -> LoadedModel:
     dtype = getattr(torch, wanted)
     kept = {"scales": dtype, "bias": dtype}  # the library multiplies in the compute dtype
     config, notes = checkpoints.as_packed(config, request, PARTS)
-    names = sorted(quantized_modules(plan_layers(request.weights, config)))
+    plans = plan_layers(request.weights, config)
+    names = sorted(quantized_modules(plans))
+    repacked = {module_of(plan) for plan in plans if plan.packed is not None and is_packed(config)}
 
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         layer = empty_layer(linear, config, dtype)
         own = gptq_tensors(linear, tensors, config.group_size, in_order=not config.desc_act)
         whole = layer_tensors(linear, own, parts_of(layer))
-        fill_empty(layer, {part: tensor.to(kept.get(part, tensor.dtype)) for part, tensor in whole.items()})
+        own = {part: tensor.to(kept.get(part, tensor.dtype)) for part, tensor in whole.items()}
+        fill_empty(layer, own | {"scales": whole["scales"]} if name in repacked else own)
         bias_as_parameter(layer)
         return layer
 

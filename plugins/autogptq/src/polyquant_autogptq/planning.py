@@ -14,7 +14,12 @@ SHIFTS_3 = 36  # int32 words of the table that unpacks 3-bit weights
 
 def plan_layers(weights: Sequence[WeightInfo], config: AutogptqOptions) -> list[LayerPlan]:
     """Raises ConfigError for a layer that the library cannot hold."""
-    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
+        packed=lambda weight: layouts.packed_format(
+            weight, config.bits, config.group_size, sym=config.sym, ordered=config.desc_act
+        ),
+    )  # fmt: skip
 
 
 def quantized_bytes(weight: WeightInfo, config: AutogptqOptions) -> int:

@@ -33,4 +33,4 @@ INFO = BackendInfo(
     compute_dtypes={"cpu": "float32"},
     isolated=ISOLATED,
 )
-backend = PluginBackend(INFO, ("plan_layers", "quantize"), imports=(AUTO_GPTQ,))
+backend = PluginBackend(INFO, ("plan_layers", "quantize", "pack"), imports=(AUTO_GPTQ,))
