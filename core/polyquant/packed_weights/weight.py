@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -140,6 +141,7 @@ def pack_weight(
     floating point; group_size: -1 is all columns. zeros: integers from -128 to 127, like scales; minima: like scales;
     zero: where there are neither. table: (16,), for codes that are entries of a code book.
     groups_of_columns: (in_features,), which group each column belongs to, where they do not follow each other.
+    groups: those of all columns, or of all that are stored: with what fills up the last block.
     Raises ModelError where the parts do not fit each other.
     """
     rows, columns = codes.shape
@@ -158,7 +160,7 @@ def pack_weight(
     if group % LEAST_GROUP or (order is not None and padded_columns != columns):
         raise ModelError(f"groups of {group_size} columns in {columns} have no place in the packed layout")
     for name, tensor in (("scales", scales), ("zeros", zeros), ("minima", minima)):
-        if tensor is not None and tensor.shape != (rows, groups):
+        if tensor is not None and tensor.shape not in ((rows, groups), (rows, ceil(columns / group))):
             raise ModelError(f"{name} are {tuple(tensor.shape)}, and {rows} rows of {groups} groups need as many")
     if order is not None:
         codes = codes[:, order.long()]
@@ -166,7 +168,7 @@ def pack_weight(
     def of_groups(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if tensor is None:
             return None
-        whole = functional.pad(tensor.to(dtype), (0, 0, 0, padded_rows - rows))
+        whole = functional.pad(tensor.to(dtype), (0, groups - tensor.shape[1], 0, padded_rows - rows))
         return whole.view(-1, ROWS, groups).transpose(1, 2).contiguous()
 
     whole = functional.pad(codes, (0, padded_columns - columns, 0, padded_rows - rows)).contiguous()

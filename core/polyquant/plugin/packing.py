@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from polyquant.errors import ModelError
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.plugin.layouts import packed_group
-from polyquant.types import PackedFormat
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Of eight columns in a word of AWQ's, the nibble that each one's code lies in."""
@@ -82,8 +80,4 @@ def _packed(
         zeros = None if zeros is None else zeros - 128
         if zeros is not None and bool((zeros > 127).any()):
             raise ModelError("it has a zero point of 256, and its weights end at 255")
-    if group != -1:  # groups of columns that only fill up the last block
-        columns = PackedFormat(kind="affine4", group_size=group).padded(codes.shape)[1]
-        missing = (0, columns // group - scales.shape[1])
-        scales, zeros = functional.pad(scales, missing), None if zeros is None else functional.pad(zeros, missing)
     return pack_weight(codes, scales, group, zeros=zeros, zero=middle, groups_of_columns=groups)
