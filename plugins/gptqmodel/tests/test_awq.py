@@ -33,7 +33,7 @@ def quantize(model, out, calibration=CALIBRATION, **options):
     [
         ({"bits": 3}, "bits must be 4, got 3"),
         ({"group_size": 100}, "group_size must be -1, 16, 32"),
-        ({"kernel": "gemv"}, "kernel must be 'auto', 'torch_aten'"),
+        ({"kernel": "gemv"}, "kernel must be 'auto', 'packed', 'library'"),
         ({"w_bit": 4}, "unknown option 'w_bit'"),
     ],
 )

@@ -40,7 +40,7 @@ def logits_of(model):
     [
         ({"bits": 5}, "bits must be 2, 3, 4 or 8, got 5"),
         ({"group_size": 100}, "group_size must be -1, 16, 32"),
-        ({"kernel": "cuda"}, "kernel must be 'auto', 'torch_aten'"),
+        ({"kernel": "cuda"}, "kernel must be 'auto', 'packed', 'library'"),
         ({"wbits": 4}, "unknown option 'wbits'"),
     ],
 )
