@@ -21,9 +21,9 @@ KERNEL = Meta(
 class GptqOptions(GptqFormat, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A scale and a zero point for each group of weights, rounded so that calibration text changes least."""
 
-    kernel: Annotated[  # type: ignore[assignment]  # the library has several of its own
+    kernel: Annotated[
         Literal["auto", "packed", "library", "torch_aten", "torch", "triton", "exllama_v2", "marlin"], KERNEL
-    ] = "auto"
+    ] = "auto"  # type: ignore[assignment]  # the library has several of its own
 
     method: ClassVar[str] = "gptq"
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "desc_act")
@@ -49,10 +49,10 @@ class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Columns that calibration text activates most are scaled up before rounding, so that they lose least."""
 
     zero_point: Annotated[bool, Meta(description="zero point fitted, instead of in the middle of the range")] = True
-    kernel: Annotated[  # type: ignore[assignment]  # the library has several of its own
+    kernel: Annotated[
         Literal["auto", "packed", "library", "torch_aten", "torch", "gemm", "gemm_triton", "exllama_v2", "marlin"],
         KERNEL,
-    ] = "auto"
+    ] = "auto"  # type: ignore[assignment]  # the library has several of its own
 
     method: ClassVar[str] = "awq"
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "zero_point")
