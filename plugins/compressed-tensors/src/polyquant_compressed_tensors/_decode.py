@@ -13,7 +13,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 
 from polyquant_compressed_tensors.options import BLOCK, CompressedTensorsOptions
 
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1; with the fourth bit set, negative
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4 = (*E2M1, *(-each for each in E2M1))
+ZERO = 8  # the code of int4 that stands for 0
 INT_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -28,22 +30,32 @@ def decode(
     """
     between = torch.float32 if global_scale is not None else dtype
     values = code_values(config.weights, codes, between)[:, : shape[1]]
-    if config.weights == "mxfp4":
-        scale = decompress_mx_scale(scale).to(dtype)
-    if global_scale is not None:
-        scale = scale.to(between) / global_scale
+    scale = group_scales(config.weights, scale, global_scale, dtype)
     if config.strategy == "block":
         rows = scale.repeat_interleave(BLOCK[0], 0)[: shape[0]]
         return values * rows.repeat_interleave(BLOCK[1], 1)[:, : shape[1]]
     if zero_point is not None:
-        zeros = zero_point
-        if zeros.dtype == torch.int32:
-            zeros = unpack_from_int32(zeros, 4, torch.Size((shape[0], scale.shape[1])), packed_dim=0)
-        zero_point = zeros.to(between).unsqueeze(-1)
+        zero_point = zero_points(zero_point, scale).to(between).unsqueeze(-1)
     groups = (config.group_size or shape[1],)
     values = values.unflatten(1, (-1, *groups))
     values = values if zero_point is None else values - zero_point
     return (values * (scale.unsqueeze(-1) if scale.dim() == 2 else scale)).flatten(1).to(dtype)
+
+
+def group_scales(
+    weights: str, scale: torch.Tensor, global_scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """What the values of codes are multiplied with: of mxfp4 in `dtype`, of nvfp4 in float32, else as it is held."""
+    if weights == "mxfp4":
+        return decompress_mx_scale(scale).to(dtype)
+    return scale if global_scale is None else scale.float() / global_scale
+
+
+def zero_points(zero_point: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int8, like `scale`: those of int4 are held as words that run down the rows."""
+    if zero_point.dtype != torch.int32:
+        return zero_point
+    return unpack_from_int32(zero_point, 4, scale.shape, packed_dim=0)
 
 
 def code_values(weights: str, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -63,7 +75,7 @@ def _table(weights: str, dtype: torch.dtype, device: torch.device) -> torch.Tens
         if weights == "fp8":
             values = codes.view(torch.float8_e4m3fn).to(dtype).unsqueeze(1)
         else:
-            four_bit = torch.arange(-8, 8) if weights == "int4" else torch.tensor(FP4 + tuple(-each for each in FP4))
+            four_bit = torch.arange(16) - ZERO if weights == "int4" else torch.tensor(FP4)
             values = torch.stack((four_bit[codes.int() & 15], four_bit[codes.int() >> 4]), 1).to(dtype)
         whole = INT_OF_BYTES[values.element_size() * values.shape[1]]
         return values.contiguous().view(whole).flatten().to(device)

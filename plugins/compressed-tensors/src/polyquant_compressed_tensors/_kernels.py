@@ -8,11 +8,10 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from polyquant.plugin.layers import differentiable, weight_rows
 
-from polyquant_compressed_tensors._decode import code_values
+from polyquant_compressed_tensors._decode import ZERO, code_values
 from polyquant_compressed_tensors._layers import CompressedLinear
 
 KERNEL = "torch._weight_int4pack_mm_for_cpu"
-ZERO = 8  # the code that stands for 0
 
 
 class Int4PackLinear(CompressedLinear):
@@ -31,7 +30,7 @@ class Int4PackLinear(CompressedLinear):
             "weight_packed": torch._convert_weight_to_int4pack_for_cpu(codes, 1),
             "weight_scale": torch.stack((scale, torch.zeros_like(scale)), -1).transpose(0, 1).contiguous(),
         }
-        super().__init__(layer, layer.options, layer.compute_dtype, tensors)
+        super().__init__(layer, layer.options, layer.compute_dtype, tensors, layer.packed_scale)
         self.kernel = KERNEL
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -13,19 +13,23 @@ from polyquant.errors import ModelError, UnsupportedOperation
 from polyquant.plugin import LayerInfo, LoadedModel
 from polyquant.plugin.layers import (
     PackedLinear,
+    PackedWeight,
     Part,
     Quantized,
     describe,
     frozen_for_adapters,
     layer_tensors,
     needs_gradient,
+    pack_weight,
 )
-from polyquant.plugin.parts import MOST_EXPONENT
+from polyquant.plugin.layouts import packed_group
+from polyquant.plugin.packing import unpacked
+from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
-from polyquant_compressed_tensors._decode import decode
+from polyquant_compressed_tensors._decode import FP4, ZERO, decode, group_scales, zero_points
 from polyquant_compressed_tensors._library import quantization_scheme
-from polyquant_compressed_tensors.options import CompressedTensorsOptions
-from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, is_ignored, uses_int8pack
+from polyquant_compressed_tensors.options import FIXED_GROUPS, CompressedTensorsOptions
+from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, is_ignored, packed_scale, uses_int8pack
 
 KERNEL = "decode and torch matmul"
 DYNAMIC_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
@@ -41,10 +45,13 @@ class CompressedLinear(PackedLinear):
     """
 
     def __init__(
-        self, linear: Any, config: CompressedTensorsOptions, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
+        self, linear: Any, config: CompressedTensorsOptions, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor],
+        packed_scale: torch.dtype,
+    ) -> None:  # fmt: skip
+        """packed_scale: the dtype of its scales in polyquant's packed layout."""
         super().__init__(linear, tensors)
         self.compute_dtype, self.options, self.scheme = dtype, config, quantization_scheme(config)
+        self.packed_scale = packed_scale
         self.int8pack = uses_int8pack((self.out_features, self.in_features), config)
         self.kernel = INT8_KERNEL if self.int8pack else DYNAMIC_KERNEL if config.dynamic_activations else KERNEL
 
@@ -101,7 +108,24 @@ def packed_linear(
     held = layer_tensors(linear, tensors, {name: Part(*part, *_range(name, config)) for name, part in expected.items()})
     if "weight_shape" in held and held.pop("weight_shape").tolist() != list(shape):
         raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {list(shape)}")
-    return CompressedLinear(linear, config, dtype, _held(held, config, shape, dtype))
+    scale = packed_scale(config.weights, dtype_name(held["weight_scale"]), str(dtype).removeprefix("torch."))
+    return CompressedLinear(linear, config, dtype, _held(held, config, shape, dtype), getattr(torch, scale))
+
+
+def pack(module: CompressedLinear) -> PackedWeight:
+    """Of a layer with any kernel, and all weights but fp8."""
+    options, columns = module.options, module.in_features
+    held = module.checkpoint_tensors(plain=options.weight_bits == 8)
+    scales = group_scales(
+        options.weights, held["weight_scale"], held.get("weight_global_scale"), module.packed_scale
+    ).to(module.packed_scale)
+    codes = held["weight"] if options.weights == "int8" else unpacked(held["weight_packed"], 4)[:, :columns]
+    zero = ZERO if options.weights == "int4" else 0
+    return pack_weight(
+        codes, scales, packed_group(columns, options.group_size or -1), zero=zero,
+        zeros=None if options.symmetric else zero_points(held["weight_zero_point"], scales) + zero,
+        table=torch.tensor(FP4) if options.weights in FIXED_GROUPS else None,
+    )  # fmt: skip
 
 
 def _range(name: str, config: CompressedTensorsOptions) -> tuple[float | None, float | None]:
@@ -137,7 +161,8 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Raises UnsupportedOperation for rounded activations: no gradient passes through them to the adapters below."""
-    if getattr(loaded.config, "dynamic_activations", False):
+    layers = (module for module in loaded.model.modules() if isinstance(module, CompressedLinear))
+    if any(layer.options.dynamic_activations for layer in layers):
         raise UnsupportedOperation(
             "no gradient passes through dynamic_activations; train on a checkpoint whose activations are not rounded"
         )

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, is_packed, quantized_modules, resolved_dtype
 
 from polyquant_compressed_tensors._kernels import Int4PackLinear
 from polyquant_compressed_tensors._layers import CompressedLinear, packed_linear
 from polyquant_compressed_tensors.options import OWN, CompressedTensorsOptions, plain_format
 from polyquant_compressed_tensors.planning import plan_layers, uses_int4pack
+
+NOT_ROUNDED = "activations are not rounded to int8: with kernel='packed' only the weights are what the checkpoint says"
 
 
 def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
@@ -27,7 +29,8 @@ def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
     model = checkpoints.read_layers(request, wanted, names, make)
     model.config.quantization_config = {**stored, OWN: config.own_fields()}
     kernels = dict.fromkeys(model.get_submodule(name).kernel for name in names)
-    return LoadedModel(model=model, config=config, kernel=" and ".join(kernels))
+    notes = [NOT_ROUNDED] if is_packed(config) and config.dynamic_activations and config.weights == "int8" else []
+    return LoadedModel(model=model, config=config, kernel=" and ".join(kernels), notes=notes)
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
 from polyquant.errors import ConfigError
-from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
+from polyquant.plugin import NumberFormat, PackableOptions, RoundingMethod
 
 Weights = Literal["int4", "int8", "fp8", "mxfp4", "nvfp4"]
 Strategy = Literal["tensor", "channel", "group", "block", "tensor_group"]
@@ -25,6 +25,7 @@ FIXED_GROUPS: Mapping[Weights, int] = {"mxfp4": 32, "nvfp4": 16}
 DEFAULT_GROUP, BLOCK = 64, (128, 128)
 PACK_GROUPS = (32, 64, 128, 256)  # that torch's int4 matmul has
 SAMPLES, LENGTH = 64, 512
+OWN_CHOICE = ("auto", "library")  # kernel options that leave the choice to this package
 
 OWN = "polyquant"  # key for what compressed-tensors has no field for
 OWN_FIELDS = ("method", "samples", "length", "compute_dtype")
@@ -38,7 +39,7 @@ FORMATS: Mapping[tuple[str, int], Mapping[str, tuple[str, ...]]] = {  # (type, b
 }
 
 
-class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which of llm-compressor's schemes, and how its weights are rounded."""
 
     weights: Annotated[
@@ -55,13 +56,18 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
     ] = None
     symmetric: Annotated[bool, Meta(description="integers: without a zero point")] = True
     dynamic_activations: Annotated[
-        bool, Meta(description="int8, fp8: round activations to the same type too, token by token while running")
+        bool,
+        Meta(
+            description="int8, fp8: round activations to the same type too, token by token while running; not int8's "
+            "with kernel='packed'"
+        ),
     ] = False
     kernel: Annotated[
-        Literal["auto", "pack_mm", "decode"],
+        Literal["auto", "packed", "library", "pack_mm", "decode"],
         Meta(
-            description="pack_mm: torch's matmuls for packed int4 and int8 weights, on CPUs in bfloat16, the choice of "
-            "auto there; decode: unpack a layer's weight each time it is used"
+            description="packed: polyquant's own layout and kernels, on a CPU, for all but fp8; pack_mm: torch's "
+            "matmuls for packed int4 and int8 weights, on CPUs in bfloat16, the choice of library and auto there; "
+            "decode: unpack a layer's weight each time it is used"
         ),
     ] = "auto"
     method: Annotated[
@@ -74,8 +80,6 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
     length: Annotated[
         Annotated[int, Meta(ge=8)] | None, Meta(description=f"gptq: tokens of a window of text ({LENGTH})")
     ] = None
-
-    load_time: ClassVar[frozenset[str]] = frozenset({"compute_dtype", "kernel"})
 
     def __post_init__(self) -> None:
         allowed = STRATEGIES[self.weights]
@@ -145,7 +149,7 @@ class CompressedTensorsOptions(BackendOptions, frozen=True, kw_only=True, forbid
                 "kernel='pack_mm' is for the CPU in bfloat16, symmetric int4 in groups of 32, 64, 128 or 256 and int8 "
                 f"with a scale a row; here it is {self.scheme} in {compute_dtype} on {device}: use kernel='decode'"
             )
-        chosen = self.kernel if self.kernel != "auto" else "pack_mm" if there else "decode"
+        chosen = self.kernel if self.kernel not in OWN_CHOICE else "pack_mm" if there else "decode"
         return msgspec.structs.replace(self, kernel=chosen)
 
     def own_fields(self) -> dict[str, Any]:

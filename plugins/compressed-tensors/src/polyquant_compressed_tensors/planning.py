@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, module_of, plan_linears, unfit
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, module_of, plan_linears, unfit
+from polyquant.plugin.layouts import packed_group
 
-from polyquant_compressed_tensors.options import BLOCK, CompressedTensorsOptions
+from polyquant_compressed_tensors.options import BLOCK, OWN_CHOICE, CompressedTensorsOptions
 
 SCALE = "float"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
 WORD_BITS = 32
+KINDS: Mapping[str, Literal["affine4", "codebook4", "int8"]] = {
+    "int4": "affine4", "int8": "int8", "mxfp4": "codebook4", "nvfp4": "codebook4"
+}  # fmt: skip
+"""Weights -> what their codes are with kernel="packed"."""
+PACKED_SCALES = {"mxfp4": "bfloat16", "nvfp4": "float32"}
+LEAST_GROUP = 16
 
 
 class Tensor(NamedTuple):
@@ -25,8 +32,8 @@ class Tensor(NamedTuple):
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[LayerPlan]:
-    """With the kernel still 'auto', for the CPU. Raises ConfigError where groups do not fit, or experts are fused."""
-    config = config if config.kernel != "auto" else config.with_kernel("cpu", config.compute_dtype)
+    """Where the kernel is left open, for the CPU. Raises ConfigError where groups do not fit, or experts are fused."""
+    config = config.with_kernel("cpu", config.compute_dtype) if config.kernel in OWN_CHOICE else config
     names = dict.fromkeys(module_of(weight) for weight in weights)
     config = msgspec.structs.replace(config, skip=tuple(name for name in names if is_ignored(name, config.skip)))
     fused = next((weight.name for weight in weights if weight.role == "experts"), None)
@@ -35,7 +42,31 @@ def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions)
             f"{fused} holds fused experts, which compressed-tensors has no layout for here; "
             "choose a model without experts, or a backend that leaves them dense (polyquant backends)"
         )
-    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
+        packed=lambda weight: packed_format(weight, config),
+    )  # fmt: skip
+
+
+def packed_format(weight: WeightInfo, config: CompressedTensorsOptions) -> PackedFormat | None:
+    """The layout of a weight with kernel="packed"; None: fp8, and groups that are no whole sixteens."""
+    kind = KINDS.get(config.weights)
+    if kind is None or (config.group_size or LEAST_GROUP) % LEAST_GROUP:
+        return None
+    stored = weight.parts.get("weight_scale", weight.dtype)
+    return PackedFormat(
+        kind=kind, group_size=packed_group(weight.shape[1], config.group_size or -1),
+        scale_dtype=packed_scale(config.weights, stored, weight.dtype),  # type: ignore[arg-type]  # as torch calls it
+        offsets="none" if config.symmetric else "zeros",
+    )  # fmt: skip
+
+
+def packed_scale(weights: str, stored: str, compute_dtype: str) -> str:
+    """The dtype of scales with kernel="packed": the stored one, where the compute dtype holds all of its values.
+
+    mxfp4 has powers of two, nvfp4 quotients in float32.
+    """
+    return PACKED_SCALES.get(weights) or (stored if compute_dtype == "float32" else compute_dtype)
 
 
 def is_ignored(module: str, patterns: Sequence[str]) -> bool:

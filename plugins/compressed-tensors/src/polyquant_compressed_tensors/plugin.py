@@ -32,4 +32,5 @@ INFO = BackendInfo(
     measured_kl={"int4": 0.399, "int8": 0.00417, "fp8": 0.0165, "int4-gptq": 0.162},
     compute_dtypes={"cpu": "bfloat16"},
 )
-backend = PluginBackend(INFO, ("plan_layers", "quantize", "save", "prepare_for_training"), imports=(LIBRARY,))
+HOOKS = ("plan_layers", "quantize", "save", "prepare_for_training", "pack")
+backend = PluginBackend(INFO, HOOKS, imports=(LIBRARY,))
