@@ -41,6 +41,7 @@ HEAVY_ROLES = {
     "_modules": "the modules, where the library has none of its own",
     "_kernels": "products with packed weights",
     "_decode": "packed weights to numbers, and back",
+    "_pack": "packed weights in polyquant's layout: the hook pack, where _layers has no room for it",
     "_bits": "bit fields of packed bytes",
     "_codebooks": "fixed code books, and the weights that index them",
     "_quantize": "weights to packed ones, and the hook that makes a checkpoint",

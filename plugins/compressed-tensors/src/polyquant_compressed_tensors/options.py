@@ -69,7 +69,7 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
             "matmuls for packed int4 and int8 weights, on CPUs in bfloat16, the choice of library and auto there; "
             "decode: unpack a layer's weight each time it is used"
         ),
-    ] = "auto"
+    ] = "auto"  # type: ignore[assignment]  # the plugin has two of its own
     method: Annotated[
         Literal["rtn", "gptq", "unknown"],
         Meta(description="how weights are rounded: to nearest, or by GPTQ; unknown: the checkpoint does not say"),
