@@ -30,8 +30,8 @@ def library() -> Any:
     if polyquant_kernels.INTERFACE != INTERFACE:
         version = metadata.version(DISTRIBUTION)
         raise EnvironmentProblem(
-            f"{DISTRIBUTION} {version} has interface {polyquant_kernels.INTERFACE}, and this polyquant calls "
-            f"{INTERFACE}: {UPDATE}"
+            f"{DISTRIBUTION} {version} has interface {polyquant_kernels.INTERFACE}, and {INTERFACE} is called here: "
+            f"{UPDATE}"
         )
     try:
         polyquant_kernels.library()
