@@ -119,6 +119,9 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
     if loaded.tokenizer is None:
         raise BrokenBackend(f"{backend.name}: load gave no tokenizer, and the core reads none of a GGUF: return one")
     if backend.capabilities.runs_on_torch:
+        from polyquant.registry import repacked
+
+        repacked.finish(loaded, backend)
         loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
     loaded.initial_layers = loaded.layers
     if backend.capabilities.runs_on_torch:

@@ -83,12 +83,6 @@ class Backend:
         loaded, recorder = self._recorded("load", request=request, config=settled.options)
         loaded._backend, loaded.request, loaded.settled = self, request, settled
         loaded.records += recorder.records
-        if self.capabilities.runs_on_torch and getattr(loaded.model.config, "quantization_config", None) is None:
-            loaded.model.config.quantization_config = loaded.config.to_stored()
-        if packs_any(settled.options):
-            from polyquant.registry import repacked
-
-            repacked.repack(loaded, self)
         return loaded
 
     def own_fault(self, error: BaseException) -> BackendFailed | None:

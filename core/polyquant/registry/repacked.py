@@ -13,7 +13,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name
 from polyquant.memory.packed import VOCABULARY, scheme_of
 from polyquant.models.versions import tied_tensors
-from polyquant.options import KEEP, is_packed
+from polyquant.options import KEEP, is_packed, packs_any
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
@@ -34,6 +34,14 @@ class Packing(Protocol):
     def plan_layers(self, weights: Any, config: Any) -> list[LayerPlan]: ...
     def pack(self, module: Any) -> Any: ...
     def load(self, request: Any, settled: Any) -> LoadedModel: ...
+
+
+def finish(loaded: LoadedModel, backend: Packing) -> None:
+    """What a backend's `load` gave, with the options that a checkpoint stores, and packed where it is to be."""
+    if getattr(loaded.model.config, "quantization_config", None) is None:
+        loaded.model.config.quantization_config = loaded.config.to_stored()
+    if packs_any(loaded.config):
+        repack(loaded, backend)
 
 
 def repack(loaded: LoadedModel, backend: Packing) -> None:
@@ -130,6 +138,7 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
             f"any more: {error}"
         ) from error
     again.tokenizer = loaded.tokenizer
+    finish(again, backend)
     mine = {base_name(name): module for name, module in loaded.model.named_modules()
             if isinstance(module, (RepackedLinear, RepackedEmbedding))}  # fmt: skip
     for name, module in mine.items():
