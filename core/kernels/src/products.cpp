@@ -154,6 +154,17 @@ struct Inputs {  // of one tile
         sums(a.sums + row * (columns / block)), columns(columns) {}
 };
 
+// the sums of a block's integers, with what scales them
+template <int COUNT>
+void add_block(
+    const Ints (&total)[COUNT], const Group& group, const Inputs& in, int64_t block, int64_t blocks, Floats (&acc)[COUNT]) {
+  for (int i = 0; i < COUNT; i++) {
+    const int64_t at = i * blocks + block;
+    acc[i] = fused(to_floats(total[i]), multiply(group.scale, all(in.scales[at])), acc[i]);
+    acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
+  }
+}
+
 template <int COUNT, int64_t BLOCK>
 void affine4_int16(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
   const Ints mask = ints_all(0x000f000f);
@@ -173,12 +184,7 @@ void affine4_int16(const uint32_t* codes, const Groups& groups, int64_t per, con
         total[i] = dot_halves(total[i], q3, ints_all(load32(x + 6)));
       }
     }
-    const Group group = groups.at(block / per);
-    for (int i = 0; i < COUNT; i++) {
-      const int64_t at = i * blocks + block;
-      acc[i] = fused(to_floats(total[i]), multiply(group.scale, all(in.scales[at])), acc[i]);
-      acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
-    }
+    add_block<COUNT>(total, groups.at(block / per), in, block, blocks, acc);
   }
 }
 
@@ -198,12 +204,7 @@ void affine4_int8(const uint32_t* codes, const Groups& groups, int64_t per, cons
         total[i] = dot_bytes(total[i], q1, ints_all(load32(x + 4)));
       }
     }
-    const Group group = groups.at(block / per);
-    for (int i = 0; i < COUNT; i++) {
-      const int64_t at = i * blocks + block;
-      acc[i] = fused(to_floats(total[i]), multiply(group.scale, all(in.scales[at])), acc[i]);
-      acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
-    }
+    add_block<COUNT>(total, groups.at(block / per), in, block, blocks, acc);
   }
 }
 
@@ -319,12 +320,7 @@ void int8_int16(const uint32_t* codes, const Groups& groups, int64_t per, const 
         total[i] = dot_halves(total[i], odd, ints_all(load32(x + 2)));
       }
     }
-    const Group group = groups.at(block / per);
-    for (int i = 0; i < COUNT; i++) {
-      const int64_t at = i * blocks + block;
-      acc[i] = fused(to_floats(total[i]), multiply(group.scale, all(in.scales[at])), acc[i]);
-      acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
-    }
+    add_block<COUNT>(total, groups.at(block / per), in, block, blocks, acc);
   }
 }
 
