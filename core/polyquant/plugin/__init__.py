@@ -30,7 +30,7 @@ from polyquant.options import (
 )
 from polyquant.packed_weights.format import group_of_runs
 from polyquant.plugin.backend import PluginBackend
-from polyquant.plugin.planning import module_of, quantized_modules, unfit
+from polyquant.plugin.planning import module_of, quantized_modules, repacked_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.support.devices import device_problems
 from polyquant.support.libraries import contained, import_problems, library_problems, require_library
@@ -93,6 +93,7 @@ __all__ = [
     "plan_linears",
     "quantized_modules",
     "refuse_experts",
+    "repacked_modules",
     "require_library",
     "resolved_dtype",
     "unfit",

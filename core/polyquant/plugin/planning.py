@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from polyquant.errors import ConfigError
+from polyquant.options import BackendOptions, is_packed
 from polyquant.types import LayerPlan, WeightInfo
 
 
@@ -16,6 +17,11 @@ def module_of(weight: WeightInfo | LayerPlan) -> str:
 def quantized_modules(plans: Iterable[LayerPlan]) -> list[str]:
     """Names of the modules that are planned quantized, in their order."""
     return [module_of(plan) for plan in plans if plan.quantized]
+
+
+def repacked_modules(plans: Iterable[LayerPlan], config: BackendOptions) -> set[str]:
+    """Names of the modules whose weights go into polyquant's packed layout: those that `pack` is asked for."""
+    return {module_of(plan) for plan in plans if plan.packed is not None} if is_packed(config) else set()
 
 
 def unfit(weight: WeightInfo, what: str, fixes: Sequence[str] = ()) -> ConfigError:

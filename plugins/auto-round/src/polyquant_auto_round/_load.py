@@ -11,8 +11,8 @@ from polyquant.plugin import (
     LoadRequest,
     checkpoints,
     is_packed,
-    module_of,
     quantized_modules,
+    repacked_modules,
     resolved_dtype,
 )
 from polyquant.plugin.layers import gptq_tensors, layer_tensors
@@ -29,7 +29,7 @@ def load(request: LoadRequest, config: AutoRoundOptions) -> LoadedModel:
     layout = packing(source.stored_quantization)
     config, notes = checkpoints.as_packed(config, request, ("qweight", "qzeros", "scales"))
     plans = plan_layers(request.weights, config)
-    repacked = {module_of(plan) for plan in plans if plan.packed is not None and is_packed(config)}
+    repacked = repacked_modules(plans, config)
     floats = torch.float32 if is_fast(config.bits) else getattr(torch, wanted)  # auto-round-lib keeps float32
 
     def make(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:

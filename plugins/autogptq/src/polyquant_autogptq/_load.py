@@ -9,9 +9,8 @@ from polyquant.plugin import (
     LoadedModel,
     LoadRequest,
     checkpoints,
-    is_packed,
-    module_of,
     quantized_modules,
+    repacked_modules,
     resolved_dtype,
 )
 from polyquant.plugin.layers import bias_as_parameter, fill_empty, gptq_tensors, layer_tensors, parts_of
@@ -30,7 +29,7 @@ def load(request: LoadRequest, config: AutogptqOptions) -> LoadedModel:
     config, notes = checkpoints.as_packed(config, request, PARTS)
     plans = plan_layers(request.weights, config)
     names = sorted(quantized_modules(plans))
-    repacked = {module_of(plan) for plan in plans if plan.packed is not None and is_packed(config)}
+    repacked = repacked_modules(plans, config)
 
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         layer = empty_layer(linear, config, dtype)

@@ -10,9 +10,8 @@ from polyquant.plugin import (
     LoadedModel,
     LoadRequest,
     checkpoints,
-    is_packed,
-    module_of,
     quantized_modules,
+    repacked_modules,
     resolved_dtype,
 )
 from polyquant.plugin.formats import gptq_layout
@@ -34,7 +33,7 @@ def load(request: LoadRequest, config: Options) -> LoadedModel:
         config = msgspec.structs.replace(config, kernel=cpu_kernel(config, wanted))
     plans = plan_layers(request.weights, config)
     names = sorted(quantized_modules(plans))
-    repacked = {module_of(plan) for plan in plans if plan.packed is not None and is_packed(config)}
+    repacked = repacked_modules(plans, config)
     is_gptq = isinstance(config, GptqOptions)
     layout = gptq_layout(source.stored_quantization) if is_gptq else config.written_layout
     kernel = select_kernel(config, layout, request.device)
