@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat, PackableOptions
+from polyquant.plugin import BackendOptions, NumberFormat, PackableOptions
 from polyquant.plugin.gguf import TYPES, read_header
 
 OPTIONS_KEY = "polyquant.options"  # metadata of a GGUF that polyquant wrote: the options it was made with, as JSON
@@ -68,7 +68,8 @@ class GgufOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
     def to_written(self) -> dict[str, Any]:
         """What a file that polyquant writes holds of them: all but what multiplies, which whoever loads it chooses."""
-        return {name: value for name, value in msgspec.to_builtins(self).items() if name != "kernel"}
+        chosen = PackableOptions.load_time - BackendOptions.load_time
+        return {name: value for name, value in msgspec.to_builtins(self).items() if name not in chosen}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
