@@ -17,6 +17,14 @@ VOCABULARY: dict[str, PackedFormat] = {
 """The layouts of embeddings and heads: 8.5 and 4.75 bits a weight."""
 
 
+def scheme_of(layout: PackedFormat) -> str:
+    """What an embedding's or a head's weights are called: int8-g32, int4-g32."""
+    return f"int{8 if layout.kind == 'int8' else 4}-g{layout.group_size}"
+
+
+VOCABULARY_SCHEMES = tuple(scheme_of(layout) for layout in VOCABULARY.values())
+
+
 def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]:
     """A backend's plans for `weights` as the packed layout has them, where the options ask for it.
 
@@ -42,11 +50,6 @@ def in_vocabulary(plan: LayerPlan, bits: str) -> LayerPlan:
         plan, stored_bytes=layout.nbytes(plan.shape), bits=float(bits[0]), scheme=scheme_of(layout), quantized=True,
         reason="", packed=layout,
     )  # fmt: skip
-
-
-def scheme_of(layout: PackedFormat) -> str:
-    """What an embedding's or a head's weights are called: int8-g32, int4-g32."""
-    return f"int{8 if layout.kind == 'int8' else 4}-g{layout.group_size}"
 
 
 def _place(option: str, plans: Sequence[LayerPlan], weights: Sequence[WeightInfo]) -> int:

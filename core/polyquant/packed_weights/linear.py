@@ -30,24 +30,65 @@ CODES = "qweight"
 """What the codes are called in a layer: PEFT looks for where a layer is by this name."""
 
 
-class RepackedLinear(PackedLinear):
+class Repacked(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
+    """A module's packed weight: its parts are parameters, gathered once for as long as they stay where they are."""
+
+    shape: tuple[int, int]
+    format: PackedFormat
+    zero: float
+
+    def _hold(self, weight: PackedWeight, scheme: str, bits: float) -> None:
+        """scheme, bits: what the weights are called."""
+        self.shape, self.format, self.zero, self.scheme, self.bits = (
+            weight.shape,
+            weight.format,
+            weight.zero,
+            scheme,
+            bits,
+        )
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, whose tensors are the module's own."""
+        return self._as_multiplied()[0]
+
+    def _as_multiplied(self) -> tuple[PackedWeight, Any]:
+        """The weight, and as the kernels take it; both made anew where its tensors have gone elsewhere."""
+        tensors = self._parameters
+        places = tuple(tensor.data_ptr() for tensor in tensors.values() if tensor is not None)
+        known = self.__dict__.get("_known")
+        if known is None or known[0] != places:
+            own = {"codes" if name == CODES else name: tensor for name, tensor in tensors.items()}
+            parts = {name: tensor.detach() for name in PARTS if (tensor := own.get(name)) is not None}
+            weight = PackedWeight(shape=self.shape, format=self.format, zero=self.zero, **parts)
+            known = self.__dict__["_known"] = (places, weight, struct_of(weight))
+        return known[1], known[2]
+
+    def _apply(self, *arguments: Any, **more: Any) -> Any:
+        self.__dict__.pop("_known", None)  # which would hold the tensors that it is moved away from
+        return super()._apply(*arguments, **more)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the addresses, which are no other copy's."""
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+
+
+def named(weight: PackedWeight) -> dict[str, Tensor]:
+    """The parts of a weight as a module calls them."""
+    return {CODES if name == "codes" else name: part for name, part in weight.parts.items()}
+
+
+class RepackedLinear(Repacked, PackedLinear):
     """A linear layer whose weight, of any format, lies in the packed layout."""
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, scheme: str, bits: float) -> None:
         """bias: (out_features,), or None. scheme, bits: what its backend calls the weights."""
-        tensors = {CODES if name == "codes" else name: part for name, part in weight.parts.items()}
+        tensors = named(weight)
         super().__init__(weight, tensors if bias is None else {**tensors, "bias": bias.detach()})
-        self.format, self.zero, self.scheme, self.bits = weight.format, weight.zero, scheme, bits
+        self._hold(weight, scheme, bits)
         self.activations = "int16"
 
-    format: PackedFormat
-    zero: float
     is_tied = False  # whether its tensors are the embedding's
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight, whose tensors are the layer's own."""
-        return self._as_multiplied()[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features), in any floating point. Returns (..., out_features) in it."""
@@ -73,27 +114,6 @@ class RepackedLinear(PackedLinear):
     def _product(self, input: Tensor) -> Tensor:
         weight, struct = self._as_multiplied()
         return product(input, weight, struct, self.bias, self.activations)
-
-    def _as_multiplied(self) -> tuple[PackedWeight, Any]:
-        """The weight, and as the kernels take it; both made anew where its tensors have gone elsewhere."""
-        tensors = self._parameters
-        places = tuple(tensor.data_ptr() for tensor in tensors.values() if tensor is not None)
-        known = self.__dict__.get("_known")
-        if known is None or known[0] != places:
-            own = {"codes" if name == CODES else name: tensor for name, tensor in tensors.items()}
-            parts = {name: tensor.detach() for name in PARTS if (tensor := own.get(name)) is not None}
-            shape = (self.out_features, self.in_features)
-            weight = PackedWeight(shape=shape, format=self.format, zero=self.zero, **parts)
-            known = self.__dict__["_known"] = (places, weight, struct_of(weight))
-        return known[1], known[2]
-
-    def _apply(self, *arguments: Any, **more: Any) -> Any:
-        self.__dict__.pop("_known", None)  # which would hold the tensors that it is moved away from
-        return super()._apply(*arguments, **more)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the addresses, which are no other copy's."""
-        return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
 
 def struct_of(weight: PackedWeight) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from polyquant.packed_weights import kernels
-from polyquant.packed_weights.linear import CODES, RepackedLinear, struct_of
-from polyquant.packed_weights.weight import PARTS, PackedWeight, pack_weight
+from polyquant.packed_weights.linear import Repacked, RepackedLinear, named
+from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.types import PackedFormat
 
 LARGEST, LEVELS = 127, 15  # codes of 8 bits; steps of 4 bits
@@ -39,29 +39,23 @@ def _codes(values: Tensor, scales: Tensor, zeros: Any, low: int, high: int) -> T
     return ((values / steps).round() + zeros).clamp(low, high)
 
 
-class RepackedEmbedding(nn.Module):  # type: ignore[misc]  # torch is not typed here
+class RepackedEmbedding(Repacked):
     """Rows of a packed table for token ids, (...) to (..., embedding_dim); only those rows are decoded."""
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, scheme: str, bits: float, scale: Any = None) -> None:
         """dtype: of what it answers. scheme, bits: what the weights are called. scale: Gemma's factor, or None."""
         super().__init__()
-        for name, part in weight.parts.items():
-            self.register_parameter(CODES if name == "codes" else name, nn.Parameter(part, requires_grad=False))
+        for name, part in named(weight).items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self._hold(weight, scheme, bits)
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.format, self.zero, self.dtype, self.scheme, self.bits = weight.format, weight.zero, dtype, scheme, bits
+        self.dtype = dtype
         self.register_buffer("embed_scale", scale, persistent=False)
         self.eval()
 
-    @property
-    def packed(self) -> PackedWeight:
-        """The table, whose tensors are the module's own."""
-        parts = {name: getattr(self, CODES if name == "codes" else name, None) for name in PARTS}
-        own = {name: part.detach() for name, part in parts.items() if part is not None}
-        return PackedWeight(shape=(self.num_embeddings, self.embedding_dim), format=self.format, zero=self.zero, **own)
-
     def forward(self, input: Tensor) -> Tensor:
         """input: integers of any shape (...), from 0 to num_embeddings - 1. Raises IndexError for others."""
-        rows = rows_of(self.packed, input.reshape(-1)).to(self.dtype).view(*input.shape, self.embedding_dim)
+        rows = rows_of(*self._as_multiplied(), input.reshape(-1)).to(self.dtype).view(*input.shape, self.embedding_dim)
         return rows if self.embed_scale is None else rows * self.embed_scale.to(self.dtype)
 
     def dequantize(self) -> Tensor:
@@ -72,12 +66,14 @@ class RepackedEmbedding(nn.Module):  # type: ignore[misc]  # torch is not typed 
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
 
 
-def rows_of(weight: PackedWeight, index: Tensor) -> Tensor:
-    """Some rows of a weight by their numbers, float32 (numbers, in_features). Raises IndexError for one that is not."""
+def rows_of(weight: PackedWeight, struct: Any, index: Tensor) -> Tensor:
+    """Some rows of a weight by their numbers, float32 (numbers, in_features). Raises IndexError for one that is not.
+
+    struct: for the kernels; None: plain torch.
+    """
     count, rows = len(index), weight.shape[0]
     if count and not 0 <= int(index.min()) <= int(index.max()) < rows:
         raise IndexError(f"index out of range: rows go from 0 to {rows - 1}")
-    struct = struct_of(weight)
     if struct is None:
         return weight.decode_rows(index)
     out = torch.empty(count, weight.padded[1])

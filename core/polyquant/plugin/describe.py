@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from polyquant.memory.adapted import base_name, is_adapters, unwrapped
-from polyquant.memory.packed import VOCABULARY, scheme_of
+from polyquant.memory.packed import VOCABULARY_SCHEMES
 from polyquant.memory.storage import walk
 from polyquant.models import versions
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED, beside_the_language_model, role_of
@@ -16,9 +16,6 @@ from polyquant.packed_weights import kernels
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding
 from polyquant.types import LayerInfo, Role
-
-SCHEMES = [scheme_of(layout) for layout in VOCABULARY.values()]
-"""Of embeddings and heads that the core has packed."""
 
 
 class Quantized(NamedTuple):
@@ -101,7 +98,7 @@ def _repacked(module: Any, head: Any) -> Quantized | None:
     if isinstance(module, RepackedEmbedding):
         role: Role = "embedding"
     elif isinstance(module, RepackedLinear):
-        role = "head" if module is head and module.scheme in SCHEMES else "linear"
+        role = "head" if module is head and module.scheme in VOCABULARY_SCHEMES else "linear"
     else:
         return None
     packed = module.packed

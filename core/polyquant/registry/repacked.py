@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from polyquant.errors import BrokenBackend, ConfigError, ModelError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name
-from polyquant.memory.packed import VOCABULARY, scheme_of
+from polyquant.memory.packed import VOCABULARY_SCHEMES, scheme_of
 from polyquant.models.versions import tied_tensors
 from polyquant.options import KEEP, is_packed, packs_any
 from polyquant.packed_weights import kernels, step
@@ -21,7 +21,6 @@ from polyquant.packed_weights.weight import PackedWeight, same
 from polyquant.plugin.quantizer import forget_library
 from polyquant.types import LayerInfo, LayerPlan, PackedFormat
 
-VOCABULARY_SCHEMES = [scheme_of(layout) for layout in VOCABULARY.values()]
 SHOWN = 3  # names of layers in a note
 
 
