@@ -148,11 +148,14 @@ class Backend:
             from polyquant.plugin import adapters
 
             adapters.guard()
-        if is_packed(loaded.config):
-            from polyquant.plugin.layers import frozen_for_adapters
+        if not is_packed(loaded.config):
+            return self._call("prepare_for_training", loaded=loaded)
+        from polyquant.plugin.layers import frozen_for_adapters
+        from polyquant.registry import repacked
 
-            return frozen_for_adapters(loaded.model)
-        return self._call("prepare_for_training", loaded=loaded)
+        if repacked.left_with_library(loaded.model, self):  # only the plugin knows how those train
+            self._call("prepare_for_training", loaded=loaded)
+        return frozen_for_adapters(loaded.model)
 
     def _as_its_own(self, loaded: LoadedModel) -> LoadedModel:
         """The model as the backend's library has it."""

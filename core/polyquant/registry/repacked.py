@@ -84,6 +84,12 @@ def _pack_quantized(loaded: LoadedModel, plans: Mapping[str, LayerPlan], backend
         )
 
 
+def left_with_library(model: Any, backend: Packing) -> bool:
+    """Whether the library multiplies with any layer of a packed model: only its backend knows how that one trains."""
+    quantized = {layer.name.rpartition(".")[0] for layer in backend.describe_layers(model) if layer.quantized}
+    return any(not isinstance(model.get_submodule(name), (RepackedLinear, RepackedEmbedding)) for name in quantized)
+
+
 def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
     """Round the embedding, with a head that is tied to it, or the head. Raises ConfigError for modules that do more."""
     name = plan.name.rpartition(".")[0]
