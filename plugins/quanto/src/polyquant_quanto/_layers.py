@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from optimum.quanto import QLinear, QTensor, WeightQBitsTensor
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import Quantized, describe, prepare_for_training
+from polyquant.plugin.layers import PackedWeight, Quantized, describe, pack_weight, prepare_for_training
+
+from polyquant_quanto.planning import group_size
 
 # freezing is all that adapters need; PEFT's prepare_model_for_kbit_training casts every 16-bit parameter to float32,
 # which quanto's tensors refuse
-__all__ = ["prepare_for_training"]
+__all__ = ["pack", "prepare_for_training"]
 NAMES = {"qint8": "int8", "qint4": "int4", "qint2": "int2", "qfloat8_e4m3fn": "float8", "qfloat8": "float8"}
 
 
@@ -51,6 +53,17 @@ def _overruns(weight: Any) -> bool:
 def describe_layers(model: Any) -> list[LayerInfo]:
     skipped = getattr(model.config.quantization_config, "modules_to_not_convert", None) or ()
     return describe(model, _quantized, skipped=skipped)
+
+
+def pack(module: QLinear) -> PackedWeight:
+    """Of 4 bit, the shift is what the library takes away after scaling: a minimum, with its sign turned."""
+    weight, shape = module.weight, (module.out_features, module.in_features)
+    if weight._qtype.name == "qint8":
+        return pack_weight(weight._data.detach(), weight._scale.detach().view(shape[0], 1))
+    plain = weight if type(weight) is WeightQBitsTensor else weight.weight_qbits_tensor()
+    scales, shifts = (tensor.detach().view(shape[0], -1) for tensor in (plain._scale, plain._shift))
+    size = group_size(shape[1]) or -1
+    return pack_weight(plain._data.unpack().reshape(shape), scales, size, minima=-shifts)
 
 
 def kernel(weight: Any) -> str:

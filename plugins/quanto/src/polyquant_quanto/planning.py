@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, prod
+from typing import Any
 
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, plan_linears
 
 from polyquant_quanto.options import QuantoOptions
 
@@ -19,7 +20,19 @@ def plan_layers(weights: Sequence[WeightInfo], config: QuantoOptions) -> list[La
         config,
         config.weights,
         lambda weight: quantized_bytes(weight.shape, config.weights, DTYPE_BYTES[weight.dtype]),
+        packed=lambda weight: packed_format(weight, config.weights),
     )
+
+
+def packed_format(weight: WeightInfo, weights: str) -> PackedFormat | None:
+    """The layout of a weight with kernel="packed"; None: float8, and int2, which would take twice the memory."""
+    scale: Any = weight.dtype  # the compute dtype, as quanto has it
+    if weights == "int8":
+        return PackedFormat(kind="int8", group_size=-1, scale_dtype=scale)
+    if weights != "int4":
+        return None
+    size = group_size(weight.shape[1]) or -1
+    return PackedFormat(kind="affine4", group_size=size, scale_dtype=scale, offsets="minima")
 
 
 def quantized_bytes(shape: tuple[int, ...], weights: str, dtype_bytes: int) -> int:
