@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from polyquant.errors import UnsupportedOperation
+from polyquant.errors import ModelError, UnsupportedOperation
 from polyquant.plugin import LayerInfo, LoadedModel
-from polyquant.plugin.layers import Quantized, describe, frozen_for_adapters
+from polyquant.plugin.layers import PackedWeight, Quantized, describe, frozen_for_adapters, pack_weight
 from torchao.utils import TorchAOBaseTensor
 
 NAMES = {"IntxUnpackedToInt8Tensor": "int4-in-int8", "Int8Tensor": "int8", "Float8Tensor": "float8"}
@@ -17,6 +17,7 @@ KERNELS = {
     "int4-in-int8": "torchao dequantize and torch matmul",
     "float8": "torchao dequantize and torch matmul",
 }
+ZERO = 8  # the code of four bits that stands for 0
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
@@ -34,6 +35,17 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
             "no gradient passes through dynamic_activations; load with weights='int8' alone to train"
         )
     return frozen_for_adapters(loaded.model)
+
+
+def pack(module: torch.nn.Linear) -> PackedWeight:
+    """Raises ModelError for zero points, which torchao stores and never fits with the configs that are read."""
+    weight: Any = module.weight
+    if weight.zero_point is not None and bool(weight.zero_point.any()):
+        raise ModelError("it has zero points, and torchao makes such weights without")
+    codes, scales = weight.qdata.detach(), weight.scale.detach()
+    if scheme(weight) == "int8":
+        return pack_weight(codes, scales)
+    return pack_weight((codes + ZERO).to(torch.uint8), scales, weight.block_size[1], zero=ZERO)
 
 
 def scheme(weight: Any) -> str:

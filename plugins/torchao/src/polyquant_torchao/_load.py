@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from polyquant.errors import CheckpointConflict
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, is_packed, resolved_dtype
 from torchao.utils import TorchAOBaseTensor
 
 from polyquant_torchao._checks import require_sound
@@ -30,7 +30,8 @@ def load(request: LoadRequest, config: TorchAoOptions) -> LoadedModel:
         model = checkpoints.load_causal_lm(request, dtype, quantize_config(config, planned))
         model.config.quantization_config.modules_to_not_convert = config.stored_skip
     notes = []
-    if config.weights == "int4":
+    packed = is_packed(config) and all(plan.packed for plan in plan_layers(request.weights, config) if plan.quantized)
+    if config.weights == "int4" and not packed:
         notes.append(
             "weights have 4-bit values but are stored in int8, a byte each: torchao 0.18 has no int4 packing for CPU"
         )

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Literal
 
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears, unfit
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, plan_linears, unfit
 
 from polyquant_torchao.options import TorchAoOptions
+
+KINDS: Mapping[str, Literal["affine4", "int8"]] = {"int8": "int8", "int4-in-int8": "affine4"}
+"""Scheme -> what its codes are with kernel="packed"."""
+LEAST_GROUP = 16
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: TorchAoOptions) -> list[LayerPlan]:
     """Raises ConfigError where the group size does not divide a layer."""
-    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
+        packed=lambda weight: packed_format(weight, config),
+    )  # fmt: skip
+
+
+def packed_format(weight: WeightInfo, config: TorchAoOptions) -> PackedFormat | None:
+    """None: float8, rounded activations, and groups that are no whole sixteens."""
+    kind = KINDS.get(config.scheme)
+    if kind is None or (config.group_size or LEAST_GROUP) % LEAST_GROUP:
+        return None
+    made = "float32" if kind == "int8" else weight.dtype  # by torchao, in which dtype it computes in
+    scale = weight.parts.get("_weight_scale", made)
+    return PackedFormat(kind=kind, group_size=config.group_size or -1, scale_dtype=scale)  # type: ignore[arg-type]
 
 
 def quantized_bytes(weight: WeightInfo, config: TorchAoOptions) -> int:
