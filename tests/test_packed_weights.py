@@ -187,12 +187,16 @@ def test_an_older_library_is_refused_by_its_number(monkeypatch: pytest.MonkeyPat
     assert "slowly: pip install polyquant-kernels" in kernels.told()
 
 
-def test_threads_and_forks_multiply_alike() -> None:
-    """Several callers at once, and a child of a process whose threads have worked."""
+@pytest.mark.parametrize("borrowed", [True, False])
+def test_threads_and_forks_multiply_alike(borrowed: bool) -> None:
+    """Several callers at once, and a child of a process whose threads have worked: torch's, and the kernels' own."""
+    import ctypes
     import os
     from concurrent.futures import ThreadPoolExecutor
 
-    pytest.importorskip("polyquant_kernels")
+    lender = pytest.importorskip("polyquant_kernels")
+    kernels.functions()
+    assert lender.borrow_threads(ctypes.CDLL(torch._C.__file__) if borrowed else None) is borrowed
     weight, *_ = random_weight((2048, 1024), PackedFormat(kind="affine4", group_size=32))
     layer = layer_of(weight)
     inputs = [torch.randn(2, 1024) for _ in range(8)]
@@ -208,3 +212,4 @@ def test_threads_and_forks_multiply_alike() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(threads)
+        lender.borrow_threads(ctypes.CDLL(torch._C.__file__))

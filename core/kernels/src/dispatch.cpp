@@ -69,7 +69,7 @@ int32_t linear(
   }
   float* to = y_type == PQ_FLOAT32 ? static_cast<float*>(y) : at_least(wide_y, count * w.rows);
   const Product product{&w, bias, to};
-  multiply(set, &product, 1, from, count, activations, threads, room);
+  together(threads, [&] { multiply(set, &product, 1, from, count, activations, threads, room); });
   if (y_type != PQ_FLOAT32) set.from_float32(to, y_type, count * w.rows, y);
   return 0;
 }
@@ -78,7 +78,7 @@ int32_t linear(
 
 extern "C" {
 
-int32_t pq_interface(void) { return 2; }
+int32_t pq_interface(void) { return 3; }
 
 const char* pq_available(void) {
   static const std::string names = [] {
@@ -99,6 +99,8 @@ int32_t pq_use(const char* name) {
     }
   return -1;
 }
+
+void pq_borrow(pq_parallel parallel) { borrow(parallel); }
 
 int32_t pq_linear(
     const pq_weight* weight, const void* x, int32_t x_type, int64_t count, void* y, int32_t y_type, const float* bias,

@@ -51,6 +51,12 @@ PQ_PUBLIC const char* pq_in_use(void);
 // Uses another set than the best. Returns 0, or -1 where it is none of pq_available.
 PQ_PUBLIC int32_t pq_use(const char* name);
 
+// Lets products run in the threads of another library that is in the process, so that no two pools wait awake for the same
+// cores. `parallel` calls work(context) in up to `threads` threads, the caller among them, and returns when all have: it is
+// GOMP_parallel of libgomp, and of LLVM's OpenMP. Null: own threads, as at first.
+typedef void (*pq_parallel)(void (*work)(void* context), void* context, unsigned threads, unsigned flags);
+PQ_PUBLIC void pq_borrow(pq_parallel parallel);
+
 // y = x @ weight.T + bias. x: (count, columns), y: (count, rows), each contiguous and of its type; bias: rows floats or null.
 // Returns 0; -1: what is asked for has no product; -2: no memory.
 PQ_PUBLIC int32_t pq_linear(

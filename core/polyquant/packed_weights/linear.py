@@ -132,8 +132,8 @@ def decoded(weight: PackedWeight, struct: Any) -> Iterator[Tensor]:
             yield weight.decode(start, end)
             continue
         piece = torch.empty(end - start, columns)
-        library, threads = kernels.library().library(), torch.get_num_threads()
-        kernels.require(library.pq_decode(kernels.address_of(struct), start, end - start, piece.data_ptr(), 0, threads))
+        threads, address = torch.get_num_threads(), kernels.address_of(struct)
+        kernels.require(kernels.functions().pq_decode(address, start, end - start, piece.data_ptr(), 0, threads))
         yield weight.in_order(piece)[: weight.shape[0] - start]
 
 
@@ -150,7 +150,7 @@ def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | Non
     outputs = inputs.new_empty(count, rows)
     if bias is not None:
         bias = functional.pad(bias.detach().float(), (0, rows - len(bias))).contiguous()
-    status = kernels.library().library().pq_linear(
+    status = kernels.functions().pq_linear(
         kernels.address_of(struct), inputs.data_ptr(), number, count, outputs.data_ptr(), number,
         None if bias is None else bias.data_ptr(), kernels.ACTIVATIONS[activations], torch.get_num_threads(),
     )  # fmt: skip

@@ -78,7 +78,7 @@ def rows_of(weight: PackedWeight, struct: Any, index: Tensor) -> Tensor:
         return weight.decode_rows(index)
     out = torch.empty(count, weight.padded[1])
     wanted = index.long().contiguous()
-    library = kernels.library().library()
+    library = kernels.functions()
     kernels.require(library.pq_rows(kernels.address_of(struct), wanted.data_ptr(), count, out.data_ptr(), 0))
     return weight.in_order(out)
 
