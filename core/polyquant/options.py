@@ -121,9 +121,11 @@ class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
 
     kernel: Annotated[
         Literal["auto", "packed", "library"],
-        Meta(description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library and auto: the "
-             "backend's library"),
-    ] = "auto"  # fmt: skip
+        Meta(
+            description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library: the backend's "
+            "library; auto: packed where polyquant-kernels is installed and weights have a place there, in float32"
+        ),
+    ] = "auto"
     embeddings: Annotated[
         VocabularyBits,
         Meta(description="bits of the input embedding, and of an output head tied to it, packed on a CPU as it loads"),
@@ -143,7 +145,7 @@ def packs_any(options: BackendOptions) -> bool:
     return is_packed(options) or any(getattr(options, name, KEEP) != KEEP for name in ("embeddings", "head"))
 
 
-PACKED, KEEP = "packed", "keep"
+AUTO, PACKED, LIBRARY, KEEP = "auto", "packed", "library", "keep"
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 

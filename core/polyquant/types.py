@@ -134,6 +134,11 @@ class WeightInfo(Record, frozen=True):
     default_skip: bool = False  # kept dense unless skip_defaults=False
     parts: Mapping[str, str] = {}  # of a packed checkpoint's layer: what the file holds of it -> dtype, {"scales": ...}
 
+    @property
+    def as_linear(self) -> tuple[int, ...]:
+        """A matrix as a linear layer has it, (out_features, in_features): transformers' Conv1D is turned."""
+        return self.shape[::-1] if self.module == "Conv1D" else self.shape
+
 
 PackedKind = Literal["affine4", "codebook4", "int8"]
 """affine4: codes from 0 to 15, scale * (code - zero) or scale * code + minimum. codebook4: scale * table[code].

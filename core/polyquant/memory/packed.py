@@ -33,8 +33,8 @@ def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], conf
     planned = list(plans)
     if is_packed(config):
         planned = [
-            plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(plan.shape))
-            for plan in planned
+            plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(weight.as_linear))
+            for plan, weight in zip(planned, weights, strict=True)
         ]
     for option in ("embeddings", "head"):
         if (bits := getattr(config, option, KEEP)) != KEEP:

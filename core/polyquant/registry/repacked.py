@@ -50,9 +50,10 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
     have no place there.
     """
     assert loaded.settled is not None  # every load sets it
-    plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
+    weights = loaded.settled.weights
+    plans = {plan.name: plan for plan in backend.plan_layers(weights, loaded.config)}
     if is_packed(loaded.config):
-        _pack_quantized(loaded, plans, backend)
+        _pack_quantized(loaded, plans, {weight.name: weight.as_linear for weight in weights}, backend)
         forget_library(loaded.model)
         loaded.kernel = kernels.name()
     for plan in plans.values():
@@ -64,8 +65,13 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         loaded.kernel += ", whole steps"
 
 
-def _pack_quantized(loaded: LoadedModel, plans: Mapping[str, LayerPlan], backend: Packing) -> None:
-    """Replace the modules that the backend has quantized; those that have no place in the layout stay, with a note."""
+def _pack_quantized(
+    loaded: LoadedModel, plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, ...]], backend: Packing
+) -> None:
+    """Replace the modules that the backend has quantized; those that have no place in the layout stay, with a note.
+
+    shapes: (out_features, in_features) of each.
+    """
     left = []
     for layer in [each for each in backend.describe_layers(loaded.model) if each.quantized]:
         plan = plans.get(layer.name)
@@ -74,7 +80,7 @@ def _pack_quantized(loaded: LoadedModel, plans: Mapping[str, LayerPlan], backend
             continue
         name = layer.name.rpartition(".")[0]
         module = loaded.model.get_submodule(name)
-        weight = _packed(module, plan, backend)
+        weight = _packed(module, plan, shapes[layer.name], backend)
         bias = getattr(module, "bias", None)
         loaded.model.set_submodule(name, RepackedLinear(weight, bias, layer.scheme, layer.bits))
     if left:
@@ -112,16 +118,16 @@ def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
         model.set_submodule(head, tied_head(embedding, getattr(model.get_submodule(head), "bias", None)))
 
 
-def _packed(module: Any, plan: LayerPlan, backend: Packing) -> PackedWeight:
+def _packed(module: Any, plan: LayerPlan, shape: tuple[int, ...], backend: Packing) -> PackedWeight:
     try:
         weight = backend.pack(module)
     except ModelError as error:
         raise ModelError(f"{plan.name} has no place in the packed layout: {error}; take kernel='library'") from error
     if not isinstance(weight, PackedWeight):
         raise BrokenBackend(f"{backend.name}: pack answered with {type(weight).__name__}, and not with a PackedWeight")
-    if (weight.shape, weight.format) != (plan.shape, plan.packed):
+    if (weight.shape, weight.format) != (shape, plan.packed):
         raise BrokenBackend(
-            f"{backend.name}: {plan.name} was planned as {plan.packed} {plan.shape}, and pack gave {weight.format} "
+            f"{backend.name}: {plan.name} was planned as {plan.packed} {shape}, and pack gave {weight.format} "
             f"{weight.shape}"
         )
     return weight
