@@ -67,8 +67,8 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
         Meta(
             description="packed: polyquant's own layout and kernels, on a CPU, for all but fp8; pack_mm: torch's "
             "matmuls for packed int4 and int8 weights, on CPUs in bfloat16, the choice of library there; "
-            "decode: unpack a layer's weight each time it is used; auto: packed where polyquant-kernels is installed, in "
-            "float32, else library"
+            "decode: unpack a layer's weight each time it is used; auto: packed where polyquant-kernels is "
+            "installed, in float32"
         ),
     ] = "auto"  # type: ignore[assignment]  # the plugin has two of its own
     method: Annotated[

@@ -14,7 +14,7 @@ LAYOUTS = ("gptq", "gptq_v2")
 UNREAD = ("activation", "adapter", "rotation", "is_marlin_format")
 KERNEL = Meta(
     description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library: torch_aten or torch "
-    "on a CPU, gptqmodel's choice elsewhere; auto: packed where polyquant-kernels is installed, in float32, else library"
+    "on a CPU, gptqmodel's choice elsewhere; auto: packed where polyquant-kernels is installed, in float32"
 )
 
 
