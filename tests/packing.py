@@ -22,7 +22,10 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
     zeros = torch.randint(0, 16, (rows, groups)) if layout.offsets == "zeros" else None
     minima = torch.randn(rows, groups) if layout.offsets == "minima" else None
     table = torch.randn(16) if layout.kind == "codebook4" else None
-    weight = pack_weight(codes, scales, layout.group_size, zeros=zeros, minima=minima, table=table, zero=8.0)
+    column_scales = torch.rand(columns) + 0.5 if layout.column_scales else None
+    weight = pack_weight(
+        codes, scales, layout.group_size, zeros=zeros, minima=minima, table=table, zero=8.0, column_scales=column_scales
+    )
 
     def spread(values: Tensor) -> Tensor:
         return values.repeat_interleave(group, 1)[:, :columns]
@@ -33,7 +36,7 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
         dense = (spread(scales.double()) * codes.double() + spread(minima.double())).float()
     else:
         dense = spread(scales.float()) * (codes.float() - (8 if zeros is None else spread(zeros.float())))
-    return weight, dense, codes, scales
+    return weight, dense if column_scales is None else dense * column_scales, codes, scales
 
 
 def packed_like(linear: torch.nn.Linear, group: int = 32) -> RepackedLinear:

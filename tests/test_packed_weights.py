@@ -13,7 +13,7 @@ from polyquant.packed_weights import kernels
 from polyquant.packed_weights.format import group_of_runs
 from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import MOST_INPUTS, RepackedLinear
-from polyquant.packed_weights.weight import PackedWeight, pack_weight, same
+from polyquant.packed_weights.weight import PARTS, PackedWeight, pack_weight, same
 from torch.nn import Linear, functional
 
 from .packing import random_weight
@@ -26,6 +26,9 @@ FORMATS = [
         ("affine4", "int8", "codebook4"), ("none", "zeros", "minima"), DTYPES, (16, 32, 64, -1)
     )
     if kind != "codebook4" or offsets == "none"
+] + [
+    PackedFormat(kind=kind, group_size=group, offsets=offsets, column_scales=True)
+    for kind, group, offsets in (("affine4", 64, "minima"), ("int8", 16, "zeros"), ("affine4", -1, "none"))
 ]
 SETS = ["plain torch", *(kernels.library().available() if kernels.library() else ())]
 
@@ -50,7 +53,12 @@ def layer_of(weight: PackedWeight, bias: bool = True) -> RepackedLinear:
 
 
 @pytest.mark.parametrize(
-    "layout", FORMATS, ids=lambda layout: f"{layout.kind}-{layout.offsets}-{layout.scale_dtype}-{layout.group_size}"
+    "layout",
+    FORMATS,
+    ids=lambda layout: (
+        f"{layout.kind}-{layout.offsets}-{layout.scale_dtype}-{layout.group_size}"
+        + ("-columns" if layout.column_scales else "")
+    ),
 )
 def test_it_decodes_to_the_bits_of_its_formula_and_multiplies_with_them(
     layout: PackedFormat, instructions: str
@@ -117,6 +125,23 @@ def test_columns_in_another_order(instructions: str) -> None:
         assert torch.allclose(layer_of(weight, bias=False)(inputs), inputs @ dense.T, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_columns_with_scales_of_their_own(dtype: str, instructions: str) -> None:
+    groups = (torch.arange(256) // 64)[torch.randperm(256, generator=torch.Generator().manual_seed(0))]
+    codes, scales = torch.randint(0, 16, (16, 256), dtype=torch.uint8), torch.rand(16, 4).half()
+    column_scales = (torch.rand(256) * 4 + 0.1).half()
+    weight = pack_weight(codes, scales, 64, zero=8.0, groups_of_columns=groups, column_scales=column_scales)
+    dense = scales.float()[:, groups] * (codes.float() - 8) * column_scales.float()
+    layer, inputs = layer_of(weight), torch.randn(3, 256).to(getattr(torch, dtype)).requires_grad_()
+    layer.bias.data = layer.bias.data.to(inputs.dtype)
+    assert torch.equal(layer.dequantize(), dense)
+    outputs = layer(inputs)
+    outputs.backward(torch.ones_like(outputs))
+    wanted = functional.linear(inputs.double(), dense.double(), layer.bias.double())
+    assert outputs.dtype == inputs.dtype and (outputs - wanted).norm() <= max(DTYPES[dtype], 1e-4) * wanted.norm()
+    assert torch.allclose(inputs.grad, dense.sum(0).expand(3, -1).to(inputs.dtype), rtol=0.05, atol=0.5)
+
+
 @pytest.mark.parametrize("groups", ([0] * 64, [0] * 31 + [1] * 33, [-1] * 32 + [1] * 32, [0] * 32 + [2] * 32))
 def test_columns_that_come_in_no_whole_groups_are_refused(groups: list[int]) -> None:
     codes = torch.zeros(8, 64, dtype=torch.uint8)
@@ -132,6 +157,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         pack_weight(codes, torch.ones(8, 8), 8)
     with pytest.raises(ModelError, match="zeros are"):
         pack_weight(codes, torch.ones(8, 2), 32, zeros=torch.ones(8))
+    with pytest.raises(ModelError, match=r"column_scales are \(63,\), and there are 64 columns"):
+        pack_weight(codes, torch.ones(8, 2), 32, column_scales=torch.ones(63))
 
 
 def test_gradients_are_those_of_the_dense_weight(instructions: str) -> None:
@@ -156,12 +183,13 @@ def test_copies_and_moved_tensors_are_multiplied_with(instructions: str) -> None
 
 
 def test_compilers_see_one_operator(instructions: str) -> None:
-    weight, *_ = random_weight((50, 96), PackedFormat(kind="codebook4", group_size=32, scale_dtype="float32"))
+    layout = PackedFormat(kind="codebook4", group_size=32, scale_dtype="float32", column_scales=True)
+    weight, *_ = random_weight((50, 96), layout)
     layer, inputs = layer_of(weight), torch.randn(2, 3, 96)
     with torch.inference_mode():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(inputs), layer(inputs))
-    parts = [getattr(layer, name, None) for name in ("zeros", "minima", "table", "order", "bias")]
+    parts = [getattr(layer, name, None) for name in (*PARTS[2:], "bias")]
     arguments = (inputs, layer.qweight, layer.scales, *parts, 0.0, 50, "codebook4 32 float32 none 0", "int16")
     torch.library.opcheck(torch.ops.polyquant.packed_linear.default, arguments)
 

@@ -155,6 +155,7 @@ class PackedFormat(Record, frozen=True):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     offsets: PackedOffsets = "none"
     ordered: bool = False  # whether columns are sorted by their groups: act-order
+    column_scales: bool = False  # whether each column has a float32 scale besides, as SINQ's have
 
     ROWS: ClassVar[int] = 8  # that are interleaved
     COLUMNS: ClassVar[int] = 32  # what those stored are a multiple of
@@ -167,13 +168,13 @@ class PackedFormat(Record, frozen=True):
         return self.ROWS * ceil(rows / self.ROWS), whole * ceil(columns / whole)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight (out_features, in_features) with scales, offsets, table and order."""
+        """Bytes of a weight (out_features, in_features) with scales, offsets, table, order and column scales."""
         rows, columns = self.padded(shape)
         groups = rows * (columns // self.group_of(columns))
         each = DTYPE_BYTES[self.scale_dtype] + {"none": 0, "zeros": 1, "minima": 4}[self.offsets]
         codes = rows * columns if self.kind == "int8" else rows * columns // 2
         table = self.TABLE_BYTES if self.kind == "codebook4" else 0
-        return codes + groups * each + table + (4 * columns if self.ordered else 0)
+        return codes + groups * each + table + 4 * columns * (self.ordered + self.column_scales)
 
     def group_of(self, columns: int) -> int:
         """Columns that share a scale, of so many that are stored."""

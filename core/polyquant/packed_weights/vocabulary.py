@@ -80,7 +80,7 @@ def rows_of(weight: PackedWeight, struct: Any, index: Tensor) -> Tensor:
     wanted = index.long().contiguous()
     library = kernels.functions()
     kernels.require(library.pq_rows(kernels.address_of(struct), wanted.data_ptr(), count, out.data_ptr(), 0))
-    return weight.in_order(out)
+    return weight.by_inputs(out)
 
 
 def tied_head(embedding: RepackedEmbedding, bias: Tensor | None) -> RepackedLinear:

@@ -7,6 +7,7 @@ A weight (out_features, in_features) lies with eight rows interleaved: a product
     zeros   int8, or minima float32, like scales; or neither, and one zero point for all
     table   float32 (16), of a code book
     order   int32 (columns), where columns are sorted by their groups: the input that each multiplies
+    column_scales  float32 (columns), in the order of the inputs: what each is multiplied by first
 
 In a lane of 4-bit codes, code t lies at bit SHIFTS[t]: the even nibbles are codes 0 to 3, the odd ones 4 to 7. Rows
 are padded to a multiple of 8, columns to one of 32 and of the group. What is stored is what is multiplied with, so that
@@ -28,7 +29,7 @@ from polyquant.packed_weights.format import LEAST_GROUP, ROWS
 from polyquant.types import PackedFormat
 
 SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
-PARTS = ("codes", "scales", "zeros", "minima", "table", "order")
+PARTS = ("codes", "scales", "zeros", "minima", "table", "order", "column_scales")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +44,7 @@ class PackedWeight:
     minima: Tensor | None = None
     table: Tensor | None = None
     order: Tensor | None = None
+    column_scales: Tensor | None = None
     zero: float = 0.0  # the zero point of every group where there are neither zeros nor minima
 
     @property
@@ -96,10 +98,15 @@ class PackedWeight:
         else:
             zero = self.zero if self.zeros is None else of_groups(self.zeros)
             values = of_groups(self.scales) * (codes.float() - zero)
-        return self.in_order(values.reshape(-1, columns))
+        return self.by_inputs(values.reshape(-1, columns))
+
+    def by_inputs(self, values: Tensor) -> Tensor:
+        """Decoded columns, as they are stored, by the inputs: in their order, times their scales, without padding."""
+        values = self.in_order(values)
+        return values if self.column_scales is None else values * self.column_scales[: self.shape[1]]
 
     def in_order(self, values: Tensor) -> Tensor:
-        """Decoded columns in the order of the inputs, without padding."""
+        """Stored columns in the order of the inputs, without padding."""
         if self.order is None:
             return values[:, : self.shape[1]]
         back = torch.empty_like(values)
@@ -134,6 +141,7 @@ def pack_weight(
     table: Tensor | None = None,
     zero: float = 0.0,
     groups_of_columns: Tensor | None = None,
+    column_scales: Tensor | None = None,
 ) -> PackedWeight:
     """A weight from what its format stores, nothing rounded.
 
@@ -141,6 +149,7 @@ def pack_weight(
     floating point; group_size: -1 is all columns. zeros: integers from -128 to 127, like scales; minima: like scales;
     zero: where there are neither. table: (16,), for codes that are entries of a code book.
     groups_of_columns: (in_features,), which group each column belongs to, where they do not follow each other.
+    column_scales: (in_features,), by which each column is multiplied besides.
     groups: those of all columns, or of all that are stored: with what fills up the last block.
     Raises ModelError where the parts do not fit each other.
     """
@@ -153,6 +162,7 @@ def pack_weight(
         scale_dtype=str(scales.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # as torch calls it
         offsets="zeros" if zeros is not None else "minima" if minima is not None else "none",
         ordered=order is not None,
+        column_scales=column_scales is not None,
     )
     padded_rows, padded_columns = layout.padded((rows, columns))
     group = layout.group_of(padded_columns)
@@ -162,6 +172,8 @@ def pack_weight(
     for name, tensor in (("scales", scales), ("zeros", zeros), ("minima", minima)):
         if tensor is not None and tensor.shape not in ((rows, groups), (rows, ceil(columns / group))):
             raise ModelError(f"{name} are {tuple(tensor.shape)}, and {rows} rows of {groups} groups need as many")
+    if column_scales is not None and column_scales.shape != (columns,):
+        raise ModelError(f"column_scales are {tuple(column_scales.shape)}, and there are {columns} columns")
     if order is not None:
         codes = codes[:, order.long()]
 
@@ -178,7 +190,9 @@ def pack_weight(
         shape=(rows, columns), format=layout, codes=_wide_lanes(whole) if wide else _lanes(whole),
         scales=packed_scales, zeros=of_groups(zeros, torch.int8), minima=of_groups(minima, torch.float32),
         table=None if table is None else table.detach().float().contiguous(),
-        order=order, zero=0.0 if zeros is not None or minima is not None else zero,
+        order=order, column_scales=None if column_scales is None else functional.pad(
+            column_scales.detach().float(), (0, padded_columns - columns)).contiguous(),
+        zero=0.0 if zeros is not None or minima is not None else zero,
     )  # fmt: skip
 
 
