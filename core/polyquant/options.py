@@ -20,8 +20,9 @@ RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
 """How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are
 fitted to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text
 (AutoRound). codebook: groups of weights are entries of learned code books (AQLM)."""
-VocabularyBits = Literal["keep", "8bit", "4bit"]
-"""Of an embedding or an output head. keep: dense, or as its checkpoint has it."""
+VocabularyBits = Literal["keep", "16bit", "8bit", "4bit"]
+"""Of an embedding or an output head. keep: dense in the compute dtype, or as its checkpoint has it. 16bit: bfloat16, as
+most checkpoints hold it: with activations in float32, half of the bytes and the same numbers."""
 NumberFormat = Literal["integers", "integers with zero points", "normal floats", "floats", "k-quants", "vectors"]
 """What codes stand for. integers: even steps around zero. integers with zero points: even steps from a minimum of their
 own. normal floats: a table of uneven levels (NF4, IQ4_NL). floats: FP8, FP4, MXFP4. k-quants: even steps whose scales

@@ -15,7 +15,7 @@ __version__ = version("polyquant-kernels")
 INTERFACE = 3
 """Of src/polyquant_kernels.h: the library of another number is not called."""
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
-AFFINE4, CODEBOOK4, INT8 = range(3)
+AFFINE4, CODEBOOK4, INT8, FLOAT8, DENSE16 = range(5)
 EXACT, INT16, INT8_ACTIVATIONS = range(3)
 SILU, GELU_TANH = range(2)
 ANSWERS = {-1: "there is no product for what was asked", -2: "there is no memory for it"}

@@ -46,10 +46,12 @@ const Set& in_use() {
 }
 
 bool is_sound(const pq_weight& w) {
-  const bool kinds = w.kind >= PQ_AFFINE4 && w.kind <= PQ_INT8 && w.scale_type >= PQ_FLOAT32 && w.scale_type <= PQ_BFLOAT16;
+  const bool kinds = w.kind >= PQ_AFFINE4 && w.kind <= PQ_DENSE16 && w.scale_type >= PQ_FLOAT32 && w.scale_type <= PQ_BFLOAT16;
   const bool sizes = w.rows > 0 && w.columns > 0 && w.rows % 8 == 0 && w.columns % 32 == 0 && w.group >= 16 &&
                      w.group % 16 == 0 && w.columns % w.group == 0;
-  const bool parts = w.codes && w.scales && !(w.zeros && w.minima) && (w.kind != PQ_CODEBOOK4 || (w.table && !w.zeros && !w.minima));
+  const bool dense = w.kind == PQ_DENSE16, plain = dense || w.kind == PQ_FLOAT8 || w.kind == PQ_CODEBOOK4;
+  const bool parts = w.codes && (w.scales || dense) && !(w.zeros && w.minima) && !(plain && (w.zeros || w.minima)) &&
+                     (w.kind != PQ_CODEBOOK4 || w.table) && (!dense || w.scale_type != PQ_FLOAT32);
   return kinds && sizes && parts;
 }
 

@@ -13,7 +13,7 @@ from polyquant.types import PackedKind
 DISTRIBUTION, INTERFACE = "polyquant-kernels", 3
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
-KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2}
+KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3, "dense16": 4}
 ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
 
 
