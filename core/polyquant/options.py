@@ -100,6 +100,11 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.weight_bits
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether the format asks for activations in few bits too: it is then more than its weights."""
+        return False
+
+    @property
     def scheme(self) -> str:
         """Which of the card's schemes these options are; empty: the one that an option's value names, or a file."""
         return ""

@@ -1,7 +1,8 @@
 """What `kernel="auto"` comes to: the packed runtime where it is there and most weights have a place in it.
 
 Measured on CPUs, SmolLM2 in float32: 8 to 20 times the tokens a second that the libraries' own kernels generate, and
-about the speed of a dense model for prompts. For 16-bit activations the libraries keep their own.
+about the speed of a dense model for prompts. For 16-bit activations the libraries keep their own, and
+for formats that round activations: the packed runtime multiplies with weights alone as the format has them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def may_be_packed(config: BackendOptions, backend: Planning, device: str) -> boo
         and setting == AUTO
         and device == "cpu"
         and config.compute_dtype in ("auto", "float32")
+        and not config.rounds_activations
         and backend.runs_here
         and backend.can("pack")
         and _usable()
