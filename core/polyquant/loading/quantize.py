@@ -9,6 +9,7 @@ from typing import Any
 from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
+from polyquant.loading.cache import require_kept
 from polyquant.loading.load import load, prepare
 from polyquant.loading.options import split_options
 from polyquant.loading.settle import route_of
@@ -31,6 +32,7 @@ def quantize(
     handle = handles.backend(backend)
     require_free(out, overwrite=overwrite, keeps=(Path(model),))
     how, own = split_options(options)
+    require_kept(how.kv_cache, "quantize")
 
     def accept(written: Path) -> None:
         _require_passed(
