@@ -233,15 +233,6 @@ def test_sessions_keep_codes(loads):
     assert {layer.get_seq_length() for layer in state.value.layers} == {41}
 
 
-def test_whole_decode_steps_leave_it_to_the_model(folder):
-    loaded = polyquant.load(tiny_model("llama", folder), "bitsandbytes", kernel="packed", kv_cache="int8", **NF4)
-    library = polyquant.load(tiny_model("llama", folder), "bitsandbytes", kv_cache="int8", **NF4)
-    text = "The captain stood on the deck"
-    assert loaded.generate(text, max_new_tokens=12, do_sample=False) == library.generate(
-        text, max_new_tokens=12, do_sample=False
-    )
-
-
 # refusals
 
 
