@@ -225,6 +225,9 @@ def _conditions(before: Run, after: Run) -> Iterator[Condition]:
         texts = ["; ".join(sorted({text_of(machine) for machine in of_run})) for of_run in machines]
         if texts[0] != texts[1]:
             yield Condition(name=name, before=texts[0], after=texts[1])
+    beside = [measured_on.other_work(run).partition("; ")[0] for run in (before, after)]
+    if any(beside):
+        yield Condition(name="other work", before=beside[0] or "none known", after=beside[1] or "none known")
     versions = [measured_on.versions_of(of_run) for of_run in machines]
     for library in sorted(versions[0].keys() & versions[1].keys()):
         if versions[0][library] != versions[1][library]:
