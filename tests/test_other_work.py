@@ -1,5 +1,6 @@
 """Speeds that are measured beside other work on the same cores: seen, kept, marked wherever they are shown."""
 
+import io
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import polyquant
 import psutil
 import pytest
 from msgspec.structs import replace
-from polyquant.cli.progress import RowLines
+from polyquant.cli.progress import RowLines, RowTable
+from polyquant.cli.terminal import Terminal
 from polyquant.comparison.records import OTHER_WORK, Result
 from polyquant.comparison.report.columns import COLUMNS, SPEEDS
 from polyquant.comparison.report.difference import compare_runs
@@ -24,6 +26,7 @@ from polyquant.comparison.store import joined
 from polyquant.support.machine import usable_cores
 from polyquant.support.other_work import LEAST_SECONDS, OtherWork, _read
 from polyquant.testing.models import tiny_model
+from rich.live import Live
 
 DATA = Path(__file__).parent / "data" / "comparison.json"
 SPIN = "import os\nwhile os.getppid() == {parent}: sum(range(10000))"
@@ -178,13 +181,32 @@ def test_the_terminal_says_it(marked, capsys):
     assert f"* {other_work(marked)}" in said
 
 
+def test_the_table_of_a_running_comparison_says_it(marked):
+    terminal = Terminal(stderr=True)
+    terminal.file = text = io.StringIO()
+    with Live(console=terminal, transient=True) as display:
+        table = RowTable(display)
+        table.begin([replace(row, result=None) for row in marked.rows])
+        for row in marked.rows:
+            table.finish(row)
+    said = f"{SEEN}: other work took 40% of the cores while speed was measured"
+    assert " ".join(text.getvalue().split()).count(said) == 1
+
+
 def test_little_is_no_mark(comparison):
     row = replace(comparison.rows[0], result=replace(comparison.rows[0].result, other_work_share=OTHER_WORK))
     assert other_work(replace(comparison, rows=(row,))) == ""
 
 
 def test_a_difference_says_that_the_two_were_not_measured_alike(comparison, marked):
-    (condition,) = [each for each in compare_runs(comparison, marked).conditions if each.name == "other work"]
+    difference = compare_runs(comparison, marked)
+    (condition,) = [each for each in difference.conditions if each.name == "other work"]
+    changes = {change.candidate: {} for change in difference.changes}
+    for change in difference.changes:
+        changes[change.candidate][change.figure] = change
+    assert "generated_tokens_per_second" not in changes[SEEN]
+    assert "weights_stored_bytes" in changes[SEEN]
+    assert all("generated_tokens_per_second" in figures for name, figures in changes.items() if name == "hqq:int8")
     assert condition.before == "none known"
     assert f"{SEEN} (40%)" in condition.after
     assert not condition.quality
