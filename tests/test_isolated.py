@@ -106,6 +106,20 @@ def test_sessions_keep_their_context(loaded):
     assert loaded.model._forgotten == []
 
 
+def test_a_quantized_key_value_cache_is_kept_there(environment, folder, loaded):
+    coded = polyquant.load(folder, "rowwise", device="cpu", kv_cache="int4")
+    full, each = loaded.kv_cache_bytes_per_token(TOKENS), coded.kv_cache_bytes_per_token(TOKENS)
+    assert each == 2 * 2 * 2 * (64 // 2 + 2 * full // (2 * 2 * 2 * 64))  # codes, a scale and a minimum in its dtype
+    report = polyquant.verify(coded, max_new_tokens=4)
+    assert (report.passed, report.memory.kv_cache_bytes_per_token) == (True, each)
+    assert coded.generate("The captain", max_new_tokens=8, do_sample=False)
+    feed = coded.session()
+    feed(TOKENS)
+    feed(TOKENS[:1])
+    with pytest.raises(polyquant.errors.UnsupportedOperation, match="runs elsewhere"):
+        coded.new_cache()
+
+
 def test_a_saved_model_loads_back_there(loaded, tmp_path):
     again = polyquant.load(loaded.save(tmp_path / "saved"), device="cpu")
     assert isinstance(again, RemoteModel)

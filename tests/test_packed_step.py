@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from polyquant.models.generation import new_cache
 from polyquant.packed_weights import step
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.types import PackedFormat
@@ -155,6 +156,7 @@ def test_what_is_not_the_plain_case_goes_the_usual_way(counted: list[int]) -> No
     assert asked(input_ids=IDS[:, :2])[1] == 0
     assert asked(use_cache=False)[1] == 0
     assert asked(past_key_values=transformers.StaticCache(model.config, max_cache_len=32))[1] == 0
+    assert asked(past_key_values=new_cache(model, "int8"))[1] == 0
     model.train()
     assert asked()[1] == 0
     model.eval()

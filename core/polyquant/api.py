@@ -12,7 +12,7 @@ from polyquant.isolated.handles import backend, backends
 from polyquant.loaded import SAMPLE_PROMPT
 from polyquant.options import BackendOptions
 from polyquant.registry.installed import registry
-from polyquant.request import MaxMemory, Offload
+from polyquant.request import KvCache, MaxMemory, Offload
 
 if TYPE_CHECKING:
     from polyquant.comparison.candidates import Candidate
@@ -48,6 +48,7 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     attention: str = "",
+    kv_cache: KvCache = "keep",
     adapter: str | Path | Sequence[str | Path] = (),
     return_freed_memory: bool = False,
     progress: bool = False,
@@ -63,6 +64,8 @@ def load(
     device_map: auto, or module name -> device. max_memory: device -> bytes or '6GiB', for auto.
     offload: what may happen where the model does not fit `device`: error, or cpu.
     allow_dequantize: accept a model that ends dense. attention: transformers' attn_implementation.
+    kv_cache: keys and values between tokens, of `generate`, `stream` and `session`: keep, or codes: int8, int4; the
+        newest tokens in full. `LoadedModel.new_cache` is one for transformers' own `generate`.
     adapter: a LoRA adapter of PEFT's to put on the model, by its folder or hub name; of several the products are added.
     return_freed_memory: give memory that is freed while loading on a CPU back at once: a lower peak, a slower load, and
         glibc's own adjustment of its thresholds is off from then on.
@@ -77,8 +80,8 @@ def load(
     return loading.load(
         model, backend, revision=revision, device=device, device_map=device_map, max_memory=max_memory,
         offload=offload, allow_dequantize=allow_dequantize, trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle, attention=attention, adapter=adapter, return_freed_memory=return_freed_memory,
-        progress=progress, **options,
+        allow_pickle=allow_pickle, attention=attention, kv_cache=kv_cache, adapter=adapter,
+        return_freed_memory=return_freed_memory, progress=progress, **options,
     )  # fmt: skip
 
 
@@ -123,6 +126,7 @@ def plan(
     *,
     context: int = 4096,
     batch: int = 1,
+    kv_cache: KvCache = "keep",
     device: str = "auto",
     memory: int | str | None = None,
     devices: str | None = None,
@@ -135,7 +139,7 @@ def plan(
 
     model: what `load` takes, or a `config.json` alone.
     backend: a name; None: a table of every installed backend's presets, what fits first.
-    context, batch: tokens and sequences of the key-value cache.
+    context, batch: tokens and sequences of the key-value cache. kv_cache: as `load` takes it.
     memory: the budget, such as '6GiB'; None: what is free on the device now.
     devices: simulated ones, such as 'cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB'; they need not be there.
     options: the backend's own. Raises UnsupportedOperation where the backend does not plan.
@@ -145,7 +149,7 @@ def plan(
     from polyquant.planning.plan import Asked
     from polyquant.planning.table import plan_model
 
-    asked = Asked(context=context, batch=batch, device=device, offload=offload)
+    asked = Asked(context=context, batch=batch, kv_cache=kv_cache, device=device, offload=offload)
     return plan_model(
         model, backend, options, asked, memory, devices, revision=revision, trust_remote_code=trust_remote_code
     )

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from polyquant.errors import PolyquantError
+from polyquant.errors import PolyquantError, UnsupportedOperation
 
 if TYPE_CHECKING:
     from polyquant.loading.settle import Settled
     from polyquant.measure.speed import Feed
     from polyquant.options import BackendOptions
-    from polyquant.request import LoadRequest
+    from polyquant.request import KvCache, LoadRequest
     from polyquant.types import Capabilities, HookRecord, LayerInfo, LayerPlan, WeightInfo
 
 Prompt = str | Sequence[dict[str, str]]
@@ -95,7 +95,7 @@ class LoadedModel:
         """Like `generate`, in pieces as they come."""
         from polyquant.models.generation import stream
 
-        return stream(self.model, self.tokenizer, prompt, generation_parameters, template)
+        return stream(self.model, self.tokenizer, prompt, generation_parameters, template, self.kv_cache)
 
     def logits(self, tokens: Sequence[int]) -> Any:
         """Logits of one sequence, float32 torch tensor (positions, vocabulary)."""
@@ -113,7 +113,7 @@ class LoadedModel:
         from polyquant.memory.storage import tensor_bytes
         from polyquant.models.generation import state_after
 
-        states = state_after(self.model, tokens), state_after(self.model, [*tokens, *tokens])
+        states = [state_after(self.model, run, self.kv_cache) for run in (tokens, [*tokens, *tokens])]
         once, twice = (state and tensor_bytes(state.value) for state in states)
         return None if once is None or twice is None else round((twice - once) / len(tokens))
 
@@ -130,7 +130,25 @@ class LoadedModel:
         """A new, empty context; each call runs tokens after those before, up to the logits of the last one."""
         from polyquant.models.generation import session
 
-        return session(self.model)
+        return session(self.model, self.kv_cache)
+
+    @property
+    def kv_cache(self) -> KvCache:
+        """How keys and values are kept between tokens, as the load was asked to."""
+        return self.request.kv_cache if self.request is not None else "keep"
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache as `kv_cache` says, for transformers' own `generate`, which knows nothing of it.
+
+        >>> loaded.model.generate(**inputs, past_key_values=loaded.new_cache())
+
+        Raises UnsupportedOperation where the model is no torch module of this process.
+        """
+        if not hasattr(self.model, "generate"):
+            raise UnsupportedOperation("the model runs elsewhere, with its cache: use generate, stream or session")
+        from polyquant.models.generation import new_cache
+
+        return new_cache(self.model, self.kv_cache)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write a checkpoint that loads back bit for bit. All or nothing; see `Backend.save`."""

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from polyquant.types import DeviceMap, Record, WeightInfo
 
 Offload = Literal["error", "cpu"]
+KvCache = Literal["keep", "int8", "int4"]
+"""Keys and values between tokens. keep: as the model computes them. int8, int4: codes with a scale and a minimum for
+each 64 of a head, and the newest tokens in full."""
 MaxMemory = Mapping[int | str, int | str]
 """Device -> bytes or '6GiB', as accelerate takes it."""
 
@@ -54,4 +57,5 @@ class LoadRequest(Record, frozen=True):
     trust_remote_code: bool = False
     allow_pickle: bool = False
     attention: str = ""  # transformers' attn_implementation; empty: its own choice
+    kv_cache: KvCache = "keep"
     progress: bool = False  # whether progress bars may be drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import typer
@@ -46,6 +46,8 @@ def _shared() -> list[inspect.Parameter]:
         option("max_memory", str | None, None, "Room on each device, as in '0=6GiB,cpu=24GiB'."),
         option("offload", str, "error", "Where the model does not fit the device: error, or cpu."),
         option("attention", str, "", "Attention implementation: eager, sdpa, flash_attention_2."),
+        option("kv_cache", Literal["keep", "int8", "int4"], "keep",
+               "Keys and values between tokens: as they are, or the older ones as codes: less memory, less exact."),
         option("adapter", list[str], [], "LoRA adapter to put on the model, a folder or hub name; several are added."),
         option("revision", str | None, None, "Branch, tag or commit of a hub repository."),
         option("allow_dequantize", bool, False, "Accept a model that ends up dense.", "--allow-dequantize"),

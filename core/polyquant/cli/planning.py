@@ -47,7 +47,8 @@ def plan(
     from polyquant.cli.show import loading as waiting
 
     shared: dict[str, Any] = {
-        "context": context, "batch": batch, "memory": memory, "devices": devices, "revision": loading.revision,
+        "context": context, "batch": batch, "kv_cache": loading.options["kv_cache"], "memory": memory,
+        "devices": devices, "revision": loading.revision,
         "device": loading.options["device"], "trust_remote_code": loading.options["trust_remote_code"],
     }  # fmt: skip
     own = {name: value for name, value in loading.options.items() if name not in show.LOAD_OPTIONS}

@@ -106,6 +106,14 @@ class TrainingBar(Progress):
             self._bars.update(self._bar, total=step.of, completed=step.done, now=" · ".join(figures))
 
 
+def _other_work(row: Row) -> str:
+    """A warning where a row's speeds were measured beside other work; empty where they were not."""
+    result = row.result
+    if result is None or not result.beside_other_work:
+        return ""
+    return f"{row.candidate.name}: other work took {result.other_work_share:.0%} of the cores while speed was measured"
+
+
 class RowLines(SilentComparison):
     """A line for each row that is done."""
 
@@ -114,6 +122,8 @@ class RowLines(SilentComparison):
         if result is not None:
             reason = result.reason.splitlines()[0] if result.reason else ""
             say(f"{row.candidate.name}: {result.status} {reason}".rstrip(), error=True)
+            if warning := _other_work(row):
+                say(warning, error=True)
 
 
 class RowTable(ComparisonProgress):
@@ -140,6 +150,8 @@ class RowTable(ComparisonProgress):
         self._rows[row.key] = row
         self._steps.pop(row.key, None)
         self._measured += 1
+        if warning := _other_work(row):
+            self._display.console.print(styled("[yellow]{}[/]", warning))
         self._draw()
 
     def _draw(self) -> None:

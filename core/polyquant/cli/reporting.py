@@ -74,7 +74,7 @@ def show_comparison(run: Run, written: Path | None = None) -> None:
     from polyquant.cli.show import console
     from polyquant.cli.terminal import styled
     from polyquant.comparison.report import measured_on
-    from polyquant.comparison.report.columns import COLUMNS, GOALS, shown
+    from polyquant.comparison.report.columns import COLUMNS, GOALS, MARK, shown
     from polyquant.comparison.report.plot import frontiers
     from polyquant.comparison.report.rows import by_quality, first_line, plain_rows
 
@@ -100,6 +100,8 @@ def show_comparison(run: Run, written: Path | None = None) -> None:
             reason = first_line(values["reason"])
             console.print(styled("[red]{}[/] {}: {}", values["status"], values["candidate"], reason))
     console.print(measured_on.one_line(run), style="dim")
+    if beside := measured_on.other_work(run):
+        console.print(styled("[yellow]{}[/] {}", MARK, beside))
     for note in run.notes:
         console.print(f"note: {note}")
     _show_path(written)

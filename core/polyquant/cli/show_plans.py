@@ -54,13 +54,14 @@ def plan(found: Plan, *, layers: bool) -> None:
     given_back = (
         f", {size(found.reclaimable_bytes)} of it pages that can be taken back" if found.reclaimable_bytes else ""
     )
+    kind = "" if found.kv_cache == "keep" else f", {found.kv_cache}"
     rows = (
         ("weights", f"{size(found.weights_planned_bytes)}, {found.ratio:.2f}x bfloat16"),
         ("  quantized", f"{size(found.quantized_bytes)}, {bits}, {size(found.constant_bytes)} of it constants"),
         ("  dense", size(found.weights_planned_bytes - found.quantized_bytes)),
         ("in bfloat16", size(found.weights_dense_bytes)),
         ("checkpoint now", size(found.checkpoint_bytes) if found.checkpoint_bytes else "no weight files here"),
-        ("key-value cache", "not counted" if found.kv_cache_bytes is None else size(found.kv_cache_bytes)),
+        (f"key-value cache{kind}", "not counted" if found.kv_cache_bytes is None else size(found.kv_cache_bytes)),
         ("activations", "not counted" if found.activation_bytes is None else size(found.activation_bytes)),
         ("process", size(found.process_bytes)),
         ("load peak", size(found.load_peak_bytes) + given_back),

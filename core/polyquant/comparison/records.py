@@ -17,6 +17,8 @@ from polyquant.types import Record
 Part = Literal["quality", "speed", "tasks"]
 """What a cell measures after it has loaded and verified the model."""
 Goal = Literal["quality", "speed", "memory"]
+OTHER_WORK = 0.05
+"""Share of its cores that other processes may take while a cell is timed; above, its speeds are marked."""
 Status = Literal["done", "check failed", "failed", "missing"]
 """Where a row stands; `check failed` is measured, but not what the backend promised."""
 
@@ -110,6 +112,7 @@ class Result(Record, frozen=True):
     layers: tuple[Layer, ...] = ()
     quality: Quality | None = None
     speed: Speed | None = None
+    other_work_share: float | None = None  # of the cores' time, what other processes used meanwhile; None: not known
     scores: tuple[Score, ...] = ()
     seconds: float = 0.0  # of the processes that measured it, imports included
     own_seconds: float = 0.0  # of these: loading and measuring
@@ -119,6 +122,11 @@ class Result(Record, frozen=True):
     def failed_checks(self) -> list[Check]:
         """The checks of the verification that did not pass."""
         return [check for check in self.checks if not check.passed]
+
+    @property
+    def beside_other_work(self) -> bool:
+        """Whether its speeds were measured while other processes took more of its cores than OTHER_WORK."""
+        return (self.other_work_share or 0.0) > OTHER_WORK
 
     @property
     def weights_stored_bytes(self) -> int | None:

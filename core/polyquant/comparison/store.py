@@ -80,7 +80,7 @@ def joined(before: Result | None, new: Result) -> Result:
     if before is None:
         return new
     kept = {part for part in before.parts if part not in new.parts}
-    fields = {"quality": ("quality", "layers"), "speed": ("speed",), "tasks": ("scores",)}
+    fields = {"quality": ("quality", "layers"), "speed": ("speed", "other_work_share"), "tasks": ("scores",)}
     carried = {field: getattr(before, field) for part in kept for field in fields[part]}
     return msgspec.structs.replace(
         new,

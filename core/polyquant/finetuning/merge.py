@@ -12,6 +12,7 @@ from polyquant.finetuning import merge_methods
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading.adapter import located, read_card
+from polyquant.loading.cache import require_kept
 from polyquant.loading.load import load
 from polyquant.loading.quantize import quantize
 from polyquant.measure.quality.records import Quality
@@ -31,6 +32,7 @@ def merge(
     options: Mapping[str, Any], threshold: float, *, force: bool, overwrite: bool,
 ) -> Quality:  # fmt: skip
     """See `polyquant.merge`."""
+    require_kept(options.get("kv_cache", "keep"), "merge")
     into, adapter = merge_methods.target_named(into), located(str(adapter))
     require_free(out, overwrite=overwrite, keeps=(Path(model), adapter))
     backend, options = handles.written(backend, options)

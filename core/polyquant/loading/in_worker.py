@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
     from polyquant.registry.backend import Backend
     from polyquant.registry.observers import Recorder
+    from polyquant.request import LoadRequest
     from polyquant.types import HookRecord
 
 
@@ -133,7 +134,18 @@ class Server:
         asked = msgspec.structs.replace(asked, source=versions.readable(asked.source))
         if asked.attention and self.handle.capabilities.runs_on_torch:
             hf.require_attention(asked.source, asked.attention, trust_remote_code=asked.trust_remote_code)
+        if asked.kv_cache != "keep":
+            self._require_cache(asked)
         return asked
+
+    def _require_cache(self, asked: LoadRequest) -> None:
+        """Raises ConfigError where the model cannot have its key-value cache with this environment's transformers."""
+        from polyquant.loading.cache import require_torch
+        from polyquant.models import hf, kv_cache
+
+        require_torch(asked.kv_cache, self._name)
+        skeleton = hf.skeleton(asked.source, "bfloat16", trust_remote_code=asked.trust_remote_code)
+        kv_cache.refuse(asked.source.name, asked.kv_cache, kv_cache.obstacle(skeleton))
 
 
 CALLS = ("problems", "load", "quantize", "layers", "logits", "stream", "kv_cache_bytes_per_token", "vocabulary",

@@ -14,12 +14,13 @@ from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, Den
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading import adapter
+from polyquant.loading.cache import require_cache
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
 from polyquant.loading.records import total
 from polyquant.loading.settle import Route, Settled, as_stored, make_command, needs_dense_file, route_of, settle
 from polyquant.loading.stored import method_of, reader_of
-from polyquant.loading.trial import require_running
+from polyquant.loading.trial import require_keeping, require_running
 from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
 from polyquant.models.roles import SKIPPED
@@ -95,6 +96,8 @@ def load_model(
         loaded = load_settled(backend, request, settled)
     loaded.requested = config
     loaded.notes[:0] = settled.notes
+    if how.kv_cache != "keep":
+        loaded.notes.append(f"keys and values of all but the newest tokens are kept as {how.kv_cache} codes")
     _require_quantized(loaded, how.allow_dequantize)
     if adapters:
         adapter.attach(loaded, how.adapter, adapters)
@@ -131,6 +134,7 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
         if "peft" in sys.modules:
             adapters.guard()
         require_running(loaded)
+        require_keeping(loaded)
         loaded.tried_bytes = total(loaded.layers)
     return loaded
 
@@ -147,6 +151,7 @@ def prepare(
     backend.require(device)
     if how.attention and backend.capabilities.runs_on_torch:
         model.require_attention(how.attention)
+    require_cache(how.kv_cache, model, backend.name)
     packed_name = model.source.gguf_file
     first = needs_dense_file(model.source, backend, route)
     if first or backend.capabilities.runs_on_torch:
@@ -167,6 +172,7 @@ def prepare(
             trust_remote_code=how.trust_remote_code,
             allow_pickle=how.allow_pickle,
             attention=how.attention,
+            kv_cache=how.kv_cache,
             progress=how.progress,
         ),
         settled,

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from polyquant.errors import ConfigError
-from polyquant.request import MaxMemory, Offload
+from polyquant.options import convert
+from polyquant.request import KvCache, MaxMemory, Offload
 
 
 class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +23,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trust_remote_code: bool = False
     allow_pickle: bool = False
     attention: str = ""
+    kv_cache: KvCache = "keep"
     adapter: tuple[str, ...] = ()
     return_freed_memory: bool = False
     progress: bool = False
@@ -35,7 +36,4 @@ def split_options(options: Mapping[str, Any]) -> tuple[LoadOptions, dict[str, An
         adapter = (adapter,) if str(adapter) else ()
     shared["adapter"] = tuple(map(str, adapter))
     own = {name: value for name, value in options.items() if name not in shared}
-    try:
-        return msgspec.convert(shared, LoadOptions, from_attributes=True), own
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"load option: {error}") from error
+    return convert(LoadOptions, shared), own

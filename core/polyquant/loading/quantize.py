@@ -9,6 +9,7 @@ from typing import Any
 from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
+from polyquant.loading.cache import require_kept
 from polyquant.loading.load import load, prepare
 from polyquant.loading.options import split_options
 from polyquant.loading.settle import route_of
@@ -34,6 +35,7 @@ def quantize(
     if issubclass(handle.info.options, PackableOptions):  # what is written is the library's: it needs no other layout
         options = {"kernel": LIBRARY, **options}
     how, own = split_options(options)
+    require_kept(how.kv_cache, "quantize")
 
     def accept(written: Path) -> None:
         _require_passed(

@@ -37,6 +37,18 @@ def require_running(loaded: LoadedModel) -> None:
         raise _explained(loaded, error, "run") or ModelError(_what(loaded, error, "run")) from error
 
 
+def require_keeping(loaded: LoadedModel) -> None:
+    """Raises ConfigError where the load was asked for a quantized key-value cache and the model does not fill it."""
+    if loaded.kv_cache == "keep":
+        return
+    from polyquant.models.generation import state_after
+    from polyquant.models.kv_cache import require_filled
+
+    tokens = range(min(TRIED_TOKENS, loaded.vocabulary))
+    state = state_after(loaded.model, tokens, loaded.kv_cache)
+    require_filled(state and state.value, len(tokens), loaded.request.source.name if loaded.request else "the model")
+
+
 @contextmanager
 def training(loaded: LoadedModel) -> Iterator[None]:
     """Raises ConfigError, with the modules to skip, where training fails on a layer as it is quantized.

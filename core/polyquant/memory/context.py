@@ -15,7 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyquant.models import versions
-from polyquant.models.generation import run
+from polyquant.models.generation import beginning, run
+from polyquant.models.kv_cache import CodedLayer
+from polyquant.request import KvCache
 
 PROBED_TOKENS = 8  # recurrent layers of some models run a loop over tokens; memory grows in proportion
 
@@ -23,11 +25,12 @@ PROBED_TOKENS = 8  # recurrent layers of some models run a loop over tokens; mem
 class Context(NamedTuple):
     """Bytes for a batch of contexts."""
 
-    kv_cache_bytes: int
+    kv_cache_bytes: int  # where codes are kept, with as many tokens as it ever has in full
     activation_bytes: int  # at the fullest moment of a prefill of the whole context, the cache left out
+    code_bytes: int = 0  # part of kv_cache_bytes that is the same in every compute dtype
 
 
-def context_memory(skeleton: Any, context: int, batch: int) -> Context | None:
+def context_memory(skeleton: Any, context: int, batch: int, kv_cache: KvCache = "keep") -> Context | None:
     """What `batch` contexts of `context` tokens take; None for a model whose forward pass needs real numbers.
 
     skeleton: a causal language model on the meta device, in its compute dtype.
@@ -40,7 +43,7 @@ def context_memory(skeleton: Any, context: int, batch: int) -> Context | None:
     model = skeleton.eval().base_model
     try:
         with torch.inference_mode(), versions.followed_on_meta(), _Live(skeleton) as live:
-            _, state = run(model, ids)
+            _, state = run(model, ids, beginning(model, kv_cache))
             peak = live.peak_bytes
         cache = state.value if state else None
         probed = _cache_bytes(cache)
@@ -48,19 +51,21 @@ def context_memory(skeleton: Any, context: int, batch: int) -> Context | None:
             _extend(cache, context - tokens)
     except Exception:  # of the model's own code, on tensors without values
         return None
-    return Context(_cache_bytes(cache), max(0, peak - probed) * context // tokens)
+    codes = sum(tensor.nbytes for tensor in _tensors(cache, set()) if not tensor.is_floating_point())
+    return Context(_cache_bytes(cache), max(0, peak - probed) * context // tokens, codes)
 
 
 def _extend(cache: Any, tokens: int) -> None:
-    """Let each layer that grows take `tokens` more, as its own class keeps them."""
-    if not tokens:
-        return
-    for layer in versions.cache_layers(cache):
+    """Let each layer that grows take `tokens` more, as its own class keeps them; codes: at their fullest."""
+    for index, layer in enumerate(versions.cache_layers(cache)):
+        if isinstance(layer, CodedLayer):
+            cache.layers[index] = layer.fullest(layer.get_seq_length() + tokens)
+            continue
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.dim() == 4:
+        if tokens and isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.dim() == 4:
             layer.update(_longer(keys, tokens, 2), _longer(values, tokens, 2))
         indexer = getattr(layer, "indexer_keys", None)
-        if isinstance(indexer, torch.Tensor):
+        if tokens and isinstance(indexer, torch.Tensor):
             layer.update_indexer(_longer(indexer, tokens, 1))
 
 
@@ -88,7 +93,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for child in value:
             yield from _tensors(child, seen)
-    elif hasattr(value, "layers") or type(value).__module__.endswith("cache_utils"):
+    elif isinstance(value, CodedLayer) or hasattr(value, "layers") or type(value).__module__.endswith("cache_utils"):
         for child in vars(value).values():
             yield from _tensors(child, seen)
 

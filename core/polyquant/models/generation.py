@@ -12,6 +12,7 @@ from polyquant.errors import ConfigError
 from polyquant.models import versions
 from polyquant.models.limits import limits_of
 from polyquant.models.prompts import encode_prompt
+from polyquant.request import KvCache
 
 OWN_PARAMETERS = ("inputs", "input_ids", "attention_mask", "inputs_embeds", "streamer", "return_dict_in_generate")
 """What `model.generate` is given here, or what would change the kind of its answer."""
@@ -28,11 +29,13 @@ def stream(
     prompt: str | Sequence[dict[str, str]],
     parameters: Mapping[str, Any],
     template: Mapping[str, Any] | None = None,
+    kv_cache: KvCache = "keep",
 ) -> Iterator[str]:
     """Pieces of text as `model.generate` makes them; its error, if any, is raised here.
 
-    template: switches of the chat template. Raises ConfigError, before anything is generated, for parameters that do
-    not go with one text, and for more tokens than the model has positions for.
+    template: switches of the chat template. kv_cache: where `parameters` choose no other cache. Raises ConfigError,
+    before anything is generated, for parameters that do not go with one text, and for more tokens than the model has
+    positions for.
     """
     import torch
 
@@ -42,6 +45,8 @@ def stream(
     limits_of(model).require(tokens, new=asked.new_tokens(len(tokens)))
     ids = torch.tensor([tokens], device=model.device)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "tokenizer": tokenizer, **parameters}
+    if kv_cache != "keep" and not asked.chooses_cache:
+        given[STATES[0]] = new_cache(model, kv_cache)
     if asked["num_beams"] > 1:  # which text it is to be shows at the end only
         return _at_once(model, tokenizer, len(tokens), given)
     return _as_it_comes(model, tokenizer, given)
@@ -69,6 +74,12 @@ class _Asked:
                 f"generate gives one text, and num_return_sequences={count} asks for {count}: call it as often, with "
                 "do_sample=True, or call model.generate"
             )
+
+    @property
+    def chooses_cache(self) -> bool:
+        """Whether what is kept between tokens was chosen: a cache that is there, a kind of cache, or none."""
+        chosen = any(self._given.get(name) is not None for name in (STATES[0], "cache_implementation"))
+        return chosen or self._given.get("use_cache") is False
 
     def new_tokens(self, prompt: int) -> int:
         """How many tokens at most follow `prompt` ones."""
@@ -152,21 +163,34 @@ def run(model: Any, ids: Any, state: State | None = None, **more: Any) -> tuple[
     return again, State(STATES[0], cache)
 
 
-def state_after(model: Any, tokens: Sequence[int]) -> State | None:
+def new_cache(model: Any, kv_cache: KvCache) -> Any:
+    """An empty key-value cache, which `model` takes as past_key_values."""
+    from polyquant.models import kv_cache as coded
+
+    return coded.new_cache(model.config, kv_cache)
+
+
+def beginning(model: Any, kv_cache: KvCache) -> State | None:
+    """The state that a new context begins with; None where the model makes its own."""
+    return None if kv_cache == "keep" else State(STATES[0], new_cache(model, kv_cache))
+
+
+def state_after(model: Any, tokens: Sequence[int], kv_cache: KvCache = "keep") -> State | None:
     """What the model keeps after `tokens`; None where it shows none."""
     import torch
 
     with torch.inference_mode():
-        return run(model, torch.tensor([list(tokens)], device=model.device))[1]
+        ids = torch.tensor([list(tokens)], device=model.device)
+        return run(model, ids, beginning(model, kv_cache))[1]
 
 
-def session(model: Any) -> Callable[[Sequence[int]], None]:
+def session(model: Any, kv_cache: KvCache = "keep") -> Callable[[Sequence[int]], None]:
     """A new context of `model`, with the state that it keeps; one that keeps none runs all tokens at each call."""
     import torch
 
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     limits = limits_of(model)
-    seen, state = list[int](), None
+    seen, state = list[int](), beginning(model, kv_cache)
 
     def feed(tokens: Sequence[int]) -> None:
         nonlocal state

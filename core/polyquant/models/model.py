@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from polyquant.models.outline import Outline, outline_of
 from polyquant.models.resolve import dense_of, resolve
 from polyquant.options import Dtype
-from polyquant.request import ModelSource
+from polyquant.request import KvCache, ModelSource
 from polyquant.types import DTYPE_BYTES, WeightInfo
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -58,6 +58,18 @@ class Model:
         from polyquant.models import hf
 
         hf.require_attention(self.source, attention, trust_remote_code=self._trust)
+
+    def require_kv_cache(self, kv_cache: KvCache) -> None:
+        """Raises ConfigError where the model cannot keep its keys and values as codes here."""
+        from polyquant.models.kv_cache import refuse
+
+        refuse(self.name, kv_cache, self._cache_obstacle)
+
+    @cached_property
+    def _cache_obstacle(self) -> str:
+        from polyquant.models.kv_cache import obstacle
+
+        return obstacle(self.skeleton("bfloat16"))
 
     def weights(self, dtype: Dtype) -> tuple[WeightInfo, ...]:
         """Its tensors, dense ones in `dtype`; listed once for each dtype.

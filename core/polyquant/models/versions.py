@@ -30,6 +30,8 @@ with quiet_imports():
     import transformers.quantizers.auto  # it imports every quantization library that is installed
 
 VERSION_5 = Version(transformers.__version__) >= Version("5.0.0.dev0")
+QuantizedLayer: Any = getattr(importlib.import_module("transformers.cache_utils"), "QuantizedLayer", object)
+"""A layer of a key-value cache that keeps codes; `object` before 4.56, where there is none to derive from."""
 
 
 def dtype_argument(dtype: Any) -> dict[str, Any]:

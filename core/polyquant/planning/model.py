@@ -9,6 +9,7 @@ from polyquant.models.model import Model
 from polyquant.models.outline import outline
 from polyquant.options import Dtype
 from polyquant.planning.process import bare_bytes
+from polyquant.request import KvCache
 from polyquant.types import DTYPE_BYTES
 
 
@@ -20,18 +21,21 @@ class PlannedModel(Model):
 
     def __init__(self, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
         super().__init__(outline(model, revision=revision), trust_remote_code=trust_remote_code)
-        self._contexts: dict[tuple[int, int], Context | None] = {}
+        self._contexts: dict[tuple[int, int, KvCache], Context | None] = {}
         self.weights("bfloat16")  # imports the model's code, as every load does, before the process is weighed
         self.process_bytes = bare_bytes()
 
-    def context(self, dtype: Dtype, tokens: int, batch: int) -> Context | None:
+    def context(self, dtype: Dtype, tokens: int, batch: int, kv_cache: KvCache = "keep") -> Context | None:
         """What a context takes; None where the model's forward pass cannot be followed without weights.
 
         Followed in bfloat16, the one dtype in which experts' matmuls have a shape-only form, and scaled.
         """
         from polyquant.memory.context import context_memory
 
-        if (tokens, batch) not in self._contexts:
-            self._contexts[tokens, batch] = context_memory(self.skeleton("bfloat16"), tokens, batch)
-        found, times = self._contexts[tokens, batch], DTYPE_BYTES[dtype] // 2
-        return found and Context(found.kv_cache_bytes * times, found.activation_bytes * times)
+        asked, times = (tokens, batch, kv_cache), DTYPE_BYTES[dtype] // 2
+        if asked not in self._contexts:
+            self._contexts[asked] = context_memory(self.skeleton("bfloat16"), *asked)
+        if (found := self._contexts[asked]) is None:
+            return None
+        wide = found.kv_cache_bytes - found.code_bytes
+        return Context(found.code_bytes + wide * times, found.activation_bytes * times, found.code_bytes)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil, prod
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from polyquant.errors import ConfigError, UnsupportedOperation
+from polyquant.loading.cache import require_cache
 from polyquant.loading.settle import Settled, as_stored, make_command, route_of, settle
 from polyquant.memory.predicted import predict, weights_of
 from polyquant.planning.devices import Budget, arrange
@@ -16,6 +17,7 @@ from polyquant.planning.model import PlannedModel
 from polyquant.planning.process import process_bytes
 from polyquant.planning.records import Plan, PlannedTensor, total
 from polyquant.registry.backend import Backend
+from polyquant.request import KvCache
 from polyquant.support.devices import choose_device
 from polyquant.types import DTYPE_BYTES, LayerPlan, Record
 
@@ -27,6 +29,7 @@ class Asked(Record, frozen=True):
 
     context: int = 4096
     batch: int = 1
+    kv_cache: KvCache = "keep"
     device: str = "auto"
     offload: str = "error"
 
@@ -35,6 +38,8 @@ class Asked(Record, frozen=True):
             raise ConfigError(f"context and batch are 1 or more, got context={self.context}, batch={self.batch}")
         if self.offload not in ("error", "cpu"):
             raise ConfigError(f"offload must be 'error' or 'cpu', got {self.offload!r}")
+        if self.kv_cache not in get_args(KvCache):
+            raise ConfigError(f"kv_cache must be 'keep', 'int8' or 'int4', got {self.kv_cache!r}")
 
 
 def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], asked: Asked, budget: Budget) -> Plan:
@@ -46,6 +51,7 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     device = budget.kind or choose_device(asked.device, backend.capabilities)
     if asked.offload == "cpu" and not backend.capabilities.offloads:
         raise ConfigError(f"{backend.name} cannot offload; leave offload at 'error'")
+    require_cache(asked.kv_cache, model, backend.name)
     route = route_of(model.source, backend)
     settled = settle(model, backend, backend.config(given), given, device, route)
     notes, dtype = list(settled.notes), settled.dtype
@@ -55,13 +61,13 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     plans = _layer_plans(model, backend, settled, given, notes)
     tensors = tuple(_tensor(model, settled, plan) for plan in plans)
     on_torch = backend.capabilities.runs_on_torch
-    context = model.context(dtype if on_torch else "float16", asked.context, asked.batch)
+    context = model.context(dtype if on_torch else "float16", asked.context, asked.batch, asked.kv_cache)
     if context is None:
         notes.append("the key-value cache is not counted: the model's forward pass cannot be followed without weights")
     sizes = weights_of(tensors, settled.checkpoint, dtype, backend.capabilities)
     process = process_bytes(model.process_bytes, backend, device)
-    kv_cache, activations = context or (0, 0)
-    peaks = predict(device, process, sizes, kv_cache, activations)
+    kept, activations = (context.kv_cache_bytes, context.activation_bytes) if context else (0, 0)
+    peaks = predict(device, process, sizes, kept, activations)
     placement = arrange(model, plans, dtype, device, budget, asked.offload)
     quantized = [tensor for tensor in tensors if tensor.quantized]
     if not quantized:
@@ -77,6 +83,7 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         compute_dtype=dtype,
         context=asked.context,
         batch=asked.batch,
+        kv_cache=asked.kv_cache,
         tensors=tensors,
         weights_planned_bytes=total(tensors),
         weights_dense_bytes=sum(2 * prod(w.shape) for w in weights if not w.tied_to and w.role != "buffer"),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from polyquant.comparison.candidates import Candidate
 from polyquant.options import NumberFormat, RoundingMethod
+from polyquant.request import KvCache
 from polyquant.types import DeviceMap, LayerPlan, Record
 
 Status = Literal["fits", "too big", "does not run", "not planned", "left out"]
@@ -63,6 +64,7 @@ class Plan(Record, frozen=True):
     placed: tuple[Placed, ...] = ()
     spilled: tuple[str, ...] = ()  # modules that do not fit the device asked for
     notes: tuple[str, ...] = ()
+    kv_cache: KvCache = "keep"  # how keys and values are kept
 
     @property
     def ratio(self) -> float:

@@ -33,13 +33,20 @@ def this_machine(libraries: Iterable[str] = ()) -> Machine:
     versions = {name: version for name in names if (version := installed_version(name))}
     return Machine(
         processor=_processor(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=len(usable_cores()),
         memory_bytes=psutil.virtual_memory().total,
         system=platform.platform(terse=True),
         python=platform.python_version(),
         versions=versions,
         accelerators=_accelerators(),
     )
+
+
+def usable_cores() -> set[int]:
+    """Numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def _accelerators() -> tuple[str, ...]:

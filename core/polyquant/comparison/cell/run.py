@@ -18,8 +18,9 @@ from polyquant.loading.load import load
 from polyquant.loading.verify import verify
 from polyquant.measure.speed import measure_speed
 from polyquant.support.files import write_atomically
-from polyquant.support.machine import this_machine
+from polyquant.support.machine import this_machine, usable_cores
 from polyquant.support.malloc import freeing_at_once
+from polyquant.support.other_work import OtherWork
 from polyquant.support.processes import ParentProgress, end_with_parent
 from polyquant.support.progress import SILENT, Progress, Step
 
@@ -132,7 +133,9 @@ def _measure(part: str, loaded: LoadedModel, job: Job, measured: dict[str, Any],
             measured["layers"] = layers_of(loaded, job.dense)
     elif part == "speed":
         progress.step(Step(what="speed"))
+        others = OtherWork()
         measured["speed"] = measure_speed(loaded.session, loaded.vocabulary, limit_seconds=job.speed_limit_seconds)
+        measured["other_work_share"] = others.share(min(measured["threads"], len(usable_cores())))
     else:
         from polyquant.comparison.cell.tasks import measure_tasks
 

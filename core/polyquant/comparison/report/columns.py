@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from polyquant.comparison.records import Goal, Run
+from polyquant.comparison.records import OTHER_WORK, Goal, Run
 from polyquant.comparison.report.formats import percent, ratio, significant, times, with_error
 from polyquant.support.sizes import size
 
@@ -17,6 +17,8 @@ the plot, and the texts of its points; wide terminal: only where a terminal has 
 """
 Noise = Literal["standard error", "standard deviation", "exact", "share"]
 """What two comparisons may differ by, and mean nothing: see `difference`."""
+MARK = "*"
+"""After a speed that was measured beside other work; `measured_on.other_work` says what it means."""
 STANDARD_ERROR = "_standard_error"  # ends the key of the standard error of a task's score
 
 
@@ -36,6 +38,7 @@ class Column(NamedTuple):
     goal: Goal | None = None  # the goal whose best candidate it decides
     axis: str = ""  # its name where KL can be plotted against it
     axis_title: str = ""
+    timed: bool = False  # whether other work on the same cores changes it: it is marked there
     noise: Noise | None = None  # None: two comparisons are not compared by it
 
     def text(self, values: Mapping[str, Any]) -> str:
@@ -44,8 +47,10 @@ class Column(NamedTuple):
         if value is None or value == "":
             return ""
         if self.format is not None:
-            return self.format(value)
-        return with_error(value, values.get(self.error)) if self.error else str(value)
+            text = self.format(value)
+        else:
+            text = with_error(value, values.get(self.error)) if self.error else str(value)
+        return f"{text} {MARK}" if self.timed and (values.get("other_work_share") or 0.0) > OTHER_WORK else text
 
 
 COLUMNS = (
@@ -140,6 +145,7 @@ COLUMNS = (
         better="higher",
         axis="prompt speed",
         axis_title="prompt tokens/s",
+        timed=True,
         noise="standard deviation",
     ),
     Column(key="prompt_tokens_per_second_standard_deviation"),
@@ -154,6 +160,7 @@ COLUMNS = (
         goal="speed",
         axis="generation speed",
         axis_title="generated tokens/s",
+        timed=True,
         noise="standard deviation",
     ),
     Column(key="generated_tokens_per_second_standard_deviation"),
@@ -162,6 +169,7 @@ COLUMNS = (
         heading="first token",
         unit="s after a prompt of 512",
         format=significant,
+        timed=True,
         places=("page details",),
     ),
     Column(key="load_seconds", heading="load", unit="s", format=significant, places=("page details",)),
@@ -171,6 +179,9 @@ COLUMNS = (
     Column(key="compute_dtype", heading="compute dtype", places=("page conditions",)),
     Column(key="device", heading="device", places=("page conditions",)),
     Column(key="threads", heading="threads", places=("page conditions",)),
+    Column(
+        key="other_work_share", heading="other work", unit="of the cores", format=percent, places=("page conditions",)
+    ),
     Column(key="notes"),
     Column(key="command"),
 )

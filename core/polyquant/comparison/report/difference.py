@@ -106,7 +106,8 @@ def compare_runs(before: Run, after: Run) -> Difference:
     Candidates match by name, or else by backend, options and checkpoint. Noise: STANDARD_ERRORS of the difference for
     KL, top-1 and tasks; for speeds STANDARD_DEVIATIONS of the difference, at least SPEED_SHARE; for peaks PEAK_SHARE;
     for stored bytes none. On the same tokens the standard errors overstate the noise: what is flagged did change.
-    KL and top-1 are left out where model, reference, convention or text differ.
+    KL and top-1 are left out where model, reference, convention or text differ, speeds where one of the two was
+    measured beside other work.
     """
     pairs, only_before, only_after = _matched(before, after)
     conditions = tuple(_conditions(before, after))
@@ -118,11 +119,7 @@ def compare_runs(before: Run, after: Run) -> Difference:
         before=before.folder,
         after=after.folder,
         conditions=conditions,
-        changes=tuple(
-            change
-            for one, other in pairs
-            for change in _changes(one.candidate.name, values_of(one), values_of(other), columns)
-        ),
+        changes=tuple(change for one, other in pairs for change in _changes(one, other, columns)),
         other_changes=tuple(change for one, other in pairs for change in _other_changes(one, other)),
         only_before=tuple(row.candidate.name for row in only_before),
         only_after=tuple(row.candidate.name for row in only_after),
@@ -145,21 +142,26 @@ def _matched(before: Run, after: Run) -> tuple[list[tuple[Row, Row]], list[Row],
     return pairs, alone, rest
 
 
+def _comparable(columns: Sequence[Column], *rows: Row) -> list[Column]:
+    """Without speeds where one of the rows was timed beside other work."""
+    beside = any(row.result is not None and row.result.beside_other_work for row in rows)
+    return [column for column in columns if not (beside and column.timed)]
+
+
 def _asked(row: Row) -> tuple[object, ...]:
     return (row.candidate.backend, dict(row.candidate.options), row.candidate.model)
 
 
-def _changes(
-    candidate: str, before: dict[str, Any], after: dict[str, Any], columns: Sequence[Column]
-) -> Iterator[Change]:
+def _changes(one: Row, other: Row, columns: Sequence[Column]) -> Iterator[Change]:
     """Of every column that both have, with its error where it has one."""
-    for column in columns:
+    before, after = values_of(one), values_of(other)
+    for column in _comparable(columns, one, other):
         keys = [column.key, *([column.error] if column.error else [])]
         if any(values.get(key) is None for values in (before, after) for key in keys):
             continue
         old, new = float(before[column.key]), float(after[column.key])
         yield Change(
-            candidate=candidate, figure=column.key, before=old, after=new, noise=_noise(column, before, after),
+            candidate=one.candidate.name, figure=column.key, before=old, after=new, noise=_noise(column, before, after),
             worse=new > old if column.better == "lower" else new < old,
         )  # fmt: skip
 
@@ -225,6 +227,9 @@ def _conditions(before: Run, after: Run) -> Iterator[Condition]:
         texts = ["; ".join(sorted({text_of(machine) for machine in of_run})) for of_run in machines]
         if texts[0] != texts[1]:
             yield Condition(name=name, before=texts[0], after=texts[1])
+    beside = [measured_on.other_work(run).partition("; ")[0] for run in (before, after)]
+    if any(beside):
+        yield Condition(name="other work", before=beside[0] or "none known", after=beside[1] or "none known")
     versions = [measured_on.versions_of(of_run) for of_run in machines]
     for library in sorted(versions[0].keys() & versions[1].keys()):
         if versions[0][library] != versions[1][library]:

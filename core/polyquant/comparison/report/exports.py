@@ -9,7 +9,7 @@ from typing import Any
 
 from polyquant.comparison.records import Run
 from polyquant.comparison.report import measured_on
-from polyquant.comparison.report.columns import COLUMNS, columns_of, shown
+from polyquant.comparison.report.columns import COLUMNS, MARK, columns_of, shown
 from polyquant.comparison.report.rows import by_quality, first_line, plain_rows
 
 
@@ -35,7 +35,7 @@ def as_plain(run: Run) -> dict[str, Any]:
         "command": run.command,
         "setting": run.setting,
         "machine": run.machine,
-        "notes": run.notes,
+        "notes": [*run.notes, *filter(None, [measured_on.other_work(run)])],
         "rows": plain_rows(run),
     }
 
@@ -57,6 +57,8 @@ def as_markdown(run: Run) -> str:
     text = ["| " + " | ".join(line) + " |" for line in padded]
     failed = [values for values in rows if values["status"] != "done"]
     text += ["", measured_on.one_line(run), *(["", *map(_failure, failed)] if failed else [])]
+    if beside := measured_on.other_work(run):
+        text += ["", f"{_escaped(MARK)} {_escaped(beside)}."]
     text += ["", *(f"Note: {_escaped(note)}." for note in run.notes)] if run.notes else []
     return "\n".join(text) + "\n"
 

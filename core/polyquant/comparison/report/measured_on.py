@@ -38,6 +38,21 @@ def quality(run: Run) -> str:
     return f"KL against {setting.reference} on {setting.text} ({setting.preset}, {cut}{tokens} scored)"
 
 
+def other_work(run: Run) -> str:
+    """Which speeds were measured beside other work, and what to do; empty where none were, or it is not known."""
+    beside = [
+        f"{row.candidate.name} ({row.result.other_work_share:.0%})"
+        for row in run.rows
+        if row.result is not None and row.result.beside_other_work
+    ]
+    if not beside:
+        return ""
+    return (
+        f"speed was measured beside other work, which took this much of the cores: {', '.join(beside)}; for speeds of "
+        "this machine end the other work and compare in a new folder (--out)"
+    )
+
+
 def short_machine(machine: Machine) -> str:
     """Processor, cores, memory."""
     return f"{machine.processor}, {machine.cores} core{'s'[: machine.cores != 1]}, {size(machine.memory_bytes)}"

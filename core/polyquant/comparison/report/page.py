@@ -11,7 +11,7 @@ import msgspec
 
 from polyquant.comparison.records import Run
 from polyquant.comparison.report import difference_tables, measured_on, page_table
-from polyquant.comparison.report.columns import AXES
+from polyquant.comparison.report.columns import AXES, MARK
 from polyquant.comparison.report.difference import Difference
 from polyquant.comparison.report.exports import as_csv, as_markdown, as_plain
 from polyquant.comparison.report.plot import FRONTIER, plot_data
@@ -48,6 +48,8 @@ def html(run: Run) -> str:
         quality=measured_on.quality(run),
         machine=measured_on.short_machine(run.machine),
         all_notes=run.notes,
+        mark=MARK,
+        other_work=measured_on.other_work(run),
         axes=AXES,
         frontier=FRONTIER,
         headings=page_table.headings_of(run),

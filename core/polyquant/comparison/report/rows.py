@@ -38,7 +38,8 @@ def values_of(row: Row, dense_bytes: int | None = None) -> dict[str, Any]:
     dense = memory.weights_bfloat16_bytes if memory else dense_bytes
     values |= {
         "backend": result.job.backend, "kernel": result.kernel, "compute_dtype": result.compute_dtype,
-        "device": result.device, "threads": result.threads or None, "notes": "; ".join(result.notes),
+        "device": result.device, "threads": result.threads or None,
+        "other_work_share": result.other_work_share, "notes": "; ".join(result.notes),
         "load_seconds": result.load_seconds, "quantize_seconds": result.quantize_seconds,
         "weights_stored_bytes": stored, "ratio_to_bfloat16": stored / dense if stored and dense else None,
         "bits_per_weight": result.bits_per_weight,
