@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -13,7 +14,7 @@ from msgspec import Meta
 from polyquant.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from polyquant.types import WeightInfo
+    from polyquant.types import LayerPlan, WeightInfo
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
@@ -143,6 +144,60 @@ def packs_any(options: BackendOptions) -> bool:
     return is_packed(options) or any(getattr(options, name, KEEP) != KEEP for name in ("embeddings", "head"))
 
 
+Format = TypeVar("Format", bound=str)
+LayerFormats = tuple[tuple[str, Format], ...]
+"""(pattern as in `skip`, format) of modules whose format is another; where several match, the last. A dictionary, or
+texts `pattern=format`, become this."""
+
+
+class MixableOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of a backend whose checkpoints hold layers in several formats.
+
+    A backend redefines `layers` with its own formats, and takes what `format_of` names instead of its usual format.
+    """
+
+    layers: Annotated[LayerFormats[str], Meta(description="modules in another format, as in mlp.down_proj=FORMAT")] = ()
+
+    format_options: ClassVar[tuple[str, ...]] = ()
+    """The options that choose a format: of linear layers first; others, such as the embedding's, after it."""
+
+    def with_full_names(self, weights: Sequence[WeightInfo]) -> Self:
+        """As of every backend, and `layers` as one format for each module, by its full name.
+
+        Raises ConfigError too for a pattern that matches nothing but modules which have no format.
+        """
+        formats = self._formats_in(weights)
+        named = [
+            msgspec.structs.replace(weight, default_skip=False) if module_of(weight) in formats else weight
+            for weight in weights
+        ]
+        return msgspec.structs.replace(super().with_full_names(named), layers=tuple(formats.items()))
+
+    def _formats_in(self, weights: Sequence[WeightInfo]) -> dict[str, str]:
+        """Full module name -> format, in the order of `weights`."""
+        skipped = matching_modules(weights, self.skip)
+        able = {module_of(each) for each in weights
+                if each.role in ("linear", "head", "embedding") and not each.tied_to} - set(skipped)  # fmt: skip
+        formats: dict[str, str] = {}
+        for pattern, chosen in self.layers:
+            hits = matching_modules(weights, (pattern,), "layers")
+            if not able.intersection(hits):
+                tied = [f"{each.name} is tied to {each.tied_to}" for each in weights
+                        if each.tied_to and module_of(each) in hits]  # fmt: skip
+                why = f"{tied[0]}: name that one" if tied else "skip has them, or their kind always stays dense"
+                raise ConfigError(f"layers pattern {pattern!r} matches {', '.join(hits[:3])} only, and {why}")
+            formats |= {name: chosen for name in hits if name in able}
+        return {name: formats[name] for name in map(module_of, weights) if name in formats}
+
+    def format_of(self, weight: WeightInfo) -> str | None:
+        """The format that `layers`, with full names, has for a tensor's module; None where it names none."""
+        return dict(self.layers).get(module_of(weight))
+
+    def skips(self, weight: WeightInfo) -> bool:
+        """As of every backend; a module that `layers` names is taken."""
+        return self.format_of(weight) is None and super().skips(weight)
+
+
 PACKED, KEEP = "packed", "keep"
 Options = TypeVar("Options", bound=msgspec.Struct)
 
@@ -153,8 +208,14 @@ class Option(msgspec.Struct, frozen=True):
     name: str
     default: object
     values: tuple[object, ...]  # the allowed values; empty where any value of `kind` goes
-    kind: str  # integer, number, text, true/false, list
+    kind: str  # integer, number, text, true/false, list, table
     description: str
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line. A table is given entry by entry: --layer PATTERN=FORMAT, of `layers`."""
+        name = self.name.removesuffix("s") if self.kind == "table" else self.name
+        return f"--{name.replace('_', '-')}"
 
 
 @cache
@@ -176,11 +237,19 @@ def _describe(field: msgspec.structs.FieldInfo) -> Option:
     for part in _alternatives(hint):
         if get_origin(part) is Literal:
             values += get_args(part)
+        elif is_pairs(part):
+            kinds.add("table")
+            values += get_args(get_args(get_args(part)[0])[1])
         elif part is not type(None):
             kinds.add(names.get(get_origin(part) or part, "text"))
     if bool in {type(value) for value in values} or kinds == {"true/false"}:
         values = []
     return Option(field.name, field.default, tuple(values), " or ".join(sorted(kinds)), description)
+
+
+def is_pairs(hint: Any) -> bool:
+    """Whether a type is that of pairs, as `LayerFormats` is."""
+    return get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is tuple
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -206,10 +275,26 @@ def convert(options_type: type[Options], options: Mapping[str, object], *, stric
     for name, value in values.items():
         if known[name].kind == "list" and isinstance(value, str):
             values[name] = tuple(part.strip() for part in value.split(",") if part.strip())
+        elif known[name].kind == "table":
+            values[name] = _pairs(value)
     try:
         return msgspec.convert(values, options_type, strict=strict)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(error, values, known)) from error
+
+
+def _pairs(value: object) -> object:
+    """Pairs of a dictionary, or of texts `pattern=format`, between which there are commas or semicolons."""
+    if isinstance(value, Mapping):
+        return tuple(value.items())
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, (list, tuple)):
+        return value
+    found: list[object] = []
+    for entry in entries:
+        texts = [text for text in re.split("[,;]", entry) if text.strip()] if isinstance(entry, str) else None
+        found += [entry] if texts is None else [tuple(map(str.strip, text.rpartition("=")[::2])) for text in texts]
+    return tuple(found)
 
 
 def _explain(error: msgspec.ValidationError, values: Mapping[str, object], known: Mapping[str, Option]) -> str:
@@ -220,9 +305,23 @@ def _explain(error: msgspec.ValidationError, values: Mapping[str, object], known
     option, got = known[name], values.get(name)
     if option.values:
         allowed = " or ".join([", ".join(map(repr, option.values[:-1])), repr(option.values[-1])]).removeprefix(" or ")
-        hint = did_you_mean(str(got), (str(value) for value in option.values if isinstance(value, str)))
+        texts = [str(value) for value in option.values if isinstance(value, str)]
+        if option.kind == "table":
+            wrong = _wrong_pair(got, texts)
+            given = f"{wrong[0]}={wrong[1]}" if wrong else repr(got)
+            hint = did_you_mean(wrong[1], texts) if wrong else ""
+            return f"{name}: a format is {allowed}, as in {option.flag} PATTERN=FORMAT; got {given}.{hint}"
+        hint = did_you_mean(str(got), texts)
         return f"{name} must be {allowed}, got {got!r}.{hint}"
     return f"{name} must be {option.kind}, got {got!r} ({message})."
+
+
+def _wrong_pair(pairs: object, formats: Sequence[str]) -> tuple[str, str] | None:
+    """The first pair of texts whose second is no format."""
+    for pair in pairs if isinstance(pairs, (list, tuple)) else ():
+        if isinstance(pair, (list, tuple)) and len(pair) == 2 and pair[1] not in formats:
+            return str(pair[0]), str(pair[1])
+    return None
 
 
 def resolved_dtype(options: BackendOptions) -> Dtype:
@@ -234,8 +333,13 @@ def resolved_dtype(options: BackendOptions) -> Dtype:
     return options.compute_dtype
 
 
-def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...]) -> list[str]:
-    """Names of the matrix-bearing modules that any of `patterns` matches.
+def module_of(weight: WeightInfo | LayerPlan) -> str:
+    """The name of the module that owns a tensor."""
+    return weight.name.rpartition(".")[0]
+
+
+def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...], option: str = "skip") -> list[str]:
+    """Names of the matrix-bearing modules that any of `patterns`, the value of an option, matches.
 
     A pattern is a run of name parts, anywhere in the name: 'layers.0', 'down_proj', 'layers.*.mlp', 'lm_head'.
     Raises ConfigError for a pattern that matches nothing.
@@ -251,7 +355,7 @@ def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...]) -
         if not hits:
             parts = sorted({part for name in names for part in name.split(".")})
             raise ConfigError(
-                f"skip pattern {pattern!r} matches no module; name parts here are {', '.join(parts[:24])}."
+                f"{option} pattern {pattern!r} matches no module; name parts here are {', '.join(parts[:24])}."
                 f"{did_you_mean(pattern, parts)}"
             )
         matched.update(dict.fromkeys(hits))

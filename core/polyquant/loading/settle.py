@@ -180,6 +180,8 @@ def as_flags(options: Mapping[str, object]) -> str:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f" --{flag}" if value else f" --no-{flag}")
+        elif isinstance(value, tuple) and value and isinstance(value[0], tuple):
+            words += [f" --{flag.removesuffix('s')} {pattern}={chosen}" for pattern, chosen in value]
         else:
             words.append(f" --{flag} {','.join(value) if isinstance(value, (list, tuple)) else value}")
     return "".join(words)

@@ -21,16 +21,19 @@ from polyquant.models.roles import REASONS, TIED
 from polyquant.options import (
     BackendOptions,
     Dtype,
+    LayerFormats,
+    MixableOptions,
     NumberFormat,
     PackableOptions,
     RoundingMethod,
     convert,
     is_packed,
+    module_of,
     resolved_dtype,
 )
 from polyquant.packed_weights.format import group_of_runs
 from polyquant.plugin.backend import PluginBackend
-from polyquant.plugin.planning import module_of, quantized_modules, repacked_modules, unfit
+from polyquant.plugin.planning import quantized_modules, repacked_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.support.devices import device_problems
 from polyquant.support.libraries import contained, import_problems, library_problems, require_library
@@ -62,11 +65,13 @@ __all__ = [
     "Dtype",
     "Feed",
     "Isolated",
+    "LayerFormats",
     "LayerInfo",
     "LayerPlan",
     "Library",
     "LoadRequest",
     "LoadedModel",
+    "MixableOptions",
     "ModelSource",
     "NumberFormat",
     "PackableOptions",
