@@ -194,6 +194,7 @@ def search(
     tokens: int = 256,
     windows: int = 4,
     progress: Progress | None = None,
+    revision: str | None = None,
     **options: Any,
 ) -> Assignment:
     """The format of each layer that brings a model closest to the dense one in a budget of bytes; measured.
@@ -217,7 +218,7 @@ def search(
 
     how = convert(SearchOptions, {"formats": tuple(formats), "by": by, "tokens": tokens, "windows": windows})
     target = Path(out) if out is not None else None
-    return run(model, memory, backend, options, how, calibration, target, progress, overwrite=overwrite)
+    return run(model, revision, memory, backend, options, how, calibration, target, progress, overwrite=overwrite)
 
 
 def compare(

@@ -97,9 +97,10 @@ def spread(command: Callable[..., Any], parameter: str, options_type: type[msgsp
     return _signed(run, [each for name, each in signature.items() if name != parameter] + own)
 
 
-def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
+def loads_models(command: Callable[..., Any], backend: str | None, *, chooses: bool = False) -> Callable[..., Any]:
     """`command` with its `loading` parameter spread into options: how to load, and those of `backend`.
 
+    chooses: the command chooses the formats itself, and takes no options that do.
     A parameter `training` is spread too, into those of a fine-tuning run.
     """
     if "training" in inspect.signature(command).parameters:
@@ -108,7 +109,10 @@ def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[.
     plain = [parameter for name, parameter in signature.items() if name != "loading"]
     shared = [parameter for parameter in _shared() if parameter.name not in signature]
     described = [*describe_options(info.options), *_query_words(info)] if info else []
-    own = [_own(option, f"Options of {info.name}") for option in described] if info else []
+    left_out = (*getattr(info.options, "format_options", ()), *words_of(info)) if info and chooses else ()
+    own = (
+        [_own(option, f"Options of {info.name}") for option in described if option.name not in left_out] if info else []
+    )
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:

@@ -38,17 +38,21 @@ class Formats:
     """
 
     def __init__(
-        self, model: str | Path, backend: Backend, given: Mapping[str, Any], how: LoadOptions, asked: Sequence[str]
-    ) -> None:
+        self, model: str | Path, revision: str | None, backend: Backend, given: Mapping[str, Any], how: LoadOptions,
+        asked: Sequence[str],
+    ) -> None:  # fmt: skip
         self.backend, self.given, self._how = backend, given, how
         self._option = option_of(backend)
         config = _mixable(backend.config(given))  # raises for wrong options before any file is read
         names = _names(backend.info, self._option[0], asked)
+        if how.adapter:
+            raise ConfigError("a search is of the model alone: leave adapter out, and train or merge on what it finds")
         if wrong := [name for name in self._option if name in given]:
             raise ConfigError(f"a search chooses {', '.join(wrong)}: say what is tried with formats (--formats)")
         self._model = Model.find(
-            model, allow_pickle=how.allow_pickle, trust_remote_code=how.trust_remote_code, progress=how.progress
-        )
+            model, revision=revision, allow_pickle=how.allow_pickle, trust_remote_code=how.trust_remote_code,
+            progress=how.progress,
+        )  # fmt: skip
         self.name = self._model.name
         self._route = route_of(self._model.source, backend)
         if self._route not in ("on the fly", "dense first"):

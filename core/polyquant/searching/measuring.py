@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 
 from polyquant.comparison.cell.quality import measure_quality
 from polyquant.comparison.cell.reference import dense_reference
@@ -37,7 +36,7 @@ class Measuring:
     """
 
     def __init__(
-        self, model: str | Path, formats: Formats, load: Callable[[dict[str, object]], LoadedModel],
+        self, formats: Formats, load: Callable[[dict[str, object]], LoadedModel],
         options: SearchOptions, texts: Sequence[str], progress: Progress,
     ) -> None:  # fmt: skip
         self._formats, self._load, self._progress = formats, load, progress
@@ -45,7 +44,7 @@ class Measuring:
         tokenizer = load_tokenizer(self._planned.source)
         count = -(-options.tokens // WINDOW)
         self._windows = token_windows(tokenizer, texts, length=WINDOW, count=count)
-        source = resolve_dense(model)
+        source = resolve_dense(self._planned.source.path)
         self._folder, self._key = dense_reference(source, evaluation_text(), limit=options.windows, progress=progress)
         libraries = [library.distribution for library in formats.backend.info.libraries]
         self._store = Store((

@@ -27,8 +27,8 @@ from polyquant.support.sizes import parse_size, size
 
 
 def search(
-    model: str | Path, memory: int | str, backend: str, given: Mapping[str, Any], options: SearchOptions,
-    texts: Sequence[str], out: Path | None, progress: Progress | None, *, overwrite: bool,
+    model: str | Path, revision: str | None, memory: int | str, backend: str, given: Mapping[str, Any],
+    options: SearchOptions, texts: Sequence[str], out: Path | None, progress: Progress | None, *, overwrite: bool,
 ) -> Assignment:  # fmt: skip
     """See `polyquant.search`."""
     budget, progress = parse_size(memory), progress or SILENT
@@ -38,21 +38,21 @@ def search(
     shared = {name: value for name, value in given.items() if name not in own}
     if out is not None:
         require_free(out, overwrite=overwrite, keeps=(Path(model),))
-    formats = Formats(model, handle, own, how, options.formats)
+    formats = Formats(model, revision, handle, own, how, options.formats)
     units = units_of(formats.searched, grouped=options.by == "group")
     least = formats.rest_bytes + sum(
         min(formats.nbytes(name, unit.modules) for name in formats.uniform) for unit in units
     )
 
     def loaded_with(chosen: Mapping[str, Any]) -> LoadedModel:
-        return load(model, backend, **shared, **formats.options(chosen))
+        return load(model, backend, revision=revision, **shared, **formats.options(chosen))
 
     if budget < least:
         raise ConfigError(
             f"{size(budget)} is too little: with the smallest of {', '.join(formats.uniform)} everywhere {model} takes "
             f"{size(least)} ({least} bytes), {size(formats.rest_bytes)} of it for what stays as it is"
         )
-    measuring = Measuring(model, formats, loaded_with, options, texts, progress)
+    measuring = Measuring(formats, loaded_with, options, texts, progress)
     measuring.everything(units)
     chosen = assign([measuring.choices(unit) for unit in units], budget - formats.rest_bytes)
     by_module = {name: choice.format for unit, choice in zip(units, chosen, strict=True) for name in unit.modules}
