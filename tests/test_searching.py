@@ -9,7 +9,7 @@ import pytest
 import torch
 from polyquant.errors import ConfigError, UnsupportedOperation
 from polyquant.models.generation import logits_of
-from polyquant.options import matches
+from polyquant.modules import matches
 from polyquant.searching.knapsack import Choice, assign
 from polyquant.searching.sensitivity import Reference
 from polyquant.searching.store import Store

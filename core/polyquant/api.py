@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from polyquant.isolated.doctor import Diagnosis, doctor
 from polyquant.isolated.handles import backend, backends
@@ -13,6 +13,7 @@ from polyquant.loaded import SAMPLE_PROMPT
 from polyquant.options import BackendOptions
 from polyquant.registry.installed import registry
 from polyquant.request import MaxMemory, Offload
+from polyquant.searching.search import search
 
 if TYPE_CHECKING:
     from polyquant.comparison.candidates import Candidate
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from polyquant.loading.records import Verification
     from polyquant.measure.quality.records import Quality
     from polyquant.planning.records import Plan, Plans, Recommendation
-    from polyquant.searching.records import Assignment
     from polyquant.support.progress import Progress
 
 __all__ = [
@@ -106,8 +106,7 @@ def quantize(
 
     A backend that quantizes offline gets the texts of `calibration`, and what it wrote is loaded back and verified
     before it takes its place; any other loads, verifies and saves. options: what `load` takes.
-    Raises UnsupportedOperation, before any work, where the backend cannot write one, and SaveError where the result
-    does not pass.
+    Raises UnsupportedOperation, before any work, where the backend cannot write one, SaveError for what does not pass.
     """
     from polyquant.loading import quantize as quantizing
 
@@ -179,46 +178,6 @@ def recommend(
         model, goal, needs, Asked(context=context, batch=batch, device=device), memory,
         Path(comparisons) if comparisons is not None else None, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-
-
-def search(
-    model: str | Path,
-    memory: int | str,
-    backend: str = "gguf",
-    *,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    calibration: Sequence[str] = (),
-    formats: Sequence[str] = (),
-    by: Literal["group", "layer"] = "group",
-    tokens: int = 256,
-    windows: int = 4,
-    progress: Progress | None = None,
-    revision: str | None = None,
-    **options: Any,
-) -> Assignment:
-    """The format of each layer that brings a model closest to the dense one in a budget of bytes; measured.
-
-    Each part of the model is quantized alone, in each format, and the KL of its predictions to the dense model's is
-    measured on calibration text; the assignment that has the least sum is loaded and measured on other text, and so is
-    each format for everything. What was measured is kept in the cache: an interrupted search goes on.
-
-    memory: bytes of the weights as they are stored, such as '100MiB'. backend: one that mixes formats.
-    out: folder to write the checkpoint to. calibration: texts; none: the prose that comes with polyquant.
-    formats, by, tokens, windows: see `polyquant.searching.options.SearchOptions`. options: what `load` takes; modules
-        that `skip` or `layers` name stay as they say.
-    Raises ConfigError, with the smallest size that is possible, for a smaller budget; UnsupportedOperation for a
-    backend that gives all layers one format.
-
-    >>> polyquant.search("builtin:smollm2", "100MiB", formats=("Q4_0", "Q5_0", "Q8_0")).command
-    """
-    from polyquant.options import convert
-    from polyquant.searching.options import SearchOptions
-    from polyquant.searching.run import search as run
-
-    how = convert(SearchOptions, {"formats": tuple(formats), "by": by, "tokens": tokens, "windows": windows})
-    target = Path(out) if out is not None else None
-    return run(model, revision, memory, backend, options, how, calibration, target, progress, overwrite=overwrite)
 
 
 def compare(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
@@ -12,9 +11,10 @@ import msgspec
 from msgspec import Meta
 
 from polyquant.errors import ConfigError, did_you_mean
+from polyquant.modules import matching_modules
 
 if TYPE_CHECKING:
-    from polyquant.types import LayerPlan, WeightInfo
+    from polyquant.types import WeightInfo
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
@@ -142,60 +142,6 @@ def is_packed(options: BackendOptions) -> bool:
 def packs_any(options: BackendOptions) -> bool:
     """Whether anything comes into the packed layout with these options: weights, an embedding, a head."""
     return is_packed(options) or any(getattr(options, name, KEEP) != KEEP for name in ("embeddings", "head"))
-
-
-Format = TypeVar("Format", bound=str)
-LayerFormats = tuple[tuple[str, Format], ...]
-"""(pattern as in `skip`, format) of modules whose format is another; where several match, the last. A dictionary, or
-texts `pattern=format`, become this."""
-
-
-class MixableOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of a backend whose checkpoints hold layers in several formats.
-
-    A backend redefines `layers` with its own formats, and takes what `format_of` names instead of its usual format.
-    """
-
-    layers: Annotated[LayerFormats[str], Meta(description="modules in another format, as in mlp.down_proj=FORMAT")] = ()
-
-    format_options: ClassVar[tuple[str, ...]] = ()
-    """The options that choose a format: of linear layers first; others, such as the embedding's, after it."""
-
-    def with_full_names(self, weights: Sequence[WeightInfo]) -> Self:
-        """As of every backend, and `layers` as one format for each module, by its full name.
-
-        Raises ConfigError too for a pattern that matches nothing but modules which have no format.
-        """
-        formats = self._formats_in(weights)
-        named = [
-            msgspec.structs.replace(weight, default_skip=False) if module_of(weight) in formats else weight
-            for weight in weights
-        ]
-        return msgspec.structs.replace(super().with_full_names(named), layers=tuple(formats.items()))
-
-    def _formats_in(self, weights: Sequence[WeightInfo]) -> dict[str, str]:
-        """Full module name -> format, in the order of `weights`."""
-        skipped = matching_modules(weights, self.skip)
-        able = {module_of(each) for each in weights
-                if each.role in ("linear", "head", "embedding") and not each.tied_to} - set(skipped)  # fmt: skip
-        formats: dict[str, str] = {}
-        for pattern, chosen in self.layers:
-            hits = matching_modules(weights, (pattern,), "layers")
-            if not able.intersection(hits):
-                tied = [f"{each.name} is tied to {each.tied_to}" for each in weights
-                        if each.tied_to and module_of(each) in hits]  # fmt: skip
-                why = f"{tied[0]}: name that one" if tied else "skip has them, or their kind always stays dense"
-                raise ConfigError(f"layers pattern {pattern!r} matches {', '.join(hits[:3])} only, and {why}")
-            formats |= {name: chosen for name in hits if name in able}
-        return {name: formats[name] for name in map(module_of, weights) if name in formats}
-
-    def format_of(self, weight: WeightInfo) -> str | None:
-        """The format that `layers`, with full names, has for a tensor's module; None where it names none."""
-        return dict(self.layers).get(module_of(weight))
-
-    def skips(self, weight: WeightInfo) -> bool:
-        """As of every backend; a module that `layers` names is taken."""
-        return self.format_of(weight) is None and super().skips(weight)
 
 
 PACKED, KEEP = "packed", "keep"
@@ -331,39 +277,3 @@ def resolved_dtype(options: BackendOptions) -> Dtype:
             "compute_dtype is still 'auto': load through polyquant.load, which resolves it for the device"
         )
     return options.compute_dtype
-
-
-def module_of(weight: WeightInfo | LayerPlan) -> str:
-    """The name of the module that owns a tensor."""
-    return weight.name.rpartition(".")[0]
-
-
-def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...], option: str = "skip") -> list[str]:
-    """Names of the matrix-bearing modules that any of `patterns`, the value of an option, matches.
-
-    A pattern is a run of name parts, anywhere in the name: 'layers.0', 'down_proj', 'layers.*.mlp', 'lm_head'.
-    Raises ConfigError for a pattern that matches nothing.
-    """
-    names = [
-        weight.name.rpartition(".")[0]
-        for weight in weights
-        if weight.role in ("linear", "experts", "head", "embedding", "tower", "custom", "other")
-    ]
-    matched: dict[str, None] = {}
-    for pattern in patterns:
-        hits = [name for name in names if matches(name, pattern)]
-        if not hits:
-            parts = sorted({part for name in names for part in name.split(".")})
-            raise ConfigError(
-                f"{option} pattern {pattern!r} matches no module; name parts here are {', '.join(parts[:24])}."
-                f"{did_you_mean(pattern, parts)}"
-            )
-        matched.update(dict.fromkeys(hits))
-    return list(matched)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern`, with its *, is a run of parts of `name`."""
-    parts = name.split(".")
-    runs = (parts[start:end] for start in range(len(parts)) for end in range(start + 1, len(parts) + 1))
-    return any(fnmatchcase(".".join(run), pattern) for run in runs)

@@ -16,19 +16,18 @@ from polyquant.memory.planned import (
     plan_linears,
     refuse_experts,
 )
+from polyquant.mixing import LayerFormats, MixableOptions
 from polyquant.models.prompts import encode_prompt
 from polyquant.models.roles import REASONS, TIED
+from polyquant.modules import module_of
 from polyquant.options import (
     BackendOptions,
     Dtype,
-    LayerFormats,
-    MixableOptions,
     NumberFormat,
     PackableOptions,
     RoundingMethod,
     convert,
     is_packed,
-    module_of,
     resolved_dtype,
 )
 from polyquant.packed_weights.format import group_of_runs

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from polyquant.errors import ConfigError
-from polyquant.options import BackendOptions, is_packed, module_of
+from polyquant.modules import module_of
+from polyquant.options import BackendOptions, is_packed
 from polyquant.types import LayerPlan, WeightInfo
 
 

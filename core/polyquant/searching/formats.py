@@ -11,8 +11,10 @@ from polyquant.isolated import handles
 from polyquant.loading.load import prepare
 from polyquant.loading.options import LoadOptions
 from polyquant.loading.settle import Settled, route_of
+from polyquant.mixing import MixableOptions
 from polyquant.models.model import Model
-from polyquant.options import BackendOptions, MixableOptions, describe_options, matching_modules, module_of
+from polyquant.modules import matching_modules, module_of
+from polyquant.options import BackendOptions, describe_options
 from polyquant.registry.backend import Backend
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo, LayerPlan, WeightInfo
