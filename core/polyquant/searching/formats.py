@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,13 @@ class Planned(NamedTuple):
     @property
     def stored_bytes(self) -> int:
         return sum(plan.stored_bytes for plan in self.plans)
+
+    def by_module(self) -> Counter[str]:
+        """Bytes of each module."""
+        found: Counter[str] = Counter()
+        for plan in self.plans:
+            found[module_of(plan)] += plan.stored_bytes
+        return found
 
 
 class Formats:
@@ -79,6 +87,7 @@ class Formats:
                                     if plan.quantized and module_of(plan) not in fixed]  # fmt: skip
         if not self.searched:
             raise ConfigError(f"nothing of {self.name} is left to be searched: take skip and layers back")
+        self._bytes = {name: planned.by_module() for name, planned in self.uniform.items()}
         self.usual = [name for name in self.searched if name not in self._vocabulary]
 
     @property
@@ -97,13 +106,13 @@ class Formats:
 
     def nbytes(self, chosen: str, modules: Sequence[str]) -> int:
         """Bytes of modules in a format."""
-        return sum(plan.stored_bytes for plan in self.uniform[chosen].plans if module_of(plan) in modules)
+        return sum(self._bytes[chosen][module] for module in modules)
 
     @property
     def rest_bytes(self) -> int:
         """Bytes of all that is not searched."""
-        plans = next(iter(self.uniform.values())).plans
-        return sum(plan.stored_bytes for plan in plans if module_of(plan) not in self.searched)
+        found = next(iter(self._bytes.values()))
+        return found.total() - sum(found[module] for module in self.searched)
 
     def planned(self, own: Mapping[str, Any]) -> Planned:
         """The model with `own` options."""
