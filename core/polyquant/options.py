@@ -222,15 +222,18 @@ def convert(options_type: type[Options], options: Mapping[str, object], *, stric
         if known[name].kind == "list" and isinstance(value, str):
             values[name] = tuple(part.strip() for part in value.split(",") if part.strip())
         elif known[name].kind == "table":
-            values[name] = _pairs(value)
+            values[name] = pairs_of(value)
     try:
         return msgspec.convert(values, options_type, strict=strict)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(error, values, known)) from error
 
 
-def _pairs(value: object) -> object:
-    """Pairs of a dictionary, or of texts `pattern=format`, between which there are commas or semicolons."""
+def pairs_of(value: Any) -> Any:
+    """Pairs of a dictionary, or of texts `pattern=format`, between which there are commas or semicolons.
+
+    Anything else as it is, to be refused by its type.
+    """
     if isinstance(value, Mapping):
         return tuple(value.items())
     entries = [value] if isinstance(value, str) else value

@@ -6,6 +6,7 @@ import polyquant
 import pytest
 import torch
 from polyquant.errors import ConfigError
+from polyquant.loading.settle import as_flags
 from polyquant.plugin import WeightInfo
 from polyquant.testing.models import tiny_model
 from polyquant_gguf.options import GgufOptions
@@ -92,3 +93,10 @@ def test_rows_that_are_no_whole_blocks_are_refused_where_they_were_named():
     with pytest.raises(ConfigError, match="layers names h.up, a Conv1D"):
         moved = WeightInfo(name="h.up.weight", shape=(64, 96), dtype="float32", role="linear", module="Conv1D")
         plan_layers([moved], GgufOptions(layers=(("h.up", "Q8_0"),)))
+
+
+@pytest.mark.parametrize(
+    "written", [{"mlp": "Q8_0", "a.*": "Q5_0"}, ["mlp=Q8_0", "a.*=Q5_0"], [["mlp", "Q8_0"], ["a.*", "Q5_0"]]]
+)
+def test_commands_name_them_one_by_one(written):
+    assert as_flags({"type": "Q4_0", "layers": written}) == " --type Q4_0 --layer mlp=Q8_0 --layer a.*=Q5_0"
