@@ -92,6 +92,8 @@ def option_rows(options: list[Option]) -> list[tuple[str, ...]]:
 def allowed(option: Option) -> str:
     """The values or the type of an option."""
     values = ", ".join(f"`{value!r}`" for value in option.values)
+    if option.kind == "table":
+        return f"pattern to {values}"
     return " or ".join(part for part in (values, option.kind) if part)
 
 

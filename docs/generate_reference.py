@@ -22,6 +22,7 @@ from polyquant.options import describe_options
 GROUPS = {
     "Select": ("backends", "backend", "Backend", "doctor", "Diagnosis"),
     "Plan": ("plan", "recommend"),
+    "Search": ("search",),
     "Load, verify, run": ("load", "LoadedModel", "verify", "quantize"),
     "Compare": ("compare", "read_comparison"),
     "Fine-tune": ("finetune", "merge"),
@@ -31,6 +32,7 @@ RECORDS = {
     "polyquant.types": "What travels between core and plugins.",
     "polyquant.loading.records": "What `polyquant.verify` returns.",
     "polyquant.planning.records": "What `polyquant.plan` and `polyquant.recommend` return.",
+    "polyquant.searching.records": "What `polyquant.search` returns.",
     "polyquant.comparison.records": "What `polyquant.compare` returns: a `Comparison`, which is a `Run` with the "
     "methods `best`, `report` and `to_pandas`; and what it is made of.",
     "polyquant.support.progress": "What a `progress` sees of work while it goes on.",

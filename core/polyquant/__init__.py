@@ -17,6 +17,7 @@ from polyquant.api import (
     quantize,
     read_comparison,
     recommend,
+    search,
     verify,
 )
 from polyquant.contract.markers import hookimpl
@@ -42,5 +43,6 @@ __all__ = [
     "quantize",
     "read_comparison",
     "recommend",
+    "search",
     "verify",
 ]

@@ -13,6 +13,7 @@ from polyquant.loaded import SAMPLE_PROMPT
 from polyquant.options import BackendOptions
 from polyquant.registry.installed import registry
 from polyquant.request import KvCache, MaxMemory, Offload
+from polyquant.searching.search import search
 
 if TYPE_CHECKING:
     from polyquant.comparison.candidates import Candidate
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Diagnosis", "backend", "backends", "compare", "doctor", "finetune", "load", "merge", "observing", "plan",
-    "quantize", "read_comparison", "recommend", "verify",
+    "quantize", "read_comparison", "recommend", "search", "verify",
 ]  # fmt: skip
 
 
@@ -108,8 +109,7 @@ def quantize(
 
     A backend that quantizes offline gets the texts of `calibration`, and what it wrote is loaded back and verified
     before it takes its place; any other loads, verifies and saves. options: what `load` takes.
-    Raises UnsupportedOperation, before any work, where the backend cannot write one, and SaveError where the result
-    does not pass.
+    Raises UnsupportedOperation, before any work, where the backend cannot write one, SaveError for what does not pass.
     """
     from polyquant.loading import quantize as quantizing
 

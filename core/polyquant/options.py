@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from polyquant.errors import ConfigError, did_you_mean
+from polyquant.modules import matching_modules
 
 if TYPE_CHECKING:
     from polyquant.types import WeightInfo
@@ -161,8 +162,14 @@ class Option(msgspec.Struct, frozen=True):
     name: str
     default: object
     values: tuple[object, ...]  # the allowed values; empty where any value of `kind` goes
-    kind: str  # integer, number, text, true/false, list
+    kind: str  # integer, number, text, true/false, list, table
     description: str
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line. A table is given entry by entry: --layer PATTERN=FORMAT, of `layers`."""
+        name = self.name.removesuffix("s") if self.kind == "table" else self.name
+        return f"--{name.replace('_', '-')}"
 
 
 @cache
@@ -184,11 +191,19 @@ def _describe(field: msgspec.structs.FieldInfo) -> Option:
     for part in _alternatives(hint):
         if get_origin(part) is Literal:
             values += get_args(part)
+        elif is_pairs(part):
+            kinds.add("table")
+            values += get_args(get_args(get_args(part)[0])[1])
         elif part is not type(None):
             kinds.add(names.get(get_origin(part) or part, "text"))
     if bool in {type(value) for value in values} or kinds == {"true/false"}:
         values = []
     return Option(field.name, field.default, tuple(values), " or ".join(sorted(kinds)), description)
+
+
+def is_pairs(hint: Any) -> bool:
+    """Whether a type is that of pairs, as `LayerFormats` is."""
+    return get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is tuple
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -214,10 +229,29 @@ def convert(options_type: type[Options], options: Mapping[str, object], *, stric
     for name, value in values.items():
         if known[name].kind == "list" and isinstance(value, str):
             values[name] = tuple(part.strip() for part in value.split(",") if part.strip())
+        elif known[name].kind == "table":
+            values[name] = pairs_of(value)
     try:
         return msgspec.convert(values, options_type, strict=strict)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(error, values, known)) from error
+
+
+def pairs_of(value: Any) -> Any:
+    """Pairs of a dictionary, or of texts `pattern=format`, between which there are commas or semicolons.
+
+    Anything else as it is, to be refused by its type.
+    """
+    if isinstance(value, Mapping):
+        return tuple(value.items())
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, (list, tuple)):
+        return value
+    found: list[object] = []
+    for entry in entries:
+        texts = [text for text in re.split("[,;]", entry) if text.strip()] if isinstance(entry, str) else None
+        found += [entry] if texts is None else [tuple(map(str.strip, text.rpartition("=")[::2])) for text in texts]
+    return tuple(found)
 
 
 def _explain(error: msgspec.ValidationError, values: Mapping[str, object], known: Mapping[str, Option]) -> str:
@@ -228,9 +262,23 @@ def _explain(error: msgspec.ValidationError, values: Mapping[str, object], known
     option, got = known[name], values.get(name)
     if option.values:
         allowed = " or ".join([", ".join(map(repr, option.values[:-1])), repr(option.values[-1])]).removeprefix(" or ")
-        hint = did_you_mean(str(got), (str(value) for value in option.values if isinstance(value, str)))
+        texts = [str(value) for value in option.values if isinstance(value, str)]
+        if option.kind == "table":
+            wrong = _wrong_pair(got, texts)
+            given = f"{wrong[0]}={wrong[1]}" if wrong else repr(got)
+            hint = did_you_mean(wrong[1], texts) if wrong else ""
+            return f"{name}: a format is {allowed}, as in {option.flag} PATTERN=FORMAT; got {given}.{hint}"
+        hint = did_you_mean(str(got), texts)
         return f"{name} must be {allowed}, got {got!r}.{hint}"
     return f"{name} must be {option.kind}, got {got!r} ({message})."
+
+
+def _wrong_pair(pairs: object, formats: Sequence[str]) -> tuple[str, str] | None:
+    """The first pair of texts whose second is no format."""
+    for pair in pairs if isinstance(pairs, (list, tuple)) else ():
+        if isinstance(pair, (list, tuple)) and len(pair) == 2 and pair[1] not in formats:
+            return str(pair[0]), str(pair[1])
+    return None
 
 
 def resolved_dtype(options: BackendOptions) -> Dtype:
@@ -240,34 +288,3 @@ def resolved_dtype(options: BackendOptions) -> Dtype:
             "compute_dtype is still 'auto': load through polyquant.load, which resolves it for the device"
         )
     return options.compute_dtype
-
-
-def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...]) -> list[str]:
-    """Names of the matrix-bearing modules that any of `patterns` matches.
-
-    A pattern is a run of name parts, anywhere in the name: 'layers.0', 'down_proj', 'layers.*.mlp', 'lm_head'.
-    Raises ConfigError for a pattern that matches nothing.
-    """
-    names = [
-        weight.name.rpartition(".")[0]
-        for weight in weights
-        if weight.role in ("linear", "experts", "head", "embedding", "tower", "custom", "other")
-    ]
-    matched: dict[str, None] = {}
-    for pattern in patterns:
-        hits = [name for name in names if matches(name, pattern)]
-        if not hits:
-            parts = sorted({part for name in names for part in name.split(".")})
-            raise ConfigError(
-                f"skip pattern {pattern!r} matches no module; name parts here are {', '.join(parts[:24])}."
-                f"{did_you_mean(pattern, parts)}"
-            )
-        matched.update(dict.fromkeys(hits))
-    return list(matched)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern`, with its *, is a run of parts of `name`."""
-    parts = name.split(".")
-    runs = (parts[start:end] for start in range(len(parts)) for end in range(start + 1, len(parts) + 1))
-    return any(fnmatchcase(".".join(run), pattern) for run in runs)

@@ -18,10 +18,12 @@ from polyquant.cli.options import Loading, complete_backend, loads_models, sprea
 from polyquant.cli.output import say, say_piece
 from polyquant.cli.planning import plan, recommend
 from polyquant.cli.reporting import report
+from polyquant.cli.searching import BACKEND, search
 from polyquant.cli.training import finetune, merge
 from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError
 from polyquant.registry.installed import registry
+from polyquant.searching.options import SearchOptions
 
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
@@ -55,6 +57,7 @@ def build(backend: str | None) -> typer.Typer:
     app.command()(recommend)
     for command in (plan, load, verify, run, chat, quantize, finetune, merge):
         app.command()(loads_models(command, backend))
+    app.command()(loads_models(spread(search, "how", SearchOptions, "How to search"), backend or BACKEND, chooses=True))
     app.command()(spread(compare, "options", CompareOptions, "How to compare"))
     return app
 

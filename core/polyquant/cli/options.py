@@ -57,7 +57,7 @@ def _shared() -> list[inspect.Parameter]:
 
 
 def _own(option: Option, panel: str) -> inspect.Parameter:
-    flag = f"--{option.name.replace('_', '-')}"
+    flag = option.flag
     default = ",".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
     default = f" (default: {default})" if default not in (None, "") and option.kind != "true/false" else ""
     if option.kind == "true/false":
@@ -65,6 +65,13 @@ def _own(option: Option, panel: str) -> inspect.Parameter:
             f"{flag}/--no-{flag[2:]}", help=option.description, rich_help_panel=panel, show_default=False
         )
         annotation: Any = Annotated[bool | None, info]
+    elif option.kind == "table":
+        formats = f"; FORMAT: {', '.join(map(str, option.values))}; repeat it, the last that matches is taken"
+        info = typer.Option(
+            flag, help=option.description + formats, rich_help_panel=panel, metavar="PATTERN=FORMAT",
+            show_default=False,
+        )  # fmt: skip
+        annotation = Annotated[list[str] | None, info]
     else:
         values = [str(value) for value in option.values]
         info = typer.Option(
@@ -86,15 +93,16 @@ def spread(command: Callable[..., Any], parameter: str, options_type: type[msgsp
     @functools.wraps(command)
     def run(**values: Any) -> Any:
         given = {each.name: values.pop(each.name) for each in own}
-        typed = _typed(options_type, {name: value for name, value in given.items() if value is not None})
+        typed = _typed(options_type, {name: value for name, value in given.items() if value not in (None, [])})
         return command(**values, **{parameter: typed})
 
     return _signed(run, [each for name, each in signature.items() if name != parameter] + own)
 
 
-def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
+def loads_models(command: Callable[..., Any], backend: str | None, *, chooses: bool = False) -> Callable[..., Any]:
     """`command` with its `loading` parameter spread into options: how to load, and those of `backend`.
 
+    chooses: the command chooses the formats itself, and takes no options that do.
     A parameter `training` is spread too, into those of a fine-tuning run.
     """
     if "training" in inspect.signature(command).parameters:
@@ -103,7 +111,10 @@ def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[.
     plain = [parameter for name, parameter in signature.items() if name != "loading"]
     shared = [parameter for parameter in _shared() if parameter.name not in signature]
     described = [*describe_options(info.options), *_query_words(info)] if info else []
-    own = [_own(option, f"Options of {info.name}") for option in described] if info else []
+    left_out = (*getattr(info.options, "format_options", ()), *words_of(info)) if info and chooses else ()
+    own = (
+        [_own(option, f"Options of {info.name}") for option in described if option.name not in left_out] if info else []
+    )
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
@@ -111,7 +122,7 @@ def loads_models(command: Callable[..., Any], backend: str | None) -> Callable[.
         how = {parameter.name: values.pop(parameter.name) for parameter in shared}
         chosen, revision = how.pop("backend"), how.pop("revision")
         how["max_memory"] = _max_memory(how["max_memory"])
-        text = {name: value for name, value in given.items() if value is not None}
+        text = {name: value for name, value in given.items() if value not in (None, [])}
         options = typed(info, text, strict=False) if info else {}
         return command(**values, loading=Loading(chosen, revision, {**how, **options}))
 

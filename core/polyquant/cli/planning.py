@@ -29,7 +29,7 @@ def plan(
     devices: Annotated[
         str | None, typer.Option(help="Devices that need not be here, as in 'cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB'.")
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Every tensor, not only the totals.")] = False,
+    tensors: Annotated[bool, typer.Option("--layers", help="Every tensor, not only the totals.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the picture to this .svg, .html, .png or .pdf file.", dir_okay=False)
     ] = None,
@@ -62,7 +62,7 @@ def plan(
         with waiting(model):
             found = polyquant.plan(model, loading.backend, offload=loading.options["offload"], **shared, **own)
         _draw(out, found)
-        show.plan_json(found) if json else show.plan(found, layers=layers)
+        show.plan_json(found) if json else show.plan(found, layers=tensors)
         fits = found.fits and (not found.spilled or loading.options["offload"] == "cpu")
     if not fits:
         raise typer.Exit(1)

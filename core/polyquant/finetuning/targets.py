@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from polyquant.errors import ConfigError, did_you_mean
-from polyquant.options import matches
+from polyquant.modules import matches
 from polyquant.support.peft import import_peft
 from polyquant.types import LayerInfo
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading.cache import require_kept
 from polyquant.loading.load import load, prepare
-from polyquant.loading.options import split_options
+from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.settle import route_of
 from polyquant.loading.verify import verify
 from polyquant.models.model import Model
 from polyquant.options import LIBRARY, PackableOptions
+from polyquant.registry.backend import Backend
 from polyquant.support.outputs import require_free
 
 
@@ -37,11 +38,6 @@ def quantize(
     how, own = split_options(options)
     require_kept(how.kv_cache, "quantize")
 
-    def accept(written: Path) -> None:
-        _require_passed(
-            load(written, backend, device=how.device, trust_remote_code=how.trust_remote_code, progress=how.progress)
-        )
-
     if handle.can("quantize"):
         config = handle.config(own)
         found = Model.find(
@@ -49,14 +45,36 @@ def quantize(
         )
         route = route_of(found.source, handle, to_quantize=True)
         request, settled = prepare(found, handle, config, own, how, route)
-        return handle.quantize(request, settled.options, calibration or (), out, overwrite=overwrite, accept=accept)
+        return handle.quantize(
+            request, settled.options, calibration or (), out, overwrite=overwrite, accept=_loads_back(handle, how)
+        )
     if not handle.can("save"):
         raise UnsupportedOperation(f"{backend} cannot write checkpoints")
     if calibration is not None:
         raise ConfigError(f"{backend} quantizes without calibration text; leave calibration (--calibration) out")
-    loaded = load(model, backend, **options)
+    return save_verified(load(model, backend, **options), handle, out, how, overwrite=overwrite)
+
+
+def save_verified(loaded: LoadedModel, handle: Backend, out: Path, how: LoadOptions, *, overwrite: bool) -> Path:
+    """Write a loaded model that passes its verification, if what is written does too.
+
+    how: it was loaded. Raises SaveError.
+    """
     _require_passed(loaded)
-    return handle.save(loaded, out, overwrite=overwrite, accept=accept)
+    return handle.save(loaded, out, overwrite=overwrite, accept=_loads_back(handle, how))
+
+
+def _loads_back(handle: Backend, how: LoadOptions) -> Callable[[Path], None]:
+    """What is called with a checkpoint before it takes its place: it raises SaveError where that does not verify."""
+
+    def accept(written: Path) -> None:
+        _require_passed(
+            load(
+                written, handle.name, device=how.device, trust_remote_code=how.trust_remote_code, progress=how.progress
+            )
+        )
+
+    return accept
 
 
 def _require_passed(loaded: LoadedModel) -> None:

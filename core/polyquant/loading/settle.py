@@ -17,7 +17,7 @@ from polyquant.loading import kernel
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
 from polyquant.models.model import Model
-from polyquant.options import BackendOptions, Dtype, is_packed, packs_any
+from polyquant.options import BackendOptions, Dtype, is_packed, packs_any, pairs_of
 from polyquant.registry.catalogue import maker_of
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo, LayerPlan, Record, WeightInfo
@@ -192,6 +192,8 @@ def as_flags(options: Mapping[str, object]) -> str:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f" --{flag}" if value else f" --no-{flag}")
+        elif name == "layers":  # of MixableOptions, in any of the forms that users write
+            words += [f" --layer {pattern}={chosen}" for pattern, chosen in pairs_of(value)]
         else:
             words.append(f" --{flag} {','.join(value) if isinstance(value, (list, tuple)) else value}")
     return "".join(words)

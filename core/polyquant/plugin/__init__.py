@@ -16,8 +16,10 @@ from polyquant.memory.planned import (
     plan_linears,
     refuse_experts,
 )
+from polyquant.mixing import LayerFormats, MixableOptions
 from polyquant.models.prompts import encode_prompt
 from polyquant.models.roles import REASONS, TIED
+from polyquant.modules import module_of
 from polyquant.options import (
     BackendOptions,
     Dtype,
@@ -30,7 +32,7 @@ from polyquant.options import (
 )
 from polyquant.packed_weights.format import group_of_runs
 from polyquant.plugin.backend import PluginBackend
-from polyquant.plugin.planning import module_of, quantized_modules, repacked_modules, unfit
+from polyquant.plugin.planning import quantized_modules, repacked_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.support.devices import device_problems
 from polyquant.support.libraries import contained, import_problems, library_problems, require_library
@@ -62,11 +64,13 @@ __all__ = [
     "Dtype",
     "Feed",
     "Isolated",
+    "LayerFormats",
     "LayerInfo",
     "LayerPlan",
     "Library",
     "LoadRequest",
     "LoadedModel",
+    "MixableOptions",
     "ModelSource",
     "NumberFormat",
     "PackableOptions",

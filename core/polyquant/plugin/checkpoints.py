@@ -27,10 +27,10 @@ from polyquant.models import hf, versions
 from polyquant.models.checks import check_folder
 from polyquant.models.hf import load_tokenizer, read_config
 from polyquant.models.versions import tied_tensors
+from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype
 from polyquant.plugin.dtypes import cast_dense, dense_dtypes, stored_dtype
 from polyquant.plugin.layers import fill_empty
-from polyquant.plugin.planning import module_of
 from polyquant.plugin.tensors import own_tensors, packed_modules
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo

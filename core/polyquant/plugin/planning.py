@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from polyquant.errors import ConfigError
+from polyquant.modules import module_of
 from polyquant.options import BackendOptions, is_packed
 from polyquant.types import LayerPlan, WeightInfo
-
-
-def module_of(weight: WeightInfo | LayerPlan) -> str:
-    """The name of the module that owns a tensor."""
-    return weight.name.rpartition(".")[0]
 
 
 def quantized_modules(plans: Iterable[LayerPlan]) -> list[str]:

@@ -172,6 +172,6 @@ def _schemes(info: BackendInfo, config: BackendOptions) -> set[str]:
 def values_of(info: BackendInfo) -> Iterator[tuple[str, object]]:
     """(option, value) of every value but the default of each option that has a list of them, or two."""
     for option in describe_options(info.options):
-        if option.name not in BackendOptions.__struct_fields__:
+        if option.name not in BackendOptions.__struct_fields__ and option.kind != "table":
             values = (True, False) if isinstance(option.default, bool) else option.values
             yield from ((option.name, value) for value in values if value != option.default)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, NumberFormat, PackableOptions
+from polyquant.plugin import BackendOptions, LayerFormats, MixableOptions, NumberFormat, PackableOptions
 from polyquant.plugin.gguf import TYPES, read_header
 
 OPTIONS_KEY = "polyquant.options"  # metadata of a GGUF that polyquant wrote: the options it was made with, as JSON
@@ -16,7 +16,7 @@ Quantizable = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", 
 """The types the gguf package quantizes to; the others only llama.cpp does."""
 
 
-class GgufOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GgufOptions(MixableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A block type for a dense checkpoint; for a GGUF file `type` is 'file': each tensor keeps its own."""
 
     type: Annotated[
@@ -27,7 +27,13 @@ class GgufOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fie
         Quantizable | Literal["dense", "file"] | None,
         Meta(description="block type of the embedding and of an output head tied to it; dense where left out"),
     ] = None
+    layers: Annotated[
+        LayerFormats[Quantizable],
+        Meta(description="layers with a block type of their own, embedding and head too, by patterns as in skip"),
+    ] = ()
     file: Annotated[str, Meta(description="the GGUF whose types apply; filled in when one is loaded")] = ""
+
+    format_options: ClassVar[tuple[str, ...]] = ("type", "embedding_type")
 
     def __post_init__(self) -> None:
         if self.embedding_type is None:
@@ -36,6 +42,8 @@ class GgufOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(
                 "a GGUF's types come with its file, for all tensors: type and embedding_type are both 'file'"
             )
+        if self.layers and self.type == "file":
+            raise ValueError("a GGUF's types come with its file: layers are for a dense checkpoint")
         if self.file and self.type != "file":
             raise ValueError("file belongs to type 'file'")
 

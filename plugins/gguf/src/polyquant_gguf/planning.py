@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_dense, unfit
+from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, module_of, plan_dense, unfit
 from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES, BlockType, read_header
 
 from polyquant_gguf.names import place
@@ -57,13 +57,15 @@ def quantized_types(weights: Sequence[WeightInfo], config: GgufOptions) -> dict[
             continue
         block = TYPES[chosen]
         if weight.shape[-1] % block.elements:
-            raise _unfit(weight, block)
+            raise _unfit(weight, block, config)
         types[weight.name] = block
     return types
 
 
-def _unfit(weight: WeightInfo, block: BlockType) -> ConfigError:
+def _unfit(weight: WeightInfo, block: BlockType, config: GgufOptions) -> ConfigError:
     what = f"{block.name} blocks of {block.elements} weights do not divide in_features {weight.shape[-1]}"
+    if config.format_of(weight) is not None:
+        return unfit(weight, what, ["another type for it in layers"])
     if weight.role == "embedding":
         return ConfigError(f"{what} in {weight.name} {weight.shape}; use embedding_type='dense'")
     smaller = [f"type={name!r}" for name in ("Q4_0", "Q8_0") if weight.shape[-1] % TYPES[name].elements == 0]
@@ -74,6 +76,12 @@ def _chosen(weight: WeightInfo, config: GgufOptions) -> str | None:
     """The type for a weight, or None where it stays dense."""
     if weight.tied_to or len(weight.shape) != 2:
         return None
+    if (named := config.format_of(weight)) is not None:
+        if not (weight.module == "Linear" or _is_embedding(weight)):
+            raise ConfigError(
+                f"layers names {module_of(weight)}, a {weight.module}; linear layers and embeddings have block types"
+            )
+        return named
     if _is_embedding(weight):
         return None if config.embedding_type == "dense" else config.embedding_type
     return config.type if weight.module == "Linear" and not config.skips(weight) else None

@@ -1,0 +1,48 @@
+"""Names of modules, and the patterns that users write for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from polyquant.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from polyquant.types import LayerPlan, WeightInfo
+
+
+def module_of(weight: WeightInfo | LayerPlan) -> str:
+    """The name of the module that owns a tensor."""
+    return weight.name.rpartition(".")[0]
+
+
+def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...], option: str = "skip") -> list[str]:
+    """Names of the matrix-bearing modules that any of `patterns`, the value of an option, matches.
+
+    A pattern is a run of name parts, anywhere in the name: 'layers.0', 'down_proj', 'layers.*.mlp', 'lm_head'.
+    Raises ConfigError for a pattern that matches nothing.
+    """
+    names = [
+        weight.name.rpartition(".")[0]
+        for weight in weights
+        if weight.role in ("linear", "experts", "head", "embedding", "tower", "custom", "other")
+    ]
+    matched: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [name for name in names if matches(name, pattern)]
+        if not hits:
+            parts = sorted({part for name in names for part in name.split(".")})
+            raise ConfigError(
+                f"{option} pattern {pattern!r} matches no module; name parts here are {', '.join(parts[:24])}."
+                f"{did_you_mean(pattern, parts)}"
+            )
+        matched.update(dict.fromkeys(hits))
+    return list(matched)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern`, with its *, is a run of parts of `name`."""
+    parts = name.split(".")
+    runs = (parts[start:end] for start in range(len(parts)) for end in range(start + 1, len(parts) + 1))
+    return any(fnmatchcase(".".join(run), pattern) for run in runs)

@@ -1,0 +1,1 @@
+"""The best assignment of formats to layers under a budget of bytes, by measured sensitivity."""
