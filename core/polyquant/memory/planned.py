@@ -7,7 +7,7 @@ from math import prod
 
 from polyquant.errors import ConfigError
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED
-from polyquant.options import BackendOptions
+from polyquant.options import BackendOptions, quantizes_experts
 from polyquant.types import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo
 
 
@@ -26,9 +26,10 @@ def dense_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> list
 
 
 def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> None:
-    """Raises ConfigError where experts are fused into one tensor that is to be quantized."""
+    """Raises ConfigError where experts are fused into one tensor that is to be quantized, and nobody does that."""
     for weight in weights:
-        if weight.role == "experts" and not config.skips(weight):
+        here = bool(weight.stacked) and quantizes_experts(config)  # the core's: `memory.experts`
+        if weight.role == "experts" and not config.skips(weight) and not here:
             module = weight.name.rpartition(".")[0]
             raise ConfigError.of_unfit(
                 f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized",

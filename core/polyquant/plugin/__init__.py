@@ -21,6 +21,7 @@ from polyquant.models.roles import REASONS, TIED
 from polyquant.options import (
     BackendOptions,
     Dtype,
+    ExpertsOptions,
     NumberFormat,
     PackableOptions,
     RoundingMethod,
@@ -60,6 +61,7 @@ __all__ = [
     "DeviceMap",
     "DeviceSupport",
     "Dtype",
+    "ExpertsOptions",
     "Feed",
     "Isolated",
     "LayerInfo",

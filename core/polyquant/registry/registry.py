@@ -49,6 +49,7 @@ RESULTS: Mapping[str, type] = {
     "quantize": Path,
     "prepare_for_training": object,
     "save": Path,
+    "quantize_linear": object,
     "pack": object,  # a PackedWeight, whose class imports torch
 }
 ITEMS: Mapping[str, type] = {
