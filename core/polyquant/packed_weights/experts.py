@@ -96,6 +96,7 @@ def put_back(module: Any, dtype: torch.dtype) -> None:
     del module.forward
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # how many tokens go where is another each time
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts' answers, weighted and summed. hidden_states: (tokens, hidden); the others: (tokens, k).
 
