@@ -177,6 +177,24 @@ def test_a_damaged_expert_is_named(mixtral: Path, tmp_path: Path) -> None:
         load(model)
 
 
+@pytest.mark.parametrize("backend", ["bitsandbytes", "gguf"])
+def test_a_checkpoint_of_16_bits_gives_what_the_same_in_32_bits_does(
+    mixtral: Path, tmp_path: Path, backend: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    if polyquant.backend(backend).problems("cpu"):
+        pytest.skip(f"{backend} does not run here")
+    half = {name: tensor.bfloat16() for name, tensor in load_file(mixtral / "model.safetensors").items()}
+    answers = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Path(shutil.copytree(mixtral, tmp_path / str(dtype)))
+        tensors = {name: tensor.to(dtype) for name, tensor in half.items()}
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        answers.append(polyquant.load(model, backend, kernel="packed", device="cpu").logits(TOKENS))
+    assert torch.equal(*answers)
+
+
 def _change(model: Path, change: Any) -> None:
     """One expert's matrix in a checkpoint, which stores each by itself."""
     from safetensors.torch import load_file, save_file

@@ -138,7 +138,7 @@ class WeightInfo(Record, frozen=True):
     tied_to: str = ""  # the tensor it shares its storage with; it then counts no bytes
     default_skip: bool = False  # kept dense unless skip_defaults=False
     parts: Mapping[str, str] = {}  # of a packed checkpoint's layer: what the file holds of it -> dtype, {"scales": ...}
-    stacked: Stacked = ""
+    stacked: Stacked = ""  # of experts: which way each lies in the tensor; empty: none that can be multiplied alone
 
 
 PackedKind = Literal["affine4", "codebook4", "int8"]

@@ -21,6 +21,7 @@ from polyquant.packed_weights.experts import RepackedExperts, has_packed, put_in
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
 from polyquant.packed_weights.weight import PackedWeight, same
+from polyquant.plugin.dtypes import cast_dense
 from polyquant.plugin.quantizer import forget_library
 from polyquant.types import LayerInfo, LayerPlan, PackedFormat, WeightInfo
 
@@ -101,23 +102,25 @@ def _pack_experts(loaded: LoadedModel, plans: list[LayerPlan], backend: Packing)
     for plan in tqdm(plans, desc="Quantizing experts", unit="tensor", disable=quiet):
         owner, _, name = plan.name.rpartition(".")
         module = loaded.model.get_submodule(owner)
-        each = _rounded_experts(getattr(module, name).detach(), weights[plan.name], plan, loaded.config, backend)
+        each = _rounded_experts(getattr(module, name).detach(), weights[plan.name], plan, loaded, backend)
         transposed = weights[plan.name].stacked == "in_out"
         put_in(module, name, RepackedExperts(each, plan.shape[0], plan.scheme, plan.bits, transposed=transposed))
 
 
 def _rounded_experts(
-    whole: torch.Tensor, weight: WeightInfo, plan: LayerPlan, config: Any, backend: Packing
+    whole: torch.Tensor, weight: WeightInfo, plan: LayerPlan, loaded: LoadedModel, backend: Packing
 ) -> Iterator[PackedWeight]:
-    """Each expert of a dense tensor, as the backend rounds a linear layer with that weight."""
+    """Each expert of a dense tensor, as the backend rounds a linear layer with that weight in the compute dtype."""
+    assert loaded.request is not None
+    source = loaded.request.source
     one, dtype = replace(plan, shape=one_expert(weight).shape), getattr(torch, weight.dtype)
     for number, matrix in enumerate(whole):
         if not bool(torch.isfinite(matrix).all()):
             raise ModelError(f"{plan.name}: expert {number} holds NaN or infinity; the checkpoint is damaged")
-        rows = (matrix.T if weight.stacked == "in_out" else matrix).to(dtype).contiguous()
+        rows = cast_dense(source, plan.name, matrix.T if weight.stacked == "in_out" else matrix, dtype).contiguous()
         linear = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
         linear.weight = torch.nn.Parameter(rows, requires_grad=False)
-        yield _packed(backend.quantize_linear(linear, config), one, backend)
+        yield _packed(backend.quantize_linear(linear, loaded.config), one, backend)
 
 
 def left_with_library(model: Any, backend: Packing) -> bool:
@@ -174,7 +177,7 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
     experts = {"experts": QUANTIZE} if _experts_of(loaded.model) else {}  # still the core's, so that none is refused
     options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP, **experts)
     try:
-        again = backend.load(loaded.request, replace(loaded.settled, options=options))
+        again = backend.load(replace(loaded.request, later=frozenset()), replace(loaded.settled, options=options))
     except OSError as error:
         raise SaveError(
             f"a model with kernel='packed' is read again to be saved, and {loaded.request.source.name} cannot be read "
@@ -205,7 +208,7 @@ def _require_same_experts(loaded: LoadedModel, again: LoadedModel, backend: Pack
     plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
     for name, mine in _experts_of(loaded.model).items():
         dense = again.model.get_parameter(name).detach()
-        now = _rounded_experts(dense, weights[name], plans[name], loaded.config, backend)
+        now = _rounded_experts(dense, weights[name], plans[name], loaded, backend)
         if not all(same(one, other) for one, other in zip(now, mine.packed, strict=True)):
             raise _changed(loaded, name)
 
