@@ -125,8 +125,10 @@ def test_the_option_says_when(mixtral: Path, models: Path) -> None:
     packed = load(mixtral)
     assert polyquant.verify(packed).passed
     assert len(stacks(packed.model)) == 4
+    told = "fused experts stay dense: kernel='packed' quantizes them"
     for options in ({"experts": "keep"}, {"kernel": "library"}, {"skip": ("experts",)}):
         loaded = load(mixtral, **options)
+        assert any(told in note for note in loaded.notes) == (options == {"kernel": "library"})
         assert not stacks(loaded.model)
         assert not any(layer.quantized for layer in loaded.layers if layer.role == "experts")
     beside = load(mixtral, kernel="library", experts="quantize", compute_dtype="float32")

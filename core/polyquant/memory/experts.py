@@ -20,6 +20,12 @@ def one_expert(weight: WeightInfo) -> WeightInfo:
     return replace(weight, shape=(rows, columns), role="linear", module="Linear", stacked="")
 
 
+def left_dense(weights: Sequence[WeightInfo], config: BackendOptions) -> bool:
+    """Whether a model has experts that stay dense only because nobody has said what becomes of them."""
+    undecided = getattr(config, "experts", "") == "auto" and not quantizes_experts(config)
+    return undecided and any(weight.stacked and not config.skips(weight) for weight in weights)
+
+
 def with_experts(
     plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], config: BackendOptions, plan: PlanLayers
 ) -> list[LayerPlan]:

@@ -30,11 +30,13 @@ def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> Non
     for weight in weights:
         here = bool(weight.stacked) and quantizes_experts(config)  # the core's: `memory.experts`
         if weight.role == "experts" and not config.skips(weight) and not here:
-            module = weight.name.rpartition(".")[0]
+            short = weight.name.rpartition(".")[0].rpartition(".")[2]
+            packs = weight.stacked and hasattr(config, "experts")
             raise ConfigError.of_unfit(
                 f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized",
-                [f"skip=({module.rpartition('.')[2]!r},), which keeps them dense"],
-            )
+                [*(["kernel='packed', which quantizes each"] if packs else []),
+                 f"skip=({short!r},), which keeps them dense"],
+            )  # fmt: skip
 
 
 def plan_linears(

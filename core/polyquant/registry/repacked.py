@@ -12,7 +12,7 @@ from tqdm import tqdm
 from polyquant.errors import BrokenBackend, ConfigError, ModelError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name
-from polyquant.memory.experts import one_expert
+from polyquant.memory.experts import left_dense, one_expert
 from polyquant.memory.packed import VOCABULARY_SCHEMES, scheme_of
 from polyquant.models.versions import tied_tensors
 from polyquant.options import KEEP, QUANTIZE, is_packed, packs_any
@@ -26,6 +26,10 @@ from polyquant.plugin.quantizer import forget_library
 from polyquant.types import LayerInfo, LayerPlan, PackedFormat, WeightInfo
 
 SHOWN = 3  # names of layers in a note
+LEFT_DENSE = (
+    "fused experts stay dense: kernel='packed' quantizes them, or experts='quantize' beside the library's kernel; "
+    "experts='keep' leaves this note out"
+)
 
 
 class Packing(Protocol):
@@ -45,6 +49,12 @@ def finish(loaded: LoadedModel, backend: Packing) -> None:
     _with_stored_options(loaded)
     if packs_any(loaded.config):
         repack(loaded, backend)
+    if (
+        loaded.settled is not None
+        and loaded.settled.device == "cpu"
+        and left_dense(loaded.settled.weights, loaded.config)
+    ):
+        loaded.notes.append(LEFT_DENSE)
 
 
 def _with_stored_options(loaded: LoadedModel) -> None:
