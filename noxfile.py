@@ -88,6 +88,7 @@ def chosen(session: nox.Session, marks: str = "not slow and not gpu") -> list[st
     process, of a conformance suite what tests one preset: see tests/grouping.py.
     """
     session.env.setdefault("OMP_NUM_THREADS", "1")
+    session.env.setdefault("POLYQUANT_KERNEL", "library")  # tests of packed kernels ask for them
     session.env["PYTHONPATH"] = str(ROOT / "tests")  # a library's package `tests` hides the folder of that name
     given = [argument for argument in session.posargs if argument != COMMON]
     shared = ["--numprocesses=2", "-p", "grouping", "--dist=loadscope", "--max-worker-restart=0"]
@@ -164,6 +165,7 @@ def compatibility(session: nox.Session, end: str) -> None:
 def slow(session: nox.Session) -> None:
     """What takes minutes for each backend."""
     install(session, *PLUGINS.values(), group="test")
+    session.env.setdefault("POLYQUANT_KERNEL", "library")
     session.run("python", "-m", "pytest", *apart(), "-m", "slow", "--timeout=3600", *session.posargs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import RepackedLinear
-from polyquant.packed_weights.weight import PackedWeight, pack_weight
+from polyquant.packed_weights.weight import WIDE, PackedWeight, pack_dense, pack_weight
 from torch import Tensor
 
 
@@ -16,24 +16,41 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
     padded = layout.padded(shape)[1]
     group = layout.group_of(padded)
     groups = padded // group
-    wide = layout.kind == "int8"
+    if layout.kind == "dense16":
+        dense = torch.randn(shape).to(getattr(torch, layout.scale_dtype))
+        return pack_dense(dense), dense.float(), dense, dense.new_empty(0)
+    wide = layout.kind in WIDE
     codes = torch.randint(-128 if wide else 0, 128 if wide else 16, shape).to(torch.int8 if wide else torch.uint8)
+    if layout.kind == "float8":
+        codes = torch.where(codes & 127 == 127, 0, codes).view(torch.float8_e4m3fn)  # no NaN
     scales = (torch.rand(rows, groups) * 0.1 + 0.01).to(getattr(torch, layout.scale_dtype))
     zeros = torch.randint(0, 16, (rows, groups)) if layout.offsets == "zeros" else None
     minima = torch.randn(rows, groups) if layout.offsets == "minima" else None
     table = torch.randn(16) if layout.kind == "codebook4" else None
-    weight = pack_weight(codes, scales, layout.group_size, zeros=zeros, minima=minima, table=table, zero=8.0)
+    column_scales = torch.rand(columns) + 0.5 if layout.column_scales else None
+    weight = pack_weight(
+        codes,
+        scales,
+        layout.group_size,
+        zeros=zeros,
+        minima=minima,
+        table=table,
+        column_scales=column_scales,
+        zero=0.0 if layout.kind == "float8" else 8.0,
+    )
 
     def spread(values: Tensor) -> Tensor:
         return values.repeat_interleave(group, 1)[:, :columns]
 
     if table is not None:
         dense = spread(scales.float()) * table[codes.long()]
+    elif layout.kind == "float8":
+        dense = spread(scales.float()) * codes.float()
     elif minima is not None:
         dense = (spread(scales.double()) * codes.double() + spread(minima.double())).float()
     else:
         dense = spread(scales.float()) * (codes.float() - (8 if zeros is None else spread(zeros.float())))
-    return weight, dense, codes, scales
+    return weight, dense if column_scales is None else dense * column_scales, codes, scales
 
 
 def packed_like(linear: torch.nn.Linear, group: int = 32) -> RepackedLinear:

@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from polyquant.packed_weights import step
+from polyquant.packed_weights.linear import RepackedLinear
+from polyquant.types import PackedFormat
 from transformers import DynamicCache
 
-from .packing import pack_linears, packed_like
+from .packing import pack_linears, packed_like, random_weight
 
 pytest.importorskip("polyquant_kernels")
 SIZES: dict[str, Any] = {
@@ -107,9 +109,11 @@ def test_other_models_are_left_alone() -> None:
     dense, mixed, other = model_of("llama", packed=False), model_of("llama"), model_of("llama")
     mixed.model.layers[1].mlp.up_proj = dense.model.layers[1].mlp.up_proj
     other.model.config.model_type = "llama4"
-    wide = model_of("llama")
+    wide, scaled = model_of("llama"), model_of("llama")
     wide.model.norm.to(torch.bfloat16)
-    for model in (dense, mixed, other, wide):
+    layout = PackedFormat(kind="affine4", group_size=32, column_scales=True)
+    scaled.model.layers[1].mlp.up_proj = RepackedLinear(random_weight((256, 128), layout)[0], None, "int4", 4)
+    for model in (dense, mixed, other, wide, scaled):
         assert not step.attach(model)
         assert "forward" not in model.model.__dict__
 

@@ -13,20 +13,30 @@ from polyquant.packed_weights import kernels
 from polyquant.packed_weights.format import group_of_runs
 from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import MOST_INPUTS, RepackedLinear
-from polyquant.packed_weights.weight import PackedWeight, pack_weight, same
+from polyquant.packed_weights.weight import PARTS, PackedWeight, pack_weight, same
 from torch.nn import Linear, functional
 
 from .packing import random_weight
 
 DTYPES = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
 SHAPES = ((64, 256), (7, 100), (8, 64), (50, 96), (1, 33))
-FORMATS = [
-    PackedFormat(kind=kind, group_size=group, scale_dtype=scale, offsets=offsets)
-    for kind, offsets, scale, group in itertools.product(
-        ("affine4", "int8", "codebook4"), ("none", "zeros", "minima"), DTYPES, (16, 32, 64, -1)
-    )
-    if kind != "codebook4" or offsets == "none"
-]
+FORMATS = (
+    [
+        PackedFormat(kind=kind, group_size=group, scale_dtype=scale, offsets=offsets)
+        for kind, offsets, scale, group in itertools.product(
+            ("affine4", "int8", "codebook4", "float8"), ("none", "zeros", "minima"), DTYPES, (16, 32, 64, -1)
+        )
+        if kind not in ("codebook4", "float8") or offsets == "none"
+    ]
+    + [
+        PackedFormat(kind="dense16", group_size=-1, scale_dtype="float16"),
+        PackedFormat(kind="dense16", group_size=-1, scale_dtype="bfloat16"),
+    ]
+    + [
+        PackedFormat(kind=kind, group_size=group, offsets=offsets, column_scales=True)
+        for kind, group, offsets in (("affine4", 64, "minima"), ("int8", 16, "zeros"), ("affine4", -1, "none"))
+    ]
+)
 SETS = ["plain torch", *(kernels.library().available() if kernels.library() else ())]
 
 
@@ -50,7 +60,12 @@ def layer_of(weight: PackedWeight, bias: bool = True) -> RepackedLinear:
 
 
 @pytest.mark.parametrize(
-    "layout", FORMATS, ids=lambda layout: f"{layout.kind}-{layout.offsets}-{layout.scale_dtype}-{layout.group_size}"
+    "layout",
+    FORMATS,
+    ids=lambda layout: (
+        f"{layout.kind}-{layout.offsets}-{layout.scale_dtype}-{layout.group_size}"
+        + ("-columns" if layout.column_scales else "")
+    ),
 )
 def test_it_decodes_to_the_bits_of_its_formula_and_multiplies_with_them(
     layout: PackedFormat, instructions: str
@@ -59,7 +74,6 @@ def test_it_decodes_to_the_bits_of_its_formula_and_multiplies_with_them(
         weight, dense, codes, scales = random_weight(shape, layout)
         assert weight.format == layout
         assert sum(part.nbytes for part in weight.parts.values()) == layout.nbytes(shape)
-        assert torch.equal(weight.codes_of_all(), codes) and torch.equal(weight.groups_of_all("scales"), scales)
         layer = layer_of(weight)
         assert torch.equal(layer.dequantize(), dense)
         for inputs in (torch.randn(3, shape[1]), torch.randn(shape[1]), torch.randn(2, MOST_INPUTS, shape[1])):
@@ -109,12 +123,29 @@ def test_columns_in_another_order(instructions: str) -> None:
     scales = torch.rand(16, 4).half()
     weight = pack_weight(codes, scales, 64, zero=8.0, groups_of_columns=groups)
     dense = scales.float()[:, groups] * (codes.float() - 8)
-    assert weight.format.ordered and torch.equal(weight.codes_of_all(), codes)
+    assert weight.format.ordered
     assert torch.equal(layer_of(weight).dequantize(), dense)
     assert sum(part.nbytes for part in weight.parts.values()) == weight.format.nbytes((16, 256))
     for count in (1, 3, MOST_INPUTS + 1):
         inputs = torch.randn(count, 256)
         assert torch.allclose(layer_of(weight, bias=False)(inputs), inputs @ dense.T, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_columns_with_scales_of_their_own(dtype: str, instructions: str) -> None:
+    groups = (torch.arange(256) // 64)[torch.randperm(256, generator=torch.Generator().manual_seed(0))]
+    codes, scales = torch.randint(0, 16, (16, 256), dtype=torch.uint8), torch.rand(16, 4).half()
+    column_scales = (torch.rand(256) * 4 + 0.1).half()
+    weight = pack_weight(codes, scales, 64, zero=8.0, groups_of_columns=groups, column_scales=column_scales)
+    dense = scales.float()[:, groups] * (codes.float() - 8) * column_scales.float()
+    layer, inputs = layer_of(weight), torch.randn(3, 256).to(getattr(torch, dtype)).requires_grad_()
+    layer.bias.data = layer.bias.data.to(inputs.dtype)
+    assert torch.equal(layer.dequantize(), dense)
+    outputs = layer(inputs)
+    outputs.backward(torch.ones_like(outputs))
+    wanted = functional.linear(inputs.double(), dense.double(), layer.bias.double())
+    assert outputs.dtype == inputs.dtype and (outputs - wanted).norm() <= max(DTYPES[dtype], 1e-4) * wanted.norm()
+    assert torch.allclose(inputs.grad, dense.sum(0).expand(3, -1).to(inputs.dtype), rtol=0.05, atol=0.5)
 
 
 @pytest.mark.parametrize("groups", ([0] * 64, [0] * 31 + [1] * 33, [-1] * 32 + [1] * 32, [0] * 32 + [2] * 32))
@@ -132,6 +163,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         pack_weight(codes, torch.ones(8, 8), 8)
     with pytest.raises(ModelError, match="zeros are"):
         pack_weight(codes, torch.ones(8, 2), 32, zeros=torch.ones(8))
+    with pytest.raises(ModelError, match=r"column_scales are \(63,\), and there are 64 columns"):
+        pack_weight(codes, torch.ones(8, 2), 32, column_scales=torch.ones(63))
 
 
 def test_gradients_are_those_of_the_dense_weight(instructions: str) -> None:
@@ -156,14 +189,22 @@ def test_copies_and_moved_tensors_are_multiplied_with(instructions: str) -> None
 
 
 def test_compilers_see_one_operator(instructions: str) -> None:
-    weight, *_ = random_weight((50, 96), PackedFormat(kind="codebook4", group_size=32, scale_dtype="float32"))
+    layout = PackedFormat(kind="codebook4", group_size=32, scale_dtype="float32", column_scales=True)
+    weight, *_ = random_weight((50, 96), layout)
     layer, inputs = layer_of(weight), torch.randn(2, 3, 96)
     with torch.inference_mode():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(inputs), layer(inputs))
-    parts = [getattr(layer, name, None) for name in ("zeros", "minima", "table", "order", "bias")]
+    parts = [getattr(layer, name, None) for name in (*PARTS[2:], "bias")]
     arguments = (inputs, layer.qweight, layer.scales, *parts, 0.0, 50, "codebook4 32 float32 none 0", "int16")
     torch.library.opcheck(torch.ops.polyquant.packed_linear.default, arguments)
+
+
+def test_floats_that_are_no_numbers_are_refused() -> None:
+    codes = torch.ones(8, 32).to(torch.float8_e4m3fn)
+    codes[3, 5] = float("nan")
+    with pytest.raises(ModelError, match="some of its weights are NaN"):
+        pack_weight(codes, torch.ones(8, 1))
 
 
 def test_groups_of_blocks_that_go_on_in_the_next_row() -> None:
@@ -187,12 +228,16 @@ def test_an_older_library_is_refused_by_its_number(monkeypatch: pytest.MonkeyPat
     assert "slowly: pip install polyquant-kernels" in kernels.told()
 
 
-def test_threads_and_forks_multiply_alike() -> None:
-    """Several callers at once, and a child of a process whose threads have worked."""
+@pytest.mark.parametrize("borrowed", [True, False])
+def test_threads_and_forks_multiply_alike(borrowed: bool) -> None:
+    """Several callers at once, and a child of a process whose threads have worked: torch's, and the kernels' own."""
+    import ctypes
     import os
     from concurrent.futures import ThreadPoolExecutor
 
-    pytest.importorskip("polyquant_kernels")
+    lender = pytest.importorskip("polyquant_kernels")
+    kernels.functions()
+    assert lender.borrow_threads(ctypes.CDLL(torch._C.__file__) if borrowed else None) is borrowed
     weight, *_ = random_weight((2048, 1024), PackedFormat(kind="affine4", group_size=32))
     layer = layer_of(weight)
     inputs = [torch.randn(2, 1024) for _ in range(8)]
@@ -208,3 +253,4 @@ def test_threads_and_forks_multiply_alike() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(threads)
+        lender.borrow_threads(ctypes.CDLL(torch._C.__file__))

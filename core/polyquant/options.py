@@ -20,8 +20,9 @@ RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
 """How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are
 fitted to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text
 (AutoRound). codebook: groups of weights are entries of learned code books (AQLM)."""
-VocabularyBits = Literal["keep", "8bit", "4bit"]
-"""Of an embedding or an output head. keep: dense, or as its checkpoint has it."""
+VocabularyBits = Literal["keep", "16bit", "8bit", "4bit"]
+"""Of an embedding or an output head. keep: dense in the compute dtype, or as its checkpoint has it. 16bit: bfloat16, as
+most checkpoints hold it: with activations in float32, half of the bytes and the same numbers."""
 NumberFormat = Literal["integers", "integers with zero points", "normal floats", "floats", "k-quants", "vectors"]
 """What codes stand for. integers: even steps around zero. integers with zero points: even steps from a minimum of their
 own. normal floats: a table of uneven levels (NF4, IQ4_NL). floats: FP8, FP4, MXFP4. k-quants: even steps whose scales
@@ -99,6 +100,11 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.weight_bits
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether the format asks for activations in few bits too: it is then more than its weights."""
+        return False
+
+    @property
     def scheme(self) -> str:
         """Which of the card's schemes these options are; empty: the one that an option's value names, or a file."""
         return ""
@@ -121,9 +127,11 @@ class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
 
     kernel: Annotated[
         Literal["auto", "packed", "library"],
-        Meta(description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library and auto: the "
-             "backend's library"),
-    ] = "auto"  # fmt: skip
+        Meta(
+            description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library: the backend's "
+            "library; auto: packed where polyquant-kernels is installed and weights have a place there, in float32"
+        ),
+    ] = "auto"
     embeddings: Annotated[
         VocabularyBits,
         Meta(description="bits of the input embedding, and of an output head tied to it, packed on a CPU as it loads"),
@@ -159,10 +167,10 @@ def packs_any(options: BackendOptions) -> bool:
 def quantizes_experts(options: BackendOptions) -> bool:
     """Whether fused experts are quantized with these options, where a model has some that can be."""
     asked = getattr(options, "experts", KEEP)
-    return asked == QUANTIZE or (asked == "auto" and is_packed(options))
+    return asked == QUANTIZE or (asked == AUTO and is_packed(options))
 
 
-PACKED, KEEP, QUANTIZE = "packed", "keep", "quantize"
+AUTO, PACKED, LIBRARY, KEEP, QUANTIZE = "auto", "packed", "library", "keep", "quantize"
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 

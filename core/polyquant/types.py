@@ -140,10 +140,15 @@ class WeightInfo(Record, frozen=True):
     parts: Mapping[str, str] = {}  # of a packed checkpoint's layer: what the file holds of it -> dtype, {"scales": ...}
     stacked: Stacked = ""  # of experts: which way each lies in the tensor; empty: none that can be multiplied alone
 
+    @property
+    def as_linear(self) -> tuple[int, ...]:
+        """A matrix as a linear layer has it, (out_features, in_features): transformers' Conv1D is turned."""
+        return self.shape[::-1] if self.module == "Conv1D" else self.shape
 
-PackedKind = Literal["affine4", "codebook4", "int8"]
+
+PackedKind = Literal["affine4", "codebook4", "int8", "float8", "dense16"]
 """affine4: codes from 0 to 15, scale * (code - zero) or scale * code + minimum. codebook4: scale * table[code].
-int8: as affine4, with signed codes of 8 bits."""
+int8: as affine4, with signed codes of 8 bits. float8: scale * a float of 8 bits (E4M3). dense16: a float of 16 bits."""
 PackedOffsets = Literal["none", "zeros", "minima"]
 """Of the groups. none: one zero point for all. zeros: an int8 zero point each. minima: a float32 minimum each."""
 
@@ -153,13 +158,15 @@ class PackedFormat(Record, frozen=True):
 
     kind: PackedKind
     group_size: int  # columns that share a scale; -1: all of them
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of dense16, which has none: of the weights
     offsets: PackedOffsets = "none"
     ordered: bool = False  # whether columns are sorted by their groups: act-order
+    column_scales: bool = False  # whether each column has a float32 scale besides, as SINQ's have
 
     ROWS: ClassVar[int] = 8  # that are interleaved
     COLUMNS: ClassVar[int] = 32  # what those stored are a multiple of
     TABLE_BYTES: ClassVar[int] = 16 * 4
+    CODE_BITS: ClassVar[Mapping[str, int]] = {"affine4": 4, "codebook4": 4, "int8": 8, "float8": 8, "dense16": 16}
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The rows and columns that are stored, of a weight (out_features, in_features)."""
@@ -168,13 +175,13 @@ class PackedFormat(Record, frozen=True):
         return self.ROWS * ceil(rows / self.ROWS), whole * ceil(columns / whole)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight (out_features, in_features) with scales, offsets, table and order."""
+        """Bytes of a weight (out_features, in_features) with scales, offsets, table, order and column scales."""
         rows, columns = self.padded(shape)
-        groups = rows * (columns // self.group_of(columns))
+        groups = rows * (columns // self.group_of(columns)) if self.kind != "dense16" else 0
         each = DTYPE_BYTES[self.scale_dtype] + {"none": 0, "zeros": 1, "minima": 4}[self.offsets]
-        codes = rows * columns if self.kind == "int8" else rows * columns // 2
+        codes = rows * columns * self.CODE_BITS[self.kind] // 8
         table = self.TABLE_BYTES if self.kind == "codebook4" else 0
-        return codes + groups * each + table + (4 * columns if self.ordered else 0)
+        return codes + groups * each + table + 4 * columns * (self.ordered + self.column_scales)
 
     def group_of(self, columns: int) -> int:
         """Columns that share a scale, of so many that are stored."""

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 __version__ = version("polyquant-kernels")
-INTERFACE = 2
+INTERFACE = 3
 """Of src/polyquant_kernels.h: the library of another number is not called."""
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
-AFFINE4, CODEBOOK4, INT8 = range(3)
+AFFINE4, CODEBOOK4, INT8, FLOAT8, DENSE16 = range(5)
 EXACT, INT16, INT8_ACTIVATIONS = range(3)
 SILU, GELU_TANH = range(2)
 ANSWERS = {-1: "there is no product for what was asked", -2: "there is no memory for it"}
@@ -84,9 +84,21 @@ def library() -> ctypes.CDLL:
     loaded.pq_decode.argtypes = [address, count, count, address, word, word]
     loaded.pq_rows.argtypes = [address, address, count, address, word]
     loaded.pq_step.argtypes = [address, address, address, count, address, address, word, word]
+    loaded.pq_borrow.argtypes, loaded.pq_borrow.restype = [address], None
     if (other := loaded.pq_interface()) != INTERFACE:
         raise OSError(f"{found} has interface {other}, and {INTERFACE} is called; install polyquant-kernels anew")
     return loaded
+
+
+def borrow_threads(owner: ctypes.CDLL | None) -> bool:
+    """Let products run in the threads of OpenMP as `owner`, a library that uses it, has it; None: in own ones again.
+
+    Two pools, each awake for the next work, would take each other's cores: 1.5 times the time of a step on two. Whether
+    it has an OpenMP whose threads can be lent (libgomp's interface, which LLVM's has too).
+    """
+    lent = None if owner is None else getattr(owner, "GOMP_parallel", None)
+    library().pq_borrow(ctypes.cast(lent, ctypes.c_void_p) if lent else None)
+    return lent is not None
 
 
 def available() -> list[str]:

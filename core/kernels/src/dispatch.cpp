@@ -46,10 +46,12 @@ const Set& in_use() {
 }
 
 bool is_sound(const pq_weight& w) {
-  const bool kinds = w.kind >= PQ_AFFINE4 && w.kind <= PQ_INT8 && w.scale_type >= PQ_FLOAT32 && w.scale_type <= PQ_BFLOAT16;
+  const bool kinds = w.kind >= PQ_AFFINE4 && w.kind <= PQ_DENSE16 && w.scale_type >= PQ_FLOAT32 && w.scale_type <= PQ_BFLOAT16;
   const bool sizes = w.rows > 0 && w.columns > 0 && w.rows % 8 == 0 && w.columns % 32 == 0 && w.group >= 16 &&
                      w.group % 16 == 0 && w.columns % w.group == 0;
-  const bool parts = w.codes && w.scales && !(w.zeros && w.minima) && (w.kind != PQ_CODEBOOK4 || (w.table && !w.zeros && !w.minima));
+  const bool dense = w.kind == PQ_DENSE16, plain = dense || w.kind == PQ_FLOAT8 || w.kind == PQ_CODEBOOK4;
+  const bool parts = w.codes && (w.scales || dense) && !(w.zeros && w.minima) && !(plain && (w.zeros || w.minima)) &&
+                     (w.kind != PQ_CODEBOOK4 || w.table) && (!dense || w.scale_type != PQ_FLOAT32);
   return kinds && sizes && parts;
 }
 
@@ -69,7 +71,7 @@ int32_t linear(
   }
   float* to = y_type == PQ_FLOAT32 ? static_cast<float*>(y) : at_least(wide_y, count * w.rows);
   const Product product{&w, bias, to};
-  multiply(set, &product, 1, from, count, activations, threads, room);
+  together(threads, [&] { multiply(set, &product, 1, from, count, activations, threads, room); });
   if (y_type != PQ_FLOAT32) set.from_float32(to, y_type, count * w.rows, y);
   return 0;
 }
@@ -78,7 +80,7 @@ int32_t linear(
 
 extern "C" {
 
-int32_t pq_interface(void) { return 2; }
+int32_t pq_interface(void) { return 3; }
 
 const char* pq_available(void) {
   static const std::string names = [] {
@@ -99,6 +101,8 @@ int32_t pq_use(const char* name) {
     }
   return -1;
 }
+
+void pq_borrow(pq_parallel parallel) { borrow(parallel); }
 
 int32_t pq_linear(
     const pq_weight* weight, const void* x, int32_t x_type, int64_t count, void* y, int32_t y_type, const float* bias,

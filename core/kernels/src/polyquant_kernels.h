@@ -1,7 +1,8 @@
 // The C interface of the packed products. Every function is safe to call from several threads at once.
 //
 // A weight of (rows, columns) lies with eight rows interleaved: `codes` is (rows / 8, columns / 8, 8) lanes of 32 bits,
-// each with eight codes of four bits of one row, or (rows / 8, columns / 4, 8) lanes with four of eight bits. In a lane of
+// each with eight codes of four bits of one row, or (rows / 8, columns / 4, 8) lanes with four of eight bits; codes of 16
+// bits are (rows / 8, columns, 8) by themselves. In a lane of
 // four-bit codes, code t has the bits from {0, 8, 16, 24, 4, 12, 20, 28}[t]: the even nibbles are codes 0 to 3, the odd
 // ones 4 to 7. Scales, zero points and minima are (rows / 8, columns / group, 8).
 #pragma once
@@ -22,16 +23,19 @@ enum pq_type { PQ_FLOAT32 = 0, PQ_FLOAT16 = 1, PQ_BFLOAT16 = 2 };
 enum pq_kind {
   PQ_AFFINE4 = 0,    // scale * (code - zero), or scale * code + minimum
   PQ_CODEBOOK4 = 1,  // scale * table[code]
-  PQ_INT8 = 2        // scale * (code - zero), or scale * code + minimum; the code is signed
+  PQ_INT8 = 2,       // scale * (code - zero), or scale * code + minimum; the code is signed
+  PQ_FLOAT8 = 3,     // scale * code; the code is a float of 8 bits, E4M3 without infinities, and no NaN
+  PQ_DENSE16 = 4     // the code, a float of 16 bits of scale_type; there are no scales
 };
 
 // How activations enter a product: as they are; or in blocks of 32 as integers of 16 or of 8 bits with a scale each.
-// A product in 16 bits has a relative error of 5e-5, one in 8 bits of 1e-2. Only PQ_AFFINE4 has 8 bits.
+// A product in 16 bits has a relative error of 5e-5, one in 8 bits of 1e-2. Only PQ_AFFINE4 has 8 bits; floats of 8 and of
+// 16 bits are multiplied as they are, always.
 enum pq_activations { PQ_EXACT = 0, PQ_INT16 = 1, PQ_INT8_ACTIVATIONS = 2 };
 
 typedef struct {
   const uint32_t* codes;
-  const void* scales;     // of scale_type
+  const void* scales;     // of scale_type; null for PQ_DENSE16
   const int8_t* zeros;   // zero points, or null
   const float* minima;    // minima, or null; never both
   const float* table;     // sixteen levels of a PQ_CODEBOOK4
@@ -50,6 +54,12 @@ PQ_PUBLIC const char* pq_available(void);
 PQ_PUBLIC const char* pq_in_use(void);
 // Uses another set than the best. Returns 0, or -1 where it is none of pq_available.
 PQ_PUBLIC int32_t pq_use(const char* name);
+
+// Lets products run in the threads of another library that is in the process, so that no two pools wait awake for the same
+// cores. `parallel` calls work(context) in up to `threads` threads, the caller among them, and returns when all have: it is
+// GOMP_parallel of libgomp, and of LLVM's OpenMP. Null: own threads, as at first.
+typedef void (*pq_parallel)(void (*work)(void* context), void* context, unsigned threads, unsigned flags);
+PQ_PUBLIC void pq_borrow(pq_parallel parallel);
 
 // y = x @ weight.T + bias. x: (count, columns), y: (count, rows), each contiguous and of its type; bias: rows floats or null.
 // Returns 0; -1: what is asked for has no product; -2: no memory.

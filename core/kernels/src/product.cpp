@@ -11,6 +11,7 @@ constexpr int64_t PIECES_EACH = 4;        // pieces for each thread: one that is
 
 // how a weight is really multiplied: only codes from 0 to 15 have products of 8 bits, and code books none of blocks of 16
 int how_for(const pq_weight& w, int32_t asked) {
+  if (w.kind == PQ_FLOAT8 || w.kind == PQ_DENSE16) return PQ_EXACT;
   if (w.kind == PQ_CODEBOOK4 && block_of(w) == 16) return PQ_EXACT;
   return asked == PQ_INT8_ACTIVATIONS && w.kind != PQ_AFFINE4 ? PQ_INT16 : asked;
 }

@@ -17,6 +17,8 @@ constexpr float MOST_LEVEL = 8191.0f;  // of a code book's levels as integers: 3
 
 // BLOCK, below: how many neighbouring activations share a scale; 32, or 16 where the weight's groups ask for it.
 
+inline bool is_wide(const pq_weight& w) { return w.kind == PQ_INT8 || w.kind == PQ_FLOAT8; }  // codes of 8 bits
+
 // ---- scales and what stands beside them: of eight rows at once
 
 struct Group {
@@ -32,7 +34,7 @@ struct Groups {  // of one block of eight rows
 
   Groups(const pq_weight& w, int64_t block) : type(w.scale_type), zero(w.zero) {
     const int64_t before = block * (w.columns / w.group) * 8;
-    scales = static_cast<const char*>(w.scales) + before * (type == PQ_FLOAT32 ? 4 : 2);
+    scales = w.scales ? static_cast<const char*>(w.scales) + before * (type == PQ_FLOAT32 ? 4 : 2) : nullptr;
     zeros = w.zeros ? w.zeros + before : nullptr;
     minima = w.minima ? w.minima + before : nullptr;
   }
@@ -348,10 +350,56 @@ void int8_exact(const uint32_t* codes, const Groups& groups, int64_t per, const 
   }
 }
 
+// the floats of bytes, whose signs are extended: their bits are those of a float32, but for the exponent's bias
+inline Floats float8(Ints bytes) {
+  const Ints bits = ints_and(ints_left<20>(bytes), ints_all(static_cast<int32_t>(0x87f00000u)));
+  return multiply(as_floats(bits), all(1.329227995784916e36f));  // 2^120, exact, of subnormal ones too
+}
+
+template <int COUNT, int64_t BLOCK>
+void float8_exact(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
+  for (int64_t block = 0; block < in.columns / BLOCK; block++) {
+    Floats even[COUNT], odd[COUNT];
+    for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
+    for (int64_t j = 0; j < BLOCK / 8; j++) {
+      const uint32_t* at = codes + (block * (BLOCK / 4) + j * 2) * 8;
+      const Ints first = ints_load(at), second = ints_load(at + 8);
+      const Floats q[8] = {
+          float8(byte_of<0>(first)), float8(byte_of<1>(first)), float8(byte_of<2>(first)), float8(byte_of<3>(first)),
+          float8(byte_of<0>(second)), float8(byte_of<1>(second)), float8(byte_of<2>(second)), float8(byte_of<3>(second))};
+      eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
+    }
+    const Floats scale = groups.scale(block / per);
+    for (int i = 0; i < COUNT; i++) acc[i] = fused(add(even[i], odd[i]), scale, acc[i]);
+  }
+}
+
+// where the codes of a block of eight rows are, as 16 bits each: (columns, 8)
+inline const uint16_t* dense_of(const pq_weight& w, int64_t block) {
+  return reinterpret_cast<const uint16_t*>(w.codes) + block * w.columns * 8;
+}
+
+inline Floats load16(const pq_weight& w, const uint16_t* from) {
+  return w.scale_type == PQ_FLOAT16 ? load_f16(from) : load_bf16(from);
+}
+
+template <int COUNT> void dense16_exact(const pq_weight& w, int64_t block, const Inputs& in, Floats (&acc)[COUNT]) {
+  const uint16_t* codes = dense_of(w, block);
+  Floats even[COUNT], odd[COUNT];
+  for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
+  for (int64_t column = 0; column < in.columns; column += 8) {
+    const uint16_t* at = codes + column * 8;
+    const Floats q[8] = {load16(w, at), load16(w, at + 8), load16(w, at + 16), load16(w, at + 24),
+                         load16(w, at + 32), load16(w, at + 40), load16(w, at + 48), load16(w, at + 56)};
+    eight_columns<COUNT>(q, in.x + column, in.columns, even, odd);
+  }
+  for (int i = 0; i < COUNT; i++) acc[i] = add(even[i], odd[i]);
+}
+
 template <int COUNT, int64_t BLOCK>
 void tile(const pq_weight& w, int64_t block, const Inputs& in, float* y, int how) {
   const Groups groups(w, block);
-  const uint32_t* codes = w.codes + block * w.columns * (w.kind == PQ_INT8 ? 2 : 1);
+  const uint32_t* codes = w.codes + block * w.columns * (is_wide(w) ? 2 : 1);
   const int64_t per = w.group / BLOCK;
   Floats acc[COUNT];
   for (int i = 0; i < COUNT; i++) acc[i] = zero();
@@ -361,6 +409,10 @@ void tile(const pq_weight& w, int64_t block, const Inputs& in, float* y, int how
     else
 #endif
       codebook4_exact<COUNT>(codes, groups, w.group, w.table, in, acc);
+  } else if (w.kind == PQ_DENSE16) {
+    dense16_exact<COUNT>(w, block, in, acc);
+  } else if (w.kind == PQ_FLOAT8) {
+    float8_exact<COUNT, BLOCK>(codes, groups, per, in, acc);
   } else if (w.kind == PQ_INT8) {
     if (how == PQ_EXACT) int8_exact<COUNT, BLOCK>(codes, groups, per, in, acc);
     else int8_int16<COUNT, BLOCK>(codes, groups, per, in, acc);
@@ -403,13 +455,19 @@ void decode_block(const pq_weight& w, int64_t block, float* out) {
     store(lanes_of, value);
     for (int64_t row = 0; row < 8; row++) out[row * w.columns + column] = lanes_of[row];
   };
-  if (w.kind == PQ_INT8) {
+  if (w.kind == PQ_DENSE16) {
+    for (int64_t column = 0; column < w.columns; column++) put(column, load16(w, dense_of(w, block) + column * 8));
+    return;
+  }
+  if (is_wide(w)) {
     const uint32_t* codes = w.codes + block * w.columns * 2;
     for (int64_t column = 0; column < w.columns; column += 4) {
       const Ints lanes = ints_load(codes + column * 2);
+      const int64_t group = column / w.group;
       each_code<4>([&](auto number) {
         constexpr int T = decltype(number)::value;
-        put(column + T, groups.weights(column / w.group, to_floats(byte_of<T>(lanes))));
+        const Ints code = byte_of<T>(lanes);
+        put(column + T, w.kind == PQ_FLOAT8 ? multiply(groups.scale(group), float8(code)) : groups.weights(group, to_floats(code)));
       });
     }
     return;
@@ -431,14 +489,20 @@ void decode_block(const pq_weight& w, int64_t block, float* out) {
 // with the arithmetic of the whole block: its lane is the row
 void decode_row(const pq_weight& w, int64_t row, float* out) {
   const Groups groups(w, row / 8);
-  const bool wide = w.kind == PQ_INT8;
+  const bool wide = is_wide(w);
   const uint32_t* codes = w.codes + row / 8 * w.columns * (wide ? 2 : 1) + row % 8;
   float eight[8];
+  for (int64_t column = 0; w.kind == PQ_DENSE16 && column < w.columns; column++) {
+    store(eight, load16(w, dense_of(w, row / 8) + column * 8));
+    out[column] = eight[row % 8];
+  }
+  if (w.kind == PQ_DENSE16) return;
   for (int64_t column = 0; column < w.columns; column++) {
     const int64_t t = column % (wide ? 4 : 8);
     const uint32_t code = codes[column / (wide ? 4 : 8) * 8] >> (t % 4 * 8 + t / 4 * 4);
     const int64_t group = column / w.group;
     if (w.kind == PQ_CODEBOOK4) store(eight, multiply(groups.scale(group), all(w.table[code & 15])));
+    else if (w.kind == PQ_FLOAT8) store(eight, multiply(groups.scale(group), float8(ints_all(static_cast<int8_t>(code & 255)))));
     else store(eight, groups.weights(group, all(wide ? static_cast<float>(static_cast<int8_t>(code & 255)) : static_cast<float>(code & 15))));
     out[column] = eight[row % 8];
   }

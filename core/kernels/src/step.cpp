@@ -170,7 +170,7 @@ extern "C" int32_t pq_step(
   if (!is_sound(*model, caches)) return -1;
   try {
     Step step{*model, caches, batch, cosines, sines, activations, std::max(1, threads), in_use(), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-    step.run(hidden);
+    together(step.threads, [&] { step.run(hidden); });
     return 0;
   } catch (const std::bad_alloc&) {
     return -2;

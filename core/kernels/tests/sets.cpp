@@ -28,6 +28,12 @@ float from_bf16(uint16_t half) {
   return value;
 }
 
+double from_float8(uint32_t code) {
+  const double magnitude = (code & 0x78) ? std::ldexp(8 + static_cast<double>(code & 7), static_cast<int>((code >> 3) & 15) - 10)
+                                         : std::ldexp(static_cast<double>(code & 7), -9);
+  return code & 128 ? -magnitude : magnitude;
+}
+
 struct Made {  // a weight, and the numbers that it stands for
   int64_t rows, columns, group;
   std::vector<uint32_t> codes;
@@ -40,7 +46,8 @@ struct Made {  // a weight, and the numbers that it stands for
 
 Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t columns, int64_t group, bool ordered) {
   Made m{rows, columns, group, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-  const int64_t each = kind == PQ_INT8 ? 4 : 8, groups = columns / group;
+  const bool wide = kind == PQ_INT8 || kind == PQ_FLOAT8;
+  const int64_t each = kind == PQ_DENSE16 ? 2 : wide ? 4 : 8, groups = columns / group;
   m.codes.assign(static_cast<size_t>(rows * columns / each), 0);
   m.dense.resize(static_cast<size_t>(rows * columns));
   for (int i = 0; i < 16; i++) m.table.push_back(uniform(-1, 1));
@@ -53,22 +60,29 @@ Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t c
   }
   for (int64_t row = 0; row < rows; row++)
     for (int64_t column = 0; column < columns; column++) {
-      const uint32_t code = chance() & (kind == PQ_INT8 ? 255u : 15u);
+      uint32_t code = chance() & (wide ? 255u : 15u);
+      if (kind == PQ_FLOAT8 && (code & 127) == 127) code--;  // no NaN
+      if (kind == PQ_DENSE16) {
+        const uint16_t half = to_bf16(uniform(-1, 1));
+        std::memcpy(reinterpret_cast<char*>(m.codes.data()) + ((row / 8 * columns + column) * 8 + row % 8) * 2, &half, 2);
+        m.dense[static_cast<size_t>(row * columns + column)] = from_bf16(half);
+        continue;
+      }
       const int64_t t = column % each, lane = (row / 8 * (columns / each) + column / each) * 8 + row % 8;
       m.codes[static_cast<size_t>(lane)] |= code << (t % 4 * 8 + t / 4 * 4);
       const auto at = static_cast<size_t>((row / 8 * groups + column / group) * 8 + row % 8);
       const double number = kind == PQ_INT8 ? static_cast<int8_t>(code) : static_cast<double>(code), scale = m.scales[at];
       const double zero = offsets == 1 ? m.zeros[at] : 8;
-      const double value = kind == PQ_CODEBOOK4 ? scale * m.table[code] : offsets == 2 ? scale * number + m.minima[at] : scale * (number - zero);
+      const double value = kind == PQ_FLOAT8 ? scale * from_float8(code) : kind == PQ_CODEBOOK4 ? scale * m.table[code] : offsets == 2 ? scale * number + m.minima[at] : scale * (number - zero);
       m.dense[static_cast<size_t>(row * columns + column)] = static_cast<float>(value);
     }
   if (ordered) {
     for (int64_t column = 0; column < columns; column++) m.order.push_back(static_cast<int32_t>(columns - 1 - column));
   }
   const void* scales = scale_type == PQ_BFLOAT16 ? static_cast<const void*>(m.halves.data()) : m.scales.data();
-  const bool book = kind == PQ_CODEBOOK4;
-  m.weight = {m.codes.data(), scales, offsets == 1 && !book ? m.zeros.data() : nullptr,
-              offsets == 2 && !book ? m.minima.data() : nullptr, book ? m.table.data() : nullptr,
+  const bool book = kind == PQ_CODEBOOK4, bare = kind == PQ_DENSE16, plain = book || bare || kind == PQ_FLOAT8;
+  m.weight = {m.codes.data(), bare ? nullptr : scales, offsets == 1 && !plain ? m.zeros.data() : nullptr,
+              offsets == 2 && !plain ? m.minima.data() : nullptr, book ? m.table.data() : nullptr,
               ordered ? m.order.data() : nullptr, rows, columns, group, kind, scale_type, 8};
   return m;
 }
@@ -121,11 +135,11 @@ int main() {
   std::istringstream names(pq_available());
   for (std::string set; names >> set;) {
     pq_use(set.c_str());
-    for (int32_t kind : {PQ_AFFINE4, PQ_CODEBOOK4, PQ_INT8})
+    for (int32_t kind : {PQ_AFFINE4, PQ_CODEBOOK4, PQ_INT8, PQ_FLOAT8, PQ_DENSE16})
       for (int offsets : {0, 1, 2})
         for (int32_t scale_type : {PQ_FLOAT32, PQ_BFLOAT16})
           for (int64_t group : {16, 32, 64, 128})
-            check(set.c_str(), make(kind, offsets, scale_type, 24, 256, group, group == 32));
+            if (kind != PQ_DENSE16 || scale_type == PQ_BFLOAT16) check(set.c_str(), make(kind, offsets, scale_type, 24, 256, group, group == 32));
     std::printf("%s: %s\n", set.c_str(), wrong ? "wrong" : "as it should be");
   }
   return wrong ? 1 : 0;

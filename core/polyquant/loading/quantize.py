@@ -14,6 +14,7 @@ from polyquant.loading.options import split_options
 from polyquant.loading.settle import route_of
 from polyquant.loading.verify import verify
 from polyquant.models.model import Model
+from polyquant.options import LIBRARY, PackableOptions
 from polyquant.support.outputs import require_free
 
 
@@ -30,6 +31,8 @@ def quantize(
     backend, options = handles.written(backend, options)
     handle = handles.backend(backend)
     require_free(out, overwrite=overwrite, keeps=(Path(model),))
+    if issubclass(handle.info.options, PackableOptions):  # what is written is the library's: it needs no other layout
+        options = {"kernel": LIBRARY, **options}
     how, own = split_options(options)
 
     def accept(written: Path) -> None:

@@ -13,13 +13,14 @@ from typing import Literal, Protocol
 import msgspec
 
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
+from polyquant.loading import kernel
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
 from polyquant.models.model import Model
 from polyquant.options import BackendOptions, Dtype, is_packed, packs_any
 from polyquant.registry.catalogue import maker_of
 from polyquant.request import ModelSource
-from polyquant.types import BackendInfo, Record, WeightInfo
+from polyquant.types import BackendInfo, LayerPlan, Record, WeightInfo
 
 Route = Literal["as stored", "on the fly", "dense first", "make first"]
 """as stored: the checkpoint is quantized, and the backend reads it. on the fly: it is dense, and quantized while it is
@@ -31,10 +32,12 @@ class Quantizer(Protocol):
     """What settling needs of a backend's handle."""
 
     name: str
+    runs_here: bool
 
     @property
     def info(self) -> BackendInfo: ...
     def can(self, hook: str) -> bool: ...
+    def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]: ...
 
 
 class Settled(Record, frozen=True):
@@ -110,24 +113,33 @@ def settle(
             f"kernel='packed', embeddings, head and experts are for a CPU so far, and this is {device}: take "
             "kernel='library', and leave the others out"
         )
+    may_be_packed = kernel.may_be_packed(config, backend, device)
     dtype = compute_dtype(config, backend.info, device)
     config = msgspec.structs.replace(config, compute_dtype=dtype)
     only_gguf = backend.info.capabilities.makes_from == "gguf"  # its runtime may know models that transformers does not
-    weights = () if only_gguf else model.weights(dtype)
+    weights = () if only_gguf else _weights(model, dtype, stored)
     if towers := list(dict.fromkeys(".".join(w.name.split(".")[:2]) for w in weights if w.role == "tower")):
         notes.append(f"vision and audio parts stay dense: {', '.join(towers)}")
     checkpoint = _checkpoint(model, weights, route)
     if stored:
-        weights = model.with_parts(weights)
         agreed, config = config, _skipping_what_is_dense(model, weights, config)
         if config is not agreed:
             notes.append(f"{len(config.skip)} layers are dense in the checkpoint: {', '.join(config.skip[:3])}")
     elif not only_gguf:
         config = config.with_full_names(weights)
+    if may_be_packed:
+        wide = weights if dtype == "float32" else _weights(model, "float32", stored)
+        if (packed := kernel.packed(config, wide, backend)) is not None:
+            config, dtype, weights = packed, "float32", wide
     return Settled(
         route=route, options=config, device=device, dtype=dtype, weights=weights,
         checkpoint=checkpoint, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _weights(model: Model, dtype: Dtype, stored: bool) -> tuple[WeightInfo, ...]:
+    weights = model.weights(dtype)
+    return model.with_parts(weights) if stored else weights
 
 
 def _skipping_what_is_dense(model: Model, weights: Sequence[WeightInfo], config: BackendOptions) -> BackendOptions:

@@ -13,12 +13,15 @@ from polyquant.types import LayerPlan, PackedFormat, WeightInfo
 VOCABULARY: dict[str, PackedFormat] = {
     "8bit": PackedFormat(kind="int8", group_size=32),
     "4bit": PackedFormat(kind="affine4", group_size=32, offsets="zeros"),
+    "16bit": PackedFormat(kind="dense16", group_size=-1, scale_dtype="bfloat16"),
 }
-"""The layouts of embeddings and heads: 8.5 and 4.75 bits a weight."""
+"""The layouts of embeddings and heads: 8.5, 4.75 and 16 bits a weight."""
 
 
 def scheme_of(layout: PackedFormat) -> str:
-    """What an embedding's or a head's weights are called: int8-g32, int4-g32."""
+    """What an embedding's or a head's weights are called: int8-g32, int4-g32, bfloat16."""
+    if layout.kind == "dense16":
+        return layout.scale_dtype
     return f"int{8 if layout.kind == 'int8' else 4}-g{layout.group_size}"
 
 
@@ -33,8 +36,8 @@ def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], conf
     planned = list(plans)
     if is_packed(config):
         planned = [
-            plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(plan.shape))
-            for plan in planned
+            plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(weight.as_linear))
+            for plan, weight in zip(planned, weights, strict=True)
         ]
     for option in ("embeddings", "head"):
         if (bits := getattr(config, option, KEEP)) != KEEP:
@@ -44,11 +47,11 @@ def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], conf
 
 
 def in_vocabulary(plan: LayerPlan, bits: str) -> LayerPlan:
-    """The plan of an embedding or a head in so many bits: '8bit' or '4bit'."""
+    """The plan of an embedding or a head in so many bits: '16bit', '8bit' or '4bit'."""
     layout = VOCABULARY[bits]
     return replace(
-        plan, stored_bytes=layout.nbytes(plan.shape), bits=float(bits[0]), scheme=scheme_of(layout), quantized=True,
-        reason="", packed=layout,
+        plan, stored_bytes=layout.nbytes(plan.shape), bits=float(bits.removesuffix("bit")), scheme=scheme_of(layout),
+        quantized=True, reason="", packed=layout,
     )  # fmt: skip
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from polyquant.errors import EnvironmentProblem
 from polyquant.types import PackedKind
 
-DISTRIBUTION, INTERFACE = "polyquant-kernels", 2
+DISTRIBUTION, INTERFACE = "polyquant-kernels", 3
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
-KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2}
+KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3, "dense16": 4}
 ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
 
 
@@ -40,6 +40,16 @@ def library() -> Any:
             f"{DISTRIBUTION} cannot be loaded ({error}); {UPDATE}, or take it out and plain torch multiplies"
         ) from error
     return polyquant_kernels
+
+
+@cache
+def functions() -> Any:
+    """The compiled functions, which run in torch's own threads where these can be lent."""
+    import torch
+
+    found = library()
+    found.borrow_threads(ctypes.CDLL(torch._C.__file__))
+    return found.library()
 
 
 def name() -> str:

@@ -109,7 +109,7 @@ class RepackedLinear(Repacked, PackedLinear):
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features), in any floating point. Returns (..., out_features) in it."""
         if torch.compiler.is_compiling() and not needs_gradient(input):
-            parts = {name: self._parameters.get(name) for name in ("zeros", "minima", "table", "order", "bias")}
+            parts = {name: self._parameters.get(name) for name in (*PARTS[2:], "bias")}
             output: Tensor = packed_linear(
                 input, self.qweight, self.scales, **parts, zero=self.zero, rows=self.out_features,
                 layout=_words(self.format), activations=self.activations,
@@ -148,9 +148,9 @@ def decoded(weight: PackedWeight, struct: Any) -> Iterator[Tensor]:
             yield weight.decode(start, end)
             continue
         piece = torch.empty(end - start, columns)
-        library, threads = kernels.library().library(), torch.get_num_threads()
-        kernels.require(library.pq_decode(kernels.address_of(struct), start, end - start, piece.data_ptr(), 0, threads))
-        yield weight.in_order(piece)[: weight.shape[0] - start]
+        threads, address = torch.get_num_threads(), kernels.address_of(struct)
+        kernels.require(kernels.functions().pq_decode(address, start, end - start, piece.data_ptr(), 0, threads))
+        yield weight.by_inputs(piece)[: weight.shape[0] - start]
 
 
 def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | None, activations: str) -> Tensor:
@@ -160,15 +160,17 @@ def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | Non
         return product_of_pieces(input, partial(decoded, weight, struct), bias)
     rows, columns = weight.padded
     inputs = input.detach().reshape(count, input.shape[-1])
+    if weight.column_scales is not None:
+        inputs = inputs.float() * weight.column_scales[: weight.shape[1]]
     if columns != inputs.shape[1]:
         inputs = functional.pad(inputs, (0, columns - inputs.shape[1]))
     inputs = inputs.contiguous()
-    outputs = inputs.new_empty(count, rows)
+    outputs = inputs.new_empty(count, rows, dtype=input.dtype)
     if bias is not None:
         bias = functional.pad(bias.detach().float(), (0, rows - len(bias))).contiguous()
-    status = kernels.library().library().pq_linear(
-        kernels.address_of(struct), inputs.data_ptr(), number, count, outputs.data_ptr(), number,
-        None if bias is None else bias.data_ptr(), kernels.ACTIVATIONS[activations], torch.get_num_threads(),
+    status = kernels.functions().pq_linear(
+        kernels.address_of(struct), inputs.data_ptr(), kernels.type_number(inputs.dtype), count, outputs.data_ptr(),
+        number, None if bias is None else bias.data_ptr(), kernels.ACTIVATIONS[activations], torch.get_num_threads(),
     )  # fmt: skip
     kernels.require(status)
     return outputs[:, : weight.shape[0]].contiguous().view(*input.shape[:-1], weight.shape[0])
@@ -182,16 +184,17 @@ def _words(layout: PackedFormat) -> str:
 @torch.library.custom_op("polyquant::packed_linear", mutates_args=())  # type: ignore[untyped-decorator]
 def packed_linear(
     input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, table: Tensor | None,
-    order: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
+    order: Tensor | None, column_scales: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str,
+    activations: str,
 ) -> Tensor:  # fmt: skip
     """A product, opaque to `torch.compile`. input: (..., in_features). Returns (..., rows)."""
     kind, group_size, scale_dtype, offsets, ordered = layout.split()
     weight = PackedWeight(
         shape=(rows, input.shape[-1]), codes=codes, scales=scales, zeros=zeros, minima=minima, table=table,
-        order=order, zero=zero,
+        order=order, column_scales=column_scales, zero=zero,
         format=PackedFormat(
             kind=kind, group_size=int(group_size), scale_dtype=scale_dtype, offsets=offsets,  # type: ignore[arg-type]
-            ordered=ordered == "1",
+            ordered=ordered == "1", column_scales=column_scales is not None,
         ),
     )  # fmt: skip
     return product(input, weight, struct_of(weight), bias, activations)
@@ -200,6 +203,7 @@ def packed_linear(
 @packed_linear.register_fake  # type: ignore[untyped-decorator]
 def _(
     input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, table: Tensor | None,
-    order: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
+    order: Tensor | None, column_scales: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str,
+    activations: str,
 ) -> Tensor:  # fmt: skip
     return input.new_empty(*input.shape[:-1], rows)

@@ -129,7 +129,7 @@ class DecodeStep:
         angles = self._angles(embedded, positions, len(ids))
         library = kernels.library()
         caches = (library.Cache * len(rooms))(*(room.fields() for room in rooms))
-        status = library.library().pq_step(
+        status = kernels.functions().pq_step(
             ctypes.byref(self._structure), caches, hidden.data_ptr(), len(ids), angles[0].data_ptr(),
             angles[1].data_ptr(), kernels.ACTIVATIONS["int16"], torch.get_num_threads(),
         )  # fmt: skip

@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 from polyquant.packed_weights import kernels
 from polyquant.packed_weights.linear import Repacked, RepackedLinear, named
-from polyquant.packed_weights.weight import PackedWeight, pack_weight
+from polyquant.packed_weights.weight import PackedWeight, pack_dense, pack_weight
 from polyquant.types import PackedFormat
 
 LARGEST, LEVELS = 127, 15  # codes of 8 bits; steps of 4 bits
 
 
 def rounded(weight: Tensor, layout: PackedFormat) -> PackedWeight:
-    """A matrix (rows, columns) in 8 bits, or in 4 with zero points, each rounded to the nearest in its group.
+    """A matrix (rows, columns) in 16 or 8 bits, or in 4 with zero points, each rounded to the nearest, in its group.
 
     Columns that do not fill the last group count as zeros.
     """
+    if layout.kind == "dense16":
+        return pack_dense(weight.detach().to(getattr(torch, layout.scale_dtype)))
     group = layout.group_size
     rows, columns = weight.shape
     groups = nn.functional.pad(weight.detach().float(), (0, -columns % group)).view(rows, -1, group)
@@ -78,9 +80,9 @@ def rows_of(weight: PackedWeight, struct: Any, index: Tensor) -> Tensor:
         return weight.decode_rows(index)
     out = torch.empty(count, weight.padded[1])
     wanted = index.long().contiguous()
-    library = kernels.library().library()
+    library = kernels.functions()
     kernels.require(library.pq_rows(kernels.address_of(struct), wanted.data_ptr(), count, out.data_ptr(), 0))
-    return weight.in_order(out)
+    return weight.by_inputs(out)
 
 
 def tied_head(embedding: RepackedEmbedding, bias: Tensor | None) -> RepackedLinear:

@@ -2,11 +2,13 @@
 
 A weight (out_features, in_features) lies with eight rows interleaved: a product needs no sums across a register.
 
-    codes   int32 (rows / 8, columns / 8, 8), lanes of eight 4-bit codes of a row; of 8 bits (rows / 8, columns / 4, 8)
-    scales  (rows / 8, columns / group, 8), float32, float16 or bfloat16
+    codes   int32 (rows / 8, columns / 8, 8), lanes of eight 4-bit codes of a row; of 8 bits (rows / 8, columns / 4, 8);
+            float16 or bfloat16 (rows / 8, columns, 8), the weights themselves
+    scales  (rows / 8, columns / group, 8), float32, float16 or bfloat16; none (0) for weights of 16 bits
     zeros   int8, or minima float32, like scales; or neither, and one zero point for all
     table   float32 (16), of a code book
     order   int32 (columns), where columns are sorted by their groups: the input that each multiplies
+    column_scales  float32 (columns), in the order of the inputs: what each is multiplied by first
 
 In a lane of 4-bit codes, code t lies at bit SHIFTS[t]: the even nibbles are codes 0 to 3, the odd ones 4 to 7. Rows
 are padded to a multiple of 8, columns to one of 32 and of the group. What is stored is what is multiplied with, so that
@@ -28,7 +30,9 @@ from polyquant.packed_weights.format import LEAST_GROUP, ROWS
 from polyquant.types import PackedFormat
 
 SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
-PARTS = ("codes", "scales", "zeros", "minima", "table", "order")
+WIDE = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+"""Kinds with codes of 8 bits, and these as torch has them."""
+PARTS = ("codes", "scales", "zeros", "minima", "table", "order", "column_scales")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +47,7 @@ class PackedWeight:
     minima: Tensor | None = None
     table: Tensor | None = None
     order: Tensor | None = None
+    column_scales: Tensor | None = None
     zero: float = 0.0  # the zero point of every group where there are neither zeros nor minima
 
     @property
@@ -83,6 +88,8 @@ class PackedWeight:
     def _numbers(self, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows as numbers. rows_of: a part -> those rows of it, (rows, lanes or groups)."""
         columns = self.padded[1]
+        if self.format.kind == "dense16":
+            return self.by_inputs(rows_of(self.codes).float())
         codes = self._unpacked(rows_of(self.codes)).view(-1, columns // self.group, self.group)
 
         def of_groups(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,32 +101,28 @@ class PackedWeight:
             exact = of_groups(self.scales, torch.float64) * codes + of_groups(self.minima, torch.float64)
             values = exact.float()
         else:
-            zero = self.zero if self.zeros is None else of_groups(self.zeros)
+            zero = self.zero if self.zeros is None else of_groups(self.zeros)  # of float8 none
             values = of_groups(self.scales) * (codes.float() - zero)
-        return self.in_order(values.reshape(-1, columns))
+        return self.by_inputs(values.reshape(-1, columns))
+
+    def by_inputs(self, values: Tensor) -> Tensor:
+        """Decoded columns, as they are stored, by the inputs: in their order, times their scales, without padding."""
+        values = self.in_order(values)
+        return values if self.column_scales is None else values * self.column_scales[: self.shape[1]]
 
     def in_order(self, values: Tensor) -> Tensor:
-        """Decoded columns in the order of the inputs, without padding."""
+        """Stored columns in the order of the inputs, without padding."""
         if self.order is None:
             return values[:, : self.shape[1]]
         back = torch.empty_like(values)
         back[:, self.order.long()] = values
         return back[:, : self.shape[1]]
 
-    def codes_of_all(self) -> Tensor:
-        """Its codes, (out_features, in_features): uint8, or int8 for 8 bits."""
-        return self.in_order(self._unpacked(self.codes.transpose(1, 2).flatten(0, 1)))[: self.shape[0]]
-
-    def groups_of_all(self, name: str) -> Tensor:
-        """One of scales, zeros and minima, (out_features, groups), its columns as they are stored."""
-        tensor: Tensor = getattr(self, name)
-        return tensor.transpose(1, 2).reshape(-1, tensor.shape[1])[: self.shape[0]]
-
     def _unpacked(self, lanes: Tensor) -> Tensor:
         """Codes of rows of lanes, (rows, columns)."""
         columns = self.padded[1]
-        if self.format.kind == "int8":
-            return lanes.contiguous().view(torch.int8).reshape(-1, columns)
+        if self.format.kind in WIDE:
+            return lanes.contiguous().view(WIDE[self.format.kind]).reshape(-1, columns)
         shifts = torch.tensor(SHIFTS, dtype=torch.int32, device=lanes.device)
         return ((lanes[..., None] >> shifts) & 15).to(torch.uint8).reshape(-1, columns)
 
@@ -134,25 +137,30 @@ def pack_weight(
     table: Tensor | None = None,
     zero: float = 0.0,
     groups_of_columns: Tensor | None = None,
+    column_scales: Tensor | None = None,
 ) -> PackedWeight:
     """A weight from what its format stores, nothing rounded.
 
-    codes: (out_features, in_features), uint8 from 0 to 15, or int8 for 8 bits. scales: (out_features, groups) in a
-    floating point; group_size: -1 is all columns. zeros: integers from -128 to 127, like scales; minima: like scales;
+    codes: (out_features, in_features), uint8 from 0 to 15, or int8 or float8_e4m3fn. scales: (out_features, groups) in
+    a floating point; group_size: -1 is all columns. zeros: integers from -128 to 127, like scales; minima: like scales;
     zero: where there are neither. table: (16,), for codes that are entries of a code book.
     groups_of_columns: (in_features,), which group each column belongs to, where they do not follow each other.
+    column_scales: (in_features,), by which each column is multiplied besides.
     groups: those of all columns, or of all that are stored: with what fills up the last block.
-    Raises ModelError where the parts do not fit each other.
+    Raises ModelError where the parts do not fit each other, or floats of 8 bits are no numbers.
     """
     rows, columns = codes.shape
     order = None if groups_of_columns is None else _order(groups_of_columns, columns, group_size)
-    wide = codes.dtype == torch.int8
+    wide = next((kind for kind, dtype in WIDE.items() if dtype == codes.dtype), "")
+    if wide == "float8" and bool((codes.view(torch.uint8) & 127 == 127).any()):
+        raise ModelError("some of its weights are NaN")
     layout = PackedFormat(
-        kind="codebook4" if table is not None else "int8" if wide else "affine4",
+        kind="codebook4" if table is not None else wide or "affine4",  # type: ignore[arg-type]  # two of the kinds
         group_size=group_size,
         scale_dtype=str(scales.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # as torch calls it
         offsets="zeros" if zeros is not None else "minima" if minima is not None else "none",
         ordered=order is not None,
+        column_scales=column_scales is not None,
     )
     padded_rows, padded_columns = layout.padded((rows, columns))
     group = layout.group_of(padded_columns)
@@ -162,6 +170,8 @@ def pack_weight(
     for name, tensor in (("scales", scales), ("zeros", zeros), ("minima", minima)):
         if tensor is not None and tensor.shape not in ((rows, groups), (rows, ceil(columns / group))):
             raise ModelError(f"{name} are {tuple(tensor.shape)}, and {rows} rows of {groups} groups need as many")
+    if column_scales is not None and column_scales.shape != (columns,):
+        raise ModelError(f"column_scales are {tuple(column_scales.shape)}, and there are {columns} columns")
     if order is not None:
         codes = codes[:, order.long()]
 
@@ -171,15 +181,33 @@ def pack_weight(
         whole = functional.pad(tensor.to(dtype), (0, groups - tensor.shape[1], 0, padded_rows - rows))
         return whole.view(-1, ROWS, groups).transpose(1, 2).contiguous()
 
-    whole = functional.pad(codes, (0, padded_columns - columns, 0, padded_rows - rows)).contiguous()
+    bytes_of = codes.view(torch.int8) if wide else codes
+    whole = functional.pad(bytes_of, (0, padded_columns - columns, 0, padded_rows - rows)).contiguous()
     packed_scales = of_groups(scales, scales.dtype)
     assert packed_scales is not None
     return PackedWeight(
         shape=(rows, columns), format=layout, codes=_wide_lanes(whole) if wide else _lanes(whole),
         scales=packed_scales, zeros=of_groups(zeros, torch.int8), minima=of_groups(minima, torch.float32),
         table=None if table is None else table.detach().float().contiguous(),
-        order=order, zero=0.0 if zeros is not None or minima is not None else zero,
+        order=order, column_scales=None if column_scales is None else functional.pad(
+            column_scales.detach().float(), (0, padded_columns - columns)).contiguous(),
+        zero=0.0 if zeros is not None or minima is not None else zero,
     )  # fmt: skip
+
+
+def pack_dense(weight: Tensor) -> PackedWeight:
+    """A weight of 16 bits as it is: float16 or bfloat16 (out_features, in_features)."""
+    layout = PackedFormat(
+        kind="dense16",
+        group_size=-1,
+        scale_dtype=str(weight.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+    )
+    rows, columns = layout.padded(tuple(weight.shape))
+    whole = functional.pad(weight.detach(), (0, columns - weight.shape[1], 0, rows - weight.shape[0]))
+    codes = whole.view(rows // ROWS, ROWS, columns).transpose(1, 2).contiguous()
+    return PackedWeight(
+        shape=(weight.shape[0], weight.shape[1]), format=layout, codes=codes, scales=weight.new_empty(0)
+    )
 
 
 def _order(groups: Tensor, columns: int, group_size: int) -> Tensor:

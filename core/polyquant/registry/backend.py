@@ -31,6 +31,8 @@ ANSWER_SECONDS = 60.0  # for validate_environment, which imports libraries
 class Backend:
     """An installed backend. Raises UnknownBackend or BrokenBackend when made."""
 
+    runs_here = True  # its hooks run in this process
+
     def __init__(self, name: str, registry: Registry) -> None:
         self._registry = registry
         self.info: BackendInfo = registry.info(name)

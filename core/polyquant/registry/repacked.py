@@ -69,9 +69,10 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
     have no place there.
     """
     assert loaded.settled is not None  # every load sets it
-    plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
+    weights = loaded.settled.weights
+    plans = {plan.name: plan for plan in backend.plan_layers(weights, loaded.config)}
     if is_packed(loaded.config):
-        _pack_quantized(loaded, plans, backend)
+        _pack_quantized(loaded, plans, {weight.name: weight.as_linear for weight in weights}, backend)
         forget_library(loaded.model)
         loaded.kernel = kernels.name()
     _pack_experts(loaded, [plan for plan in plans.values() if plan.role == "experts" and plan.packed], backend)
@@ -84,8 +85,13 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         loaded.kernel += ", whole steps"
 
 
-def _pack_quantized(loaded: LoadedModel, plans: Mapping[str, LayerPlan], backend: Packing) -> None:
-    """Replace the modules that the backend has quantized; those that have no place in the layout stay, with a note."""
+def _pack_quantized(
+    loaded: LoadedModel, plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, ...]], backend: Packing
+) -> None:
+    """Replace the modules that the backend has quantized; those that have no place in the layout stay, with a note.
+
+    shapes: (out_features, in_features) of each.
+    """
     left = []
     for layer in [each for each in backend.describe_layers(loaded.model) if each.quantized]:
         plan = plans.get(layer.name)
@@ -94,7 +100,7 @@ def _pack_quantized(loaded: LoadedModel, plans: Mapping[str, LayerPlan], backend
             continue
         name = layer.name.rpartition(".")[0]
         module = loaded.model.get_submodule(name)
-        weight = _packed(module, plan, backend)
+        weight = _packed(module, plan, shapes[layer.name], backend)
         bias = getattr(module, "bias", None)
         loaded.model.set_submodule(name, RepackedLinear(weight, bias, layer.scheme, layer.bits))
     if left:
@@ -123,14 +129,14 @@ def _rounded_experts(
     """Each expert of a dense tensor, as the backend rounds a linear layer with that weight in the compute dtype."""
     assert loaded.request is not None
     source = loaded.request.source
-    one, dtype = replace(plan, shape=one_expert(weight).shape), getattr(torch, weight.dtype)
+    shape, dtype = one_expert(weight).shape, getattr(torch, weight.dtype)
     for number, matrix in enumerate(whole):
         if not bool(torch.isfinite(matrix).all()):
             raise ModelError(f"{plan.name}: expert {number} holds NaN or infinity; the checkpoint is damaged")
         rows = cast_dense(source, plan.name, matrix.T if weight.stacked == "in_out" else matrix, dtype).contiguous()
         linear = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
         linear.weight = torch.nn.Parameter(rows, requires_grad=False)
-        yield _packed(backend.quantize_linear(linear, loaded.config), one, backend)
+        yield _packed(backend.quantize_linear(linear, loaded.config), plan, shape, backend)
 
 
 def left_with_library(model: Any, backend: Packing) -> bool:
@@ -162,16 +168,16 @@ def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
         model.set_submodule(head, tied_head(embedding, getattr(model.get_submodule(head), "bias", None)))
 
 
-def _packed(module: Any, plan: LayerPlan, backend: Packing) -> PackedWeight:
+def _packed(module: Any, plan: LayerPlan, shape: tuple[int, ...], backend: Packing) -> PackedWeight:
     try:
         weight = backend.pack(module)
     except ModelError as error:
         raise ModelError(f"{plan.name} has no place in the packed layout: {error}; take kernel='library'") from error
     if not isinstance(weight, PackedWeight):
         raise BrokenBackend(f"{backend.name}: pack answered with {type(weight).__name__}, and not with a PackedWeight")
-    if (weight.shape, weight.format) != (plan.shape, plan.packed):
+    if (weight.shape, weight.format) != (shape, plan.packed):
         raise BrokenBackend(
-            f"{backend.name}: {plan.name} was planned as {plan.packed} {plan.shape}, and pack gave {weight.format} "
+            f"{backend.name}: {plan.name} was planned as {plan.packed} {shape}, and pack gave {weight.format} "
             f"{weight.shape}"
         )
     return weight

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
+from polyquant.loading.kernel import SETTING
+from polyquant.options import LIBRARY
 from polyquant.types import Record
 
 CheckFunction = Callable[..., None]
@@ -85,11 +89,15 @@ class ConformanceCheck:
         ]
 
     def run(self, subject: Any, case: Case) -> None:
-        """Raises CheckFailed, NotApplicable, or what the backend raised."""
+        """Raises CheckFailed, NotApplicable, or what the backend raised.
+
+        What multiplies is the backend's library where a check does not ask for the packed runtime.
+        """
         for need in self.needs:
             if not getattr(subject.capabilities, need):
                 raise NotApplicable(f"{subject.backend} does not declare {need}")
-        self.function(subject, *case.arguments)
+        with patch.dict(os.environ, {SETTING: LIBRARY}):
+            self.function(subject, *case.arguments)
 
 
 CHECKS: dict[str, ConformanceCheck] = {}

@@ -100,8 +100,9 @@ def test_a_layer_without_its_parts_is_refused(saved, tmp_path):
         polyquant.load(path, device="cpu")
 
 
+@pytest.mark.parametrize("kernel", ["library", "packed"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_layers_whose_dense_weights_are_turned_are_read(tmp_path, preset):
+def test_layers_whose_dense_weights_are_turned_are_read(tmp_path, preset, kernel):
     """GPT-2's Conv1D modules, (in_features, out_features), are packed as Linear ones are."""
     import transformers
 
@@ -116,10 +117,11 @@ def test_layers_whose_dense_weights_are_turned_are_read(tmp_path, preset):
     }
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "dense")
     transformers.AutoTokenizer.from_pretrained(tiny_model("llama", tmp_path)).save_pretrained(tmp_path / "dense")
-    loaded = polyquant.load(tmp_path / "dense", "bitsandbytes", device="cpu", **PRESETS[preset])
+    loaded = polyquant.load(tmp_path / "dense", "bitsandbytes", device="cpu", kernel=kernel, **PRESETS[preset])
+    assert_verified(loaded)
     expected = loaded.logits([3, 4, 5])
     loaded.save(tmp_path / "out")
-    again = polyquant.load(tmp_path / "out", device="cpu")
+    again = polyquant.load(tmp_path / "out", device="cpu", kernel=kernel)
     assert torch.equal(again.logits([3, 4, 5]), expected)
     assert_verified(again)
 

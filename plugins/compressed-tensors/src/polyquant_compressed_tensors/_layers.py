@@ -28,8 +28,15 @@ from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
 from polyquant_compressed_tensors._decode import FP4, ZERO, decode, group_scales, zero_points
 from polyquant_compressed_tensors._library import quantization_scheme
-from polyquant_compressed_tensors.options import FIXED_GROUPS, CompressedTensorsOptions
-from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, is_ignored, packed_scale, uses_int8pack
+from polyquant_compressed_tensors.options import BLOCK, FIXED_GROUPS, CompressedTensorsOptions
+from polyquant_compressed_tensors.planning import (
+    SCALE,
+    checkpoint_tensors,
+    columns_of_a_scale,
+    is_ignored,
+    packed_scale,
+    uses_int8pack,
+)
 
 KERNEL = "decode and torch matmul"
 DYNAMIC_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
@@ -113,16 +120,20 @@ def packed_linear(
 
 
 def pack(module: CompressedLinear) -> PackedWeight:
-    """Of a layer with any kernel, and all weights but fp8."""
+    """Of a layer with any kernel. Raises ModelError for fp8 weights that are NaN."""
     options, columns = module.options, module.in_features
     held = module.checkpoint_tensors(plain=options.weight_bits == 8)
     scales = group_scales(
         options.weights, held["weight_scale"], held.get("weight_global_scale"), module.packed_scale
     ).to(module.packed_scale)
-    codes = held["weight"] if options.weights == "int8" else unpacked(held["weight_packed"], 4)[:, :columns]
+    if options.weights == "fp8":  # a scale for the matrix, for each row, or for each block
+        rows_of_a_scale = BLOCK[0] if options.strategy == "block" else 1
+        scales = scales.view(-1, 1) if scales.dim() < 2 else scales.repeat_interleave(rows_of_a_scale, 0)
+        scales = scales.expand(module.out_features, -1) if len(scales) == 1 else scales[: module.out_features]
+    codes = held["weight"] if options.weight_bits == 8 else unpacked(held["weight_packed"], 4)[:, :columns]
     zero = ZERO if options.weights == "int4" else 0
     return pack_weight(
-        codes, scales, packed_group(columns, options.group_size or -1), zero=zero,
+        codes, scales, packed_group(columns, columns_of_a_scale(options)), zero=zero,
         zeros=None if options.symmetric else zero_points(held["weight_zero_point"], scales) + zero,
         table=torch.tensor(FP4) if options.weights in FIXED_GROUPS else None,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from polyquant_compressed_tensors._layers import CompressedLinear, packed_linear
 from polyquant_compressed_tensors.options import OWN, CompressedTensorsOptions, plain_format
 from polyquant_compressed_tensors.planning import plan_layers, uses_int4pack
 
-NOT_ROUNDED = "activations are not rounded to int8: with kernel='packed' only the weights are what the checkpoint says"
+NOT_ROUNDED = "activations are not rounded: with kernel='packed' only the weights are what the checkpoint says"
 
 
 def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
@@ -29,7 +29,7 @@ def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
     model = checkpoints.read_layers(request, wanted, names, make)
     model.config.quantization_config = {**stored, OWN: config.own_fields()}
     kernels = dict.fromkeys(model.get_submodule(name).kernel for name in names)
-    notes = [NOT_ROUNDED] if is_packed(config) and config.dynamic_activations and config.weights == "int8" else []
+    notes = [NOT_ROUNDED] if is_packed(config) and config.dynamic_activations else []
     return LoadedModel(model=model, config=config, kernel=" and ".join(kernels), notes=notes)
 
 

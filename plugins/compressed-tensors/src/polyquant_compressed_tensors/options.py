@@ -65,9 +65,10 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
     kernel: Annotated[
         Literal["auto", "packed", "library", "pack_mm", "decode"],
         Meta(
-            description="packed: polyquant's own layout and kernels, on a CPU, for all but fp8; pack_mm: torch's "
-            "matmuls for packed int4 and int8 weights, on CPUs in bfloat16, the choice of library and auto there; "
-            "decode: unpack a layer's weight each time it is used"
+            description="packed: polyquant's own layout and kernels, on a CPU; pack_mm: torch's "
+            "matmuls for packed int4 and int8 weights, on CPUs in bfloat16, the choice of library there; "
+            "decode: unpack a layer's weight each time it is used; auto: packed where polyquant-kernels is "
+            "installed, in float32"
         ),
     ] = "auto"  # type: ignore[assignment]  # the plugin has two of its own
     method: Annotated[
@@ -112,6 +113,10 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
     def rounding_method(self) -> RoundingMethod:
         """Of a checkpoint that does not say, the least: to nearest."""
         return "calibrated" if self.method == "gptq" else "nearest"
+
+    @property
+    def rounds_activations(self) -> bool:
+        return self.dynamic_activations
 
     @property
     def number_format(self) -> NumberFormat:

@@ -16,8 +16,8 @@ from polyquant_compressed_tensors.options import BLOCK, OWN_CHOICE, CompressedTe
 
 SCALE = "float"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
 WORD_BITS = 32
-KINDS: Mapping[str, Literal["affine4", "codebook4", "int8"]] = {
-    "int4": "affine4", "int8": "int8", "mxfp4": "codebook4", "nvfp4": "codebook4"
+KINDS: Mapping[str, Literal["affine4", "codebook4", "int8", "float8"]] = {
+    "int4": "affine4", "int8": "int8", "fp8": "float8", "mxfp4": "codebook4", "nvfp4": "codebook4"
 }  # fmt: skip
 """Weights -> what their codes are with kernel="packed"."""
 PACKED_SCALES = {"mxfp4": "bfloat16", "nvfp4": "float32"}
@@ -49,16 +49,21 @@ def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions)
 
 
 def packed_format(weight: WeightInfo, config: CompressedTensorsOptions) -> PackedFormat | None:
-    """The layout of a weight with kernel="packed"; None: fp8, and groups that are no whole sixteens."""
+    """The layout of a weight with kernel="packed"; None: groups that are no whole sixteens."""
     kind = KINDS.get(config.weights)
     if kind is None or (config.group_size or LEAST_GROUP) % LEAST_GROUP:
         return None
     stored = weight.parts.get("weight_scale", weight.dtype)
     return PackedFormat(
-        kind=kind, group_size=packed_group(weight.shape[1], config.group_size or -1),
+        kind=kind, group_size=packed_group(weight.shape[1], columns_of_a_scale(config)),
         scale_dtype=packed_scale(config.weights, stored, weight.dtype),  # type: ignore[arg-type]  # as torch calls it
         offsets="none" if config.symmetric else "zeros",
     )  # fmt: skip
+
+
+def columns_of_a_scale(config: CompressedTensorsOptions) -> int:
+    """How many columns share a scale; -1: all of a row."""
+    return BLOCK[1] if config.strategy == "block" else config.group_size or -1
 
 
 def packed_scale(weights: str, stored: str, compute_dtype: str) -> str:

@@ -65,6 +65,10 @@ class FouroversixOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unkno
         return "nearest" if self.scale_rule in STATIC else "fitted"
 
     @property
+    def rounds_activations(self) -> bool:
+        return self.quantize_activations
+
+    @property
     def number_format(self) -> NumberFormat:
         return "integers" if self.dtype == "nvint4" else "floats"
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import (
+    PackedWeight,
     Quantized,
     describe,
     finite_weight,
     layer_tensors,
+    pack_weight,
     prepare_for_training,
     take_bias,
 )
@@ -55,6 +57,14 @@ def linear_from_tensors(
     scales = found["weight_scale_inv"] if powers else found["weight_scale_inv"].float()
     activation = found["activation_scale"].float() if config.activation_scheme == "static" else None
     return Fp8Linear(linear, found["weight"], scales, config.block, activation).eval()
+
+
+def pack(module: Fp8Linear) -> PackedWeight:
+    """Raises ModelError for weights that are NaN."""
+    rows, scales = module.out_features, module.weight_scale_inv.detach().float()
+    if module.block is None:
+        return pack_weight(module.weight.detach(), scales.expand(rows, 1))
+    return pack_weight(module.weight.detach(), scales.repeat_interleave(module.block[0], 0)[:rows], module.block[1])
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

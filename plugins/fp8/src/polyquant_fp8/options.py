@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, NumberFormat
+from polyquant.plugin import NumberFormat, PackableOptions
 
 BLOCK = (128, 128)
 E4M3 = ("e4m3", "e4m3fn", "float8_e4m3fn")
@@ -21,7 +21,7 @@ READ = {
 }  # fmt: skip
 
 
-class Fp8Options(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Fp8Options(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weights in float8 e4m3; each block of a matrix has one scale to multiply with. Activations are not rounded."""
 
     block_rows: Annotated[

@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.plugin import LayerPlan, WeightInfo, plan_linears, refuse_experts
+from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_linears, refuse_experts
 
 from polyquant_fp8.options import Fp8Options
 
 SCHEME = "fp8-e4m3"
+LEAST_GROUP = 16  # of the packed layout
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: Fp8Options) -> list[LayerPlan]:
     """Raises ConfigError where experts are fused into one tensor."""
     refuse_experts(weights, config)
-    return plan_linears(weights, config, SCHEME, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, SCHEME, lambda weight: quantized_bytes(weight, config), packed=lambda _: packed_format(config)
+    )
+
+
+def packed_format(config: Fp8Options) -> PackedFormat | None:
+    """The layout of every weight with kernel="packed"; None: blocks whose columns are no whole sixteens."""
+    if config.block_columns % LEAST_GROUP:
+        return None
+    return PackedFormat(kind="float8", group_size=config.block_columns or -1, scale_dtype="float32")
 
 
 def quantized_bytes(weight: WeightInfo, config: Fp8Options) -> int:

@@ -13,8 +13,8 @@ from polyquant.plugin.formats import GEMM, AwqFormat, GptqFormat, gptq_layout, h
 LAYOUTS = ("gptq", "gptq_v2")
 UNREAD = ("activation", "adapter", "rotation", "is_marlin_format")
 KERNEL = Meta(
-    description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library and auto: torch_aten "
-    "or torch on a CPU, gptqmodel's choice elsewhere"
+    description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library: torch_aten or torch "
+    "on a CPU, gptqmodel's choice elsewhere; auto: packed where polyquant-kernels is installed, in float32"
 )
 
 

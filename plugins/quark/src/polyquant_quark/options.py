@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, NumberFormat
+from polyquant.plugin import NumberFormat, PackableOptions
 
 BITS = {"int4": 4, "uint4": 4, "int8": 8, "fp8": 8, "mxfp4": 4}
 GRANULARITIES = {
@@ -27,7 +27,7 @@ FOLDED = ("smooth", "autosmoothquant", "awq", "gptq", "gptaq", "autoround", "qro
 PACKINGS = ("reorder", "order")
 
 
-class QuarkOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class QuarkOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weights rounded to nearest; activations stay as they are."""
 
     weights: Annotated[

@@ -5,17 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears, unfit
+from msgspec.structs import replace
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, plan_linears, unfit
 
 from polyquant_quark.options import QuarkOptions
 
 PER_WORD = 8  # 4-bit codes in an int32
 BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1}
+LAYOUTS: Mapping[str, PackedFormat] = {
+    "int4": PackedFormat(kind="affine4", group_size=-1, scale_dtype="float32"),
+    "uint4": PackedFormat(kind="affine4", group_size=-1, scale_dtype="float32", offsets="zeros"),
+    "int8": PackedFormat(kind="int8", group_size=-1, scale_dtype="float32", offsets="zeros"),
+    "mxfp4": PackedFormat(kind="codebook4", group_size=-1, scale_dtype="bfloat16"),  # powers of two
+}
+"""Weights -> their layout with kernel="packed", but for the group; fp8 has none. Quark's int8 may have zero points."""
+LEAST_GROUP = 16
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[LayerPlan]:
     """Raises ConfigError where a layer does not fit."""
-    return plan_linears(weights, config, config.weights, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.weights, lambda weight: quantized_bytes(weight, config),
+        packed=lambda _: packed_format(config),
+    )  # fmt: skip
+
+
+def packed_format(config: QuarkOptions) -> PackedFormat | None:
+    """None: fp8, and groups that are no whole sixteens."""
+    kind = LAYOUTS.get(config.weights)
+    if kind is None or (config.group_size or LEAST_GROUP) % LEAST_GROUP:
+        return None
+    return replace(kind, group_size=config.group_size or -1)
 
 
 def quantized_bytes(weight: WeightInfo, config: QuarkOptions) -> int:

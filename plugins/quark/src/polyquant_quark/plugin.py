@@ -31,4 +31,4 @@ INFO = BackendInfo(
     measured_kl={"int4": 0.396, "int8": 0.00298, "fp8": 0.0182, "mxfp4": 0.38},
     compute_dtypes={"cpu": "float32"},
 )
-backend = PluginBackend(INFO, ("plan_layers", "quantize", "save", "prepare_for_training"))
+backend = PluginBackend(INFO, ("plan_layers", "quantize", "save", "prepare_for_training", "pack"))

@@ -9,10 +9,12 @@ import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import (
+    PackedWeight,
     Quantized,
     describe,
     frozen_linear,
     layer_tensors,
+    pack_weight,
     prepare_for_training,
     take_bias,
 )
@@ -22,8 +24,9 @@ from torch import Tensor
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import IN_INT32, layout
 
-__all__ = ["prepare_for_training"]  # freezing is all that adapters need
+__all__ = ["pack", "prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "dequantize and torch matmul"
+HALF = 128  # what codes of 8 bits are made less by: the packed layout has them signed
 
 
 class SinqLinear(torch.nn.Linear):
@@ -48,9 +51,7 @@ class SinqLinear(torch.nn.Linear):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight, (out_features, in_features); computed in float32, as sinq does."""
         rows, columns, size = self.out_features, self.in_features, self.tile
-        codes = unpack(self.weight, self.bits)[: rows * columns // size].float()
-        scale = (self.scale * self.scale_step + self.scale_least).view(-1, 1)
-        zero = (self.zero * self.zero_step + self.zero_least).view(-1, 1)
+        codes, scale, zero = self.codes().float(), *self.scales_and_zeros()
         if self.columns.dim() == 2:
             weight = ((codes - zero) * scale).view(rows, columns) * self.columns
         else:
@@ -59,6 +60,15 @@ class SinqLinear(torch.nn.Linear):
             by_column = self.columns.view(*tiles, 1, size).transpose(1, 2)
             weight = ((codes.view(tiles[0], size, tiles[1], size) - zero) * scale * by_column).view(rows, columns)
         return weight.to(dtype or self.compute_dtype)
+
+    def codes(self) -> Tensor:
+        """Unsigned codes, (groups, group_size)."""
+        return unpack(self.weight, self.bits)[: self.out_features * self.in_features // self.tile]
+
+    def scales_and_zeros(self) -> tuple[Tensor, Tensor]:
+        """Of the groups, (groups, 1), float16: sinq rounds them so, too."""
+        scale = (self.scale * self.scale_step + self.scale_least).view(-1, 1)
+        return scale, (self.zero * self.zero_step + self.zero_least).view(-1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, lambda: [self.dequantize(x.dtype)], self.bias)
@@ -97,6 +107,18 @@ def linear_from_tensors(
     found = layer_tensors(linear, tensors, expected)
     take_bias(linear, found, dtype)
     return SinqLinear(linear, config, dtype, {name: found[name] for name in expected})
+
+
+def pack(module: SinqLinear) -> PackedWeight:
+    """(code - zero) * scale as code * scale + minimum, rounded once to float32; the columns' scales apart."""
+    shape = (module.out_features, module.in_features)
+    codes, (scales, zeros) = module.codes().to(torch.uint8).view(shape), module.scales_and_zeros()
+    least = -zeros.double()
+    if module.bits > 4:
+        half = HALF if module.bits == 8 else 0
+        codes, least = (codes ^ half).view(torch.int8), least + half
+    scales, minima = (each.view(shape[0], -1) for each in (scales, (least * scales.double()).float()))
+    return pack_weight(codes, scales, module.tile, minima=minima, column_scales=module.columns.view(-1))
 
 
 def rounded_plainly(model: Any) -> tuple[int, int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
+from typing import Literal
 
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_linears, unfit
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, plan_linears, unfit
 
 from polyquant_sinq.options import SinqOptions
 
@@ -18,11 +19,28 @@ STORED_NAMES = {
 IN_INT32 = {3: 10, 5: 6, 6: 5}
 """Bits -> codes in an int32, where they do not divide a byte."""
 SCALE_ROWS = 32  # scales are rounded to 8 bits in columns of so many
+KINDS: Mapping[int, Literal["affine4", "int8"]] = {4: "affine4", 5: "int8", 6: "int8", 8: "int8"}
+"""Bits -> what the codes are with kernel="packed"; fewer bits would take far more memory there."""
+LEAST_GROUP = 16
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: SinqOptions) -> list[LayerPlan]:
     """Raises ConfigError where the group size does not fit a layer."""
-    return plan_linears(weights, config, config.scheme, lambda weight: quantized_bytes(weight, config))
+    return plan_linears(
+        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
+        packed=lambda _: packed_format(config),
+    )  # fmt: skip
+
+
+def packed_format(config: SinqOptions) -> PackedFormat | None:
+    """Zero points are no integers: each group has a minimum.
+
+    None: 2 and 3 bits, columns that are scaled in tiles, and groups that are no whole sixteens.
+    """
+    if config.bits not in KINDS or config.tiling == "2D" or config.group_size % LEAST_GROUP:
+        return None
+    kind = KINDS[config.bits]
+    return PackedFormat(kind=kind, group_size=config.group_size, offsets="minima", column_scales=True)
 
 
 def quantized_bytes(weight: WeightInfo, config: SinqOptions) -> int:

@@ -42,6 +42,10 @@ class TorchAoOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_f
             msgspec.structs.force_setattr(self, "group_size", INT4_GROUP)
 
     @property
+    def rounds_activations(self) -> bool:
+        return self.dynamic_activations
+
+    @property
     def number_format(self) -> NumberFormat:
         return "floats" if self.weights == "float8" else "integers"
 
