@@ -79,6 +79,11 @@ class AcmeBackend:
         from polyquant_acme import _layers
         return _layers.pack(module)
 
+    @hookimpl
+    def quantize_linear(self, linear, config):
+        from polyquant_acme import _layers
+        return _layers.quantize_linear(linear, config)
+
 
 backend = AcmeBackend()
 '''
@@ -93,9 +98,10 @@ ARGUMENTS = {
     "prepare_for_training": {"loaded": None},
     "save": {"loaded": None, "out": Path()},
     "pack": {"module": None},
+    "quantize_linear": {"linear": None, "config": None},
 }
-ANYTHING = ("prepare_for_training", "pack")
-"""Hooks that may answer with any object: the model, and a class that imports torch."""
+ANYTHING = ("prepare_for_training", "pack", "quantize_linear")
+"""Hooks that may answer with any object: the model, a class that imports torch, a library's module."""
 WAYS = {  # at the call
     "raises": "raise RuntimeError('broken')",
     "answers nothing": "pass",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 import msgspec
-from msgspec import Meta
 
 from polyquant.errors import ConfigError
 from polyquant.modules import matching_modules, module_of
-from polyquant.options import PackableOptions
+from polyquant.options import BackendOptions
 
 if TYPE_CHECKING:
     from polyquant.types import WeightInfo
@@ -21,16 +20,20 @@ LayerFormats = tuple[tuple[str, Format], ...]
 texts `pattern=format`, become this."""
 
 
-class MixableOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class MixableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of a backend whose checkpoints hold layers in several formats.
 
-    A backend redefines `layers` with its own formats, and takes what `format_of` names instead of its usual format.
+    A backend has a field `layers` of `LayerFormats` with its own formats, () by default, and takes what `format_of`
+    names instead of its usual format. This class has no fields, so that options may be of another kind too.
     """
-
-    layers: Annotated[LayerFormats[str], Meta(description="modules in another format, as in mlp.down_proj=FORMAT")] = ()
 
     format_options: ClassVar[tuple[str, ...]] = ()
     """The options that choose a format: of linear layers first; others, such as the embedding's, after it."""
+
+    @property
+    def layers(self) -> LayerFormats[str]:
+        """The backend's own field of this name."""
+        raise NotImplementedError
 
     def with_full_names(self, weights: Sequence[WeightInfo]) -> Self:
         """As of every backend, and `layers` as one format for each module, by its full name.

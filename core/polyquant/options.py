@@ -142,17 +142,36 @@ class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
     load_time: ClassVar[frozenset[str]] = BackendOptions.load_time | {"kernel", "embeddings", "head"}
 
 
+class ExpertsOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of a backend that rounds a linear layer as it is handed over: with the hook `quantize_linear`."""
+
+    experts: Annotated[
+        Literal["auto", "keep", "quantize"],
+        Meta(description="fused experts of a mixture: keep: as the library leaves them, dense; quantize: as linear "
+             "layers, in polyquant's packed layout, on a CPU; auto: quantize with kernel='packed'"),
+    ] = "auto"  # fmt: skip
+
+    load_time: ClassVar[frozenset[str]] = PackableOptions.load_time | {"experts"}
+
+
 def is_packed(options: BackendOptions) -> bool:
     """Whether the packed runtime multiplies with a backend's weights with these options."""
     return getattr(options, "kernel", "") == PACKED
 
 
 def packs_any(options: BackendOptions) -> bool:
-    """Whether anything comes into the packed layout with these options: weights, an embedding, a head."""
-    return is_packed(options) or any(getattr(options, name, KEEP) != KEEP for name in ("embeddings", "head"))
+    """Whether anything comes into the packed layout with these options: weights, an embedding, a head, experts."""
+    vocabulary = any(getattr(options, name, KEEP) != KEEP for name in ("embeddings", "head"))
+    return is_packed(options) or vocabulary or quantizes_experts(options)
 
 
-AUTO, PACKED, LIBRARY, KEEP = "auto", "packed", "library", "keep"
+def quantizes_experts(options: BackendOptions) -> bool:
+    """Whether fused experts are quantized with these options, where a model has some that can be."""
+    asked = getattr(options, "experts", KEEP)
+    return asked == QUANTIZE or (asked == AUTO and is_packed(options))
+
+
+AUTO, PACKED, LIBRARY, KEEP, QUANTIZE = "auto", "packed", "library", "keep", "quantize"
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 

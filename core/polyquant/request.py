@@ -51,6 +51,7 @@ class LoadRequest(Record, frozen=True):
     device: str  # where the model runs, such as cpu or cuda:0
     device_map: DeviceMap  # module name -> device; {"": device} where all of it goes to one
     weights: tuple[WeightInfo, ...] = ()  # the model's tensors by its architecture, dense ones in the compute dtype
+    later: frozenset[str] = frozenset()  # of those, fused experts that the core quantizes after the load, if it may
     names: Mapping[str, str] = {}  # of stored tensors -> in the model, where transformers renames them
     offload: Offload = "error"  # what may happen where the model does not fit `device`
     allow_dequantize: bool = False

@@ -122,6 +122,11 @@ class BackendInfo(Record, frozen=True):
     isolated: Isolated | None = None  # where `libraries` are not here, the backend runs in an environment of its own
 
 
+Stacked = Literal["", "out_in", "in_out"]
+"""How the experts of a layer lie in one tensor: (experts, out_features, in_features), or the last two the other way
+round. Empty: it holds none, or none that transformers' interface for experts multiplies with."""
+
+
 class WeightInfo(Record, frozen=True):
     """One tensor of a model before quantization, as the architecture defines it."""
 
@@ -133,6 +138,7 @@ class WeightInfo(Record, frozen=True):
     tied_to: str = ""  # the tensor it shares its storage with; it then counts no bytes
     default_skip: bool = False  # kept dense unless skip_defaults=False
     parts: Mapping[str, str] = {}  # of a packed checkpoint's layer: what the file holds of it -> dtype, {"scales": ...}
+    stacked: Stacked = ""  # of experts: which way each lies in the tensor; empty: none that can be multiplied alone
 
     @property
     def as_linear(self) -> tuple[int, ...]:

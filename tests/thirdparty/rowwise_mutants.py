@@ -226,7 +226,7 @@ class Elsewhere(Variant):
 
 
 class Packs(Variant):
-    hooks = (*Variant.hooks, "pack")
+    hooks = (*Variant.hooks, "pack", "quantize_linear")
 
 
 @plugin(breaks="packed_weights_are_the_librarys")

@@ -25,7 +25,7 @@ for a plugin that does not ask for it (docs/authors says how)."""
 REMOVED: Mapping[str, Mapping[str, str]] = {}
 """hook -> argument that earlier versions gave -> what to use instead."""
 REQUIRED = ("backend_info", "validate_environment", "build_config", "load", "describe_layers")
-OPTIONAL = ("plan_layers", "quantize", "prepare_for_training", "save", "pack")
+OPTIONAL = ("plan_layers", "quantize", "prepare_for_training", "save", "pack", "quantize_linear")
 
 
 class QuantBackend:
@@ -95,5 +95,14 @@ class QuantBackend:
 
         Asked with the option kernel="packed", of each module whose plan says which layout its weight has there
         (`LayerPlan.packed`), as `load` made it. The core puts its own layer in the module's place, with the same bias.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def quantize_linear(self, linear: Any, config: BackendOptions) -> Any:
+        """A plain `torch.nn.Linear` without a bias, as `load` quantizes one on the fly: the module that `pack` takes.
+
+        For matrices that the library does not take itself: each expert of a fused tensor, one after the other. The
+        backend's options derive from `ExpertsOptions`; `config` is as `load` got it, the weight in the compute dtype.
         """
         raise NotImplementedError

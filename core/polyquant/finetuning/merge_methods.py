@@ -68,8 +68,10 @@ def dequantized_merged(loaded: LoadedModel, source: ModelSource, dtype: Dtype) -
         for name, parameter in model.named_parameters():
             if _owner(name) in asked and name.endswith(".weight"):
                 parameter.copy_(_answered(wrapped.get_submodule(_owner(name)), parameter))
-            else:
+            elif name in tensors:
                 parameter.copy_(tensors[name])
+            else:  # experts, packed as one tensor
+                parameter.copy_(wrapped.get_submodule(name).dequantize())
     model.tie_weights()
     return model.eval()
 

@@ -24,7 +24,7 @@ from polyquant.loading.trial import require_keeping, require_running
 from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
 from polyquant.models.roles import SKIPPED
-from polyquant.options import BackendOptions
+from polyquant.options import BackendOptions, quantizes_experts
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
 from polyquant.request import LoadRequest, ModelSource
@@ -166,6 +166,7 @@ def prepare(
             device=device,
             device_map=device_map_for(model, backend, settled, how),
             weights=settled.weights,
+            later=_packed_later(backend, settled),
             names=model.renamed,
             offload=how.offload,
             allow_dequantize=how.allow_dequantize,
@@ -177,6 +178,14 @@ def prepare(
         ),
         settled,
     )
+
+
+def _packed_later(backend: Backend, settled: Settled) -> frozenset[str]:
+    """Names of the fused experts that the core packs after the load."""
+    if not quantizes_experts(settled.options):
+        return frozenset()
+    plans = backend.plan_layers(settled.weights, settled.options)
+    return frozenset(plan.name for plan in plans if plan.role == "experts" and plan.packed is not None)
 
 
 def giving_back(settled: Settled) -> AbstractContextManager[None]:

@@ -110,8 +110,8 @@ def settle(
         notes.append(f"{source.gguf_file} is dequantized to a float32 checkpoint first, then quantized again")
     if packs_any(config) and device != "cpu":
         raise ConfigError(
-            f"kernel='packed', embeddings and head are for a CPU so far, and this is {device}: take kernel='library', "
-            "and leave the others out"
+            f"kernel='packed', embeddings, head and experts are for a CPU so far, and this is {device}: take "
+            "kernel='library', and leave the others out"
         )
     may_be_packed = kernel.may_be_packed(config, backend, device)
     dtype = compute_dtype(config, backend.info, device)

@@ -7,7 +7,7 @@ from math import prod
 
 from polyquant.errors import ConfigError
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED
-from polyquant.options import BackendOptions
+from polyquant.options import BackendOptions, quantizes_experts
 from polyquant.types import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo
 
 
@@ -26,14 +26,17 @@ def dense_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> list
 
 
 def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> None:
-    """Raises ConfigError where experts are fused into one tensor that is to be quantized."""
+    """Raises ConfigError where experts are fused into one tensor that is to be quantized, and nobody does that."""
     for weight in weights:
-        if weight.role == "experts" and not config.skips(weight):
-            module = weight.name.rpartition(".")[0]
+        here = bool(weight.stacked) and quantizes_experts(config)  # the core's: `memory.experts`
+        if weight.role == "experts" and not config.skips(weight) and not here:
+            short = weight.name.rpartition(".")[0].rpartition(".")[2]
+            packs = weight.stacked and hasattr(config, "experts")
             raise ConfigError.of_unfit(
                 f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized",
-                [f"skip=({module.rpartition('.')[2]!r},), which keeps them dense"],
-            )
+                [*(["kernel='packed', which quantizes each"] if packs else []),
+                 f"skip=({short!r},), which keeps them dense"],
+            )  # fmt: skip
 
 
 def plan_linears(

@@ -23,6 +23,7 @@ class Weights(NamedTuple):
     file: int  # of the checkpoint that a load reads
     copied: int  # what is made anew in memory beside the mapped file
     largest_dense: int  # the largest tensor that is quantized, in the compute dtype
+    passing: int = 0  # what dense experts take more than packed ones: all of them are dense once, at most in that dtype
     tensorwise: bool = False  # the file's tensors are read one by one into memory of their own, and nothing is mapped
     own_runtime: bool = False  # not torch's: it maps the file, and makes room for the context while it loads
 
@@ -61,13 +62,16 @@ def weights_of(
         file = quantized + dense * DTYPE_BYTES.get(checkpoint.dtype, 2) // DTYPE_BYTES[compute_dtype]
     tensorwise = capabilities.runs_on_torch and (checkpoint.quantized or not capabilities.on_the_fly)
     mapped = capabilities.runs_on_torch and not tensorwise
-    largest = max((prod(plan.shape) for plan in plans if plan.quantized), default=0)
+    experts = [plan for plan in plans if plan.role == "experts" and plan.packed is not None]
+    passing = sum(prod(plan.shape) * DTYPE_BYTES[compute_dtype] - plan.stored_bytes for plan in experts)
+    largest = max((prod(plan.shape[-2:]) for plan in plans if plan.quantized), default=0)
     return Weights(
         planned=planned,
         file=file,
         tensorwise=tensorwise,
         own_runtime=not capabilities.runs_on_torch,
         copied=quantized + (dense if checkpoint.dtype != compute_dtype else 0) if mapped else 0,
+        passing=max(0, passing),
         largest_dense=largest * DTYPE_BYTES[compute_dtype] if capabilities.runs_on_torch else 0,
     )
 
@@ -87,7 +91,8 @@ def predict(device: str, process: int, weights: Weights, kv_cache: int, activati
         run = weights.planned + kv_cache + activations + weights.largest_dense
         return Peaks(load, run, 0, max(load, run))
     held = process + TOKENIZER_BYTES
-    load = held + (max(weights.file, weights.planned) if weights.tensorwise else weights.file + weights.copied)
+    read = max(weights.file, weights.planned) if weights.tensorwise else weights.file + weights.copied
+    load = held + read + weights.passing
     reclaimable = max(0, weights.file - (weights.planned - weights.copied))
     run = held + weights.planned + RUN_BYTES + kv_cache + activations + weights.largest_dense
     if weights.own_runtime:

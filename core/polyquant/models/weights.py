@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polyquant.models import versions
+from polyquant.models.experts import how_stacked
 from polyquant.models.roles import beside_the_language_model, role_of
 from polyquant.types import WeightInfo
 
@@ -32,6 +33,7 @@ def list_weights(skeleton: Any) -> list[WeightInfo]:
                         module=type(module).__name__,
                         tied_to=tied.get(name, ""),
                         default_skip=module_name in default_dense or left_alone(name),
+                        stacked=how_stacked(module, short),
                     )
                 )
     return weights

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,15 @@ MOST_INPUTS = 96
 """For more, decoding some rows at a time and torch's own product are faster: measured on AVX2, 576 to 8192 rows."""
 
 
+Gathered = TypeVar("Gathered")
+Multiplied = tuple[PackedWeight, Any]
+"""A weight, and the same as the kernels take it: None where plain torch multiplies."""
 CODES = "qweight"
 """What the codes are called in a layer: PEFT looks for where a layer is by this name."""
 
 
-class Repacked(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """A module's packed weight: its parts are parameters, gathered once for as long as they stay where they are."""
+class Holding(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
+    """Parts of packed weights as parameters, gathered once for as long as they stay where they are."""
 
     shape: tuple[int, int]
     format: PackedFormat
@@ -47,22 +50,22 @@ class Repacked(torch.nn.Module):  # type: ignore[misc]  # torch is not typed her
             bits,
         )
 
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight, whose tensors are the module's own."""
-        return self._as_multiplied()[0]
-
-    def _as_multiplied(self) -> tuple[PackedWeight, Any]:
-        """The weight, and as the kernels take it; both made anew where its tensors have gone elsewhere."""
+    def _gathered(self, make: Callable[[dict[str, Tensor]], Gathered]) -> Gathered:
+        """What `make` makes of the parts by their names; made anew where the tensors have gone elsewhere."""
         tensors = self._parameters
         places = tuple(tensor.data_ptr() for tensor in tensors.values() if tensor is not None)
         known = self.__dict__.get("_known")
         if known is None or known[0] != places:
             own = {"codes" if name == CODES else name: tensor for name, tensor in tensors.items()}
             parts = {name: tensor.detach() for name in PARTS if (tensor := own.get(name)) is not None}
-            weight = PackedWeight(shape=self.shape, format=self.format, zero=self.zero, **parts)
-            known = self.__dict__["_known"] = (places, weight, struct_of(weight))
-        return known[1], known[2]
+            known = self.__dict__["_known"] = (places, make(parts))
+        gathered: Gathered = known[1]
+        return gathered
+
+    def _multiplied(self, parts: dict[str, Tensor]) -> Multiplied:
+        """A weight of these parts, and as the kernels take it."""
+        weight = PackedWeight(shape=self.shape, format=self.format, zero=self.zero, **parts)
+        return weight, struct_of(weight)
 
     def _apply(self, *arguments: Any, **more: Any) -> Any:
         self.__dict__.pop("_known", None)  # which would hold the tensors that it is moved away from
@@ -71,6 +74,19 @@ class Repacked(torch.nn.Module):  # type: ignore[misc]  # torch is not typed her
     def __getstate__(self) -> dict[str, Any]:
         """Without the addresses, which are no other copy's."""
         return {name: value for name, value in self.__dict__.items() if name != "_known"}
+
+
+class Repacked(Holding):
+    """A module's packed weight."""
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, whose tensors are the module's own."""
+        return self._as_multiplied()[0]
+
+    def _as_multiplied(self) -> Multiplied:
+        """The weight, and as the kernels take it."""
+        return self._gathered(self._multiplied)
 
 
 def named(weight: PackedWeight) -> dict[str, Tensor]:

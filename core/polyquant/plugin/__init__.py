@@ -23,6 +23,7 @@ from polyquant.modules import module_of
 from polyquant.options import (
     BackendOptions,
     Dtype,
+    ExpertsOptions,
     NumberFormat,
     PackableOptions,
     RoundingMethod,
@@ -62,6 +63,7 @@ __all__ = [
     "DeviceMap",
     "DeviceSupport",
     "Dtype",
+    "ExpertsOptions",
     "Feed",
     "Isolated",
     "LayerFormats",

@@ -26,6 +26,7 @@ FILES: Mapping[str, str] = {
     "plan_layers": "planning",
     "quantize": "_quantize",
     "pack": "_layers",
+    "quantize_linear": "_layers",
 }
 """hook -> the file of the package whose function of that name answers it."""
 
@@ -127,5 +128,8 @@ def _forwarding(answer: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     def pack(module: Any) -> Any:
         return answer("pack", module)
 
-    functions = (load, describe_layers, plan_layers, quantize, prepare_for_training, save, pack)
+    def quantize_linear(linear: Any, config: BackendOptions) -> Any:
+        return answer("quantize_linear", linear, config)
+
+    functions = (load, describe_layers, plan_layers, quantize, prepare_for_training, save, pack, quantize_linear)
     return {function.__name__: function for function in functions}

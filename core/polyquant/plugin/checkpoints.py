@@ -103,9 +103,8 @@ def read_layers(
             continue
         if check is not None:
             check(name, tensor)
-        dense[name] = (
-            cast_dense(source, name, tensor, dtypes.get(name, wanted)) if tensor.is_floating_point() else tensor
-        )
+        as_stored = name in request.later or not tensor.is_floating_point()
+        dense[name] = tensor if as_stored else cast_dense(source, name, tensor, dtypes.get(name, wanted))
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
             layer = make(name, model.get_submodule(name), layers.pop(name, {}))
@@ -148,7 +147,7 @@ def quantize_layers(
     made = set(names)
     for name, parameter in model.named_parameters():
         owner, _, short = name.rpartition(".")
-        if parameter.is_floating_point() and (owner not in made or short == "bias"):
+        if name not in request.later and parameter.is_floating_point() and (owner not in made or short == "bias"):
             parameter.data = cast_dense(source, name, parameter.data, dtypes.get(name, wanted))
     model.config.dtype = wanted
     if on_cpu:

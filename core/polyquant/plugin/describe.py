@@ -13,6 +13,7 @@ from polyquant.memory.storage import walk
 from polyquant.models import versions
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED, beside_the_language_model, role_of
 from polyquant.packed_weights import kernels
+from polyquant.packed_weights.experts import RepackedExperts
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding
 from polyquant.types import LayerInfo, Role
@@ -25,7 +26,7 @@ class Quantized(NamedTuple):
     bits: float
     scheme: str
     kernel: str
-    tensor: str = "weight"  # name of the weight inside the module
+    tensor: str = "weight"  # name of the weight inside the module; empty: the module stands for the tensor itself
     dense: tuple[str, ...] = ("bias",)  # tensors of the module that are not part of the quantized weight
     role: Role | None = None  # left out: linear, or experts where the shape has three sizes
 
@@ -84,7 +85,7 @@ def describe(
         if found:
             layers.append(
                 LayerInfo(
-                    name=f"{name}.{found.tensor}", shape=found.shape,
+                    name=f"{name}.{found.tensor}".rstrip("."), shape=found.shape,
                     role=found.role or ("experts" if len(found.shape) == 3 else "linear"),
                     bits=found.bits, scheme=found.scheme, stored_bytes=sum(remaining.values()), parts=dict(remaining),
                     device=devices.get(name, "meta"), quantized=True, kernel=found.kernel,
@@ -95,6 +96,8 @@ def describe(
 
 def _repacked(module: Any, head: Any) -> Quantized | None:
     """What the core has packed itself; None for any other module."""
+    if isinstance(module, RepackedExperts):
+        return Quantized(module.dense_shape, module.bits, module.scheme, kernels.name(), tensor="", role="experts")
     if isinstance(module, RepackedEmbedding):
         role: Role = "embedding"
     elif isinstance(module, RepackedLinear):

@@ -18,6 +18,7 @@ from polyquant.errors import CastRefused, UnsupportedOperation
 from polyquant.loaded import LoadedModel
 from polyquant.memory.effective import effective_weight
 from polyquant.models import versions
+from polyquant.packed_weights.experts import has_packed, put_back
 
 MARK = "_polyquant"
 OF_LIBRARIES = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_4bit_serializable",
@@ -110,13 +111,16 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         computed = getattr(torch, self.compute_dtype)
         packed = {name: model.get_submodule(name) for name in sorted(found.packed)}
         for name, module in packed.items():
-            if not _is_plain(module):
+            if not _is_plain(module) and not has_packed(module):
                 raise UnsupportedOperation(
                     f"{name} ({type(module).__name__}) of {self.backend} is more than a weight and a bias, so no dense "
                     "layer does the same; load the dense checkpoint instead"
                 )
         for name, module in packed.items():
-            model.set_submodule(name, _dense(module, computed))
+            if has_packed(module):
+                put_back(module, computed)
+            else:
+                model.set_submodule(name, _dense(module, computed))
         model.tie_weights()
         unmark(model)
         return model if dtype is None else model.to(dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyquant.errors import BackendFailed
+from polyquant.memory.experts import with_experts
 from polyquant.memory.packed import packed_plans
 from polyquant.options import BackendOptions, is_packed, packs_any
 from polyquant.registry.hooks import last_own, package_of, raised_at
@@ -99,8 +100,18 @@ class Backend:
 
     def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]:
         """Predicted bytes of each tensor. Raises UnsupportedOperation where the backend does not plan."""
-        plans: list[LayerPlan] = self._call("plan_layers", weights=weights, config=config)
-        return packed_plans(plans, weights, config) if packs_any(config) else plans
+
+        def plan(some: Sequence[WeightInfo]) -> list[LayerPlan]:
+            plans: list[LayerPlan] = self._call("plan_layers", weights=some, config=config)
+            return plans
+
+        plans = plan(weights)
+        return with_experts(packed_plans(plans, weights, config), weights, config, plan) if packs_any(config) else plans
+
+    def quantize_linear(self, linear: Any, config: BackendOptions) -> Any:
+        """A plain linear layer as `load` quantizes it. Raises UnsupportedOperation where there is no such hook."""
+        self._require_hook("quantize_linear")
+        return self._call("quantize_linear", linear=linear, config=config)
 
     def pack(self, module: Any) -> Any:
         """The weight of a quantized module, as a `PackedWeight`."""

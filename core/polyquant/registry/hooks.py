@@ -28,6 +28,7 @@ CURES: Mapping[str, str] = {
     "quantize": "write the checkpoint into `out` and return `out`, a Path",
     "prepare_for_training": "return the model: polyquant.plugin.layers.prepare_for_training does for most",
     "save": "write the checkpoint into `out` and return `out`, a Path",
+    "quantize_linear": "return the module that `load` puts in the place of a linear layer, and that `pack` takes",
     "pack": "return a PackedWeight of the layout that was planned: polyquant.plugin.layers.pack_weight makes it",
 }
 """hook -> what it must do."""

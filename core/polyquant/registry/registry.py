@@ -47,9 +47,9 @@ RESULTS: Mapping[str, type] = {
     "describe_layers": list,
     "plan_layers": list,
     "quantize": Path,
-    "prepare_for_training": object,
     "save": Path,
-    "pack": object,  # a PackedWeight, whose class imports torch
+    # models, modules and a PackedWeight, whose classes import torch
+    **dict.fromkeys(("prepare_for_training", "pack", "quantize_linear"), object),
 }
 ITEMS: Mapping[str, type] = {
     "validate_environment": Problem,

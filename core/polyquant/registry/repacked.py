@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from msgspec.structs import replace
+from tqdm import tqdm
 
 from polyquant.errors import BrokenBackend, ConfigError, ModelError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name
+from polyquant.memory.experts import left_dense, one_expert
 from polyquant.memory.packed import VOCABULARY_SCHEMES, scheme_of
 from polyquant.models.versions import tied_tensors
-from polyquant.options import KEEP, is_packed, packs_any
+from polyquant.options import KEEP, QUANTIZE, is_packed, packs_any
 from polyquant.packed_weights import kernels, step
+from polyquant.packed_weights.experts import RepackedExperts, has_packed, put_in
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
 from polyquant.packed_weights.weight import PackedWeight, same
+from polyquant.plugin.dtypes import cast_dense
 from polyquant.plugin.quantizer import forget_library
-from polyquant.types import LayerInfo, LayerPlan, PackedFormat
+from polyquant.types import LayerInfo, LayerPlan, PackedFormat, WeightInfo
 
 SHOWN = 3  # names of layers in a note
+LEFT_DENSE = (
+    "fused experts stay dense: kernel='packed' quantizes them, or experts='quantize' beside the library's kernel; "
+    "experts='keep' leaves this note out"
+)
 
 
 class Packing(Protocol):
@@ -32,19 +40,30 @@ class Packing(Protocol):
     def describe_layers(self, model: Any) -> list[LayerInfo]: ...
     def plan_layers(self, weights: Any, config: Any) -> list[LayerPlan]: ...
     def pack(self, module: Any) -> Any: ...
+    def quantize_linear(self, linear: Any, config: Any) -> Any: ...
     def load(self, request: Any, settled: Any) -> LoadedModel: ...
 
 
 def finish(loaded: LoadedModel, backend: Packing) -> None:
     """What a backend's `load` gave, with the options that a checkpoint stores, and packed where it is to be."""
-    if getattr(loaded.model.config, "quantization_config", None) is None:
-        loaded.model.config.quantization_config = loaded.config.to_stored()
+    _with_stored_options(loaded)
     if packs_any(loaded.config):
         repack(loaded, backend)
+    if (
+        loaded.settled is not None
+        and loaded.settled.device == "cpu"
+        and left_dense(loaded.settled.weights, loaded.config)
+    ):
+        loaded.notes.append(LEFT_DENSE)
+
+
+def _with_stored_options(loaded: LoadedModel) -> None:
+    if getattr(loaded.model.config, "quantization_config", None) is None:
+        loaded.model.config.quantization_config = loaded.config.to_stored()
 
 
 def repack(loaded: LoadedModel, backend: Packing) -> None:
-    """Put what was planned so of a loaded model into the packed layout: quantized modules, embedding, head.
+    """Put what was planned so of a loaded model into the packed layout: quantized modules, experts, embedding, head.
 
     Raises BrokenBackend where the backend packs a weight otherwise than it plans, ModelError where a weight's values
     have no place there.
@@ -56,6 +75,7 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         _pack_quantized(loaded, plans, {weight.name: weight.as_linear for weight in weights}, backend)
         forget_library(loaded.model)
         loaded.kernel = kernels.name()
+    _pack_experts(loaded, [plan for plan in plans.values() if plan.role == "experts" and plan.packed], backend)
     for plan in plans.values():
         if plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed):
             _pack_vocabulary(loaded.model, plan, plan.packed)
@@ -90,10 +110,40 @@ def _pack_quantized(
         )
 
 
+def _pack_experts(loaded: LoadedModel, plans: list[LayerPlan], backend: Packing) -> None:
+    """Round the experts of each layer as the backend rounds linear layers. Raises ModelError for NaN or infinity."""
+    assert loaded.settled is not None  # every load sets it
+    weights = {weight.name: weight for weight in loaded.settled.weights}
+    quiet = not plans or loaded.request is None or not loaded.request.progress
+    for plan in tqdm(plans, desc="Quantizing experts", unit="tensor", disable=quiet):
+        owner, _, name = plan.name.rpartition(".")
+        module = loaded.model.get_submodule(owner)
+        each = _rounded_experts(getattr(module, name).detach(), weights[plan.name], plan, loaded, backend)
+        transposed = weights[plan.name].stacked == "in_out"
+        put_in(module, name, RepackedExperts(each, plan.shape[0], plan.scheme, plan.bits, transposed=transposed))
+
+
+def _rounded_experts(
+    whole: torch.Tensor, weight: WeightInfo, plan: LayerPlan, loaded: LoadedModel, backend: Packing
+) -> Iterator[PackedWeight]:
+    """Each expert of a dense tensor, as the backend rounds a linear layer with that weight in the compute dtype."""
+    assert loaded.request is not None
+    source = loaded.request.source
+    shape, dtype = one_expert(weight).shape, getattr(torch, weight.dtype)
+    for number, matrix in enumerate(whole):
+        if not bool(torch.isfinite(matrix).all()):
+            raise ModelError(f"{plan.name}: expert {number} holds NaN or infinity; the checkpoint is damaged")
+        rows = cast_dense(source, plan.name, matrix.T if weight.stacked == "in_out" else matrix, dtype).contiguous()
+        linear = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(rows, requires_grad=False)
+        yield _packed(backend.quantize_linear(linear, loaded.config), plan, shape, backend)
+
+
 def left_with_library(model: Any, backend: Packing) -> bool:
     """Whether the library multiplies with any layer of a packed model: only its backend knows how that one trains."""
     quantized = {layer.name.rpartition(".")[0] for layer in backend.describe_layers(model) if layer.quantized}
-    return any(not isinstance(model.get_submodule(name), (RepackedLinear, RepackedEmbedding)) for name in quantized)
+    modules = (model.get_submodule(name) for name in quantized)
+    return any(not isinstance(each, (RepackedLinear, RepackedEmbedding)) and not has_packed(each) for each in modules)
 
 
 def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
@@ -140,24 +190,48 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
     """
     if loaded.request is None or loaded.settled is None:
         raise SaveError("it is not known where this model came from: load through polyquant.load")
-    options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP)
+    experts = {"experts": QUANTIZE} if _experts_of(loaded.model) else {}  # still the core's, so that none is refused
+    options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP, **experts)
     try:
-        again = backend.load(loaded.request, replace(loaded.settled, options=options))
+        again = backend.load(replace(loaded.request, later=frozenset()), replace(loaded.settled, options=options))
     except OSError as error:
         raise SaveError(
             f"a model with kernel='packed' is read again to be saved, and {loaded.request.source.name} cannot be read "
             f"any more: {error}"
         ) from error
     again.tokenizer = loaded.tokenizer
-    finish(again, backend)
+    _with_stored_options(again)
+    _require_same_experts(loaded, again, backend)
     mine = {base_name(name): module for name, module in loaded.model.named_modules()
             if isinstance(module, (RepackedLinear, RepackedEmbedding))}  # fmt: skip
     for name, module in mine.items():
         now = again.model.get_submodule(name)
         ours = module.scheme in VOCABULARY_SCHEMES
         if not same(rounded(now.weight, module.format) if ours else backend.pack(now), module.packed):
-            raise SaveError(
-                f"{loaded.request.source.name} has changed since it was loaded: {name} is another weight now; load it "
-                "again, then save"
-            )
+            raise _changed(loaded, name)
     return again
+
+
+def _experts_of(model: Any) -> dict[str, RepackedExperts]:
+    """The packed experts of a model by the names of the tensors that they stand for."""
+    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, RepackedExperts)}
+
+
+def _require_same_experts(loaded: LoadedModel, again: LoadedModel, backend: Packing) -> None:
+    """Raises SaveError where experts of a model that was loaded again, dense, are not those that are packed."""
+    assert loaded.settled is not None
+    weights = {weight.name: weight for weight in loaded.settled.weights}
+    plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
+    for name, mine in _experts_of(loaded.model).items():
+        dense = again.model.get_parameter(name).detach()
+        now = _rounded_experts(dense, weights[name], plans[name], loaded, backend)
+        if not all(same(one, other) for one, other in zip(now, mine.packed, strict=True)):
+            raise _changed(loaded, name)
+
+
+def _changed(loaded: LoadedModel, name: str) -> SaveError:
+    assert loaded.request is not None
+    return SaveError(
+        f"{loaded.request.source.name} has changed since it was loaded: {name} is another weight now; load it again, "
+        "then save"
+    )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 import polyquant
 from polyquant.errors import ConfigError
 from polyquant.loaded import LoadedModel
+from polyquant.loading.dense import load_dense
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.memory.effective import effective_weight
+from polyquant.models.resolve import resolve_dense
+from polyquant.options import QUANTIZE
 from polyquant.testing.check import FIRST, NotApplicable, check, expect
 from polyquant.testing.checks_bytes import described_bytes_are_stored_bytes, plan_is_within_one_percent
 from polyquant.testing.checks_outputs import logits_are_whole
@@ -41,20 +46,20 @@ def packed_weights_are_the_librarys(subject: Subject, preset: str, model: str) -
     described_bytes_are_stored_bytes(packed, preset, model)
     plan_is_within_one_percent(packed, preset, model)
     logits_are_whole(packed, preset, model)
-    library, tolerance = _by_the_library(subject, preset, model)
+    experts = [layer.name for layer in own if layer.role == "experts"]
+    library, tolerance = _by_the_library(subject, preset, model, {"experts": QUANTIZE} if experts else {})
     theirs, mine = ({(each.name, each.scheme, each.bits) for each in one.initial_layers if each.quantized}
                     for one in (library, loaded))  # fmt: skip
     expect(
         theirs == mine, f"its layers are others than the library's: {', '.join(map(str, sorted(theirs ^ mine)[:3]))}"
     )
     computes_in = getattr(torch, library.config.compute_dtype)
-    for layer in own:
-        name = layer.name.rpartition(".")[0]
+    linears = {layer.name.rpartition(".")[0] for layer in own if layer.role != "experts"}
+    for name in linears:
         weight = loaded.model.get_submodule(name).dequantize()
-        theirs_whole = effective_weight(library.model.get_submodule(name), weight.shape[1], dtype=computes_in)
-        share = float((theirs_whole - weight).abs().max() / weight.abs().max())
-        allowed = max(tolerance, HALF) if torch.equal(theirs_whole.half().float(), theirs_whole) else tolerance
-        expect(share <= allowed, f"{name}: its weights are up to {share:.2g} of the largest off the library's")
+        _require_same(name, weight, library.model.get_submodule(name), computes_in, tolerance)
+    for name, weight, module in _some_experts(subject, model, loaded, experts):
+        _require_same(name, weight, module, computes_in, tolerance)
     tokens = subject.tokens(library, 24)
     reference = reference_logits(subject.dense(model), tokens)
     expected, found = library.logits(tokens), loaded.logits(tokens)
@@ -65,6 +70,28 @@ def packed_weights_are_the_librarys(subject: Subject, preset: str, model: str) -
         f"it answers otherwise than the library: KL {divergence:.3g} nats a token to it, and {loses:.3g} to the dense "
         f"model, to which the library has {lost:.3g}",
     )
+
+
+def _require_same(name: str, weight: torch.Tensor, module: Any, computes_in: torch.dtype, tolerance: float) -> None:
+    """Whether a packed weight is the one that the library's module multiplies with."""
+    theirs = effective_weight(module, weight.shape[1], dtype=computes_in)
+    share = float((theirs - weight).abs().max() / weight.abs().max())
+    allowed = max(tolerance, HALF) if torch.equal(theirs.half().float(), theirs) else tolerance
+    expect(share <= allowed, f"{name}: its weights are up to {share:.2g} of the largest off the library's")
+
+
+def _some_experts(
+    subject: Subject, model: str, loaded: LoadedModel, names: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor, Any]]:
+    """Of each tensor of experts, the last one's name and packed weight, and what the library makes of the dense one."""
+    dense: Any = load_dense(resolve_dense(subject.dense(model))) if names else None
+    for name in names:
+        stack = loaded.model.get_submodule(name)
+        matrix = dense.get_parameter(name)[-1].detach().float()
+        linear = torch.nn.Linear(*reversed(stack.shape), bias=False)
+        linear.weight = torch.nn.Parameter((matrix.T if stack.transposed else matrix).contiguous(), requires_grad=False)
+        module = subject.handle.quantize_linear(linear, loaded.config)
+        yield f"the last expert of {name}", stack.packed[-1].decode(), module
 
 
 @check(needs=("trains",))
@@ -96,9 +123,12 @@ def _has_no_place(subject: Subject, preset: str, loaded: LoadedModel) -> bool:
     return preset != next(iter(subject.info.presets)) and all(plan.packed is None for plan in plans)
 
 
-def _by_the_library(subject: Subject, preset: str, model: str) -> tuple[LoadedModel, float]:
-    """The model with the library's own kernel, in float32 where it has one; and how far its weights may be off."""
+def _by_the_library(subject: Subject, preset: str, model: str, more: Mapping[str, str]) -> tuple[LoadedModel, float]:
+    """The model with the library's own kernel, in float32 where it has one; and how far its weights may be off.
+
+    more: options for what the library does not multiply with in any case.
+    """
     try:
-        return subject.load(preset, model, kernel="library", compute_dtype="float32"), SAME
+        return subject.load(preset, model, kernel="library", compute_dtype="float32", **more), SAME
     except (ConfigError, NotApplicable):
-        return subject.load(preset, model, kernel="library"), CLOSE
+        return subject.load(preset, model, kernel="library", **more), CLOSE

@@ -12,7 +12,7 @@ from polyquant.testing.models import tiny_model
 from polyquant.testing.reference import reference_logits
 from polyquant.testing.texts import EVALUATION
 from polyquant_fouroversix import _decode
-from polyquant_fouroversix._layers import quantized_linear
+from polyquant_fouroversix._layers import quantize_linear
 from polyquant_fouroversix._library import quantize_config
 from polyquant_fouroversix.formats import RULES
 from polyquant_fouroversix._modules import FouroversixLinear
@@ -89,7 +89,7 @@ def test_weights_are_those_that_the_library_dequantizes(monkeypatch, dtype, rule
     linear.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     linear.weight.data[:20] = 0
     config = FouroversixOptions(dtype=dtype, scale_rule=rule)
-    weight = weight_of(quantized_linear(linear, config))
+    weight = weight_of(quantize_linear(linear, config))
     theirs = dequantize_by_library(quantize_to_fp4(linear.weight.detach(), quantize_config(config)), torch.float32)
     # the library multiplies IF4 blocks in float16
     torch.testing.assert_close(weight, theirs, rtol=2e-3 if dtype == "if4" else 1e-6, atol=0)
@@ -106,7 +106,7 @@ def test_a_layer_answers_as_that_of_the_library(dtype, rule, square):
     generator = torch.Generator().manual_seed(1)
     linear.weight.data.normal_(std=0.1, generator=generator)
     config = FouroversixOptions(dtype=dtype, scale_rule=rule, weight_scale_2d=square)
-    ours, theirs = quantized_linear(linear, config), library_linear(linear, config)
+    ours, theirs = quantize_linear(linear, config), library_linear(linear, config)
     for count in (1, 5):
         x = torch.randn(2, count, 100, generator=generator)
         x[0, 0, :64] = 0  # whole blocks of zeros
@@ -216,7 +216,7 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder):
 
 
 def test_the_gradient_passes_rounded_activations_straight_through():
-    layer = quantized_linear(torch.nn.Linear(100, 70), FouroversixOptions())
+    layer = quantize_linear(torch.nn.Linear(100, 70), FouroversixOptions())
     x, gradient = torch.randn(3, 100, requires_grad=True), torch.randn(3, 70)
     layer(x).backward(gradient)
     torch.testing.assert_close(x.grad, gradient @ weight_of(layer))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from polyquant.testing.models import tiny_model
-from polyquant_fouroversix._layers import pack, quantized_linear
+from polyquant_fouroversix._layers import pack, quantize_linear
 from polyquant_fouroversix.formats import RULES
 from polyquant_fouroversix.options import FouroversixOptions
 from polyquant_fouroversix.planning import LAYOUTS
@@ -20,7 +20,7 @@ def test_weights_are_the_same(dtype, rule, square, shape):
     linear = torch.nn.Linear(shape[1], shape[0])
     linear.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     linear.weight.data[:3] = 0
-    layer = quantized_linear(linear, FouroversixOptions(dtype=dtype, scale_rule=rule, weight_scale_2d=square))
+    layer = quantize_linear(linear, FouroversixOptions(dtype=dtype, scale_rule=rule, weight_scale_2d=square))
     weight, expected = pack(layer), torch.cat(list(layer.pieces()))
     assert (weight.shape, weight.format) == (shape, LAYOUTS[dtype])
     torch.testing.assert_close(weight.decode(), expected, rtol=3e-7 if dtype == "if4" else 0, atol=0)

@@ -106,12 +106,22 @@ def test_another_method_and_contradictions_are_refused(changed, checkpoint):
 
 def test_fused_experts_are_refused_or_left_dense_on_request(folder):
     path = tiny_model("mixtral", folder)
-    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj holds the experts .* skip=\('experts',\)"):
+    with pytest.raises(
+        ConfigError, match=r"experts\.gate_up_proj holds the experts .*kernel='packed'.* skip=\('experts',\)"
+    ):
         load(path)
     loaded = load(path, skip=("experts",))
     reasons = {layer.reason for layer in loaded.layers if layer.role == "experts"}
     assert reasons == {"skipped on request"}
     assert any(layer.quantized for layer in loaded.layers)
+
+
+def test_a_saved_model_with_packed_experts_has_dense_ones_in_its_file(folder, tmp_path):
+    packed = load(tiny_model("mixtral", folder), kernel="packed")
+    assert all(layer.quantized for layer in packed.layers if layer.role == "experts")
+    saved = packed.save(tmp_path / "saved")
+    assert torch.equal(load(saved, kernel="packed").logits(TOKENS), packed.logits(TOKENS))
+    assert not any(layer.quantized for layer in load(saved).layers if layer.role == "experts")
 
 
 def test_damaged_dense_models_are_refused_by_name(folder, tmp_path):

@@ -7,7 +7,7 @@ from polyquant.plugin import WeightInfo
 from polyquant.plugin.layers import PackedLinear
 from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
-from polyquant_hqq._layers import pack, quantized_linear
+from polyquant_hqq._layers import pack, quantize_linear
 from polyquant_hqq.options import HqqOptions
 from polyquant_hqq.planning import packed_format
 
@@ -16,16 +16,15 @@ from .test_hqq import TOKENS, load
 NAME = "model.layers.1.mlp.up_proj"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
 @pytest.mark.parametrize("group_size", [16, 64])
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_weights_are_the_same(bits, optimize, group_size, dtype):
+def test_weights_are_the_same(bits, optimize, group_size, name):
     linear = torch.nn.Linear(128, 20)
     linear.weight.data.normal_(mean=0.02, std=0.1, generator=torch.Generator().manual_seed(0))
-    config = HqqOptions(bits=bits, group_size=group_size, optimize=optimize)
-    layer = quantized_linear(linear, config, dtype)
-    name = str(dtype).removeprefix("torch.")
+    config = HqqOptions(bits=bits, group_size=group_size, optimize=optimize, compute_dtype=name)
+    layer = quantize_linear(linear, config)
     info = WeightInfo(name="up_proj.weight", shape=(20, 128), dtype=name, role="linear", module="Linear")
     weight = pack(layer)
     assert (weight.shape, weight.format) == ((20, 128), packed_format(info, config))

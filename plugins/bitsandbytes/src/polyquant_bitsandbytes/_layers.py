@@ -12,6 +12,7 @@ from polyquant.plugin.layers import PackedWeight, Quantized, describe, pack_weig
 
 from polyquant_bitsandbytes._library import kernel
 from polyquant_bitsandbytes._load import linear_4bit, read_again, repacked
+from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
 LARGEST = 127  # of the 8-bit codes, to which a row's scale belongs
 
@@ -50,6 +51,22 @@ def pack(module: Any) -> PackedWeight:
     group = group_of_runs(state.blocksize, columns)
     scales = absmax.float().repeat_interleave(state.blocksize // group)[: rows * columns // group]
     return pack_weight(codes, scales.view(rows, -1), group, table=state.code)
+
+
+def quantize_linear(linear: torch.nn.Linear, config: BitsAndBytesOptions) -> Any:
+    """As transformers does it: the weight is quantized where it is moved to its device."""
+    dense, device = linear.weight.detach(), linear.weight.device
+    size = (linear.in_features, linear.out_features)
+    if config.bits == 8:
+        layer = bnb.Linear8bitLt(*size, bias=False, has_fp16_weights=False, device="meta")
+        layer.weight = bnb.Int8Params(dense, requires_grad=False, has_fp16_weights=False).to(device)
+        return layer
+    layer = bnb.Linear4bit(*size, bias=False, device="meta")
+    layer.weight = bnb.Params4bit(
+        dense, requires_grad=False, quant_type=config.quant_type, compress_statistics=bool(config.double_quant),
+        quant_storage=getattr(torch, config.quant_storage or "uint8"),
+    ).to(device)  # fmt: skip
+    return layer
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

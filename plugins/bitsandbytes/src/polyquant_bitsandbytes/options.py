@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat, PackableOptions
+from polyquant.plugin import ExpertsOptions, NumberFormat
 
 FOUR_BIT = {"quant_type": "nf4", "double_quant": False, "quant_storage": "uint8"}
 EIGHT_BIT = {"int8_threshold": 6.0}
 
 
-class BitsAndBytesOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BitsAndBytesOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """4 bit (QLoRA's NF4 and FP4, blocks of 64 weights) or 8 bit (LLM.int8, one scale for each output row)."""
 
     bits: Annotated[Literal[4, 8], Meta(description="bits of a quantized weight")] = 4

@@ -41,5 +41,8 @@ INFO = BackendInfo(
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(
-    INFO, ("plan_layers", "save", "prepare_for_training", "pack"), imports=(BITSANDBYTES,), native_problems=True
+    INFO,
+    ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"),
+    imports=(BITSANDBYTES,),
+    native_problems=True,
 )

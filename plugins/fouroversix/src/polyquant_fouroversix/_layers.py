@@ -36,7 +36,7 @@ def kernel(config: FouroversixOptions) -> str:
     return WITH_ACTIVATIONS.format(config.dtype) if config.quantize_activations else KERNEL
 
 
-def quantized_linear(linear: Any, config: FouroversixOptions) -> FouroversixLinear:
+def quantize_linear(linear: Any, config: FouroversixOptions) -> FouroversixLinear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
     packed = quantize_to_fp4(finite_weight(linear), quantize_config(config))
     tensors = {"weight": packed.values, "scales": packed.scale_factors, "amax": packed.amax.float().reshape(1)}

@@ -23,7 +23,7 @@ from polyquant.plugin import (
     resolved_dtype,
 )
 
-from polyquant_fouroversix._layers import kernel, linear_from_tensors, quantized_linear, stored_tensors
+from polyquant_fouroversix._layers import kernel, linear_from_tensors, quantize_linear, stored_tensors
 from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.options import FouroversixOptions
 from polyquant_fouroversix.planning import STORED_NAMES, plan_layers
@@ -45,7 +45,7 @@ def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
     if source.stored_quantization:
         model = checkpoints.read_layers(request, dtype, names, read)
     else:
-        model = checkpoints.quantize_layers(request, dtype, names, lambda _, linear: quantized_linear(linear, config))
+        model = checkpoints.quantize_layers(request, dtype, names, lambda _, linear: quantize_linear(linear, config))
     model.config.quantization_config = config.to_stored() | {"modules_to_not_convert": _dense(weights, config)}
     return LoadedModel(model=model, config=config, kernel=kernel(config), notes=notes)
 

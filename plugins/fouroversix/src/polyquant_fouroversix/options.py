@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat, PackableOptions, RoundingMethod
+from polyquant.plugin import ExpertsOptions, NumberFormat, RoundingMethod
 
 from polyquant_fouroversix.formats import RULES, STATIC
 
@@ -28,7 +28,7 @@ ABSENT = ("keep_master_weights", "module_config_overrides")
 """Settings that are read where they are off."""
 
 
-class FouroversixOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FouroversixOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """4-bit numbers in small blocks with a scale each; Four Over Six scales each block to the better of 4 and 6."""
 
     dtype: Annotated[
@@ -50,7 +50,7 @@ class FouroversixOptions(PackableOptions, frozen=True, kw_only=True, forbid_unkn
         ),
     ] = True
 
-    load_time: ClassVar[frozenset[str]] = PackableOptions.load_time | {"quantize_activations"}
+    load_time: ClassVar[frozenset[str]] = ExpertsOptions.load_time | {"quantize_activations"}
 
     def __post_init__(self) -> None:
         rules = RULES[self.dtype]

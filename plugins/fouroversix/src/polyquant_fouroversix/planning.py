@@ -27,8 +27,9 @@ LAYOUTS: Mapping[str, PackedFormat] = {
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: FouroversixOptions) -> list[LayerPlan]:
-    """Raises ConfigError where experts are fused into one tensor."""
-    refuse_experts(weights, config)
+    """Raises ConfigError where experts of a dense checkpoint are fused into one tensor, and are to be the library's."""
+    if not any(weight.parts for weight in weights):  # a quantized checkpoint has them as it has them
+        refuse_experts(weights, config)
     return plan_linears(
         weights, config, config.dtype, lambda weight: quantized_bytes(weight, config),
         packed=lambda weight: LAYOUTS[config.dtype],

@@ -56,4 +56,6 @@ class FouroversixBackend(PluginBackend):
         ]
 
 
-backend = FouroversixBackend(INFO, ("plan_layers", "save", "prepare_for_training", "pack"), imports=INFO.libraries)
+backend = FouroversixBackend(
+    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"), imports=INFO.libraries
+)

@@ -6,12 +6,14 @@ from typing import Any
 
 import msgspec
 from polyquant.plugin import TIED, LayerInfo, Role
-from polyquant.plugin.gguf import FLOAT_DTYPES
-from polyquant.plugin.layers import Quantized, describe
+from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES
+from polyquant.plugin.layers import Quantized, describe, finite_weight
 
 from polyquant_gguf._load import KERNEL
-from polyquant_gguf._modules import Packed, PackedEmbedding
+from polyquant_gguf._modules import Packed, PackedEmbedding, PackedLinear
 from polyquant_gguf._pack import pack
+from polyquant_gguf._quantize import quantize
+from polyquant_gguf.options import GgufOptions
 from polyquant_gguf.planning import IN_FILE
 
 __all__ = ["describe_layers", "pack"]
@@ -26,6 +28,11 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     head = model.get_output_embeddings()
     refined = [_refined(layer, modules.get(layer.name), head) for layer in layers]
     return [_with_reason(layer) for layer in refined] if from_file else refined
+
+
+def quantize_linear(linear: Any, config: GgufOptions) -> PackedLinear:
+    block = TYPES[config.type]
+    return PackedLinear(quantize(finite_weight(linear), block), block, linear.bias)
 
 
 def _quantized(model: Any) -> Any:
@@ -47,9 +54,10 @@ def _quantized(model: Any) -> Any:
 
 def _refined(layer: LayerInfo, module: Any, head: Any) -> LayerInfo:
     """The parts of a matrix's description that its class name and bytes do not tell."""
-    role: Role = "head" if module is head else "embedding" if isinstance(module, PackedEmbedding) else "linear"
     if not isinstance(module, Packed):  # with kernel="packed" the core's own layer, which knows no heads
-        return msgspec.structs.replace(layer, role=role) if layer.quantized else layer
+        own = layer.quantized and module is not None and module is head
+        return msgspec.structs.replace(layer, role="head") if own else layer
+    role: Role = "head" if module is head else "embedding" if isinstance(module, PackedEmbedding) else "linear"
     scheme = module.block.name if module.block.packed else layer.scheme
     return msgspec.structs.replace(layer, role=role, shape=module.logical_shape, bits=module.block.bits, scheme=scheme)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, LayerFormats, MixableOptions, NumberFormat, PackableOptions
+from polyquant.plugin import BackendOptions, ExpertsOptions, LayerFormats, MixableOptions, NumberFormat
 from polyquant.plugin.gguf import TYPES, read_header
 
 OPTIONS_KEY = "polyquant.options"  # metadata of a GGUF that polyquant wrote: the options it was made with, as JSON
@@ -16,7 +16,7 @@ Quantizable = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", 
 """The types the gguf package quantizes to; the others only llama.cpp does."""
 
 
-class GgufOptions(MixableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GgufOptions(MixableOptions, ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A block type for a dense checkpoint; for a GGUF file `type` is 'file': each tensor keeps its own."""
 
     type: Annotated[
@@ -76,7 +76,7 @@ class GgufOptions(MixableOptions, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def to_written(self) -> dict[str, Any]:
         """What a file that polyquant writes holds of them: all but what multiplies, which whoever loads it chooses."""
-        chosen = PackableOptions.load_time - BackendOptions.load_time
+        chosen = ExpertsOptions.load_time - BackendOptions.load_time
         return {name: value for name, value in msgspec.to_builtins(self).items() if name not in chosen}
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
-from polyquant.plugin import LayerInfo
+from polyquant.plugin import LayerInfo, resolved_dtype
 from polyquant.plugin.layers import (
     PackedWeight,
     Quantized,
@@ -30,8 +30,9 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     return describe(model, _quantized, skipped=model.config.quantization_config["skip_modules"])
 
 
-def quantized_linear(linear: torch.nn.Linear, config: HqqOptions, dtype: torch.dtype) -> HQQLinear:
+def quantize_linear(linear: torch.nn.Linear, config: HqqOptions) -> HQQLinear:
     """A layer that takes the place of `linear`, whose own weight is let go."""
+    dtype = getattr(torch, resolved_dtype(config))
     layer = HQQLinear(linear, config.quantize_config(), compute_dtype=dtype, device=str(linear.weight.device))
     bias_as_parameter(layer)
     return layer.eval()

@@ -9,7 +9,7 @@ import torch
 from hqq.core.quantize import HQQLinear
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 
-from polyquant_hqq._layers import KERNEL, linear_from_tensors, quantized_linear
+from polyquant_hqq._layers import KERNEL, linear_from_tensors, quantize_linear
 from polyquant_hqq.options import HqqOptions
 from polyquant_hqq.planning import plan_layers
 
@@ -28,7 +28,7 @@ def load(request: LoadRequest, config: HqqOptions) -> LoadedModel:
     else:
         names = quantized_modules(plan_layers(request.weights, config))
         model = checkpoints.quantize_layers(
-            request, wanted, names, lambda name, linear: quantized_linear(linear, config, dtype), on_cpu=False
+            request, wanted, names, lambda name, linear: quantize_linear(linear, config), on_cpu=False
         )
     notes = [] if config.optimize else ["zero points are not optimized: this is plain rounding, not HQQ"]
     return LoadedModel(model=model, config=config, kernel=KERNEL, notes=notes)

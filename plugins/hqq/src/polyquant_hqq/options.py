@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat, PackableOptions, RoundingMethod
+from polyquant.plugin import ExpertsOptions, NumberFormat, RoundingMethod
 
 
-class HqqOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class HqqOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Scale and zero point for each group of weights, the zero point fitted by half-quadratic optimization."""
 
     bits: Annotated[Literal[1, 2, 3, 4, 8], Meta(description="bits of a quantized weight")] = 4

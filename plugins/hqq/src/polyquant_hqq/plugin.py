@@ -31,4 +31,6 @@ INFO = BackendInfo(
     measured_kl={"int4": 0.189, "int8": 0.000738, "int3": 1.77},
     compute_dtypes={"cpu": "float32"},
 )
-backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training", "pack"), imports=(HQQ,))
+backend = PluginBackend(
+    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"), imports=(HQQ,)
+)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from optimum import quanto
 from optimum.quanto import QLinear, QTensor, WeightQBitsTensor
 from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import PackedWeight, Quantized, describe, pack_weight, prepare_for_training
 
+from polyquant_quanto.options import QuantoOptions
 from polyquant_quanto.planning import group_size
 
 # freezing is all that adapters need; PEFT's prepare_model_for_kbit_training casts every 16-bit parameter to float32,
 # which quanto's tensors refuse
 __all__ = ["pack", "prepare_for_training"]
+QTYPES = {"int8": quanto.qint8, "int4": quanto.qint4, "int2": quanto.qint2, "float8": quanto.qfloat8}
 NAMES = {"qint8": "int8", "qint4": "int4", "qint2": "int2", "qfloat8_e4m3fn": "float8", "qfloat8": "float8"}
 
 
@@ -64,6 +67,14 @@ def pack(module: QLinear) -> PackedWeight:
     scales, shifts = (tensor.detach().view(shape[0], -1) for tensor in (plain._scale, plain._shift))
     size = group_size(shape[1]) or -1
     return pack_weight(plain._data.unpack().reshape(shape), scales, size, minima=-shifts)
+
+
+def quantize_linear(linear: torch.nn.Linear, config: QuantoOptions) -> QLinear:
+    """As transformers does it: a QLinear of the layer, frozen."""
+    layer = QLinear.from_module(linear, weights=QTYPES[config.weights])
+    layer.freeze()
+    make_safe(layer)
+    return layer
 
 
 def kernel(weight: Any) -> str:

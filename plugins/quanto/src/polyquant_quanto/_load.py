@@ -13,12 +13,11 @@ from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dty
 from polyquant.plugin.layers import layer_tensors
 from polyquant.plugin.parts import layer_of
 
-from polyquant_quanto._layers import kernel, make_safe
+from polyquant_quanto._layers import QTYPES, kernel, make_safe
 from polyquant_quanto._library import prepare_unpacking, quantize_config
 from polyquant_quanto.options import QuantoOptions
 from polyquant_quanto.planning import stored_parts
 
-QTYPES = {"int8": quanto.qint8, "int4": quanto.qint4, "int2": quanto.qint2, "float8": quanto.qfloat8}
 PARTS = ("_data", "_scale", "_shift")
 """Of a quantized weight, in checkpoints."""
 

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat, PackableOptions
+from polyquant.plugin import ExpertsOptions, NumberFormat
 
 BITS = {"int8": 8, "float8": 8, "int4": 4, "int2": 2}
 
 
-class QuantoOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class QuantoOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weights only. 8 bit: one scale for each output row; 4 and 2 bit: scale and shift for each group of a row."""
 
     weights: Annotated[

@@ -8,7 +8,11 @@ import torch
 from polyquant.errors import ModelError, UnsupportedOperation
 from polyquant.plugin import LayerInfo, LoadedModel
 from polyquant.plugin.layers import PackedWeight, Quantized, describe, frozen_for_adapters, pack_weight
+from torchao.quantization import quantize_
 from torchao.utils import TorchAOBaseTensor
+
+from polyquant_torchao._library import torchao_config
+from polyquant_torchao.options import TorchAoOptions
 
 NAMES = {"IntxUnpackedToInt8Tensor": "int4-in-int8", "Int8Tensor": "int8", "Float8Tensor": "float8"}
 KERNELS = {
@@ -46,6 +50,12 @@ def pack(module: torch.nn.Linear) -> PackedWeight:
     if scheme(weight) == "int8":
         return pack_weight(codes, scales)
     return pack_weight((codes + ZERO).to(torch.uint8), scales, weight.block_size[1], zero=ZERO)
+
+
+def quantize_linear(linear: torch.nn.Linear, config: TorchAoOptions) -> torch.nn.Linear:
+    """As transformers does it."""
+    quantize_(linear, torchao_config(config))
+    return linear
 
 
 def scheme(weight: Any) -> str:

@@ -21,12 +21,13 @@ def quantize_config(options: TorchAoOptions, planned: Sequence[LayerPlan] = ()) 
     """
     layers = (plan for plan in planned if len(plan.shape) > 1 and plan.name.endswith(".weight"))
     dense = [module_of(plan) for plan in layers if not plan.quantized]
-    config = TorchAoConfig(_torchao_config(options), modules_to_not_convert=dense or options.stored_skip)
+    config = TorchAoConfig(torchao_config(options), modules_to_not_convert=dense or options.stored_skip)
     config.compute_dtype = options.compute_dtype
     return config
 
 
-def _torchao_config(options: TorchAoOptions) -> Any:
+def torchao_config(options: TorchAoOptions) -> Any:
+    """The options as torchao takes them."""
     if options.weights == "int4":
         return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(options.group_size))
     kind = ao.Float8WeightOnlyConfig if options.weights == "float8" else ao.Int8WeightOnlyConfig

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat, PackableOptions
+from polyquant.plugin import ExpertsOptions, NumberFormat
 
 INT4_GROUP = 32
 TYPES: Mapping[str, Mapping[str, Any]] = {
@@ -19,7 +19,7 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
 """torchao's config classes that are read, as the options they stand for."""
 
 
-class TorchAoOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TorchAoOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """int8 and float8: one scale for each output row. int4: for each group of a row, kept in int8 (no CPU packing)."""
 
     weights: Annotated[

@@ -38,4 +38,6 @@ INFO = BackendInfo(
     measured_kl={"int8": 0.00298, "int8-dynamic": 0.0275, "int4": 0.389, "float8": 0.0182},
     compute_dtypes={"cpu": "float32"},
 )
-backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training", "pack"), imports=(TORCHAO,))
+backend = PluginBackend(
+    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"), imports=(TORCHAO,)
+)

@@ -17,6 +17,7 @@ from polyquant.plugin.layers import (
     prepare_for_training,
 )
 
+from polyquant_rowwise.options import RowwiseOptions
 from polyquant_rowwise.planning import SCHEME
 
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
@@ -63,6 +64,12 @@ class RowwiseLinear(torch.nn.Linear):
         """input: (..., in_features) in the compute dtype; returns (..., out_features)."""
         output = frozen_linear(input, lambda: [self.weight]) * self.scale.to(input.dtype).squeeze(1)
         return output if self.bias is None else output + self.bias
+
+
+# Replace: how one layer becomes yours. With kernel="packed" polyquant asks it of each fused expert of a mixture too.
+def quantize_linear(linear: torch.nn.Linear, config: RowwiseOptions) -> RowwiseLinear:
+    """The layer that takes the place of a dense one."""
+    return RowwiseLinear.quantize(linear, getattr(torch, config.scale_dtype))
 
 
 def pack(module: RowwiseLinear) -> PackedWeight:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 
-from polyquant_rowwise._layers import KERNEL, RowwiseLinear
+from polyquant_rowwise._layers import KERNEL, RowwiseLinear, quantize_linear
 from polyquant_rowwise.options import RowwiseOptions
 from polyquant_rowwise.planning import plan_layers
 
@@ -17,9 +17,8 @@ def load(request: LoadRequest, config: RowwiseOptions) -> LoadedModel:
     """The model, read as it was saved, or quantized layer by layer: each dense weight is freed before the next."""
     dtype, scale_dtype = resolved_dtype(config), getattr(torch, config.scale_dtype)
 
-    # Replace: how one layer becomes yours
     def quantize(name: str, linear: Any) -> RowwiseLinear:
-        return RowwiseLinear.quantize(linear, scale_dtype)
+        return quantize_linear(linear, config)
 
     # Replace: how one layer is made of its stored tensors
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> RowwiseLinear:

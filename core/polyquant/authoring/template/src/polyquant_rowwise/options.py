@@ -7,16 +7,17 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import PackableOptions
+from polyquant.plugin import ExpertsOptions
 
 QUANT_METHOD = "rowwise"  # how config.json names the format
 
 
-class RowwiseOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RowwiseOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """8 bit, symmetric, rounded to nearest; one scale for each output row."""
 
     # Replace: your options. Each has a type, a default and a description, which is the command line's help. Derive from
-    # BackendOptions where your weights have no place in polyquant's packed layout.
+    # PackableOptions where you have no hook quantize_linear, from BackendOptions where your weights have no place in
+    # polyquant's packed layout.
     bits: Annotated[Literal[8], Meta(description="bits of a quantized weight")] = 8
     scale_dtype: Annotated[
         Literal["float32", "bfloat16"], Meta(description="dtype of the scales: 4 or 2 bytes for each output row")
