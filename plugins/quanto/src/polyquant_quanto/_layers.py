@@ -61,7 +61,7 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 def pack(module: QLinear) -> PackedWeight:
     """Of 4 bit, the shift is what the library takes away after scaling: a minimum, with its sign turned."""
     weight, shape = module.weight, (module.out_features, module.in_features)
-    if weight._qtype.name == "qint8":
+    if NAMES[weight._qtype.name] in ("int8", "float8"):
         return pack_weight(weight._data.detach(), weight._scale.detach().view(shape[0], 1))
     plain = weight if type(weight) is WeightQBitsTensor else weight.weight_qbits_tensor()
     scales, shifts = (tensor.detach().view(shape[0], -1) for tensor in (plain._scale, plain._shift))

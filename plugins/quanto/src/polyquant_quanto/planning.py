@@ -25,10 +25,10 @@ def plan_layers(weights: Sequence[WeightInfo], config: QuantoOptions) -> list[La
 
 
 def packed_format(weight: WeightInfo, weights: str) -> PackedFormat | None:
-    """The layout of a weight with kernel="packed"; None: float8, and int2, which would take twice the memory."""
+    """The layout of a weight with kernel="packed"; None: int2, which would take twice the memory."""
     scale: Any = weight.dtype  # the compute dtype, as quanto has it
-    if weights == "int8":
-        return PackedFormat(kind="int8", group_size=-1, scale_dtype=scale)
+    if weights in ("int8", "float8"):
+        return PackedFormat(kind=weights, group_size=-1, scale_dtype=scale)  # type: ignore[arg-type]
     if weights != "int4":
         return None
     size = group_size(weight.shape[1]) or -1

@@ -44,6 +44,8 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 def pack(module: torch.nn.Linear) -> PackedWeight:
     """Raises ModelError for zero points, which torchao stores and never fits with the configs that are read."""
     weight: Any = module.weight
+    if scheme(weight) == "float8":
+        return pack_weight(weight.qdata.detach(), weight.scale.detach())
     if weight.zero_point is not None and bool(weight.zero_point.any()):
         raise ModelError("it has zero points, and torchao makes such weights without")
     codes, scales = weight.qdata.detach(), weight.scale.detach()

@@ -10,7 +10,9 @@ from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, p
 
 from polyquant_torchao.options import TorchAoOptions
 
-KINDS: Mapping[str, Literal["affine4", "int8"]] = {"int8": "int8", "int4-in-int8": "affine4"}
+KINDS: Mapping[str, Literal["affine4", "int8", "float8"]] = {
+    "int8": "int8", "int4-in-int8": "affine4", "float8": "float8"
+}  # fmt: skip
 """Scheme -> what its codes are with kernel="packed"."""
 LEAST_GROUP = 16
 
@@ -24,11 +26,11 @@ def plan_layers(weights: Sequence[WeightInfo], config: TorchAoOptions) -> list[L
 
 
 def packed_format(weight: WeightInfo, config: TorchAoOptions) -> PackedFormat | None:
-    """None: float8, rounded activations, and groups that are no whole sixteens."""
+    """None: rounded activations, and groups that are no whole sixteens."""
     kind = KINDS.get(config.scheme)
     if kind is None or (config.group_size or LEAST_GROUP) % LEAST_GROUP:
         return None
-    made = "float32" if kind == "int8" else weight.dtype  # by torchao, in which dtype it computes in
+    made = weight.dtype if kind == "affine4" else "float32"  # by torchao, in which dtype it computes in
     scale = weight.parts.get("_weight_scale", made)
     return PackedFormat(kind=kind, group_size=config.group_size or -1, scale_dtype=scale)  # type: ignore[arg-type]
 
