@@ -65,8 +65,7 @@ def load(
     device_map: auto, or module name -> device. max_memory: device -> bytes or '6GiB', for auto.
     offload: what may happen where the model does not fit `device`: error, or cpu.
     allow_dequantize: accept a model that ends dense. attention: transformers' attn_implementation.
-    kv_cache: keys and values between tokens, of `generate`, `stream` and `session`: keep, or codes: int8, int4; the
-        newest tokens in full. `LoadedModel.new_cache` is one for transformers' own `generate`.
+    kv_cache: older keys and values: keep, or codes: int8, int4. `LoadedModel.new_cache`: for transformers' `generate`.
     adapter: a LoRA adapter of PEFT's to put on the model, by its folder or hub name; of several the products are added.
     return_freed_memory: give memory that is freed while loading on a CPU back at once: a lower peak, a slower load, and
         glibc's own adjustment of its thresholds is off from then on.
@@ -138,21 +137,18 @@ def plan(
     """What a model takes with a backend, tensor by tensor, from headers alone: nothing is loaded, no weights are read.
 
     model: what `load` takes, or a `config.json` alone.
-    backend: a name; None: a table of every installed backend's presets, what fits first.
-    context, batch: tokens and sequences of the key-value cache. kv_cache: as `load` takes it.
-    memory: the budget, such as '6GiB'; None: what is free on the device now.
-    devices: simulated ones, such as 'cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB'; they need not be there.
-    options: the backend's own. Raises UnsupportedOperation where the backend does not plan.
+    backend: a name; None: a table of every installed backend's presets, what fits first. options: the backend's own.
+    context, batch: tokens and sequences of the key-value cache, which is kept as kv_cache says: see `load`.
+    memory: the budget, such as '6GiB'; None: what is free on the device now. devices: simulated ones, such as
+        'cuda:0=24GiB,cpu=64GiB'; they need not be there. Raises UnsupportedOperation where the backend does not plan.
 
     >>> polyquant.plan("builtin:smollm2", backend="bitsandbytes", bits=4).ratio
     """
     from polyquant.planning.plan import Asked
-    from polyquant.planning.table import plan_model
+    from polyquant.planning.table import plan_model as run
 
     asked = Asked(context=context, batch=batch, kv_cache=kv_cache, device=device, offload=offload)
-    return plan_model(
-        model, backend, options, asked, memory, devices, revision=revision, trust_remote_code=trust_remote_code
-    )
+    return run(model, backend, options, asked, memory, devices, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def recommend(
