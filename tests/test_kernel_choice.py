@@ -52,6 +52,15 @@ def test_weights_without_a_place_stay(models: Path) -> None:
     assert chosen(model, "quanto", weights="int4")[:2] == ("packed", "packed")
 
 
+def test_weights_that_would_take_much_more_memory_stay(models: Path) -> None:
+    if polyquant.backend("gguf").problems("cpu"):
+        pytest.skip("gguf does not run here")
+    model = tiny_model("llama", models)
+    assert chosen(model, "gguf", type="Q4_0")[:2] == ("packed", "packed")
+    assert chosen(model, "gguf", type="Q5_1")[1] == "auto"
+    assert chosen(model, "gguf", type="Q5_1", kernel="packed")[0] == "packed"
+
+
 def test_without_kernels_the_library_multiplies(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "library", lambda: None)
     assert chosen(tiny_model("llama", models))[0] == "bitsandbytes"

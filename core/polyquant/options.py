@@ -130,7 +130,8 @@ class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
         Literal["auto", "packed", "library"],
         Meta(
             description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library: the backend's "
-            "library; auto: packed where polyquant-kernels is installed and weights have a place there, in float32"
+            "library; auto: packed where polyquant-kernels is installed and weights have a place there, in float32, at "
+            "most a fifth more memory"
         ),
     ] = "auto"
     embeddings: Annotated[

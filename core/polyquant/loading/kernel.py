@@ -1,4 +1,4 @@
-"""What `kernel="auto"` comes to: the packed runtime where it is there and most weights have a place in it.
+"""What `kernel="auto"` comes to: the packed runtime where it is there, and most weights have a place in it that fits.
 
 Measured on CPUs, SmolLM2 in float32: 8 to 20 times the tokens a second that the libraries' own kernels generate, and
 about the speed of a dense model for prompts. For 16-bit activations the libraries keep their own, and
@@ -21,6 +21,10 @@ from polyquant.types import LayerPlan, WeightInfo
 
 SETTING = "POLYQUANT_KERNEL"
 """The environment variable that says what auto is: library, or auto."""
+
+
+MOST_GROWTH = 1.2
+"""The bytes that auto may take, of those with the library: 5-bit codes lie in 8 bits, k-quants' scales are whole."""
 
 
 class Planning(Protocol):
@@ -51,14 +55,16 @@ def may_be_packed(config: BackendOptions, backend: Planning, device: str) -> boo
 
 
 def packed(config: BackendOptions, weights: Sequence[WeightInfo], backend: Planning) -> BackendOptions | None:
-    """`config` on the packed runtime; None where most of the quantized weights have no place there.
+    """`config` on the packed runtime; None where most of the quantized weights have no place there, or need too much.
 
     weights: in float32.
     """
-    chosen = replace(config, kernel=PACKED, compute_dtype="float32")
-    plans = [plan for plan in backend.plan_layers(weights, chosen) if plan.quantized]
-    placed = sum(prod(plan.shape) for plan in plans if plan.packed is not None)
-    return chosen if 2 * placed > sum(prod(plan.shape) for plan in plans) else None
+    chosen, library = (replace(config, kernel=kernel, compute_dtype="float32") for kernel in (PACKED, LIBRARY))
+    plans, others = (backend.plan_layers(weights, each) for each in (chosen, library))
+    quantized = [plan for plan in plans if plan.quantized]
+    placed = sum(prod(plan.shape) for plan in quantized if plan.packed is not None)
+    grows = sum(plan.stored_bytes for plan in plans) > MOST_GROWTH * sum(plan.stored_bytes for plan in others)
+    return chosen if 2 * placed > sum(prod(plan.shape) for plan in quantized) and not grows else None
 
 
 def _usable() -> bool:
