@@ -21,9 +21,6 @@ RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
 """How weights become codes. nearest: each is rounded, nothing else is looked at. fitted: scales or zero points are
 fitted to the weights. calibrated: with sample text (GPTQ, AWQ). tuned: the rounding is learned on sample text
 (AutoRound). codebook: groups of weights are entries of learned code books (AQLM)."""
-VocabularyBits = Literal["keep", "16bit", "8bit", "4bit"]
-"""Of an embedding or an output head. keep: dense in the compute dtype, or as its checkpoint has it. 16bit: bfloat16, as
-most checkpoints hold it: with activations in float32, half of the bytes and the same numbers."""
 NumberFormat = Literal["integers", "integers with zero points", "normal floats", "floats", "k-quants", "vectors"]
 """What codes stand for. integers: even steps around zero. integers with zero points: even steps from a minimum of their
 own. normal floats: a table of uneven levels (NF4, IQ4_NL). floats: FP8, FP4, MXFP4. k-quants: even steps whose scales
@@ -123,56 +120,6 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         raise NotImplementedError
 
 
-class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of a backend whose weights have a place in polyquant's packed layout."""
-
-    kernel: Annotated[
-        Literal["auto", "packed", "library"],
-        Meta(
-            description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library: the backend's "
-            "library; auto: packed where polyquant-kernels is installed and weights have a place there, in float32, at "
-            "most a fifth more memory"
-        ),
-    ] = "auto"
-    embeddings: Annotated[
-        VocabularyBits,
-        Meta(description="bits of the input embedding, and of an output head tied to it, packed on a CPU as it loads"),
-    ] = "keep"
-    head: Annotated[VocabularyBits, Meta(description="bits of an output head that is not tied, as embeddings")] = "keep"
-
-    load_time: ClassVar[frozenset[str]] = BackendOptions.load_time | {"kernel", "embeddings", "head"}
-
-
-class ExpertsOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of a backend that rounds a linear layer as it is handed over: with the hook `quantize_linear`."""
-
-    experts: Annotated[
-        Literal["auto", "keep", "quantize"],
-        Meta(description="fused experts of a mixture: keep: as the library leaves them, dense; quantize: as linear "
-             "layers, in polyquant's packed layout, on a CPU; auto: quantize with kernel='packed'"),
-    ] = "auto"  # fmt: skip
-
-    load_time: ClassVar[frozenset[str]] = PackableOptions.load_time | {"experts"}
-
-
-def is_packed(options: BackendOptions) -> bool:
-    """Whether the packed runtime multiplies with a backend's weights with these options."""
-    return getattr(options, "kernel", "") == PACKED
-
-
-def packs_any(options: BackendOptions) -> bool:
-    """Whether anything comes into the packed layout with these options: weights, an embedding, a head, experts."""
-    vocabulary = any(getattr(options, name, KEEP) != KEEP for name in ("embeddings", "head"))
-    return is_packed(options) or vocabulary or quantizes_experts(options)
-
-
-def quantizes_experts(options: BackendOptions) -> bool:
-    """Whether fused experts are quantized with these options, where a model has some that can be."""
-    asked = getattr(options, "experts", KEEP)
-    return asked == QUANTIZE or (asked == AUTO and is_packed(options))
-
-
-AUTO, PACKED, LIBRARY, KEEP, QUANTIZE = "auto", "packed", "library", "keep", "quantize"
 Options = TypeVar("Options", bound=msgspec.Struct)
 
 

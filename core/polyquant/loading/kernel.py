@@ -15,7 +15,8 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from polyquant.errors import ConfigError, EnvironmentProblem
-from polyquant.options import AUTO, LIBRARY, PACKED, BackendOptions, PackableOptions
+from polyquant.options import BackendOptions
+from polyquant.packable import AUTO, LIBRARY, PACKED, PackableOptions
 from polyquant.packed_weights import kernels
 from polyquant.types import LayerPlan, WeightInfo
 

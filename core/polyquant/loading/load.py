@@ -24,7 +24,8 @@ from polyquant.loading.trial import require_keeping, require_running
 from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
 from polyquant.models.roles import SKIPPED
-from polyquant.options import BackendOptions, quantizes_experts
+from polyquant.options import BackendOptions
+from polyquant.packable import quantizes_experts
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
 from polyquant.request import LoadRequest, ModelSource

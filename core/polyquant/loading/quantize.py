@@ -15,7 +15,7 @@ from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.settle import route_of
 from polyquant.loading.verify import verify
 from polyquant.models.model import Model
-from polyquant.options import LIBRARY, PackableOptions
+from polyquant.packable import LIBRARY, PackableOptions
 from polyquant.registry.backend import Backend
 from polyquant.support.outputs import require_free
 

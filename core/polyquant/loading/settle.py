@@ -17,7 +17,8 @@ from polyquant.loading import kernel
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
 from polyquant.models.model import Model
-from polyquant.options import BackendOptions, Dtype, is_packed, packs_any, pairs_of
+from polyquant.options import BackendOptions, Dtype, pairs_of
+from polyquant.packable import is_packed, packs_any
 from polyquant.registry.catalogue import maker_of
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo, LayerPlan, Record, WeightInfo

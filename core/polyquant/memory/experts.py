@@ -8,7 +8,8 @@ from itertools import groupby
 from msgspec.structs import replace
 
 from polyquant.errors import ConfigError
-from polyquant.options import QUANTIZE, BackendOptions, quantizes_experts
+from polyquant.options import BackendOptions
+from polyquant.packable import QUANTIZE, quantizes_experts
 from polyquant.types import LayerPlan, WeightInfo
 
 PlanLayers = Callable[[Sequence[WeightInfo]], Sequence[LayerPlan]]

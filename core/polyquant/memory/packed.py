@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from polyquant.errors import ConfigError
-from polyquant.options import KEEP, BackendOptions, is_packed
+from polyquant.options import BackendOptions
+from polyquant.packable import KEEP, is_packed
 from polyquant.types import LayerPlan, PackedFormat, WeightInfo
 
 VOCABULARY: dict[str, PackedFormat] = {

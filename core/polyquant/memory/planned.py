@@ -7,7 +7,8 @@ from math import prod
 
 from polyquant.errors import ConfigError
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED
-from polyquant.options import BackendOptions, quantizes_experts
+from polyquant.options import BackendOptions
+from polyquant.packable import quantizes_experts
 from polyquant.types import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo
 
 

@@ -20,17 +20,8 @@ from polyquant.mixing import LayerFormats, MixableOptions
 from polyquant.models.prompts import encode_prompt
 from polyquant.models.roles import REASONS, TIED
 from polyquant.modules import module_of
-from polyquant.options import (
-    BackendOptions,
-    Dtype,
-    ExpertsOptions,
-    NumberFormat,
-    PackableOptions,
-    RoundingMethod,
-    convert,
-    is_packed,
-    resolved_dtype,
-)
+from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
+from polyquant.packable import ExpertsOptions, PackableOptions, is_packed
 from polyquant.packed_weights.format import group_of_runs
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import quantized_modules, repacked_modules, unfit

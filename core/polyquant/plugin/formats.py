@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from polyquant.options import NumberFormat, PackableOptions, RoundingMethod
+from polyquant.options import NumberFormat, RoundingMethod
+from polyquant.packable import PackableOptions
 
 GEMM = "gemm"
 """AWQ's version whose words run along out_features; those of the other versions are in orders of their own."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from polyquant.errors import ConfigError
 from polyquant.modules import module_of
-from polyquant.options import BackendOptions, is_packed
+from polyquant.options import BackendOptions
+from polyquant.packable import is_packed
 from polyquant.types import LayerPlan, WeightInfo
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from polyquant.errors import BackendFailed
 from polyquant.memory.experts import with_experts
 from polyquant.memory.packed import packed_plans
-from polyquant.options import BackendOptions, is_packed, packs_any
+from polyquant.options import BackendOptions
+from polyquant.packable import is_packed, packs_any
 from polyquant.registry.hooks import last_own, package_of, raised_at
 from polyquant.registry.observers import Recorder
 from polyquant.registry.registry import Registry

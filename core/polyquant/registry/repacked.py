@@ -15,7 +15,7 @@ from polyquant.memory.adapted import base_name
 from polyquant.memory.experts import left_dense, one_expert
 from polyquant.memory.packed import VOCABULARY_SCHEMES, scheme_of
 from polyquant.models.versions import tied_tensors
-from polyquant.options import KEEP, QUANTIZE, is_packed, packs_any
+from polyquant.packable import KEEP, QUANTIZE, is_packed, packs_any
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.experts import RepackedExperts, has_packed, put_in
 from polyquant.packed_weights.linear import RepackedLinear

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 from polyquant.loading.kernel import SETTING
-from polyquant.options import LIBRARY
+from polyquant.packable import LIBRARY
 from polyquant.types import Record
 
 CheckFunction = Callable[..., None]

@@ -16,7 +16,7 @@ from polyquant.loading.dense import load_dense
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.memory.effective import effective_weight
 from polyquant.models.resolve import resolve_dense
-from polyquant.options import QUANTIZE
+from polyquant.packable import QUANTIZE
 from polyquant.testing.check import FIRST, NotApplicable, check, expect
 from polyquant.testing.checks_bytes import described_bytes_are_stored_bytes, plan_is_within_one_percent
 from polyquant.testing.checks_outputs import logits_are_whole

@@ -16,7 +16,7 @@ from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, SaveE
 from polyquant.loading.records import total
 from polyquant.models import builtin
 from polyquant.models.resolve import resolve
-from polyquant.options import PACKED
+from polyquant.packable import PACKED
 from polyquant.registry.hooks import package_of
 from polyquant.support.devices import choose_device
 from polyquant.testing.check import REAL, CheckFailed, Floor, NotApplicable
