@@ -11,6 +11,8 @@ from polyquant.errors import ConfigError
 from polyquant.packed_weights import kernels
 from polyquant.testing.models import tiny_model
 
+from . import zoo
+
 pytestmark = pytest.mark.usefixtures("bitsandbytes")
 
 
@@ -59,6 +61,19 @@ def test_weights_that_would_take_much_more_memory_stay(models: Path) -> None:
     assert chosen(model, "gguf", type="Q4_0")[:2] == ("packed", "packed")
     assert chosen(model, "gguf", type="Q5_1")[1] == "auto"
     assert chosen(model, "gguf", type="Q5_1", kernel="packed")[0] == "packed"
+
+
+def test_a_model_that_does_not_run_with_it_has_the_library(models: Path) -> None:
+    """This architecture's code reads the weight of a linear layer itself."""
+    found = {kind: (config, model_class) for kind, config, model_class in zoo.configs(["hunyuan_v1_moe"])}
+    if not found:
+        pytest.skip("this transformers has no such model")
+    model = zoo.build(*found["hunyuan_v1_moe"], models / "hunyuan")
+    with pytest.raises(ConfigError, match="cannot run.*keep them dense"):
+        polyquant.load(model, "bitsandbytes", device="cpu", kernel="packed")
+    loaded = polyquant.load(model, "bitsandbytes", device="cpu")
+    assert loaded.kernel.startswith("bitsandbytes")
+    assert any("the library multiplies, since the model does not run" in note for note in loaded.notes)
 
 
 def test_without_kernels_the_library_multiplies(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.options import BackendOptions
-from polyquant.packable import AUTO, LIBRARY, PACKED, PackableOptions
+from polyquant.packable import AUTO, LIBRARY, PACKED, PackableOptions, is_packed
 from polyquant.packed_weights import kernels
 from polyquant.types import LayerPlan, WeightInfo
 
@@ -66,6 +66,16 @@ def packed(config: BackendOptions, weights: Sequence[WeightInfo], backend: Plann
     placed = sum(prod(plan.shape) for plan in quantized if plan.packed is not None)
     grows = sum(plan.stored_bytes for plan in plans) > MOST_GROWTH * sum(plan.stored_bytes for plan in others)
     return chosen if 2 * placed > sum(prod(plan.shape) for plan in quantized) and not grows else None
+
+
+def is_chosen(asked: BackendOptions, settled: BackendOptions) -> bool:
+    """Whether the packed runtime was chosen here, and not by the user."""
+    return is_packed(settled) and not is_packed(asked)
+
+
+def with_library(config: BackendOptions) -> BackendOptions:
+    """`config` with the library's own kernel."""
+    return replace(config, kernel=LIBRARY)
 
 
 def _usable() -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, DenseModelError
+from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, DenseModelError, ModelError
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
-from polyquant.loading import adapter
+from polyquant.loading import adapter, kernel
 from polyquant.loading.cache import require_cache
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
@@ -25,7 +25,7 @@ from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
 from polyquant.models.roles import SKIPPED
 from polyquant.options import BackendOptions
-from polyquant.packable import quantizes_experts
+from polyquant.packable import LIBRARY, quantizes_experts
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
 from polyquant.request import LoadRequest, ModelSource
@@ -94,7 +94,12 @@ def load_model(
     adapters = adapter.require(how.adapter, backend.capabilities)  # before the weights are read
     request, settled = prepare(model, backend, config, given, how, route)
     with giving_back(settled) if how.return_freed_memory else nullcontext():
-        loaded = load_settled(backend, request, settled)
+        loaded, failed = _tried(backend, request, settled, chosen=kernel.is_chosen(config, settled.options))
+        if loaded is None:
+            library = kernel.with_library(config)
+            request, settled = prepare(model, backend, library, {**given, "kernel": LIBRARY}, how, route)
+            loaded = load_settled(backend, request, settled)
+            loaded.notes.append(f"the library multiplies, since the model does not run with packed kernels: {failed}")
     loaded.requested = config
     loaded.notes[:0] = settled.notes
     if how.kv_cache != "keep":
@@ -103,6 +108,16 @@ def load_model(
     if adapters:
         adapter.attach(loaded, how.adapter, adapters)
     return loaded
+
+
+def _tried(backend: Backend, request: LoadRequest, settled: Settled, *, chosen: bool) -> tuple[LoadedModel | None, str]:
+    """A load; or, where the packed runtime was `chosen` for it, None and why it cannot run with that."""
+    try:
+        return load_settled(backend, request, settled), ""
+    except (ConfigError, ModelError) as error:
+        if not chosen:
+            raise
+        return None, str(error)
 
 
 def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> LoadedModel:

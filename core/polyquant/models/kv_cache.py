@@ -145,10 +145,10 @@ def _group_of(size: int) -> int:
 
 def new_cache(config: Any, kv_cache: KvCache) -> Any:
     """An empty cache for a model with that config, to be given to it as `past_key_values`."""
-    layers = versions.cache_layers(versions.empty_cache(config))
+    cache = versions.empty_cache(config)
     if kv_cache == "keep":
-        return versions.empty_cache(config)
-    return transformers.Cache(layers=[CodedLayer(BITS[kv_cache]) for _ in layers])
+        return cache
+    return transformers.Cache(layers=[CodedLayer(BITS[kv_cache]) for _ in versions.cache_layers(cache)])
 
 
 def refuse(name: str, kv_cache: KvCache, why: str) -> None:
