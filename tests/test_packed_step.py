@@ -110,13 +110,28 @@ def test_other_models_are_left_alone() -> None:
     dense, mixed, other = model_of("llama", packed=False), model_of("llama"), model_of("llama")
     mixed.model.layers[1].mlp.up_proj = dense.model.layers[1].mlp.up_proj
     other.model.config.model_type = "llama4"
-    wide, scaled = model_of("llama"), model_of("llama")
+    wide = model_of("llama")
     wide.model.norm.to(torch.bfloat16)
-    layout = PackedFormat(kind="affine4", group_size=32, column_scales=True)
-    scaled.model.layers[1].mlp.up_proj = RepackedLinear(random_weight((256, 128), layout)[0], None, "int4", 4)
-    for model in (dense, mixed, other, wide, scaled):
+    for model in (dense, mixed, other, wide):
         assert not step.attach(model)
         assert "forward" not in model.model.__dict__
+
+
+def test_columns_with_scales_of_their_own(counted: list[int]) -> None:
+    model = model_of("llama")
+    layout = PackedFormat(kind="affine4", group_size=32, offsets="zeros", column_scales=True)
+    for layer in model.model.layers:
+        for part in ("up_proj", "down_proj"):
+            linear = getattr(layer.mlp, part)
+            weight = random_weight((linear.out_features, linear.in_features), layout)[0]
+            setattr(layer.mlp, part, RepackedLinear(weight, linear.bias, "int4", 4))
+    before = generated(model, IDS)
+    assert step.attach(model)
+    after = generated(model, IDS)
+    assert counted == [1] * 12
+    for one, two in zip(before.logits, after.logits, strict=True):
+        assert torch.allclose(one, two, atol=2e-3 * one.abs().max()), (one - two).abs().max()
+    assert torch.equal(before.sequences, after.sequences)
 
 
 def test_a_model_whose_code_computes_otherwise_is_left_alone() -> None:

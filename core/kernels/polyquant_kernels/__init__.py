@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 __version__ = version("polyquant-kernels")
-INTERFACE = 3
+INTERFACE = 4
 """Of src/polyquant_kernels.h: the library of another number is not called."""
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 AFFINE4, CODEBOOK4, INT8, FLOAT8, DENSE16 = range(5)
@@ -23,7 +23,8 @@ ANSWERS = {-1: "there is no product for what was asked", -2: "there is no memory
 
 class Weight(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "minima", "table", "order")),
+        *((name, ctypes.c_void_p) for name in (
+            "codes", "scales", "zeros", "minima", "table", "order", "column_scales")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
         ("kind", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("zero", ctypes.c_float),
     ]  # fmt: skip

@@ -80,7 +80,7 @@ int32_t linear(
 
 extern "C" {
 
-int32_t pq_interface(void) { return 3; }
+int32_t pq_interface(void) { return 4; }
 
 const char* pq_available(void) {
   static const std::string names = [] {

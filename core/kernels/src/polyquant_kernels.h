@@ -40,6 +40,7 @@ typedef struct {
   const float* minima;    // minima, or null; never both
   const float* table;     // sixteen levels of a PQ_CODEBOOK4
   const int32_t* order;   // which input each column multiplies, every one once; null: its own
+  const float* column_scales;  // what inputs, in their own order, are multiplied by first; null: nothing
   int64_t rows, columns;  // multiples of 8 and of 32
   int64_t group;          // columns that share a scale; a multiple of 16 that divides columns
   int32_t kind, scale_type;
@@ -67,11 +68,13 @@ PQ_PUBLIC int32_t pq_linear(
     const pq_weight* weight, const void* x, int32_t x_type, int64_t count, void* y, int32_t y_type, const float* bias,
     int32_t activations, int32_t threads);
 
-// Rows [first, first + count) as (count, columns) of out_type, its columns as they lie. first, count: multiples of 8.
+// Rows [first, first + count) as (count, columns) of out_type, its columns as they lie, without column_scales.
+// first, count: multiples of 8.
 PQ_PUBLIC int32_t pq_decode(
     const pq_weight* weight, int64_t first, int64_t count, void* out, int32_t out_type, int32_t threads);
 
-// Rows by their numbers, as (count, columns) of out_type. Every number is from 0 to rows - 1: the caller has checked.
+// Rows by their numbers, as (count, columns) of out_type, as pq_decode gives them. Every number is from 0 to rows - 1:
+// the caller has checked.
 PQ_PUBLIC int32_t pq_rows(const pq_weight* weight, const int64_t* index, int64_t count, void* out, int32_t out_type);
 
 // ---- one token of a decoder of Llama's shape

@@ -18,15 +18,18 @@ int how_for(const pq_weight& w, int32_t asked) {
 
 bool same_activations(const pq_weight& a, const pq_weight& b, int32_t asked) {
   return how_for(a, asked) == how_for(b, asked) && block_of(a) == block_of(b) && a.order == b.order &&
-         (a.kind == PQ_CODEBOOK4) == (b.kind == PQ_CODEBOOK4);
+         a.column_scales == b.column_scales && (a.kind == PQ_CODEBOOK4) == (b.kind == PQ_CODEBOOK4);
 }
 
-// the inputs in the order of the weight's columns
+// the inputs, scaled, in the order of the weight's columns
 const float* ordered(const pq_weight& w, const float* x, int64_t count, Room& room) {
-  if (!w.order) return x;
+  if (!w.order && !w.column_scales) return x;
   float* to = at_least(room.ordered, count * w.columns);
   for (int64_t input = 0; input < count; input++)
-    for (int64_t column = 0; column < w.columns; column++) to[input * w.columns + column] = x[input * w.columns + w.order[column]];
+    for (int64_t column = 0; column < w.columns; column++) {
+      const int64_t from = w.order ? w.order[column] : column;
+      to[input * w.columns + column] = x[input * w.columns + from] * (w.column_scales ? w.column_scales[from] : 1.0f);
+    }
   return to;
 }
 

@@ -133,11 +133,11 @@ def _layer(layer: Any, config: Any, family: str) -> LayerOf | None:
 
 
 def _is_plain(linear: Any) -> bool:
-    """Whether it is a packed layer on the CPU without padding, whose columns have no scales of their own."""
+    """Whether it is a packed layer, all rows and columns of which are the model's own, and computes on the CPU."""
     if type(linear) is not RepackedLinear or linear.qweight.device.type != "cpu":
         return False
     bias = linear.bias
-    whole = linear.packed.padded == (linear.out_features, linear.in_features) and not linear.format.column_scales
+    whole = linear.packed.padded == (linear.out_features, linear.in_features)
     return whole and (bias is None or bias.dtype == torch.float32)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from polyquant.errors import EnvironmentProblem
 from polyquant.types import PackedKind
 
-DISTRIBUTION, INTERFACE = "polyquant-kernels", 3
+DISTRIBUTION, INTERFACE = "polyquant-kernels", 4
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
 KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3, "dense16": 4}
@@ -81,7 +81,7 @@ def weight_struct(packed: Any) -> ctypes.Structure:
     rows, columns = packed.padded
     address = {name: part.data_ptr() for name, part in packed.parts.items()}
     struct: ctypes.Structure = library().Weight(
-        *(address.get(name) for name in ("codes", "scales", "zeros", "minima", "table", "order")),
+        *(address.get(name) for name in ("codes", "scales", "zeros", "minima", "table", "order", "column_scales")),
         rows, columns, packed.group, KINDS[packed.format.kind], type_number(packed.scales.dtype), packed.zero,
     )  # fmt: skip
     return struct

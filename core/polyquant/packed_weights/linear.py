@@ -160,17 +160,15 @@ def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | Non
         return product_of_pieces(input, partial(decoded, weight, struct), bias)
     rows, columns = weight.padded
     inputs = input.detach().reshape(count, input.shape[-1])
-    if weight.column_scales is not None:
-        inputs = inputs.float() * weight.column_scales[: weight.shape[1]]
     if columns != inputs.shape[1]:
         inputs = functional.pad(inputs, (0, columns - inputs.shape[1]))
     inputs = inputs.contiguous()
-    outputs = inputs.new_empty(count, rows, dtype=input.dtype)
+    outputs = inputs.new_empty(count, rows)
     if bias is not None:
         bias = functional.pad(bias.detach().float(), (0, rows - len(bias))).contiguous()
     status = kernels.functions().pq_linear(
-        kernels.address_of(struct), inputs.data_ptr(), kernels.type_number(inputs.dtype), count, outputs.data_ptr(),
-        number, None if bias is None else bias.data_ptr(), kernels.ACTIVATIONS[activations], torch.get_num_threads(),
+        kernels.address_of(struct), inputs.data_ptr(), number, count, outputs.data_ptr(), number,
+        None if bias is None else bias.data_ptr(), kernels.ACTIVATIONS[activations], torch.get_num_threads(),
     )  # fmt: skip
     kernels.require(status)
     return outputs[:, : weight.shape[0]].contiguous().view(*input.shape[:-1], weight.shape[0])
