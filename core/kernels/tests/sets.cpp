@@ -83,7 +83,7 @@ Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t c
   const bool book = kind == PQ_CODEBOOK4, bare = kind == PQ_DENSE16, plain = book || bare || kind == PQ_FLOAT8;
   m.weight = {m.codes.data(), bare ? nullptr : scales, offsets == 1 && !plain ? m.zeros.data() : nullptr,
               offsets == 2 && !plain ? m.minima.data() : nullptr, book ? m.table.data() : nullptr,
-              ordered ? m.order.data() : nullptr, rows, columns, group, kind, scale_type, 8};
+              ordered ? m.order.data() : nullptr, nullptr, rows, columns, group, kind, scale_type, 8};
   return m;
 }
 
