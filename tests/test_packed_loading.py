@@ -172,6 +172,17 @@ def test_embedding_and_head_in_few_bits(models: Path, name: str, bits: str, kern
     assert loaded.generate("The water", max_new_tokens=4, do_sample=False)
 
 
+def test_what_was_changed_in_memory_is_saved(models: Path, tmp_path: Path) -> None:
+    loaded = polyquant.load(tiny_model("llama", models), "bitsandbytes", kernel="packed", device="cpu")
+    before = loaded.logits([3, 4, 5])
+    with torch.no_grad():
+        loaded.model.model.norm.weight.mul_(2)
+        loaded.model.model.embed_tokens.weight[3:6] += 1
+    changed = loaded.logits([3, 4, 5])
+    again = polyquant.load(loaded.save(tmp_path / "out"), kernel="packed", device="cpu")
+    assert not torch.equal(before, changed) and torch.equal(again.logits([3, 4, 5]), changed)
+
+
 def test_what_cannot_be_packed_is_said(models: Path) -> None:
     with pytest.raises(ConfigError, match="lm_head.weight is tied to .*: embeddings= is for both, leave head out"):
         polyquant.plan(tiny_model("llama-tied", models), "bitsandbytes", head="8bit", device="cpu")

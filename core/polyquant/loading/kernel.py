@@ -58,10 +58,13 @@ def may_be_packed(config: BackendOptions, backend: Planning, device: str) -> boo
 def packed(config: BackendOptions, weights: Sequence[WeightInfo], backend: Planning) -> BackendOptions | None:
     """`config` on the packed runtime; None where most of the quantized weights have no place there, or need too much.
 
-    weights: in float32.
+    weights: in float32. Where they cannot be planned at all, whoever plans or loads them says why.
     """
     chosen, library = (replace(config, kernel=kernel, compute_dtype="float32") for kernel in (PACKED, LIBRARY))
-    plans, others = (backend.plan_layers(weights, each) for each in (chosen, library))
+    try:
+        plans, others = (backend.plan_layers(weights, each) for each in (chosen, library))
+    except ConfigError:
+        return None
     quantized = [plan for plan in plans if plan.quantized]
     placed = sum(prod(plan.shape) for plan in quantized if plan.packed is not None)
     grows = sum(plan.stored_bytes for plan in plans) > MOST_GROWTH * sum(plan.stored_bytes for plan in others)

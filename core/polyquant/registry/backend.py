@@ -128,8 +128,12 @@ class Backend:
         """
         self._require_hook("save")
         with atomic_folder(out, overwrite=overwrite, keeps=loaded.files) as partial:
-            _, recorder = self._recorded("save", loaded=self._as_its_own(loaded), out=partial)
+            own = self._as_its_own(loaded)
+            known = len(own.notes)
+            _, recorder = self._recorded("save", loaded=own, out=partial)
             loaded.records += recorder.records
+            if own is not loaded:
+                loaded.notes += own.notes[known:]
             if accept is not None:
                 accept(partial)
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -184,9 +185,10 @@ def _packed(module: Any, plan: LayerPlan, shape: tuple[int, ...], backend: Packi
 
 
 def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
-    """The model as the backend's library has it: loaded again, and proven to hold the same weights.
+    """The model as the backend's library has it: loaded again, and proven to hold the same packed weights.
 
-    Raises SaveError where it does not, or cannot be loaded again.
+    Dense tensors are those of `loaded`: what was changed there in memory is saved. Raises SaveError where packed ones
+    are others, or it cannot be loaded again.
     """
     if loaded.request is None or loaded.settled is None:
         raise SaveError("it is not known where this model came from: load through polyquant.load")
@@ -209,7 +211,23 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
         ours = module.scheme in VOCABULARY_SCHEMES
         if not same(rounded(now.weight, module.format) if ours else backend.pack(now), module.packed):
             raise _changed(loaded, name)
+    _take_dense(again.model, loaded.model)
     return again
+
+
+def _take_dense(model: Any, other: Any) -> None:
+    """Give a model the plain tensors of another one, where these differ."""
+    theirs = {base_name(name): tensor for name, tensor in _plain_tensors(other)}
+    for name, tensor in _plain_tensors(model):
+        now = theirs.get(name)
+        if now is not None and now.shape == tensor.shape and now.dtype == tensor.dtype and not torch.equal(now, tensor):
+            tensor.data.copy_(now)
+
+
+def _plain_tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point():
+            yield name, tensor
 
 
 def _experts_of(model: Any) -> dict[str, RepackedExperts]:
