@@ -91,10 +91,11 @@ class QuantBackend:
 
     @hookspec(firstresult=True)
     def pack(self, module: Any) -> PackedWeight:
-        """The weight of a quantized module in polyquant's packed layout, nothing rounded.
+        """The weight of a quantized linear layer or embedding in polyquant's packed layout, nothing rounded.
 
         Asked with the option kernel="packed", of each module whose plan says which layout its weight has there
-        (`LayerPlan.packed`), as `load` made it. The core puts its own layer in the module's place, with the same bias.
+        (`LayerPlan.packed`), as `load` made it. The core puts its own layer in the module's place, with the same bias,
+        and in that of a head that is tied to an embedding.
         """
         raise NotImplementedError
 

@@ -102,6 +102,11 @@ def _pack_quantized(
         name = layer.name.rpartition(".")[0]
         module = loaded.model.get_submodule(name)
         weight = _packed(module, plan, shapes[layer.name], backend)
+        if plan.role == "embedding":
+            scale, dtype = getattr(module, "embed_scale", None), getattr(torch, loaded.config.compute_dtype)
+            embedding = RepackedEmbedding(weight, dtype, layer.scheme, layer.bits, scale)
+            _put_embedding(loaded.model, name, embedding)
+            continue
         bias = getattr(module, "bias", None)
         loaded.model.set_submodule(name, RepackedLinear(weight, bias, layer.scheme, layer.bits))
     if left:
@@ -161,8 +166,12 @@ def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
     if not isinstance(module, torch.nn.Embedding) or isinstance(scale, float) or module.max_norm is not None:
         raise ConfigError(f"{name} is {type(module).__name__}, and does more than look up rows: leave embeddings out")
     weight = rounded(module.weight, layout)
-    tied = [each for each, origin in tied_tensors(model).items() if origin == plan.name]
-    embedding = RepackedEmbedding(weight, module.weight.dtype, plan.scheme, plan.bits, scale)
+    _put_embedding(model, name, RepackedEmbedding(weight, module.weight.dtype, plan.scheme, plan.bits, scale))
+
+
+def _put_embedding(model: Any, name: str, embedding: RepackedEmbedding) -> None:
+    """Put an embedding in the place of a model's own, and in that of a head that is tied to it."""
+    tied = [each for each, origin in tied_tensors(model).items() if origin == f"{name}.weight"]
     model.set_submodule(name, embedding)
     for other in tied:
         head = other.rpartition(".")[0]

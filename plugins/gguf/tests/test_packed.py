@@ -45,17 +45,31 @@ def test_types_that_only_files_have(tmp_path, name):
     moved = {each for each, module in packed.model.named_modules() if isinstance(module, RepackedLinear)}
     assert ("model.layers.1.mlp.up_proj" in moved) == (name in LAYOUTS)
     assert "lm_head" in moved  # in Q8_0, and described as the head
-    assert isinstance(packed.model.model.embed_tokens, PackedEmbedding)
-    assert any("no place in the packed layout" in note for note in packed.notes)  # the embedding, at least
+    assert not isinstance(packed.model.model.embed_tokens, PackedEmbedding)  # in Q8_0 too
+    left = any("no place in the packed layout" in note for note in packed.notes)
+    assert left == (name not in LAYOUTS)
 
 
-def test_a_head_tied_to_a_packed_embedding_stays_with_it(tmp_path):
-    options = {"type": "Q4_0", "embedding_type": "Q8_0"}
-    loaded = polyquant.load(tiny_model("llama-tied", tmp_path), "gguf", kernel="packed", **options)
-    assert isinstance(loaded.model.model.embed_tokens, PackedEmbedding)
-    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
-    assert isinstance(loaded.model.model.layers[0].mlp.up_proj, RepackedLinear)
+@pytest.mark.parametrize("embedding", ["Q8_0", "Q4_0", "TQ1_0"])
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_an_embedding_in_blocks_moves_with_the_head_that_is_tied_to_it(tmp_path, name, embedding):
+    options = {"type": "Q4_0", "embedding_type": embedding, "device": "cpu"}
+    library, loaded = (
+        polyquant.load(tiny_model(name, tmp_path), "gguf", kernel=kernel, **options) for kernel in ("library", "packed")
+    )
     assert polyquant.verify(loaded).passed
+    roles = [
+        {(each.name, each.role, each.scheme, each.bits, each.shape) for each in one.layers} for one in (library, loaded)
+    ]
+    assert roles[0] == roles[1]
+    model, moved = loaded.model, embedding in LAYOUTS
+    assert isinstance(model.model.embed_tokens, PackedEmbedding) is not moved
+    assert isinstance(model.lm_head, RepackedLinear) is (moved and name == "llama-tied")
+    assert any("no place in the packed layout" in note for note in loaded.notes) is not moved
+    expected = library.logits(IDS)
+    assert (loaded.logits(IDS) - expected).abs().max() <= 1e-3 * expected.abs().max()
+    again = polyquant.load(loaded.save(tmp_path / "out"), kernel="packed", device="cpu")
+    assert torch.equal(again.logits(IDS), loaded.logits(IDS))
 
 
 def test_a_file_does_not_say_what_multiplies(tmp_path):

@@ -104,5 +104,5 @@ def _plan(weight: WeightInfo, block: BlockType, config: GgufOptions) -> LayerPla
         bits=block.bits,
         scheme=block.name,
         quantized=True,
-        packed=None if _is_embedding(weight) else LAYOUTS.get(block.name),
+        packed=LAYOUTS.get(block.name),
     )
