@@ -48,7 +48,7 @@ def saved(tiny, tmp_path_factory):
 def test_a_quantized_checkpoint_refuses_options_that_contradict_it_field_by_field(saved):
     with pytest.raises(
         CheckpointConflict,
-        match=r"(?s)bits: requested 8, stored 4.*only compute_dtype, embeddings, head, kernel can be chosen now",
+        match=r"(?s)bits: requested 8, stored 4.*only compute_dtype, embeddings, experts, head, kernel can be chosen now",
     ):
         polyquant.load(saved, "bitsandbytes", bits=8)
     with pytest.raises(CheckpointConflict, match="quant_type: requested 'fp4', stored 'nf4'"):
