@@ -44,7 +44,10 @@ def test_help_shows_the_options_of_the_backend_named(run_python):
         ),
         (("run", "m", "-b", "bitsandbytes", "--bitz", "8", "hello"), "No such option.*--bitz"),
         (("load", "./nowhere", "-b", "bitsandbytes"), "./nowhere: no such file or folder"),
-        (("load", "m", "-b", "bitsandbytes", "--offload", "gpu"), "offload must be 'error' or 'cpu', got 'gpu'. Did you mean 'cpu'"),
+        (
+            ("load", "m", "-b", "bitsandbytes", "--offload", "gpu"),
+            "offload must be 'error' or 'cpu', got 'gpu'. Did you mean 'cpu'",
+        ),
         (("load", "m", "-b", "bitsandbytes", "--max-memory", "6GiB"), "--max-memory must look like '0=6GiB,cpu=24GiB'"),
         (
             ("chat", "m", "-b", "bitsandbytes", "--template", "thinking"),
