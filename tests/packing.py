@@ -27,6 +27,12 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
     zeros = torch.randint(0, 16, (rows, groups)) if layout.offsets == "zeros" else None
     minima = torch.randn(rows, groups) if layout.offsets == "minima" else None
     table = torch.randn(16) if layout.kind == "codebook4" else None
+    outer = columns // layout.outer_group if layout.outer_group else 0
+    outer_scales = (torch.rand(rows, outer) * 0.01).half() if outer else None
+    outer_minima = (torch.rand(rows, outer) * 0.01).half() if outer and minima is not None else None
+    if outer:
+        scales = torch.randint(-64, 64, (rows, groups), dtype=torch.int8)
+        minima = None if minima is None else torch.randint(-64, 64, (rows, groups), dtype=torch.int8)
     column_scales = torch.rand(columns) + 0.5 if layout.column_scales else None
     weight = pack_weight(
         codes,
@@ -36,11 +42,18 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
         minima=minima,
         table=table,
         column_scales=column_scales,
+        outer_scales=outer_scales,
+        outer_minima=outer_minima,
         zero=0.0 if layout.kind == "float8" else 8.0,
     )
 
     def spread(values: Tensor) -> Tensor:
         return values.repeat_interleave(group, 1)[:, :columns]
+
+    if outer_scales is not None:
+        scales = scales * outer_scales.float().repeat_interleave(layout.outer_group // group, 1)
+    if minima is not None and outer_minima is not None:
+        minima = minima * outer_minima.float().repeat_interleave(layout.outer_group // group, 1)
 
     if table is not None:
         dense = spread(scales.float()) * table[codes.long()]

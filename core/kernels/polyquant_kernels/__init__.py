@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 __version__ = version("polyquant-kernels")
-INTERFACE = 4
+INTERFACE = 5
 """Of src/polyquant_kernels.h: the library of another number is not called."""
-FLOAT32, FLOAT16, BFLOAT16 = range(3)
+FLOAT32, FLOAT16, BFLOAT16, NESTED = range(4)
 AFFINE4, CODEBOOK4, INT8, FLOAT8, DENSE16 = range(5)
 EXACT, INT16, INT8_ACTIVATIONS = range(3)
 SILU, GELU_TANH = range(2)
@@ -24,8 +24,8 @@ ANSWERS = {-1: "there is no product for what was asked", -2: "there is no memory
 class Weight(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "codes", "scales", "zeros", "minima", "table", "order", "column_scales")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
+            "codes", "scales", "zeros", "minima", "table", "order", "column_scales", "outer_scales", "outer_minima")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "outer_group")),
         ("kind", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("zero", ctypes.c_float),
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-enum pq_type { PQ_FLOAT32 = 0, PQ_FLOAT16 = 1, PQ_BFLOAT16 = 2 };
+enum pq_type { PQ_FLOAT32 = 0, PQ_FLOAT16 = 1, PQ_BFLOAT16 = 2, PQ_NESTED = 3 };  // the last of scales alone
 
 enum pq_kind {
   PQ_AFFINE4 = 0,    // scale * (code - zero), or scale * code + minimum
@@ -37,12 +37,15 @@ typedef struct {
   const uint32_t* codes;
   const void* scales;     // of scale_type; null for PQ_DENSE16
   const int8_t* zeros;   // zero points, or null
-  const float* minima;    // minima, or null; never both
+  const void* minima;     // minima in float32, or null; never both
   const float* table;     // sixteen levels of a PQ_CODEBOOK4
   const int32_t* order;   // which input each column multiplies, every one once; null: its own
   const float* column_scales;  // what inputs, in their own order, are multiplied by first; null: nothing
+  // of PQ_NESTED: scales, and minima, are signed bytes, each times the float16 of its outer group; else null
+  const uint16_t *outer_scales, *outer_minima;
   int64_t rows, columns;  // multiples of 8 and of 32
   int64_t group;          // columns that share a scale; a multiple of 16 that divides columns
+  int64_t outer_group;    // of PQ_NESTED: a multiple of group that divides columns; else 0
   int32_t kind, scale_type;
   float zero;  // the zero point of every group where `zeros` and `minima` are null
 } pq_weight;

@@ -28,17 +28,31 @@ struct Group {
 struct Groups {  // of one block of eight rows
   const void* scales;
   const int8_t* zeros;
-  const float* minima;
+  const void* minima;
+  const uint16_t *outer_scales, *outer_minima;
+  int64_t inner;  // groups that share an outer scale
   int32_t type;
   float zero;
 
   Groups(const pq_weight& w, int64_t block) : type(w.scale_type), zero(w.zero) {
     const int64_t before = block * (w.columns / w.group) * 8;
-    scales = w.scales ? static_cast<const char*>(w.scales) + before * (type == PQ_FLOAT32 ? 4 : 2) : nullptr;
+    const bool nested = type == PQ_NESTED;
+    scales = w.scales ? static_cast<const char*>(w.scales) + before * (nested ? 1 : type == PQ_FLOAT32 ? 4 : 2) : nullptr;
     zeros = w.zeros ? w.zeros + before : nullptr;
-    minima = w.minima ? w.minima + before : nullptr;
+    minima = w.minima ? static_cast<const char*>(w.minima) + before * (nested ? 1 : 4) : nullptr;
+    inner = nested ? w.outer_group / w.group : 1;
+    const int64_t outer = nested ? block * (w.columns / w.outer_group) * 8 : 0;
+    outer_scales = w.outer_scales ? w.outer_scales + outer : nullptr;
+    outer_minima = w.outer_minima ? w.outer_minima + outer : nullptr;
+  }
+  Floats of_outer(const void* bytes, const uint16_t* halves, int64_t group) const {
+    return multiply(load_i8(static_cast<const int8_t*>(bytes) + group * 8), load_f16(halves + group / inner * 8));
+  }
+  Floats minimum(int64_t group) const {
+    return outer_minima ? of_outer(minima, outer_minima, group) : load(static_cast<const float*>(minima) + group * 8);
   }
   Floats scale(int64_t group) const {
+    if (type == PQ_NESTED) return of_outer(scales, outer_scales, group);
     if (type == PQ_FLOAT32) return load(static_cast<const float*>(scales) + group * 8);
     const auto* halves = static_cast<const uint16_t*>(scales) + group * 8;
     return type == PQ_FLOAT16 ? load_f16(halves) : load_bf16(halves);
@@ -46,12 +60,12 @@ struct Groups {  // of one block of eight rows
   Floats zero_point(int64_t group) const { return zeros ? load_i8(zeros + group * 8) : all(zero); }
   Group at(int64_t group) const {
     const Floats own = scale(group);
-    if (minima) return {own, load(minima + group * 8)};
+    if (minima) return {own, minimum(group)};
     return {own, multiply(own, subtract(PQ_SET::zero(), zero_point(group)))};
   }
   // the weights of codes, as the format defines them: each in at most two roundings
   Floats weights(int64_t group, Floats codes) const {
-    if (minima) return fused(scale(group), codes, load(minima + group * 8));
+    if (minima) return fused(scale(group), codes, minimum(group));
     return multiply(scale(group), subtract(codes, zero_point(group)));
   }
 };

@@ -28,6 +28,10 @@ float from_bf16(uint16_t half) {
   return value;
 }
 
+float from_f16(uint16_t half) {  // of a normal, positive one
+  return std::ldexp(1.0f + static_cast<float>(half & 1023) / 1024.0f, (half >> 10) - 15);
+}
+
 double from_float8(uint32_t code) {
   const double magnitude = (code & 0x78) ? std::ldexp(8 + static_cast<double>(code & 7), static_cast<int>((code >> 3) & 15) - 10)
                                          : std::ldexp(static_cast<double>(code & 7), -9);
@@ -38,14 +42,15 @@ struct Made {  // a weight, and the numbers that it stands for
   int64_t rows, columns, group;
   std::vector<uint32_t> codes;
   std::vector<float> scales, minima, table, dense;
-  std::vector<uint16_t> halves;
-  std::vector<int8_t> zeros;
+  std::vector<uint16_t> halves, outer_scales, outer_minima;
+  std::vector<int8_t> zeros, scale_bytes, minimum_bytes;
   std::vector<int32_t> order;
   pq_weight weight;
 };
 
 Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t columns, int64_t group, bool ordered) {
-  Made m{rows, columns, group, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  Made m{rows, columns, group, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  const bool nested = scale_type == PQ_NESTED;
   const bool wide = kind == PQ_INT8 || kind == PQ_FLOAT8;
   const int64_t each = kind == PQ_DENSE16 ? 2 : wide ? 4 : 8, groups = columns / group;
   m.codes.assign(static_cast<size_t>(rows * columns / each), 0);
@@ -57,6 +62,18 @@ Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t c
     m.scales.push_back(scale_type == PQ_BFLOAT16 ? from_bf16(m.halves.back()) : scale);
     m.minima.push_back(uniform(-1, 1));
     m.zeros.push_back(static_cast<int8_t>(chance() % 16));
+  }
+  const int64_t outer_group = 2 * group, outer = columns / outer_group;
+  for (int64_t i = 0; nested && i < rows * outer; i++) {
+    m.outer_scales.push_back(static_cast<uint16_t>(0x1400 + chance() % 1024));
+    m.outer_minima.push_back(static_cast<uint16_t>(0x1800 + chance() % 1024));
+  }
+  for (int64_t i = 0; nested && i < rows * groups; i++) {
+    const auto at = static_cast<size_t>((i / (groups * 8) * outer + i % (groups * 8) / 16) * 8 + i % 8);
+    m.scale_bytes.push_back(static_cast<int8_t>(chance() % 127 - 63));
+    m.minimum_bytes.push_back(static_cast<int8_t>(chance() % 127 - 63));
+    m.scales[static_cast<size_t>(i)] = static_cast<float>(m.scale_bytes.back()) * from_f16(m.outer_scales[at]);
+    m.minima[static_cast<size_t>(i)] = static_cast<float>(m.minimum_bytes.back()) * from_f16(m.outer_minima[at]);
   }
   for (int64_t row = 0; row < rows; row++)
     for (int64_t column = 0; column < columns; column++) {
@@ -81,9 +98,13 @@ Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t c
   }
   const void* scales = scale_type == PQ_BFLOAT16 ? static_cast<const void*>(m.halves.data()) : m.scales.data();
   const bool book = kind == PQ_CODEBOOK4, bare = kind == PQ_DENSE16, plain = book || bare || kind == PQ_FLOAT8;
+  if (nested) scales = m.scale_bytes.data();
+  const void* minima = nested ? static_cast<const void*>(m.minimum_bytes.data()) : static_cast<const void*>(m.minima.data());
   m.weight = {m.codes.data(), bare ? nullptr : scales, offsets == 1 && !plain ? m.zeros.data() : nullptr,
-              offsets == 2 && !plain ? m.minima.data() : nullptr, book ? m.table.data() : nullptr,
-              ordered ? m.order.data() : nullptr, nullptr, rows, columns, group, kind, scale_type, 8};
+              offsets == 2 && !plain ? minima : nullptr, book ? m.table.data() : nullptr,
+              ordered ? m.order.data() : nullptr, nullptr, nested ? m.outer_scales.data() : nullptr,
+              nested && offsets == 2 ? m.outer_minima.data() : nullptr, rows, columns, group, nested ? outer_group : 0, kind,
+              scale_type, 8};
   return m;
 }
 
@@ -137,9 +158,10 @@ int main() {
     pq_use(set.c_str());
     for (int32_t kind : {PQ_AFFINE4, PQ_CODEBOOK4, PQ_INT8, PQ_FLOAT8, PQ_DENSE16})
       for (int offsets : {0, 1, 2})
-        for (int32_t scale_type : {PQ_FLOAT32, PQ_BFLOAT16})
+        for (int32_t scale_type : {PQ_FLOAT32, PQ_BFLOAT16, PQ_NESTED})
           for (int64_t group : {16, 32, 64, 128})
-            if (kind != PQ_DENSE16 || scale_type == PQ_BFLOAT16) check(set.c_str(), make(kind, offsets, scale_type, 24, 256, group, group == 32));
+            if (scale_type == PQ_NESTED ? kind == PQ_AFFINE4 || kind == PQ_INT8 : kind != PQ_DENSE16 || scale_type == PQ_BFLOAT16)
+              check(set.c_str(), make(kind, offsets, scale_type, 24, 256, group, group == 32));
     std::printf("%s: %s\n", set.c_str(), wrong ? "wrong" : "as it should be");
   }
   return wrong ? 1 : 0;

@@ -10,7 +10,7 @@ from typing import Any
 from polyquant.errors import EnvironmentProblem
 from polyquant.types import PackedKind
 
-DISTRIBUTION, INTERFACE = "polyquant-kernels", 4
+DISTRIBUTION, INTERFACE = "polyquant-kernels", 5
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
 KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3, "dense16": 4}
@@ -70,10 +70,13 @@ def told() -> str:
 
 
 def type_number(dtype: Any) -> int | None:
-    """The number of a dtype of activations or scales; None for one that the kernels do not take."""
+    """The number of a dtype of activations; None for one that the kernels do not take."""
     import torch
 
     return {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}.get(dtype)
+
+
+SCALES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 
 
 def weight_struct(packed: Any) -> ctypes.Structure:
@@ -81,8 +84,10 @@ def weight_struct(packed: Any) -> ctypes.Structure:
     rows, columns = packed.padded
     address = {name: part.data_ptr() for name, part in packed.parts.items()}
     struct: ctypes.Structure = library().Weight(
-        *(address.get(name) for name in ("codes", "scales", "zeros", "minima", "table", "order", "column_scales")),
-        rows, columns, packed.group, KINDS[packed.format.kind], type_number(packed.scales.dtype), packed.zero,
+        *(address.get(name) for name in (
+            "codes", "scales", "zeros", "minima", "table", "order", "column_scales", "outer_scales", "outer_minima")),
+        rows, columns, packed.group, packed.format.outer_group, KINDS[packed.format.kind],
+        SCALES[packed.format.scale_dtype], packed.zero,
     )  # fmt: skip
     return struct
 

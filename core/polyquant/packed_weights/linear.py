@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -42,13 +43,9 @@ class Holding(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
 
     def _hold(self, weight: PackedWeight, scheme: str, bits: float) -> None:
         """scheme, bits: what the weights are called."""
-        self.shape, self.format, self.zero, self.scheme, self.bits = (
-            weight.shape,
-            weight.format,
-            weight.zero,
-            scheme,
-            bits,
-        )
+        self.shape, self.format, self.zero = weight.shape, weight.format, weight.zero
+        self.scheme, self.bits = scheme, bits
+        self.layout = msgspec.json.encode(weight.format).decode()  # for the operator, which takes texts
 
     def _gathered(self, make: Callable[[dict[str, Tensor]], Gathered]) -> Gathered:
         """What `make` makes of the parts by their names; made anew where the tensors have gone elsewhere."""
@@ -112,7 +109,7 @@ class RepackedLinear(Repacked, PackedLinear):
             parts = {name: self._parameters.get(name) for name in (*PARTS[2:], "bias")}
             output: Tensor = packed_linear(
                 input, self.qweight, self.scales, **parts, zero=self.zero, rows=self.out_features,
-                layout=_words(self.format), activations=self.activations,
+                layout=self.layout, activations=self.activations,
             )  # fmt: skip
             return output
         if needs_gradient(input):
@@ -174,26 +171,17 @@ def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | Non
     return outputs[:, : weight.shape[0]].contiguous().view(*input.shape[:-1], weight.shape[0])
 
 
-def _words(layout: PackedFormat) -> str:
-    """A layout as an argument of the operator."""
-    return f"{layout.kind} {layout.group_size} {layout.scale_dtype} {layout.offsets} {int(layout.ordered)}"
-
-
 @torch.library.custom_op("polyquant::packed_linear", mutates_args=())  # type: ignore[untyped-decorator]
 def packed_linear(
     input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, table: Tensor | None,
-    order: Tensor | None, column_scales: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str,
-    activations: str,
+    order: Tensor | None, column_scales: Tensor | None, outer_scales: Tensor | None, outer_minima: Tensor | None,
+    bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
 ) -> Tensor:  # fmt: skip
-    """A product, opaque to `torch.compile`. input: (..., in_features). Returns (..., rows)."""
-    kind, group_size, scale_dtype, offsets, ordered = layout.split()
+    """A product, opaque to `torch.compile`. input: (..., in_features); layout: as JSON. Returns (..., rows)."""
     weight = PackedWeight(
         shape=(rows, input.shape[-1]), codes=codes, scales=scales, zeros=zeros, minima=minima, table=table,
-        order=order, column_scales=column_scales, zero=zero,
-        format=PackedFormat(
-            kind=kind, group_size=int(group_size), scale_dtype=scale_dtype, offsets=offsets,  # type: ignore[arg-type]
-            ordered=ordered == "1", column_scales=column_scales is not None,
-        ),
+        order=order, column_scales=column_scales, outer_scales=outer_scales, outer_minima=outer_minima, zero=zero,
+        format=msgspec.json.decode(layout, type=PackedFormat),
     )  # fmt: skip
     return product(input, weight, struct_of(weight), bias, activations)
 
@@ -201,7 +189,7 @@ def packed_linear(
 @packed_linear.register_fake  # type: ignore[untyped-decorator]
 def _(
     input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, table: Tensor | None,
-    order: Tensor | None, column_scales: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str,
-    activations: str,
+    order: Tensor | None, column_scales: Tensor | None, outer_scales: Tensor | None, outer_minima: Tensor | None,
+    bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
 ) -> Tensor:  # fmt: skip
     return input.new_empty(*input.shape[:-1], rows)

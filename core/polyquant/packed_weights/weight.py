@@ -8,6 +8,8 @@ A weight (out_features, in_features) lies with eight rows interleaved: a product
     zeros   int8, or minima float32, like scales; or neither, and one zero point for all
     table   float32 (16), of a code book
     order   int32 (columns), where columns are sorted by their groups: the input that each multiplies
+    outer_scales, outer_minima  float16 (rows / 8, columns / outer group, 8), by which scales and minima are multiplied
+            where these are int8: what formats call nested, double or super-block scales
     column_scales  float32 (columns), in the order of the inputs: what each is multiplied by first
 
 In a lane of 4-bit codes, code t lies at bit SHIFTS[t]: the even nibbles are codes 0 to 3, the odd ones 4 to 7. Rows
@@ -32,7 +34,7 @@ from polyquant.types import PackedFormat
 SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
 WIDE = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 """Kinds with codes of 8 bits, and these as torch has them."""
-PARTS = ("codes", "scales", "zeros", "minima", "table", "order", "column_scales")
+PARTS = ("codes", "scales", "zeros", "minima", "table", "order", "column_scales", "outer_scales", "outer_minima")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +50,8 @@ class PackedWeight:
     table: Tensor | None = None
     order: Tensor | None = None
     column_scales: Tensor | None = None
+    outer_scales: Tensor | None = None
+    outer_minima: Tensor | None = None
     zero: float = 0.0  # the zero point of every group where there are neither zeros nor minima
 
     @property
@@ -92,17 +96,21 @@ class PackedWeight:
             return self.by_inputs(rows_of(self.codes).float())
         codes = self._unpacked(rows_of(self.codes)).view(-1, columns // self.group, self.group)
 
-        def of_groups(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-            return rows_of(tensor)[..., None].to(dtype)
+        def of_groups(tensor: Tensor, outer: Tensor | None = None) -> Tensor:
+            values = rows_of(tensor).float()
+            if outer is not None:
+                values = values * rows_of(outer).float().repeat_interleave(self.format.outer_group // self.group, -1)
+            return values[..., None]
 
+        scales = of_groups(self.scales, self.outer_scales)
         if self.table is not None:
-            values = of_groups(self.scales) * self.table[codes.int()]
+            values = scales * self.table[codes.int()]
         elif self.minima is not None:  # one rounding, as a fused multiplication and addition has
-            exact = of_groups(self.scales, torch.float64) * codes + of_groups(self.minima, torch.float64)
-            values = exact.float()
+            minima = of_groups(self.minima, self.outer_minima)
+            values = (scales.double() * codes + minima.double()).float()
         else:
             zero = self.zero if self.zeros is None else of_groups(self.zeros)  # of float8 none
-            values = of_groups(self.scales) * (codes.float() - zero)
+            values = scales * (codes.float() - zero)
         return self.by_inputs(values.reshape(-1, columns))
 
     def by_inputs(self, values: Tensor) -> Tensor:
@@ -138,6 +146,8 @@ def pack_weight(
     zero: float = 0.0,
     groups_of_columns: Tensor | None = None,
     column_scales: Tensor | None = None,
+    outer_scales: Tensor | None = None,
+    outer_minima: Tensor | None = None,
 ) -> PackedWeight:
     """A weight from what its format stores, nothing rounded.
 
@@ -146,6 +156,7 @@ def pack_weight(
     zero: where there are neither. table: (16,), for codes that are entries of a code book.
     groups_of_columns: (in_features,), which group each column belongs to, where they do not follow each other.
     column_scales: (in_features,), by which each column is multiplied besides.
+    outer_scales, outer_minima: float16 (out_features, outer groups), by which scales and minima of int8 are multiplied.
     groups: those of all columns, or of all that are stored: with what fills up the last block.
     Raises ModelError where the parts do not fit each other, or floats of 8 bits are no numbers.
     """
@@ -160,6 +171,7 @@ def pack_weight(
         scale_dtype=str(scales.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # as torch calls it
         offsets="zeros" if zeros is not None else "minima" if minima is not None else "none",
         ordered=order is not None,
+        outer_group=0 if outer_scales is None else columns // outer_scales.shape[1],
         column_scales=column_scales is not None,
     )
     padded_rows, padded_columns = layout.padded((rows, columns))
@@ -170,24 +182,30 @@ def pack_weight(
     for name, tensor in (("scales", scales), ("zeros", zeros), ("minima", minima)):
         if tensor is not None and tensor.shape not in ((rows, groups), (rows, ceil(columns / group))):
             raise ModelError(f"{name} are {tuple(tensor.shape)}, and {rows} rows of {groups} groups need as many")
+    if layout.outer_group and (layout.outer_group % group or padded_columns != columns or columns % layout.outer_group):
+        raise ModelError(f"outer groups of {layout.outer_group} columns have no place beside groups of {group}")
     if column_scales is not None and column_scales.shape != (columns,):
         raise ModelError(f"column_scales are {tuple(column_scales.shape)}, and there are {columns} columns")
     if order is not None:
         codes = codes[:, order.long()]
 
-    def of_groups(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def of_groups(tensor: Tensor | None, dtype: torch.dtype, count: int = groups) -> Tensor | None:
         if tensor is None:
             return None
-        whole = functional.pad(tensor.to(dtype), (0, groups - tensor.shape[1], 0, padded_rows - rows))
-        return whole.view(-1, ROWS, groups).transpose(1, 2).contiguous()
+        whole = functional.pad(tensor.to(dtype), (0, count - tensor.shape[1], 0, padded_rows - rows))
+        return whole.view(-1, ROWS, count).transpose(1, 2).contiguous()
 
     bytes_of = codes.view(torch.int8) if wide else codes
     whole = functional.pad(bytes_of, (0, padded_columns - columns, 0, padded_rows - rows)).contiguous()
+    outer_groups = padded_columns // layout.outer_group if layout.outer_group else 0
     packed_scales = of_groups(scales, scales.dtype)
     assert packed_scales is not None
     return PackedWeight(
         shape=(rows, columns), format=layout, codes=_wide_lanes(whole) if wide else _lanes(whole),
-        scales=packed_scales, zeros=of_groups(zeros, torch.int8), minima=of_groups(minima, torch.float32),
+        scales=packed_scales, zeros=of_groups(zeros, torch.int8),
+        minima=of_groups(minima, torch.int8 if layout.outer_group else torch.float32),
+        outer_scales=of_groups(outer_scales, torch.float16, outer_groups),
+        outer_minima=of_groups(outer_minima, torch.float16, outer_groups),
         table=None if table is None else table.detach().float().contiguous(),
         order=order, column_scales=None if column_scales is None else functional.pad(
             column_scales.detach().float(), (0, padded_columns - columns)).contiguous(),

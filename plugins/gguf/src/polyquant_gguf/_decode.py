@@ -79,29 +79,41 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    q, scale, low = q4_k_parts(blocks)
-    return (scale[..., None] * q.float() - low[..., None]).flatten(1)
-
-
-def q4_k_parts(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, uint8 (count, groups, 32), and what a group's are multiplied with, and then made less by: float32."""
-    d, dmin, scales, q = split(blocks, 2, 2, 12, 128)
-    scale, low = _scales_and_minima(scales)
-    return _fields(q, 4, 32, 32), f16(d) * scale, f16(dmin) * low
+    return _with_minima(*q4_k_parts(blocks))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    d, dmin, scales, high, low = split(blocks, 2, 2, 12, 32, 128)
-    scale, minimum = _scales_and_minima(scales)
-    q = _groups(low, 4, 32, 32) + 16 * _groups(high, 1, 32, 32)
-    return ((f16(d) * scale)[..., None] * q - (f16(dmin) * minimum)[..., None]).flatten(1)
+    return _with_minima(*q5_k_parts(blocks))
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
+    q, scales, d = q6_k_parts(blocks)
+    return ((d * scales.float())[..., None] * q.float()).flatten(1)
+
+
+def _with_minima(q: Tensor, scales: Tensor, minima: Tensor, d: Tensor, dmin: Tensor) -> Tensor:
+    return ((d * scales.float())[..., None] * q.float() - (dmin * minima.float())[..., None]).flatten(1)
+
+
+def q4_k_parts(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codes, uint8 (count, groups, 32); scales and minima of the groups, uint8 (count, groups); what these are
+    multiplied with, float32 (count, 1). Minima are taken away."""
+    d, dmin, scales, q = split(blocks, 2, 2, 12, 128)
+    return _fields(q, 4, 32, 32), *_scales_and_minima(scales), f16(d), f16(dmin)
+
+
+def q5_k_parts(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `q4_k_parts`."""
+    d, dmin, scales, high, low = split(blocks, 2, 2, 12, 32, 128)
+    q = _fields(low, 4, 32, 32) + 16 * _fields(high, 1, 32, 32)
+    return q, *_scales_and_minima(scales), f16(d), f16(dmin)
+
+
+def q6_k_parts(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, int8 (count, groups, 16); scales of the groups, int8 (count, groups); what these are multiplied with."""
     low, high, scales, d = split(blocks, 128, 64, 16, 2)
-    scale = f16(d) * scales.view(torch.int8).float()
-    q = _groups(low, 4, 64, 16) + 16 * _groups(high, 2, 32, 16) - 32
-    return (scale[..., None] * q).flatten(1)
+    q = (_fields(low, 4, 64, 16) + 16 * _fields(high, 2, 32, 16)).view(torch.int8) - 32
+    return q, scales.view(torch.int8), f16(d)
 
 
 def _groups(packed: Tensor, width_bits: int, run: int, size: int) -> Tensor:
@@ -116,11 +128,11 @@ def _fields(packed: Tensor, width_bits: int, run: int, size: int) -> Tensor:
 
 
 def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight 6-bit scales and minima from 12 bytes: ggml's get_scale_min_k4."""
+    """Eight 6-bit scales and minima from 12 bytes, uint8 (count, 8) of each: ggml's get_scale_min_k4."""
     one, two, both = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat([one & 63, (both & 15) | ((one >> 2) & 48)], dim=1)
     minima = torch.cat([two & 63, (both >> 4) | ((two >> 2) & 48)], dim=1)
-    return scales.float(), minima.float()
+    return scales, minima
 
 
 def _tq1_0(blocks: Tensor) -> Tensor:

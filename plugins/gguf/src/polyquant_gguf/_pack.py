@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyquant_gguf._bits import f16, nibbles, split, table
 from polyquant_gguf._codebooks import IQ4_LEVELS
-from polyquant_gguf._decode import FP4_LEVELS, five_bits, mxfp4_parts, nvfp4_parts, q4_k_parts
+from polyquant_gguf._decode import FP4_LEVELS, five_bits, mxfp4_parts, nvfp4_parts, q4_k_parts, q5_k_parts, q6_k_parts
 from polyquant_gguf._modules import PackedLinear
 from polyquant_gguf.planning import LAYOUTS
 
@@ -24,6 +24,8 @@ class Parts(NamedTuple):
     minima: Tensor | None = None
     zero: float = 0.0
     levels: tuple[float, ...] = ()  # that codes are places in
+    outer_scales: Tensor | None = None  # of a block, by which its scales are multiplied
+    outer_minima: Tensor | None = None
 
 
 def pack(module: PackedLinear) -> PackedWeight:
@@ -37,6 +39,8 @@ def pack(module: PackedLinear) -> PackedWeight:
         minima=None if parts.minima is None else parts.minima.reshape(rows, -1),
         table=table(parts.levels, torch.float32, codes.device) if parts.levels else None,
         zero=parts.zero,
+        outer_scales=None if parts.outer_scales is None else parts.outer_scales.reshape(rows, -1).half(),
+        outer_minima=None if parts.outer_minima is None else parts.outer_minima.reshape(rows, -1).half(),
     )
 
 
@@ -66,8 +70,18 @@ def _q8_0(blocks: Tensor) -> Parts:
 
 
 def _q4_k(blocks: Tensor) -> Parts:
-    q, scale, low = q4_k_parts(blocks)
-    return Parts(q, scale, -low)
+    q, scales, minima, d, dmin = q4_k_parts(blocks)
+    return Parts(q, scales, minima, outer_scales=d, outer_minima=-dmin)
+
+
+def _q5_k(blocks: Tensor) -> Parts:
+    q, scales, minima, d, dmin = q5_k_parts(blocks)
+    return Parts(q, scales, minima, outer_scales=d, outer_minima=-dmin)
+
+
+def _q6_k(blocks: Tensor) -> Parts:
+    q, scales, d = q6_k_parts(blocks)
+    return Parts(q, scales, outer_scales=d)
 
 
 def _iq4_nl(blocks: Tensor) -> Parts:
@@ -90,6 +104,8 @@ PARTS: dict[str, Callable[[Tensor], Parts]] = {
     "Q5_1": _q5_1,
     "Q8_0": _q8_0,
     "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,

@@ -21,7 +21,9 @@ LAYOUTS: Mapping[str, PackedFormat] = {
     "Q5_0": PackedFormat(kind="int8", group_size=32),
     "Q5_1": PackedFormat(kind="int8", group_size=32, offsets="minima"),
     "Q8_0": PackedFormat(kind="int8", group_size=32),
-    "Q4_K": PackedFormat(kind="affine4", group_size=32, scale_dtype="float32", offsets="minima"),
+    "Q4_K": PackedFormat(kind="affine4", group_size=32, scale_dtype="int8", offsets="minima", outer_group=256),
+    "Q5_K": PackedFormat(kind="int8", group_size=32, scale_dtype="int8", offsets="minima", outer_group=256),
+    "Q6_K": PackedFormat(kind="int8", group_size=16, scale_dtype="int8", outer_group=256),
     "IQ4_NL": PackedFormat(kind="codebook4", group_size=32),
     "MXFP4": PackedFormat(kind="codebook4", group_size=32, scale_dtype="bfloat16"),  # powers of two, down to 2**-128
     "NVFP4": PackedFormat(kind="codebook4", group_size=16),
