@@ -25,7 +25,7 @@ SETTING = "POLYQUANT_KERNEL"
 
 
 MOST_GROWTH = 1.2
-"""The bytes that auto may take, of those with the library: 5- and 6-bit codes lie in 8 bits, NVFP4's scales are whole."""
+"""The bytes that auto may take, of those with the library: 5- and 6-bit codes lie in 8 bits, NVFP4 scales are whole."""
 
 
 class Planning(Protocol):
