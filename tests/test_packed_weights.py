@@ -235,6 +235,28 @@ def test_an_older_library_is_refused_by_its_number(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("borrowed", [True, False])
+def test_products_without_memory_are_an_error_and_leave_threads_that_work(borrowed: bool) -> None:
+    import ctypes
+
+    lender = pytest.importorskip("polyquant_kernels")
+    weight, *_ = random_weight((2048, 64), PackedFormat(kind="affine4", group_size=32))
+    layer, inputs = layer_of(weight, bias=False), torch.randn(2, 64)
+    struct, wanted, count = kernels.weight_struct(weight), layer(inputs), 2**43  # inputs, in more than can be addressed
+    assert lender.borrow_threads(ctypes.CDLL(torch._C.__file__) if borrowed else None) is borrowed
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        called = kernels.functions().pq_linear
+        asked = (kernels.address_of(struct), inputs.data_ptr(), 0, count, wanted.data_ptr(), 0, None, 1, 2)
+        with pytest.raises(MemoryError, match="no memory for a product"):
+            kernels.require(called(*asked))
+        assert torch.equal(layer(inputs), wanted)
+    finally:
+        torch.set_num_threads(threads)
+        lender.borrow_threads(ctypes.CDLL(torch._C.__file__))
+
+
+@pytest.mark.parametrize("borrowed", [True, False])
 def test_threads_and_forks_multiply_alike(borrowed: bool) -> None:
     """Several callers at once, and a child of a process whose threads have worked: torch's, and the kernels' own."""
     import ctypes

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -128,6 +129,7 @@ struct Region {
   const std::thread::id leader;
   Clock::time_point began{}, ended{};
   Crew crew{};
+  std::exception_ptr thrown{};  // by work: it does not go through the lender's own frames
   std::atomic<bool> over{false};
   std::atomic<int32_t> joined{0};
 };
@@ -138,7 +140,11 @@ void enter(void* given) {
   if (std::this_thread::get_id() == own.leader) {
     own.began = Clock::now();
     region = &own;
-    own.work(own.context);
+    try {
+      own.work(own.context);
+    } catch (...) {
+      own.thrown = std::current_exception();
+    }
     region = nullptr;
     own.over.store(true);
     own.ended = Clock::now();
@@ -172,21 +178,20 @@ void together(int32_t threads, void (*work)(void*), void* context) {
   const auto asked = Clock::now();
   lent(enter, &own, static_cast<unsigned>(threads), 0);
   if ((own.began - asked) + (Clock::now() - own.ended) > LATE) apart.store(APART);  // other work has their cores
+  if (own.thrown) std::rethrow_exception(own.thrown);
 }
 
 void share(int64_t pieces, int32_t threads, void (*work)(void*, int64_t), void* context) {
-  Pool* here = pool;
-  if (threads > 1 && pieces > 1 && region) {
+  if (Pool* here = pool; threads > 1 && pieces > 1) {
     Job job{pieces, work, context, (threads < MOST ? threads : MOST) - 1, {}};
-    region->crew.give(job);
-    region->crew.finish(job);
-    return;
-  }
-  if (threads > 1 && pieces > 1 && here && here->callers.try_lock()) {
-    std::lock_guard<std::mutex> held(here->callers, std::adopt_lock);
-    Job job{pieces, work, context, (threads < MOST ? threads : MOST) - 1, {}};
-    here->share(job);
-    return;
+    if (region) {
+      region->crew.give(job);
+      return region->crew.finish(job);
+    }
+    if (here && here->callers.try_lock()) {
+      std::lock_guard<std::mutex> held(here->callers, std::adopt_lock);
+      return here->share(job);
+    }
   }
   for (int64_t piece = 0; piece < pieces; piece++) work(context, piece);
 }
