@@ -342,8 +342,16 @@ void int8_int16(const uint32_t* codes, const Groups& groups, int64_t per, const 
 
 template <int T> Ints byte_of(Ints lanes) { return ints_right_signed<24>(ints_left<24 - 8 * T>(lanes)); }
 
-template <int COUNT, int64_t BLOCK>
-void int8_exact(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
+// the floats of bytes, whose signs are extended: their bits are those of a float32, but for the exponent's bias
+inline Floats float8(Ints bytes) {
+  const Ints bits = ints_and(ints_left<20>(bytes), ints_all(static_cast<int32_t>(0x87f00000u)));
+  return multiply(as_floats(bits), all(1.329227995784916e36f));  // 2^120, exact, of subnormal ones too
+}
+
+// number: what a byte, whose sign is extended, stands for; OFFSETS: whether groups have zero points or minima
+template <int COUNT, int64_t BLOCK, bool OFFSETS, class Number>
+void bytes_exact(
+    const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, const Number& number, Floats (&acc)[COUNT]) {
   const int64_t blocks = in.columns / BLOCK;
   for (int64_t block = 0; block < blocks; block++) {
     Floats even[COUNT], odd[COUNT];
@@ -352,39 +360,15 @@ void int8_exact(const uint32_t* codes, const Groups& groups, int64_t per, const 
       const uint32_t* at = codes + (block * (BLOCK / 4) + j * 2) * 8;
       const Ints first = ints_load(at), second = ints_load(at + 8);
       const Floats q[8] = {
-          to_floats(byte_of<0>(first)), to_floats(byte_of<1>(first)), to_floats(byte_of<2>(first)), to_floats(byte_of<3>(first)),
-          to_floats(byte_of<0>(second)), to_floats(byte_of<1>(second)), to_floats(byte_of<2>(second)), to_floats(byte_of<3>(second))};
+          number(byte_of<0>(first)), number(byte_of<1>(first)), number(byte_of<2>(first)), number(byte_of<3>(first)),
+          number(byte_of<0>(second)), number(byte_of<1>(second)), number(byte_of<2>(second)), number(byte_of<3>(second))};
       eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
     }
-    const Group group = groups.at(block / per);
+    const Group group = OFFSETS ? groups.at(block / per) : Group{groups.scale(block / per), zero()};
     for (int i = 0; i < COUNT; i++) {
       acc[i] = fused(add(even[i], odd[i]), group.scale, acc[i]);
-      acc[i] = fused(group.minimum, all(in.sums[i * blocks + block]), acc[i]);
+      if constexpr (OFFSETS) acc[i] = fused(group.minimum, all(in.sums[i * blocks + block]), acc[i]);
     }
-  }
-}
-
-// the floats of bytes, whose signs are extended: their bits are those of a float32, but for the exponent's bias
-inline Floats float8(Ints bytes) {
-  const Ints bits = ints_and(ints_left<20>(bytes), ints_all(static_cast<int32_t>(0x87f00000u)));
-  return multiply(as_floats(bits), all(1.329227995784916e36f));  // 2^120, exact, of subnormal ones too
-}
-
-template <int COUNT, int64_t BLOCK>
-void float8_exact(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
-  for (int64_t block = 0; block < in.columns / BLOCK; block++) {
-    Floats even[COUNT], odd[COUNT];
-    for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
-    for (int64_t j = 0; j < BLOCK / 8; j++) {
-      const uint32_t* at = codes + (block * (BLOCK / 4) + j * 2) * 8;
-      const Ints first = ints_load(at), second = ints_load(at + 8);
-      const Floats q[8] = {
-          float8(byte_of<0>(first)), float8(byte_of<1>(first)), float8(byte_of<2>(first)), float8(byte_of<3>(first)),
-          float8(byte_of<0>(second)), float8(byte_of<1>(second)), float8(byte_of<2>(second)), float8(byte_of<3>(second))};
-      eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
-    }
-    const Floats scale = groups.scale(block / per);
-    for (int i = 0; i < COUNT; i++) acc[i] = fused(add(even[i], odd[i]), scale, acc[i]);
   }
 }
 
@@ -426,9 +410,9 @@ void tile(const pq_weight& w, int64_t block, const Inputs& in, float* y, int how
   } else if (w.kind == PQ_DENSE16) {
     dense16_exact<COUNT>(w, block, in, acc);
   } else if (w.kind == PQ_FLOAT8) {
-    float8_exact<COUNT, BLOCK>(codes, groups, per, in, acc);
+    bytes_exact<COUNT, BLOCK, false>(codes, groups, per, in, float8, acc);
   } else if (w.kind == PQ_INT8) {
-    if (how == PQ_EXACT) int8_exact<COUNT, BLOCK>(codes, groups, per, in, acc);
+    if (how == PQ_EXACT) bytes_exact<COUNT, BLOCK, true>(codes, groups, per, in, to_floats, acc);
     else int8_int16<COUNT, BLOCK>(codes, groups, per, in, acc);
   } else if (how == PQ_EXACT) {
     affine4_exact<COUNT, BLOCK>(codes, groups, per, in, acc);
@@ -506,11 +490,13 @@ void decode_row(const pq_weight& w, int64_t row, float* out) {
   const bool wide = is_wide(w);
   const uint32_t* codes = w.codes + row / 8 * w.columns * (wide ? 2 : 1) + row % 8;
   float eight[8];
-  for (int64_t column = 0; w.kind == PQ_DENSE16 && column < w.columns; column++) {
-    store(eight, load16(w, dense_of(w, row / 8) + column * 8));
-    out[column] = eight[row % 8];
+  if (w.kind == PQ_DENSE16) {
+    for (int64_t column = 0; column < w.columns; column++) {
+      store(eight, load16(w, dense_of(w, row / 8) + column * 8));
+      out[column] = eight[row % 8];
+    }
+    return;
   }
-  if (w.kind == PQ_DENSE16) return;
   for (int64_t column = 0; column < w.columns; column++) {
     const int64_t t = column % (wide ? 4 : 8);
     const uint32_t code = codes[column / (wide ? 4 : 8) * 8] >> (t % 4 * 8 + t / 4 * 4);
