@@ -166,8 +166,14 @@ class PackedFormat(Record, frozen=True):
 
     ROWS: ClassVar[int] = 8  # that are interleaved
     COLUMNS: ClassVar[int] = 32  # what those stored are a multiple of
+    LEAST_GROUP: ClassVar[int] = 16  # columns; every group is a multiple of it
     TABLE_BYTES: ClassVar[int] = 16 * 4
     CODE_BITS: ClassVar[Mapping[str, int]] = {"affine4": 4, "codebook4": 4, "int8": 8, "float8": 8, "dense16": 16}
+
+    @property
+    def holds_groups(self) -> bool:
+        """Whether groups of this size have a place in the layout."""
+        return self.group_size == -1 or self.group_size % self.LEAST_GROUP == 0
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The rows and columns that are stored, of a weight (out_features, in_features)."""

@@ -7,6 +7,7 @@ from math import prod
 
 from polyquant.errors import ConfigError
 from polyquant.models.roles import ALWAYS_DENSE, REASONS, SKIPPED, TIED
+from polyquant.modules import module_of
 from polyquant.options import BackendOptions
 from polyquant.packable import quantizes_experts
 from polyquant.types import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo
@@ -20,7 +21,7 @@ def is_linear(weight: WeightInfo, config: BackendOptions) -> bool:
 def dense_linears(weights: Sequence[WeightInfo], config: BackendOptions) -> list[str]:
     """Names of the Linear modules that stay dense: what a checkpoint lists as ignored or excluded."""
     return [
-        weight.name.rpartition(".")[0]
+        module_of(weight)
         for weight in weights
         if weight.role in ("linear", "head") and "Linear" in weight.module and config.skips(weight)
     ]
@@ -31,7 +32,7 @@ def refuse_experts(weights: Sequence[WeightInfo], config: BackendOptions) -> Non
     for weight in weights:
         here = bool(weight.stacked) and quantizes_experts(config)  # the core's: `memory.experts`
         if weight.role == "experts" and not config.skips(weight) and not here:
-            short = weight.name.rpartition(".")[0].rpartition(".")[2]
+            short = module_of(weight).rpartition(".")[2]
             packs = weight.stacked and hasattr(config, "experts")
             raise ConfigError.of_unfit(
                 f"{weight.name} holds the experts of a layer in one tensor {weight.shape}, which is not quantized",
@@ -52,12 +53,17 @@ def plan_linears(
     """The plan of a backend that packs linear layers and leaves everything else dense, in the order of `weights`.
 
     stored_bytes: of a tensor that `takes` says is quantized, with scales, zero points and constants. packed: its layout
-    with kernel="packed", None where it has none.
+    with kernel="packed", None where it has none; one of groups that have no place there is none either.
     """
+
+    def placed(weight: WeightInfo) -> PackedFormat | None:
+        layout = packed(weight)
+        return layout if layout is not None and layout.holds_groups else None
+
     return [
         LayerPlan(
             name=weight.name, shape=weight.shape, role=weight.role, stored_bytes=stored_bytes(weight),
-            bits=config.weight_bits, scheme=scheme, quantized=True, packed=packed(weight),
+            bits=config.weight_bits, scheme=scheme, quantized=True, packed=placed(weight),
         )
         if takes(weight, config)
         else plan_dense(weight, config)
@@ -67,7 +73,7 @@ def plan_linears(
 
 def plan_dense(weight: WeightInfo, config: BackendOptions) -> LayerPlan:
     """The plan of a tensor that the backend leaves dense, with the reason."""
-    module = weight.name.rpartition(".")[0]
+    module = module_of(weight)
     if weight.tied_to:
         reason = TIED.format(weight.tied_to)
     elif module in config.skip and weight.role not in ALWAYS_DENSE:

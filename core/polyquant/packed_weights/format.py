@@ -6,7 +6,7 @@ from math import gcd
 
 from polyquant.types import PackedFormat
 
-ROWS, LEAST_GROUP = PackedFormat.ROWS, 16
+ROWS, LEAST_GROUP = PackedFormat.ROWS, PackedFormat.LEAST_GROUP
 """Rows that are interleaved, and the smallest group."""
 
 

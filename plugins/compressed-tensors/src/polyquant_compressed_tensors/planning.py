@@ -21,7 +21,6 @@ KINDS: Mapping[str, Literal["affine4", "codebook4", "int8", "float8"]] = {
 }  # fmt: skip
 """Weights -> what their codes are with kernel="packed"."""
 PACKED_SCALES = {"mxfp4": "bfloat16", "nvfp4": "float32"}
-LEAST_GROUP = 16
 
 
 class Tensor(NamedTuple):
@@ -48,14 +47,11 @@ def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions)
     )  # fmt: skip
 
 
-def packed_format(weight: WeightInfo, config: CompressedTensorsOptions) -> PackedFormat | None:
-    """The layout of a weight with kernel="packed"; None: groups that are no whole sixteens."""
-    kind = KINDS.get(config.weights)
-    if kind is None or (config.group_size or LEAST_GROUP) % LEAST_GROUP:
-        return None
+def packed_format(weight: WeightInfo, config: CompressedTensorsOptions) -> PackedFormat:
+    """The layout of a weight with kernel="packed"."""
     stored = weight.parts.get("weight_scale", weight.dtype)
     return PackedFormat(
-        kind=kind, group_size=packed_group(weight.shape[1], columns_of_a_scale(config)),
+        kind=KINDS[config.weights], group_size=packed_group(weight.shape[1], columns_of_a_scale(config)),
         scale_dtype=packed_scale(config.weights, stored, weight.dtype),  # type: ignore[arg-type]  # as torch calls it
         offsets="none" if config.symmetric else "zeros",
     )  # fmt: skip

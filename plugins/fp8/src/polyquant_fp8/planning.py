@@ -10,7 +10,6 @@ from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_linears, 
 from polyquant_fp8.options import Fp8Options
 
 SCHEME = "fp8-e4m3"
-LEAST_GROUP = 16  # of the packed layout
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: Fp8Options) -> list[LayerPlan]:
@@ -21,10 +20,8 @@ def plan_layers(weights: Sequence[WeightInfo], config: Fp8Options) -> list[Layer
     )
 
 
-def packed_format(config: Fp8Options) -> PackedFormat | None:
-    """The layout of every weight with kernel="packed"; None: blocks whose columns are no whole sixteens."""
-    if config.block_columns % LEAST_GROUP:
-        return None
+def packed_format(config: Fp8Options) -> PackedFormat:
+    """The layout of every weight with kernel="packed"."""
     return PackedFormat(kind="float8", group_size=config.block_columns or -1, scale_dtype="float32")
 
 

@@ -19,7 +19,6 @@ LAYOUTS: Mapping[str, PackedFormat] = {
     "mxfp4": PackedFormat(kind="codebook4", group_size=-1, scale_dtype="bfloat16"),  # powers of two
 }
 """Weights -> their layout with kernel="packed", but for the group; fp8 has none. Quark's int8 may have zero points."""
-LEAST_GROUP = 16
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[LayerPlan]:
@@ -31,11 +30,9 @@ def plan_layers(weights: Sequence[WeightInfo], config: QuarkOptions) -> list[Lay
 
 
 def packed_format(config: QuarkOptions) -> PackedFormat | None:
-    """None: fp8, and groups that are no whole sixteens."""
-    kind = LAYOUTS.get(config.weights)
-    if kind is None or (config.group_size or LEAST_GROUP) % LEAST_GROUP:
-        return None
-    return replace(kind, group_size=config.group_size or -1)
+    """None: fp8."""
+    layout = LAYOUTS.get(config.weights)
+    return layout and replace(layout, group_size=config.group_size or -1)
 
 
 def quantized_bytes(weight: WeightInfo, config: QuarkOptions) -> int:

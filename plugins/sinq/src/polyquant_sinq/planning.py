@@ -21,7 +21,6 @@ IN_INT32 = {3: 10, 5: 6, 6: 5}
 SCALE_ROWS = 32  # scales are rounded to 8 bits in columns of so many
 KINDS: Mapping[int, Literal["affine4", "int8"]] = {4: "affine4", 5: "int8", 6: "int8", 8: "int8"}
 """Bits -> what the codes are with kernel="packed"; fewer bits would take far more memory there."""
-LEAST_GROUP = 16
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: SinqOptions) -> list[LayerPlan]:
@@ -35,9 +34,9 @@ def plan_layers(weights: Sequence[WeightInfo], config: SinqOptions) -> list[Laye
 def packed_format(config: SinqOptions) -> PackedFormat | None:
     """Zero points are no integers: each group has a minimum.
 
-    None: 2 and 3 bits, columns that are scaled in tiles, and groups that are no whole sixteens.
+    None: 2 and 3 bits, and columns that are scaled in tiles.
     """
-    if config.bits not in KINDS or config.tiling == "2D" or config.group_size % LEAST_GROUP:
+    if config.bits not in KINDS or config.tiling == "2D":
         return None
     kind = KINDS[config.bits]
     return PackedFormat(kind=kind, group_size=config.group_size, offsets="minima", column_scales=True)

@@ -14,7 +14,6 @@ KINDS: Mapping[str, Literal["affine4", "int8", "float8"]] = {
     "int8": "int8", "int4-in-int8": "affine4", "float8": "float8"
 }  # fmt: skip
 """Scheme -> what its codes are with kernel="packed"."""
-LEAST_GROUP = 16
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: TorchAoOptions) -> list[LayerPlan]:
@@ -26,9 +25,9 @@ def plan_layers(weights: Sequence[WeightInfo], config: TorchAoOptions) -> list[L
 
 
 def packed_format(weight: WeightInfo, config: TorchAoOptions) -> PackedFormat | None:
-    """None: rounded activations, and groups that are no whole sixteens."""
+    """None: rounded activations."""
     kind = KINDS.get(config.scheme)
-    if kind is None or (config.group_size or LEAST_GROUP) % LEAST_GROUP:
+    if kind is None:
         return None
     made = weight.dtype if kind == "affine4" else "float32"  # by torchao, in which dtype it computes in
     scale = weight.parts.get("_weight_scale", made)
