@@ -1,8 +1,8 @@
-"""GPTQ's and AWQ's tensors of a layer as codes, and in polyquant's packed layout; nothing is rounded. Imports torch.
+"""Tensors of layers as codes and scales, and GPTQ's and AWQ's in polyquant's packed layout; nothing is rounded.
 
 GPTQ: words of qweight run down in_features, those of qzeros along out_features, lowest bits first. Its first version
 stores zero points less one. AWQ: all words run along out_features, and of eight codes in a word those of even columns
-come first. Sizes and bytes of the same tensors are in `layouts`.
+come first. Sizes and bytes of the same tensors are in `layouts`. Imports torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,17 @@ from polyquant.plugin.layouts import packed_group
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Of eight columns in a word of AWQ's, the nibble that each one's code lies in."""
+
+
+def scales_of_rows(scales: Tensor, rows: int, block_rows: int = 1) -> Tensor:
+    """The scales of each row's groups, (rows, groups).
+
+    scales: one for the matrix; one for each row; or (blocks of `block_rows` rows, groups), of which the last may be
+    smaller.
+    """
+    if scales.numel() == 1:
+        return scales.view(1, 1).expand(rows, 1)
+    return scales.view(len(scales), -1).repeat_interleave(block_rows, 0)[:rows]
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:

@@ -23,7 +23,7 @@ from polyquant.plugin.layers import (
     pack_weight,
 )
 from polyquant.plugin.layouts import packed_group
-from polyquant.plugin.packing import unpacked
+from polyquant.plugin.packing import scales_of_rows, unpacked
 from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
 from polyquant_compressed_tensors._decode import FP4, ZERO, decode, group_scales, zero_points
@@ -126,10 +126,7 @@ def pack(module: CompressedLinear) -> PackedWeight:
     scales = group_scales(
         options.weights, held["weight_scale"], held.get("weight_global_scale"), module.packed_scale
     ).to(module.packed_scale)
-    if options.weights == "fp8":  # a scale for the matrix, for each row, or for each block
-        rows_of_a_scale = BLOCK[0] if options.strategy == "block" else 1
-        scales = scales.view(-1, 1) if scales.dim() < 2 else scales.repeat_interleave(rows_of_a_scale, 0)
-        scales = scales.expand(module.out_features, -1) if len(scales) == 1 else scales[: module.out_features]
+    scales = scales_of_rows(scales, module.out_features, BLOCK[0] if options.strategy == "block" else 1)
     codes = held["weight"] if options.weight_bits == 8 else unpacked(held["weight_packed"], 4)[:, :columns]
     zero = ZERO if options.weights == "int4" else 0
     return pack_weight(

@@ -17,6 +17,7 @@ from polyquant.plugin.layers import (
     prepare_for_training,
     take_bias,
 )
+from polyquant.plugin.packing import scales_of_rows
 from torch import Tensor
 
 from polyquant_fp8._decode import quantize
@@ -61,10 +62,9 @@ def linear_from_tensors(
 
 def pack(module: Fp8Linear) -> PackedWeight:
     """Raises ModelError for weights that are NaN."""
-    rows, scales = module.out_features, module.weight_scale_inv.detach().float()
-    if module.block is None:
-        return pack_weight(module.weight.detach(), scales.expand(rows, 1))
-    return pack_weight(module.weight.detach(), scales.repeat_interleave(module.block[0], 0)[:rows], module.block[1])
+    block_rows, block_columns = module.block or (1, -1)
+    scales = scales_of_rows(module.weight_scale_inv.detach().float(), module.out_features, block_rows)
+    return pack_weight(module.weight.detach(), scales, block_columns)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:
