@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 from polyquant.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from polyquant.types import LayerPlan, WeightInfo
+    from polyquant.types import LayerInfo, LayerPlan, WeightInfo
 
 
-def module_of(weight: WeightInfo | LayerPlan) -> str:
+def module_of(weight: WeightInfo | LayerPlan | LayerInfo) -> str:
     """The name of the module that owns a tensor."""
     return weight.name.rpartition(".")[0]
+
+
+def kind_of(module: str) -> str:
+    """The pattern of a module and its like in all layers: model.layers.*.mlp.up_proj."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
 def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...], option: str = "skip") -> list[str]:
@@ -24,7 +29,7 @@ def matching_modules(weights: Sequence[WeightInfo], patterns: tuple[str, ...], o
     Raises ConfigError for a pattern that matches nothing.
     """
     names = [
-        weight.name.rpartition(".")[0]
+        module_of(weight)
         for weight in weights
         if weight.role in ("linear", "experts", "head", "embedding", "tower", "custom", "other")
     ]

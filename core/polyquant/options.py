@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from polyquant.errors import ConfigError, did_you_mean
-from polyquant.modules import matching_modules
+from polyquant.modules import matching_modules, module_of
 
 if TYPE_CHECKING:
     from polyquant.types import WeightInfo
@@ -56,11 +56,11 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         `skip_defaults` is then spent. Unchanged where nothing but libraries' own defaults stays dense: they know no
         towers, and no modules with code of their own. Raises ConfigError for a pattern that matches nothing.
         """
-        never = [weight.name.rpartition(".")[0] for weight in weights if weight.role in ("tower", "custom")]
+        never = [module_of(weight) for weight in weights if weight.role in ("tower", "custom")]
         if not self.skip and self.skip_defaults and not never:
             return self
         asked = matching_modules(weights, self.skip)
-        modules = {weight.name.rpartition(".")[0]: weight for weight in weights if weight.role != "vector"}
+        modules = {module_of(weight): weight for weight in weights if weight.role != "vector"}
         tied = {weight.tied_to for weight in weights}
         always = [name for name, weight in modules.items() if weight.tied_to or weight.name in tied]
         defaults = [name for name, weight in modules.items() if self.skip_defaults and weight.default_skip]
@@ -70,7 +70,7 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def skips(self, weight: WeightInfo) -> bool:
         """Whether the tensor's module stays dense on request, by default, or because it is tied to another."""
         by_default = self.skip_defaults and not self.skip and weight.default_skip
-        return weight.name.rpartition(".")[0] in self.skip or by_default or bool(weight.tied_to)
+        return module_of(weight) in self.skip or by_default or bool(weight.tied_to)
 
     @property
     def stored_skip(self) -> list[str] | None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from polyquant import api
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.options import Loading
+from polyquant.modules import kind_of
 from polyquant.support.sizes import size
 
 if TYPE_CHECKING:
@@ -85,6 +86,5 @@ def _kinds(found: Assignment) -> dict[str, Counter[str]]:
     kinds: dict[str, Counter[str]] = {}
     for part in found.assigned:
         for module in part.modules:
-            kind = ".".join("*" if word.isdigit() else word for word in module.split("."))
-            kinds.setdefault(kind, Counter())[part.format] += 1
+            kinds.setdefault(kind_of(module), Counter())[part.format] += 1
     return kinds

@@ -1,8 +1,8 @@
 """What `kernel="auto"` comes to: the packed runtime where it is there, and most weights have a place in it that fits.
 
 Measured on CPUs, SmolLM2 in float32: 8 to 20 times the tokens a second that the libraries' own kernels generate, and
-about the speed of a dense model for prompts. For 16-bit activations the libraries keep their own, and
-for formats that round activations: the packed runtime multiplies with weights alone as the format has them.
+about the speed of a dense model for prompts. For 16-bit activations the libraries keep their own, and for
+formats that round activations: the packed runtime multiplies with weights alone as the format has them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from polyquant.types import LayerPlan, WeightInfo
 
 SETTING = "POLYQUANT_KERNEL"
 """The environment variable that says what auto is: library, or auto."""
-
-
 MOST_GROWTH = 1.2
 """The bytes that auto may take, of those with the library: 5- and 6-bit codes lie in 8 bits, NVFP4 scales are whole."""
 

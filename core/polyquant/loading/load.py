@@ -198,7 +198,7 @@ def prepare(
 
 def _packed_later(backend: Backend, settled: Settled) -> frozenset[str]:
     """Names of the fused experts that the core packs after the load."""
-    if not quantizes_experts(settled.options):
+    if not quantizes_experts(settled.options) or not any(weight.stacked for weight in settled.weights):
         return frozenset()
     plans = backend.plan_layers(settled.weights, settled.options)
     return frozenset(plan.name for plan in plans if plan.role == "experts" and plan.packed is not None)

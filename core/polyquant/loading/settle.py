@@ -17,6 +17,7 @@ from polyquant.loading import kernel
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
 from polyquant.models.model import Model
+from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype, pairs_of
 from polyquant.packable import is_packed, packs_any
 from polyquant.registry.catalogue import maker_of
@@ -158,7 +159,7 @@ def _skipping_what_is_dense(model: Model, weights: Sequence[WeightInfo], config:
         or dense == {weight.name for weight in matrices if config.skips(weight)}
     ):
         return config
-    skip = tuple(weight.name.rpartition(".")[0] for weight in matrices if weight.name in dense)
+    skip = tuple(module_of(weight) for weight in matrices if weight.name in dense)
     return msgspec.structs.replace(config, skip=skip, skip_defaults=False)
 
 

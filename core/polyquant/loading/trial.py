@@ -11,6 +11,7 @@ from typing import Any
 from polyquant.errors import ConfigError, ModelError, OutOfMemory, PolyquantError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name, is_adapters
+from polyquant.modules import module_of
 
 TRIED_TOKENS = 3
 DEVICE_FAULT = "CUDA error"
@@ -75,7 +76,7 @@ def _explained(loaded: LoadedModel, error: BaseException, to: str) -> PolyquantE
         return slip
     if DEVICE_FAULT in str(error):  # raised later than where it happened, and after it nothing runs
         return None
-    quantized = {layer.name.rpartition(".")[0] for layer in loaded.initial_layers if layer.quantized}
+    quantized = {module_of(layer) for layer in loaded.initial_layers if layer.quantized}
     skip = culprits(loaded.model, error, quantized)
     if not skip:
         return None

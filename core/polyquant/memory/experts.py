@@ -8,8 +8,9 @@ from itertools import groupby
 from msgspec.structs import replace
 
 from polyquant.errors import ConfigError
+from polyquant.modules import module_of
 from polyquant.options import BackendOptions
-from polyquant.packable import QUANTIZE, quantizes_experts
+from polyquant.packable import AUTO, QUANTIZE, quantizes_experts
 from polyquant.types import LayerPlan, WeightInfo
 
 PlanLayers = Callable[[Sequence[WeightInfo]], Sequence[LayerPlan]]
@@ -23,7 +24,7 @@ def one_expert(weight: WeightInfo) -> WeightInfo:
 
 def left_dense(weights: Sequence[WeightInfo], config: BackendOptions) -> bool:
     """Whether a model has experts that stay dense only because nobody has said what becomes of them."""
-    undecided = getattr(config, "experts", "") == "auto" and not quantizes_experts(config)
+    undecided = getattr(config, "experts", "") == AUTO and not quantizes_experts(config)
     return undecided and any(weight.stacked and not config.skips(weight) for weight in weights)
 
 
@@ -43,7 +44,7 @@ def with_experts(
     if asked and not experts:
         raise ConfigError("this model has no fused experts that are not skipped: leave experts out")
     planned: dict[str, LayerPlan] = {}
-    for _, group in groupby(experts, lambda weight: weight.name.rpartition(".")[0]):
+    for _, group in groupby(experts, module_of):
         layer = list(group)
         found = {weight.name: _planned(weight, plan) for weight in layer}
         whole = {name: each for name, each in found.items() if each is not None}

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from polyquant.models.outline import Outline, outline_of
 from polyquant.models.resolve import dense_of, resolve
+from polyquant.modules import module_of
 from polyquant.options import Dtype
 from polyquant.request import KvCache, ModelSource
 from polyquant.types import DTYPE_BYTES, WeightInfo
@@ -126,18 +127,18 @@ class Model:
         """Whether the checkpoint holds a weight as it is in the model, with nothing but a bias beside it."""
         found = self.outline.tensors.get(weight.name)
         same = found is not None and found.shape == weight.shape and found.dtype in FLOATS
-        return same and self._inside[weight.name.rpartition(".")[0]].keys() <= {"weight", "bias"}
+        return same and self._inside[module_of(weight)].keys() <= {"weight", "bias"}
 
     def holds_part(self, weight: WeightInfo) -> bool:
         """Whether the checkpoint holds anything of the module of a weight."""
-        return weight.name.rpartition(".")[0] in self._inside
+        return module_of(weight) in self._inside
 
     def with_parts(self, weights: tuple[WeightInfo, ...]) -> tuple[WeightInfo, ...]:
         """`weights`, each matrix that the checkpoint holds packed with the tensors that it holds of it."""
         return tuple(
             replace(weight, parts=parts)
             if weight.role in ("linear", "head") and not self.holds_dense(weight)
-            and (parts := self._inside.get(weight.name.rpartition(".")[0]))
+            and (parts := self._inside.get(module_of(weight)))
             else weight
             for weight in weights
         )  # fmt: skip

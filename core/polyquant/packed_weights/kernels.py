@@ -14,6 +14,7 @@ DISTRIBUTION, INTERFACE = "polyquant-kernels", 5
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
 KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3, "dense16": 4}
+SCALES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
 
 
@@ -76,18 +77,13 @@ def type_number(dtype: Any) -> int | None:
     return {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}.get(dtype)
 
 
-SCALES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
-
-
 def weight_struct(packed: Any) -> ctypes.Structure:
     """A `PackedWeight` as the kernels take it: it points into the tensors, which must stay."""
     rows, columns = packed.padded
     address = {name: part.data_ptr() for name, part in packed.parts.items()}
     struct: ctypes.Structure = library().Weight(
-        *(address.get(name) for name in (
-            "codes", "scales", "zeros", "minima", "table", "order", "column_scales", "outer_scales", "outer_minima")),
-        rows, columns, packed.group, packed.format.outer_group, KINDS[packed.format.kind],
-        SCALES[packed.format.scale_dtype], packed.zero,
+        **address, rows=rows, columns=columns, group=packed.group, outer_group=packed.format.outer_group,
+        kind=KINDS[packed.format.kind], scale_type=SCALES[packed.format.scale_dtype], zero=packed.zero,
     )  # fmt: skip
     return struct
 

@@ -16,6 +16,7 @@ from polyquant.memory.adapted import base_name
 from polyquant.memory.experts import left_dense, one_expert
 from polyquant.memory.packed import VOCABULARY_SCHEMES, scheme_of
 from polyquant.models.versions import tied_tensors
+from polyquant.modules import module_of
 from polyquant.packable import KEEP, QUANTIZE, is_packed, packs_any
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.experts import RepackedExperts, has_packed, put_in
@@ -99,7 +100,7 @@ def _pack_quantized(
         if plan is None or plan.packed is None:
             left.append(layer.name)
             continue
-        name = layer.name.rpartition(".")[0]
+        name = module_of(layer)
         module = loaded.model.get_submodule(name)
         weight = _packed(module, plan, shapes[layer.name], backend)
         if plan.role == "embedding":
@@ -147,14 +148,14 @@ def _rounded_experts(
 
 def left_with_library(model: Any, backend: Packing) -> bool:
     """Whether the library multiplies with any layer of a packed model: only its backend knows how that one trains."""
-    quantized = {layer.name.rpartition(".")[0] for layer in backend.describe_layers(model) if layer.quantized}
+    quantized = {module_of(layer) for layer in backend.describe_layers(model) if layer.quantized}
     modules = (model.get_submodule(name) for name in quantized)
     return any(not isinstance(each, (RepackedLinear, RepackedEmbedding)) and not has_packed(each) for each in modules)
 
 
 def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
     """Round the embedding, with a head that is tied to it, or the head. Raises ConfigError for modules that do more."""
-    name = plan.name.rpartition(".")[0]
+    name = module_of(plan)
     module = model.get_submodule(name)
     if plan.role == "head":
         if not isinstance(module, torch.nn.Linear):
@@ -201,8 +202,9 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
     """
     if loaded.request is None or loaded.settled is None:
         raise SaveError("it is not known where this model came from: load through polyquant.load")
-    experts = {"experts": QUANTIZE} if _experts_of(loaded.model) else {}  # still the core's, so that none is refused
-    options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP, **experts)
+    experts = _experts_of(loaded.model)
+    still = {"experts": QUANTIZE} if experts else {}  # the core's, so that none is refused
+    options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP, **still)
     try:
         again = backend.load(replace(loaded.request, later=frozenset()), replace(loaded.settled, options=options))
     except OSError as error:
@@ -212,7 +214,8 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
         ) from error
     again.tokenizer = loaded.tokenizer
     _with_stored_options(again)
-    _require_same_experts(loaded, again, backend)
+    if experts:
+        _require_same_experts(experts, loaded, again, backend)
     mine = {base_name(name): module for name, module in loaded.model.named_modules()
             if isinstance(module, (RepackedLinear, RepackedEmbedding))}  # fmt: skip
     for name, module in mine.items():
@@ -244,12 +247,14 @@ def _experts_of(model: Any) -> dict[str, RepackedExperts]:
     return {base_name(name): module for name, module in model.named_modules() if isinstance(module, RepackedExperts)}
 
 
-def _require_same_experts(loaded: LoadedModel, again: LoadedModel, backend: Packing) -> None:
+def _require_same_experts(
+    experts: Mapping[str, RepackedExperts], loaded: LoadedModel, again: LoadedModel, backend: Packing
+) -> None:
     """Raises SaveError where experts of a model that was loaded again, dense, are not those that are packed."""
     assert loaded.settled is not None
     weights = {weight.name: weight for weight in loaded.settled.weights}
     plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
-    for name, mine in _experts_of(loaded.model).items():
+    for name, mine in experts.items():
         dense = again.model.get_parameter(name).detach()
         now = _rounded_experts(dense, weights[name], plans[name], loaded, backend)
         if not all(same(one, other) for one, other in zip(now, mine.packed, strict=True)):

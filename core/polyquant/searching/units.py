@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from polyquant.modules import matches
+from polyquant.modules import kind_of, matches
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 """Last parts of the names of layers that read the same input: what one of them loses, its siblings lose alike."""
@@ -42,7 +42,7 @@ def as_options(formats: Mapping[str, str], usual: Iterable[str], option: str) ->
     base = Counter(formats[name] for name in plain or formats).most_common(1)[0][0]
     kinds: dict[str, list[str]] = {}
     for name in formats:
-        kinds.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     layers: list[tuple[str, str]] = []
     for kind, names in kinds.items():
         counts = Counter(formats[name] for name in names)
