@@ -3,11 +3,12 @@
 import polyquant
 import pytest
 import torch
+from polyquant.plugin import WeightInfo
 from polyquant.testing.checkpoints import assert_verified, changed_copy
 from polyquant.testing.models import tiny_model
 from polyquant_sinq._layers import SinqLinear, pack, quantized_linear
 from polyquant_sinq.options import SinqOptions
-from polyquant_sinq.planning import packed_format
+from polyquant_sinq.planning import packed_format, plan_layers
 
 from .test_sinq import TOKENS, load
 
@@ -43,7 +44,11 @@ def test_what_has_no_place_stays(tmp_path, options):
 
 
 def test_groups_that_are_no_whole_sixteens_have_no_place():
-    assert packed_format(SinqOptions(group_size=24)) is None
+    weight = WeightInfo(name="up_proj.weight", shape=(64, 96), dtype="float32", role="linear", module="Linear")
+    plans = [plan_layers([weight], SinqOptions(group_size=size))[0] for size in (24, 48)]
+    assert all(plan.quantized for plan in plans)
+    assert plans[0].packed is None
+    assert plans[1].packed == packed_format(SinqOptions(group_size=48))
 
 
 @pytest.mark.parametrize("method", ["sinq", "asinq"])
