@@ -75,10 +75,10 @@ def test_what_is_no_candidate_is_said(text, error, said):
 def card(**more):
     from typing import Literal
 
-    from polyquant.options import BackendOptions
+    from polyquant.packable import PackableOptions
     from polyquant.types import BackendInfo, Capabilities, DeviceSupport
 
-    class Options(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    class Options(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
         weights: Literal["int8", "int4", "float4", "int2"] = "int8"
         group_size: int | None = None
         fast: bool = False
@@ -142,6 +142,12 @@ def test_presets_choose_between_several():
         ({"bits": "many"}, "acme has nothing with bits=many"),
         ({"bits": 4, "weihgts": "int4"}, "unknown option 'weihgts'; .*Did you mean 'weights'"),
         ({"bits": 8, "group_size": 32}, "acme has nothing with bits=8, group_size=32"),
+        ({"bits": 3, "compute_dtype": "float32"}, "acme has nothing with bits=3; bits are"),
+        ({"bits": 5, "kernel": "library"}, "acme reads checkpoints with bits=5, and none of its options makes one"),
+        (
+            {"bits": 4, "kernel": "library"},
+            "bits=4 may be several of acme's: say which, weights='int4' or weights='float4'$",
+        ),
     ],
 )
 def test_words_that_come_to_nothing_are_refused_with_the_choices(given, message):

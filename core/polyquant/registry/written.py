@@ -92,14 +92,15 @@ def resolved(info: BackendInfo, given: Mapping[str, object], *, strict: bool = T
     found = reaching(info, words, own, strict=strict)
     if len(found) == 1:
         return found[0]
-    asked = ", ".join(f"{name}={value}" for name, value in {**words, **own}.items())
+    formats = {name: value for name, value in own.items() if name not in info.options.load_time}
+    asked = ", ".join(f"{name}={value}" for name, value in {**words, **formats}.items())
     if found:
         choices = " or ".join(
             ", ".join(f"{name}={value!r}" for name, value in each.items() if name not in own) for each in found
         )
         raise ConfigError(f"{asked} may be several of {info.name}'s: say which, {choices}")
     can, presets = info.capabilities, ", ".join(info.presets) or "none"
-    if not own and len(words) == 1 and _is_declared(info, *next(iter(words.items()))):
+    if not formats and len(words) == 1 and _is_declared(info, *next(iter(words.items()))):
         said = f"reads checkpoints with {asked}, and none of its options makes one; presets are {presets}"
         raise ConfigError(f"{info.name} {said}")
     raise ConfigError(
@@ -170,8 +171,12 @@ def _schemes(info: BackendInfo, config: BackendOptions) -> set[str]:
 
 
 def values_of(info: BackendInfo) -> Iterator[tuple[str, object]]:
-    """(option, value) of every value but the default of each option that has a list of them, or two."""
+    """(option, value) of every value but the default of each option that has a list of them, or two.
+
+    Not of those that say how a checkpoint is loaded, whatever it holds.
+    """
+    apart = {*BackendOptions.__struct_fields__, *info.options.load_time}
     for option in describe_options(info.options):
-        if option.name not in BackendOptions.__struct_fields__ and option.kind != "table":
+        if option.name not in apart and option.kind != "table":
             values = (True, False) if isinstance(option.default, bool) else option.values
             yield from ((option.name, value) for value in values if value != option.default)
