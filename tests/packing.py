@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import RepackedLinear
-from polyquant.packed_weights.weight import WIDE, PackedWeight, pack_dense, pack_weight
+from polyquant.packed_weights.weight import WIDE, PackedWeight, pack_weight
 from torch import Tensor
 
 
@@ -16,9 +16,6 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
     padded = layout.padded(shape)[1]
     group = layout.group_of(padded)
     groups = padded // group
-    if layout.kind == "dense16":
-        dense = torch.randn(shape).to(getattr(torch, layout.scale_dtype))
-        return pack_dense(dense), dense.float(), dense, dense.new_empty(0)
     wide = layout.kind in WIDE
     codes = torch.randint(-128 if wide else 0, 128 if wide else 16, shape).to(torch.int8 if wide else torch.uint8)
     if layout.kind == "float8":

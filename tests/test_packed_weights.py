@@ -33,8 +33,6 @@ FORMATS = (
         PackedFormat(kind="affine4", group_size=32, scale_dtype="int8", offsets="minima", outer_group=64),
         PackedFormat(kind="int8", group_size=16, scale_dtype="int8", outer_group=64),
         PackedFormat(kind="int8", group_size=32, scale_dtype="int8", offsets="minima", outer_group=64),
-        PackedFormat(kind="dense16", group_size=-1, scale_dtype="float16"),
-        PackedFormat(kind="dense16", group_size=-1, scale_dtype="bfloat16"),
     ]
     + [
         PackedFormat(kind=kind, group_size=group, offsets=offsets, column_scales=True)

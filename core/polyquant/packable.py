@@ -8,10 +8,10 @@ from msgspec import Meta
 
 from polyquant.options import BackendOptions
 
-AUTO, PACKED, LIBRARY, KEEP, QUANTIZE = "auto", "packed", "library", "keep", "quantize"
-VocabularyBits = Literal["keep", "16bit", "8bit", "4bit"]
-"""Of an embedding or an output head. keep: dense in the compute dtype, or as its checkpoint has it. 16bit: bfloat16, as
-most checkpoints hold it: with activations in float32, half of the bytes and the same numbers."""
+AUTO, PACKED, LIBRARY, KEEP, HALF, QUANTIZE = "auto", "packed", "library", "keep", "16bit", "quantize"
+VocabularyBits = Literal["auto", "keep", "16bit", "8bit", "4bit"]
+"""Of an embedding or an output head. keep: dense in the compute dtype, or quantized as its checkpoint has it. 16bit:
+dense, as the checkpoint holds it in bfloat16 or float16, else rounded to float16. auto: 16bit beside packed weights."""
 
 
 class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,9 +27,12 @@ class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
     ] = "auto"
     embeddings: Annotated[
         VocabularyBits,
-        Meta(description="bits of the input embedding, and of an output head tied to it, packed on a CPU as it loads"),
-    ] = "keep"
-    head: Annotated[VocabularyBits, Meta(description="bits of an output head that is not tied, as embeddings")] = "keep"
+        Meta(
+            description="bits of the input embedding, and of an output head tied to it, on a CPU; keep: as they are, "
+            "in the compute dtype; auto: 16bit beside packed weights, else keep"
+        ),
+    ] = "auto"
+    head: Annotated[VocabularyBits, Meta(description="bits of an output head that is not tied, as embeddings")] = "auto"
 
     load_time: ClassVar[frozenset[str]] = BackendOptions.load_time | {"kernel", "embeddings", "head"}
 
@@ -53,7 +56,7 @@ def is_packed(options: BackendOptions) -> bool:
 
 def packs_any(options: BackendOptions) -> bool:
     """Whether anything comes into the packed layout with these options: weights, an embedding, a head, experts."""
-    vocabulary = any(getattr(options, name, KEEP) != KEEP for name in ("embeddings", "head"))
+    vocabulary = any(getattr(options, name, KEEP) not in (AUTO, KEEP) for name in ("embeddings", "head"))
     return is_packed(options) or vocabulary or quantizes_experts(options)
 
 

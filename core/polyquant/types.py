@@ -146,9 +146,9 @@ class WeightInfo(Record, frozen=True):
         return self.shape[::-1] if self.module == "Conv1D" else self.shape
 
 
-PackedKind = Literal["affine4", "codebook4", "int8", "float8", "dense16"]
+PackedKind = Literal["affine4", "codebook4", "int8", "float8"]
 """affine4: codes from 0 to 15, scale * (code - zero) or scale * code + minimum. codebook4: scale * table[code].
-int8: as affine4, with signed codes of 8 bits. float8: scale * a float of 8 bits (E4M3). dense16: a float of 16 bits."""
+int8: as affine4, with signed codes of 8 bits. float8: scale * a float of 8 bits (E4M3)."""
 PackedOffsets = Literal["none", "zeros", "minima"]
 """Of the groups. none: one zero point for all. zeros: an int8 zero point each. minima: a float32 minimum each."""
 
@@ -158,7 +158,7 @@ class PackedFormat(Record, frozen=True):
 
     kind: PackedKind
     group_size: int  # columns that share a scale; -1: all of them
-    scale_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"  # of dense16, which has none: of weights
+    scale_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
     offsets: PackedOffsets = "none"
     ordered: bool = False  # whether columns are sorted by their groups: act-order
     outer_group: int = 0  # of int8 scales and minima: columns that share the float16 scale of these; else 0
@@ -168,7 +168,7 @@ class PackedFormat(Record, frozen=True):
     COLUMNS: ClassVar[int] = 32  # what those stored are a multiple of
     LEAST_GROUP: ClassVar[int] = 16  # columns; every group is a multiple of it
     TABLE_BYTES: ClassVar[int] = 16 * 4
-    CODE_BITS: ClassVar[Mapping[str, int]] = {"affine4": 4, "codebook4": 4, "int8": 8, "float8": 8, "dense16": 16}
+    CODE_BITS: ClassVar[Mapping[str, int]] = {"affine4": 4, "codebook4": 4, "int8": 8, "float8": 8}
 
     @property
     def holds_groups(self) -> bool:
@@ -184,7 +184,7 @@ class PackedFormat(Record, frozen=True):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a weight (out_features, in_features) with scales of all kinds, offsets, table and order."""
         rows, columns = self.padded(shape)
-        groups = rows * (columns // self.group_of(columns)) if self.kind != "dense16" else 0
+        groups = rows * (columns // self.group_of(columns))
         each = (
             DTYPE_BYTES[self.scale_dtype]
             + {"none": 0, "zeros": 1, "minima": 1 if self.outer_group else 4}[self.offsets]

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 __version__ = version("polyquant-kernels")
-INTERFACE = 5
+INTERFACE = 6
 """Of src/polyquant_kernels.h: the library of another number is not called."""
 FLOAT32, FLOAT16, BFLOAT16, NESTED = range(4)
 AFFINE4, CODEBOOK4, INT8, FLOAT8, DENSE16 = range(5)

@@ -1,10 +1,10 @@
 // The C interface of the packed products. Every function is safe to call from several threads at once.
 //
 // A weight of (rows, columns) lies with eight rows interleaved: `codes` is (rows / 8, columns / 8, 8) lanes of 32 bits,
-// each with eight codes of four bits of one row, or (rows / 8, columns / 4, 8) lanes with four of eight bits; codes of 16
-// bits are (rows / 8, columns, 8) by themselves. In a lane of
+// each with eight codes of four bits of one row, or (rows / 8, columns / 4, 8) lanes with four of eight bits. In a lane of
 // four-bit codes, code t has the bits from {0, 8, 16, 24, 4, 12, 20, 28}[t]: the even nibbles are codes 0 to 3, the odd
-// ones 4 to 7. Scales, zero points and minima are (rows / 8, columns / group, 8).
+// ones 4 to 7. Scales, zero points and minima are (rows / 8, columns / group, 8). Weights of 16 bits are (rows, columns), as
+// everybody has them.
 #pragma once
 #include <stdint.h>
 
@@ -25,7 +25,7 @@ enum pq_kind {
   PQ_CODEBOOK4 = 1,  // scale * table[code]
   PQ_INT8 = 2,       // scale * (code - zero), or scale * code + minimum; the code is signed
   PQ_FLOAT8 = 3,     // scale * code; the code is a float of 8 bits, E4M3 without infinities, and no NaN
-  PQ_DENSE16 = 4     // the code, a float of 16 bits of scale_type; there are no scales
+  PQ_DENSE16 = 4     // a float of 16 bits of scale_type; there are no scales, and `codes` are these floats, row after row
 };
 
 // How activations enter a product: as they are; or in blocks of 32 as integers of 16 or of 8 bits with a scale each.

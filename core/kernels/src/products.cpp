@@ -372,26 +372,39 @@ void bytes_exact(
   }
 }
 
-// where the codes of a block of eight rows are, as 16 bits each: (columns, 8)
-inline const uint16_t* dense_of(const pq_weight& w, int64_t block) {
-  return reinterpret_cast<const uint16_t*>(w.codes) + block * w.columns * 8;
+// a row of a weight that lies row after row
+inline const uint16_t* dense_row(const pq_weight& w, int64_t row) {
+  return reinterpret_cast<const uint16_t*>(w.codes) + row * w.columns;
 }
 
-inline Floats load16(const pq_weight& w, const uint16_t* from) {
-  return w.scale_type == PQ_FLOAT16 ? load_f16(from) : load_bf16(from);
+template <bool HALF> Floats load16(const uint16_t* from) {
+  if constexpr (HALF) return load_f16(from);
+  else return load_bf16(from);
 }
 
-template <int COUNT> void dense16_exact(const pq_weight& w, int64_t block, const Inputs& in, Floats (&acc)[COUNT]) {
-  const uint16_t* codes = dense_of(w, block);
-  Floats even[COUNT], odd[COUNT];
-  for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
-  for (int64_t column = 0; column < in.columns; column += 8) {
-    const uint16_t* at = codes + column * 8;
-    const Floats q[8] = {load16(w, at), load16(w, at + 8), load16(w, at + 16), load16(w, at + 24),
-                         load16(w, at + 32), load16(w, at + 40), load16(w, at + 48), load16(w, at + 56)};
-    eight_columns<COUNT>(q, in.x + column, in.columns, even, odd);
+// as many sums at a time as there are registers for: some rows by all inputs
+template <int COUNT, bool HALF> void dense16_exact(const pq_weight& w, int64_t block, const Inputs& in, Floats (&acc)[COUNT]) {
+  constexpr int ROWS = 8 / COUNT;
+  float sums[COUNT][8];
+  for (int row = 0; row < 8; row += ROWS) {
+    const uint16_t* rows[ROWS];
+    Floats some[ROWS][COUNT];
+    for (int r = 0; r < ROWS; r++) {
+      rows[r] = dense_row(w, block * 8 + row + r);
+      for (int i = 0; i < COUNT; i++) some[r][i] = zero();
+    }
+    for (int64_t column = 0; column < in.columns; column += 8) {
+      Floats x[COUNT];
+      for (int i = 0; i < COUNT; i++) x[i] = load(in.x + i * in.columns + column);
+      for (int r = 0; r < ROWS; r++) {
+        const Floats weights = load16<HALF>(rows[r] + column);
+        for (int i = 0; i < COUNT; i++) some[r][i] = fused(weights, x[i], some[r][i]);
+      }
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int i = 0; i < COUNT; i++) sums[i][row + r] = sum(some[r][i]);
   }
-  for (int i = 0; i < COUNT; i++) acc[i] = add(even[i], odd[i]);
+  for (int i = 0; i < COUNT; i++) acc[i] = load(sums[i]);
 }
 
 template <int COUNT, int64_t BLOCK>
@@ -408,7 +421,8 @@ void tile(const pq_weight& w, int64_t block, const Inputs& in, float* y, int how
 #endif
       codebook4_exact<COUNT>(codes, groups, w.group, w.table, in, acc);
   } else if (w.kind == PQ_DENSE16) {
-    dense16_exact<COUNT>(w, block, in, acc);
+    if (w.scale_type == PQ_FLOAT16) dense16_exact<COUNT, true>(w, block, in, acc);
+    else dense16_exact<COUNT, false>(w, block, in, acc);
   } else if (w.kind == PQ_FLOAT8) {
     bytes_exact<COUNT, BLOCK, false>(codes, groups, per, in, float8, acc);
   } else if (w.kind == PQ_INT8) {
@@ -445,6 +459,18 @@ void multiply_all(
 
 // ---- decoding
 
+void to_float32(const void* from, int type, int64_t count, float* to) {
+  const auto* halves = static_cast<const uint16_t*>(from);
+  int64_t at = 0;
+  for (; at + 8 <= count; at += 8) store(to + at, type == PQ_FLOAT16 ? load_f16(halves + at) : load_bf16(halves + at));
+  if (at == count) return;
+  uint16_t rest[8] = {};
+  float out[8];
+  std::memcpy(rest, halves + at, static_cast<size_t>(count - at) * 2);
+  store(out, type == PQ_FLOAT16 ? load_f16(rest) : load_bf16(rest));
+  std::memcpy(to + at, out, static_cast<size_t>(count - at) * 4);
+}
+
 void decode_block(const pq_weight& w, int64_t block, float* out) {
   const Groups groups(w, block);
   const Ints mask = ints_all(15);
@@ -454,7 +480,7 @@ void decode_block(const pq_weight& w, int64_t block, float* out) {
     for (int64_t row = 0; row < 8; row++) out[row * w.columns + column] = lanes_of[row];
   };
   if (w.kind == PQ_DENSE16) {
-    for (int64_t column = 0; column < w.columns; column++) put(column, load16(w, dense_of(w, block) + column * 8));
+    to_float32(dense_row(w, block * 8), w.scale_type, 8 * w.columns, out);
     return;
   }
   if (is_wide(w)) {
@@ -491,10 +517,7 @@ void decode_row(const pq_weight& w, int64_t row, float* out) {
   const uint32_t* codes = w.codes + row / 8 * w.columns * (wide ? 2 : 1) + row % 8;
   float eight[8];
   if (w.kind == PQ_DENSE16) {
-    for (int64_t column = 0; column < w.columns; column++) {
-      store(eight, load16(w, dense_of(w, row / 8) + column * 8));
-      out[column] = eight[row % 8];
-    }
+    to_float32(dense_row(w, row), w.scale_type, w.columns, out);
     return;
   }
   for (int64_t column = 0; column < w.columns; column++) {
@@ -509,18 +532,6 @@ void decode_row(const pq_weight& w, int64_t row, float* out) {
 }
 
 // ---- other types of activations
-
-void to_float32(const void* from, int type, int64_t count, float* to) {
-  const auto* halves = static_cast<const uint16_t*>(from);
-  int64_t at = 0;
-  for (; at + 8 <= count; at += 8) store(to + at, type == PQ_FLOAT16 ? load_f16(halves + at) : load_bf16(halves + at));
-  if (at == count) return;
-  uint16_t rest[8] = {};
-  float out[8];
-  std::memcpy(rest, halves + at, static_cast<size_t>(count - at) * 2);
-  store(out, type == PQ_FLOAT16 ? load_f16(rest) : load_bf16(rest));
-  std::memcpy(to + at, out, static_cast<size_t>(count - at) * 4);
-}
 
 inline uint16_t to_f16(float value) {  // to nearest, ties to even
   uint32_t bits;

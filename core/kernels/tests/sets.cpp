@@ -80,9 +80,10 @@ Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t c
       uint32_t code = chance() & (wide ? 255u : 15u);
       if (kind == PQ_FLOAT8 && (code & 127) == 127) code--;  // no NaN
       if (kind == PQ_DENSE16) {
-        const uint16_t half = to_bf16(uniform(-1, 1));
-        std::memcpy(reinterpret_cast<char*>(m.codes.data()) + ((row / 8 * columns + column) * 8 + row % 8) * 2, &half, 2);
-        m.dense[static_cast<size_t>(row * columns + column)] = from_bf16(half);
+        const bool brain = scale_type == PQ_BFLOAT16;
+        const auto half = static_cast<uint16_t>(brain ? to_bf16(uniform(-1, 1)) : 0x2c00 + chance() % 4096);
+        std::memcpy(reinterpret_cast<char*>(m.codes.data()) + (row * columns + column) * 2, &half, 2);
+        m.dense[static_cast<size_t>(row * columns + column)] = brain ? from_bf16(half) : from_f16(half);
         continue;
       }
       const int64_t t = column % each, lane = (row / 8 * (columns / each) + column / each) * 8 + row % 8;
@@ -158,9 +159,10 @@ int main() {
     pq_use(set.c_str());
     for (int32_t kind : {PQ_AFFINE4, PQ_CODEBOOK4, PQ_INT8, PQ_FLOAT8, PQ_DENSE16})
       for (int offsets : {0, 1, 2})
-        for (int32_t scale_type : {PQ_FLOAT32, PQ_BFLOAT16, PQ_NESTED})
+        for (int32_t scale_type : {PQ_FLOAT32, PQ_FLOAT16, PQ_BFLOAT16, PQ_NESTED})
           for (int64_t group : {16, 32, 64, 128})
-            if (scale_type == PQ_NESTED ? kind == PQ_AFFINE4 || kind == PQ_INT8 : kind != PQ_DENSE16 || scale_type == PQ_BFLOAT16)
+            if (kind == PQ_DENSE16 ? scale_type == PQ_FLOAT16 || scale_type == PQ_BFLOAT16
+                : scale_type == PQ_NESTED ? kind == PQ_AFFINE4 || kind == PQ_INT8 : scale_type != PQ_FLOAT16)
               check(set.c_str(), make(kind, offsets, scale_type, 24, 256, group, group == 32));
     std::printf("%s: %s\n", set.c_str(), wrong ? "wrong" : "as it should be");
   }

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
-from polyquant.loading import kernel
+from polyquant.loading import kernel, vocabulary
 from polyquant.loading.stored import method_of, reconcile, stored_options
 from polyquant.memory.predicted import Checkpoint
 from polyquant.models.model import Model
@@ -49,7 +49,7 @@ class Settled(Record, frozen=True):
     options: BackendOptions  # effective: compute dtype chosen, skipped modules named in full
     device: str
     dtype: Dtype  # of activations and dense weights
-    weights: tuple[WeightInfo, ...]  # of the model by its architecture, in `dtype`; none for a runtime of GGUF files
+    weights: tuple[WeightInfo, ...]  # of the model by its architecture, as they are held; none for a runtime of GGUFs
     checkpoint: Checkpoint  # the files that the load reads, when those come first that have to
     notes: tuple[str, ...] = ()
 
@@ -133,9 +133,11 @@ def settle(
         wide = weights if dtype == "float32" else _weights(model, "float32", stored)
         if (packed := kernel.packed(config, wide, backend)) is not None:
             config, dtype, weights = packed, "float32", wide
+    held = {name: tensor.dtype for name, tensor in model.outline.tensors.items()} if route != "dense first" else {}
+    config, weights, rounded = vocabulary.settled(config, weights, held, checkpoint.dtype, backend)
     return Settled(
         route=route, options=config, device=device, dtype=dtype, weights=weights,
-        checkpoint=checkpoint, notes=tuple(notes),
+        checkpoint=checkpoint, notes=(*notes, *rounded),
     )  # fmt: skip
 
 

@@ -8,21 +8,20 @@ from msgspec.structs import replace
 
 from polyquant.errors import ConfigError
 from polyquant.options import BackendOptions
-from polyquant.packable import KEEP, is_packed
+from polyquant.packable import is_packed
 from polyquant.types import LayerPlan, PackedFormat, WeightInfo
 
+OPTIONS = {"embeddings": "embedding", "head": "head"}
+"""Option -> the role of the weight that it is for."""
 VOCABULARY: dict[str, PackedFormat] = {
     "8bit": PackedFormat(kind="int8", group_size=32),
     "4bit": PackedFormat(kind="affine4", group_size=32, offsets="zeros"),
-    "16bit": PackedFormat(kind="dense16", group_size=-1, scale_dtype="bfloat16"),
 }
-"""The layouts of embeddings and heads: 8.5, 4.75 and 16 bits a weight."""
+"""The layouts of embeddings and heads: 8.5 and 4.75 bits a weight."""
 
 
 def scheme_of(layout: PackedFormat) -> str:
-    """What an embedding's or a head's weights are called: int8-g32, int4-g32, bfloat16."""
-    if layout.kind == "dense16":
-        return layout.scale_dtype
+    """What an embedding's or a head's weights are called: int8-g32, int4-g32."""
     return f"int{8 if layout.kind == 'int8' else 4}-g{layout.group_size}"
 
 
@@ -40,15 +39,15 @@ def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], conf
             plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(weight.as_linear))
             for plan, weight in zip(planned, weights, strict=True)
         ]
-    for option in ("embeddings", "head"):
-        if (bits := getattr(config, option, KEEP)) != KEEP:
-            place = _place(option, planned, weights)
+    for option in OPTIONS:
+        if (bits := getattr(config, option, "")) in VOCABULARY:
+            place = place_of(option, planned, weights)
             planned[place] = in_vocabulary(planned[place], bits)
     return planned
 
 
 def in_vocabulary(plan: LayerPlan, bits: str) -> LayerPlan:
-    """The plan of an embedding or a head in so many bits: '16bit', '8bit' or '4bit'."""
+    """The plan of an embedding or a head in so many bits: '8bit' or '4bit'."""
     layout = VOCABULARY[bits]
     return replace(
         plan, stored_bytes=layout.nbytes(plan.shape), bits=float(bits.removesuffix("bit")), scheme=scheme_of(layout),
@@ -56,9 +55,9 @@ def in_vocabulary(plan: LayerPlan, bits: str) -> LayerPlan:
     )  # fmt: skip
 
 
-def _place(option: str, plans: Sequence[LayerPlan], weights: Sequence[WeightInfo]) -> int:
+def place_of(option: str, plans: Sequence[LayerPlan], weights: Sequence[WeightInfo]) -> int:
     """Where the embedding, or the head, is in the plans. Raises ConfigError where it is tied, quantized or absent."""
-    role = "embedding" if option == "embeddings" else "head"
+    role = OPTIONS[option]
     own = [place for place, weight in enumerate(weights) if weight.role == role and len(weight.shape) == 2]
     if role == "head" and own and weights[own[0]].tied_to:
         raise ConfigError(
@@ -66,7 +65,8 @@ def _place(option: str, plans: Sequence[LayerPlan], weights: Sequence[WeightInfo
         )
     if not own:
         raise ConfigError(f"this model has no matrix that is its {role}: leave {option} out")
-    place = max(own, key=lambda each: weights[each].shape[0])  # of words, and not of positions
+    words = {weight.shape[0] for weight in weights if weight.role == "head"}  # and not positions, or kinds of tokens
+    place = max(own, key=lambda each: (weights[each].shape[0] in words, weights[each].shape[0]))
     if plans[place].quantized:
         raise ConfigError(f"{plans[place].name} is {plans[place].scheme} already: leave {option} out")
     return place

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from polyquant.packed_weights.half import HalfEmbedding
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding
 
@@ -105,7 +106,8 @@ def _read(model: Any, config: Any, family: str) -> Decoder | None:
 
 def _answers(embedding: Any) -> torch.dtype:
     """The dtype of an embedding's rows."""
-    dtype: torch.dtype = embedding.dtype if isinstance(embedding, RepackedEmbedding) else embedding.weight.dtype
+    own = isinstance(embedding, (RepackedEmbedding, HalfEmbedding))
+    dtype: torch.dtype = embedding.dtype if own else embedding.weight.dtype
     return dtype
 
 

@@ -6,8 +6,8 @@ from math import gcd
 
 from polyquant.types import PackedFormat
 
-ROWS, LEAST_GROUP = PackedFormat.ROWS, PackedFormat.LEAST_GROUP
-"""Rows that are interleaved, and the smallest group."""
+ROWS, COLUMNS, LEAST_GROUP = PackedFormat.ROWS, PackedFormat.COLUMNS, PackedFormat.LEAST_GROUP
+"""Rows that are interleaved, what the stored columns are a multiple of, and the smallest group."""
 
 
 def group_of_runs(run: int, columns: int) -> int:

@@ -100,7 +100,8 @@ def product_of_pieces(inputs: Tensor, pieces: Pieces, bias: Tensor | None) -> Te
     products, start = [], 0
     for piece in pieces():
         end = start + len(piece)
-        products.append(functional.linear(inputs, piece.to(inputs.dtype), None if bias is None else bias[start:end]))
+        some = None if bias is None else bias[start:end].to(inputs.dtype)
+        products.append(functional.linear(inputs, piece.to(inputs.dtype), some))
         start = end
     return products[0] if len(products) == 1 else torch.cat(products, -1)
 

@@ -10,10 +10,11 @@ from typing import Any
 from polyquant.errors import EnvironmentProblem
 from polyquant.types import PackedKind
 
-DISTRIBUTION, INTERFACE = "polyquant-kernels", 5
+DISTRIBUTION, INTERFACE = "polyquant-kernels", 6
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
-KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3, "dense16": 4}
+KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3}
+DENSE16 = 4  # weights of 16 bits, as torch has them
 SCALES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
 
@@ -85,6 +86,18 @@ def weight_struct(packed: Any) -> ctypes.Structure:
         **address, rows=rows, columns=columns, group=packed.group, outer_group=packed.format.outer_group,
         kind=KINDS[packed.format.kind], scale_type=SCALES[packed.format.scale_dtype], zero=packed.zero,
     )  # fmt: skip
+    return struct
+
+
+def dense_struct(weight: Any, rows: int) -> ctypes.Structure:
+    """The first rows of a contiguous tensor (rows, columns) of 16 bits as the kernels take it, which must stay.
+
+    rows: a multiple of 8; columns are one of 32.
+    """
+    columns, dtype = weight.shape[1], str(weight.dtype).removeprefix("torch.")
+    struct: ctypes.Structure = library().Weight(
+        codes=weight.data_ptr(), rows=rows, columns=columns, group=columns, kind=DENSE16, scale_type=SCALES[dtype]
+    )
     return struct
 
 

@@ -150,25 +150,38 @@ def decoded(weight: PackedWeight, struct: Any) -> Iterator[Tensor]:
         yield weight.by_inputs(piece)[: weight.shape[0] - start]
 
 
+def are_few(input: Tensor) -> bool:
+    """Whether the kernels' product takes these inputs, and is the faster one."""
+    count = input.numel() // max(1, input.shape[-1])
+    return count <= MOST_INPUTS and kernels.type_number(input.dtype) is not None and input.device.type == "cpu"
+
+
 def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | None, activations: str) -> Tensor:
     """input @ weight.T + bias. input: (..., in_features); struct: for the kernels; None: plain torch."""
-    count, number = input.numel() // max(1, input.shape[-1]), kernels.type_number(input.dtype)
-    if struct is None or number is None or count > MOST_INPUTS or input.device.type != "cpu":
+    count = input.numel() // max(1, input.shape[-1])
+    if struct is None or not are_few(input):
         return product_of_pieces(input, partial(decoded, weight, struct), bias)
     rows, columns = weight.padded
     inputs = input.detach().reshape(count, input.shape[-1])
     if columns != inputs.shape[1]:
         inputs = functional.pad(inputs, (0, columns - inputs.shape[1]))
-    inputs = inputs.contiguous()
-    outputs = inputs.new_empty(count, rows)
     if bias is not None:
-        bias = functional.pad(bias.detach().float(), (0, rows - len(bias))).contiguous()
+        bias = functional.pad(bias.detach().float(), (0, rows - len(bias)))
+    outputs = by_kernels(struct, inputs, rows, bias, activations)
+    return outputs[:, : weight.shape[0]].contiguous().view(*input.shape[:-1], weight.shape[0])
+
+
+def by_kernels(struct: Any, inputs: Tensor, rows: int, bias: Tensor | None, activations: str) -> Tensor:
+    """The kernels' product: inputs (count, columns) of a type that they take, bias float32 (rows). As (count, rows)."""
+    number, inputs = kernels.type_number(inputs.dtype), inputs.contiguous()
+    outputs = inputs.new_empty(len(inputs), rows)
+    bias = None if bias is None else bias.contiguous()
     status = kernels.functions().pq_linear(
-        kernels.address_of(struct), inputs.data_ptr(), number, count, outputs.data_ptr(), number,
+        kernels.address_of(struct), inputs.data_ptr(), number, len(inputs), outputs.data_ptr(), number,
         None if bias is None else bias.data_ptr(), kernels.ACTIVATIONS[activations], torch.get_num_threads(),
     )  # fmt: skip
     kernels.require(status)
-    return outputs[:, : weight.shape[0]].contiguous().view(*input.shape[:-1], weight.shape[0])
+    return outputs
 
 
 @torch.library.custom_op("polyquant::packed_linear", mutates_args=())  # type: ignore[untyped-decorator]

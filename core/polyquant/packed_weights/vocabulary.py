@@ -9,19 +9,17 @@ from torch import Tensor, nn
 
 from polyquant.packed_weights import kernels
 from polyquant.packed_weights.linear import Repacked, RepackedLinear, named
-from polyquant.packed_weights.weight import PackedWeight, pack_dense, pack_weight
+from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.types import PackedFormat
 
 LARGEST, LEVELS = 127, 15  # codes of 8 bits; steps of 4 bits
 
 
 def rounded(weight: Tensor, layout: PackedFormat) -> PackedWeight:
-    """A matrix (rows, columns) in 16 or 8 bits, or in 4 with zero points, each rounded to the nearest, in its group.
+    """A matrix (rows, columns) in 8 bits, or in 4 with zero points, each rounded to the nearest, in its group.
 
     Columns that do not fill the last group count as zeros.
     """
-    if layout.kind == "dense16":
-        return pack_dense(weight.detach().to(getattr(torch, layout.scale_dtype)))
     group = layout.group_size
     rows, columns = weight.shape
     groups = nn.functional.pad(weight.detach().float(), (0, -columns % group)).view(rows, -1, group)

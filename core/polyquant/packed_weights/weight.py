@@ -2,9 +2,8 @@
 
 A weight (out_features, in_features) lies with eight rows interleaved: a product needs no sums across a register.
 
-    codes   int32 (rows / 8, columns / 8, 8), lanes of eight 4-bit codes of a row; of 8 bits (rows / 8, columns / 4, 8);
-            float16 or bfloat16 (rows / 8, columns, 8), the weights themselves
-    scales  (rows / 8, columns / group, 8), float32, float16 or bfloat16; none (0) for weights of 16 bits
+    codes   int32 (rows / 8, columns / 8, 8), lanes of eight 4-bit codes of a row; of 8 bits (rows / 8, columns / 4, 8)
+    scales  (rows / 8, columns / group, 8), float32, float16 or bfloat16
     zeros   int8, or minima float32, like scales; or neither, and one zero point for all
     table   float32 (16), of a code book
     order   int32 (columns), where columns are sorted by their groups: the input that each multiplies
@@ -92,8 +91,6 @@ class PackedWeight:
     def _numbers(self, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows as numbers. rows_of: a part -> those rows of it, (rows, lanes or groups)."""
         columns = self.padded[1]
-        if self.format.kind == "dense16":
-            return self.by_inputs(rows_of(self.codes).float())
         codes = self._unpacked(rows_of(self.codes)).view(-1, columns // self.group, self.group)
 
         def of_groups(tensor: Tensor, outer: Tensor | None = None) -> Tensor:
@@ -211,21 +208,6 @@ def pack_weight(
             column_scales.detach().float(), (0, padded_columns - columns)).contiguous(),
         zero=0.0 if zeros is not None or minima is not None else zero,
     )  # fmt: skip
-
-
-def pack_dense(weight: Tensor) -> PackedWeight:
-    """A weight of 16 bits as it is: float16 or bfloat16 (out_features, in_features)."""
-    layout = PackedFormat(
-        kind="dense16",
-        group_size=-1,
-        scale_dtype=str(weight.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-    )
-    rows, columns = layout.padded(tuple(weight.shape))
-    whole = functional.pad(weight.detach(), (0, columns - weight.shape[1], 0, rows - weight.shape[0]))
-    codes = whole.view(rows // ROWS, ROWS, columns).transpose(1, 2).contiguous()
-    return PackedWeight(
-        shape=(weight.shape[0], weight.shape[1]), format=layout, codes=codes, scales=weight.new_empty(0)
-    )
 
 
 def _order(groups: Tensor, columns: int, group_size: int) -> Tensor:

@@ -41,6 +41,7 @@ def cast_dense(source: ModelSource, name: str, tensor: torch.Tensor, dtype: torc
         largest, kind = float(tensor.abs().max()), str(dtype).removeprefix("torch.")
         raise ModelError(
             f"{source.name}: {name} holds {largest:.3g}, and {kind} ends at {torch.finfo(dtype).max:.3g}; "
-            "load it with compute_dtype='bfloat16' or 'float32' (--compute-dtype)"
+            "load it with compute_dtype='bfloat16' or 'float32' (--compute-dtype), or, of an embedding or a head, with "
+            "embeddings='keep' or head='keep'"
         )
     return narrowed

@@ -19,6 +19,7 @@ from polyquant.loaded import LoadedModel
 from polyquant.memory.effective import effective_weight
 from polyquant.models import versions
 from polyquant.packed_weights.experts import has_packed, put_back
+from polyquant.packed_weights.half import HalfEmbedding, HalfLinear
 
 MARK = "_polyquant"
 OF_LIBRARIES = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_4bit_serializable",
@@ -121,6 +122,9 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
                 put_back(module, computed)
             else:
                 model.set_submodule(name, _dense(module, computed))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, (HalfEmbedding, HalfLinear)):
+                model.set_submodule(name, module.whole(computed))
         model.tie_weights()
         unmark(model)
         return model if dtype is None else model.to(dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from polyquant.modules import module_of
 from polyquant.packable import KEEP, QUANTIZE, is_packed, packs_any
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.experts import RepackedExperts, has_packed, put_in
+from polyquant.packed_weights.half import HalfEmbedding, HalfLinear
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
 from polyquant.packed_weights.weight import PackedWeight, same
@@ -81,6 +83,9 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
     for plan in plans.values():
         if plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed):
             _pack_vocabulary(loaded.model, plan, plan.packed)
+    for weight in weights:
+        if weight.role in ("embedding", "head") and weight.dtype != loaded.config.compute_dtype and not weight.tied_to:
+            _halve(loaded, weight)
     if kernels.library() is None:
         loaded.notes.append(f"plain torch multiplies, slowly: {kernels.INSTALL}")
     if is_packed(loaded.config) and step.attach(loaded.model):
@@ -104,9 +109,9 @@ def _pack_quantized(
         module = loaded.model.get_submodule(name)
         weight = _packed(module, plan, shapes[layer.name], backend)
         if plan.role == "embedding":
-            scale, dtype = getattr(module, "embed_scale", None), getattr(torch, loaded.config.compute_dtype)
-            embedding = RepackedEmbedding(weight, dtype, layer.scheme, layer.bits, scale)
-            _put_embedding(loaded.model, name, embedding)
+            dtype = getattr(torch, loaded.config.compute_dtype)
+            embedding = RepackedEmbedding(weight, dtype, layer.scheme, layer.bits, _scale(module))
+            _put_embedding(loaded.model, name, embedding, partial(tied_head, embedding))
             continue
         bias = getattr(module, "bias", None)
         loaded.model.set_submodule(name, RepackedLinear(weight, bias, layer.scheme, layer.bits))
@@ -156,27 +161,57 @@ def left_with_library(model: Any, backend: Packing) -> bool:
 def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
     """Round the embedding, with a head that is tied to it, or the head. Raises ConfigError for modules that do more."""
     name = module_of(plan)
-    module = model.get_submodule(name)
+    module = _that_does_no_more(model, name, plan.role)
+    weight = rounded(module.weight, layout)
     if plan.role == "head":
-        if not isinstance(module, torch.nn.Linear):
-            raise ConfigError(f"{name} is {type(module).__name__}, and no plain Linear: leave head out")
-        weight = rounded(module.weight, layout)
         model.set_submodule(name, RepackedLinear(weight, module.bias, plan.scheme, plan.bits))
         return
-    scale = getattr(module, "embed_scale", None)
-    if not isinstance(module, torch.nn.Embedding) or isinstance(scale, float) or module.max_norm is not None:
-        raise ConfigError(f"{name} is {type(module).__name__}, and does more than look up rows: leave embeddings out")
-    weight = rounded(module.weight, layout)
-    _put_embedding(model, name, RepackedEmbedding(weight, module.weight.dtype, plan.scheme, plan.bits, scale))
+    embedding = RepackedEmbedding(weight, module.weight.dtype, plan.scheme, plan.bits, _scale(module))
+    _put_embedding(model, name, embedding, partial(tied_head, embedding))
 
 
-def _put_embedding(model: Any, name: str, embedding: RepackedEmbedding) -> None:
-    """Put an embedding in the place of a model's own, and in that of a head that is tied to it."""
+def _halve(loaded: LoadedModel, weight: WeightInfo) -> None:
+    """Keep the embedding, with a head that is tied to it, or the head in 16 bits, dense.
+
+    Raises ConfigError for modules that do more, ModelError for numbers that are too large.
+    """
+    assert loaded.request is not None
+    name, model = module_of(weight), loaded.model
+    module = _that_does_no_more(model, name, weight.role)
+    narrow = cast_dense(loaded.request.source, weight.name, module.weight.detach(), getattr(torch, weight.dtype))
+    half = torch.nn.Parameter(narrow, requires_grad=module.weight.requires_grad)
+    if weight.role == "head":
+        model.set_submodule(name, HalfLinear(half, module.bias))
+        return
+    embedding = HalfEmbedding(half, getattr(torch, loaded.config.compute_dtype), module.padding_idx, _scale(module))
+    _put_embedding(model, name, embedding, partial(HalfLinear, half))
+
+
+def _that_does_no_more(model: Any, name: str, role: str) -> Any:
+    """The module of an embedding or a head, which looks up rows or multiplies. Raises ConfigError for another."""
+    module = model.get_submodule(name)
+    plain, option = (torch.nn.Linear, "head") if role == "head" else (torch.nn.Embedding, "embeddings")
+    scale, longest = getattr(module, "embed_scale", None), getattr(module, "max_norm", None)
+    if not isinstance(module, plain) or isinstance(scale, float) or longest is not None:
+        raise ConfigError(f"{name} is {type(module).__name__}, and does more than {plain.__name__}: {option}='keep'")
+    return module
+
+
+def _scale(embedding: Any) -> torch.Tensor | None:
+    """Gemma's factor of an embedding."""
+    return getattr(embedding, "embed_scale", None)
+
+
+def _put_embedding(model: Any, name: str, embedding: Any, head_of: Callable[[torch.Tensor | None], Any]) -> None:
+    """Put an embedding in the place of a model's own, and in that of a head that is tied to it.
+
+    head_of: a bias, or None -> the head.
+    """
     tied = [each for each, origin in tied_tensors(model).items() if origin == f"{name}.weight"]
     model.set_submodule(name, embedding)
     for other in tied:
         head = other.rpartition(".")[0]
-        model.set_submodule(head, tied_head(embedding, getattr(model.get_submodule(head), "bias", None)))
+        model.set_submodule(head, head_of(getattr(model.get_submodule(head), "bias", None)))
 
 
 def _packed(module: Any, plan: LayerPlan, shape: tuple[int, ...], backend: Packing) -> PackedWeight:
@@ -205,8 +240,10 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
     experts = _experts_of(loaded.model)
     still = {"experts": QUANTIZE} if experts else {}  # the core's, so that none is refused
     options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP, **still)
+    weights = tuple(_in_whole(weight, loaded.config.compute_dtype) for weight in loaded.settled.weights)
+    request = replace(loaded.request, later=frozenset(), weights=weights)
     try:
-        again = backend.load(replace(loaded.request, later=frozenset()), replace(loaded.settled, options=options))
+        again = backend.load(request, replace(loaded.settled, options=options, weights=weights))
     except OSError as error:
         raise SaveError(
             f"a model with kernel='packed' is read again to be saved, and {loaded.request.source.name} cannot be read "
@@ -227,13 +264,22 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
     return again
 
 
+def _in_whole(weight: WeightInfo, dtype: str) -> WeightInfo:
+    """An embedding or a head as the library has it: in the compute dtype."""
+    return replace(weight, dtype=dtype) if weight.role in ("embedding", "head") else weight
+
+
 def _take_dense(model: Any, other: Any) -> None:
-    """Give a model the plain tensors of another one, where these differ."""
+    """Give a model the plain tensors of another one, where they were changed there, or 16 bits hold the same there."""
     theirs = {base_name(name): tensor for name, tensor in _plain_tensors(other)}
     for name, tensor in _plain_tensors(model):
         now = theirs.get(name)
-        if now is not None and now.shape == tensor.shape and now.dtype == tensor.dtype and not torch.equal(now, tensor):
-            tensor.data.copy_(now)
+        if now is None or now.shape != tensor.shape:
+            continue
+        narrow = tensor.detach().to(now.dtype)
+        is_whole = torch.equal(narrow.to(tensor.dtype), tensor)
+        if not torch.equal(now, narrow) or (is_whole and now.dtype != tensor.dtype):
+            tensor.data = now.detach().clone()
 
 
 def _plain_tensors(model: Any) -> Iterator[tuple[str, Any]]:
