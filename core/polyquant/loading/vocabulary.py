@@ -43,11 +43,14 @@ def settled(
     config = replace(config, **dict.fromkeys(chosen, KEEP))
     if config.compute_dtype != "float32":  # 16 bits already
         return config, tuple(narrowed), notes
-    asked = [option for option, bits in chosen.items() if bits == HALF or is_packed(config)]
+    if not is_packed(config) and HALF not in chosen.values():
+        return config, tuple(narrowed), notes
     try:
-        plans = backend.plan_layers(weights, config) if asked else []
+        plans = backend.plan_layers(weights, config)
     except ConfigError:  # whoever plans or loads them says why
         return config, tuple(narrowed), notes
+    beside_packed = is_packed(config) and any(plan.quantized and plan.packed is not None for plan in plans)
+    asked = [option for option, bits in chosen.items() if bits == HALF or beside_packed]
     for option in asked:
         try:
             place = place_of(option, plans, weights)

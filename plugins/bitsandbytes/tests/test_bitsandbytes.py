@@ -18,9 +18,13 @@ from .conftest import CONFIGURATIONS, NF4, TOKENS, load
 
 def direct(model, native):
     config = transformers.BitsAndBytesConfig(**native)
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    found = transformers.AutoModelForCausalLM.from_pretrained(
         model, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
     ).eval()
+    for module in found.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # which would compute in bfloat16: polyquant keeps float32
+    return found
 
 
 def same_as_direct(model, options, native, tokens):

@@ -89,17 +89,29 @@ def linear_4bit(model: Any) -> Iterator[Any]:
 
 
 def _repacks(model: Any) -> bool:
-    """Whether the first forward pass is going to repack weights; layers of sizes that its kernel cannot take opt out.
+    """Whether the first forward pass is going to repack weights, for products in bfloat16.
 
-    bitsandbytes 0.50 asserts out_features % 32 == 0 there and needs whole blocks along in_features.
+    Layers opt out whose compute dtype is another, whose activations it would round unasked, and those of sizes that its
+    kernel cannot take: bitsandbytes 0.50 asserts out_features % 32 == 0 there and needs whole blocks along in_features.
     """
     found = False
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False) and module.weight.device.type == "cpu":
             fits = module.out_features % 32 == 0 and module.in_features % module.weight.blocksize == 0
-            module.support_avx512bf16_for_cpu = fits
-            found = found or fits
+            module.support_avx512bf16_for_cpu = fits and module.compute_dtype == torch.bfloat16
+            if module.support_avx512bf16_for_cpu:
+                module.register_state_dict_pre_hook(_require_whole)
+                found = True
     return found
+
+
+def _require_whole(module: Any, *ignored: Any) -> None:
+    """Raises SaveError where bitsandbytes would unpack the weights, and leave the scales of repacked ones behind."""
+    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+        raise SaveError(
+            "the first forward pass repacked the weights, and state_dict() would leave the model with wrong ones "
+            "(bitsandbytes 0.50): write it with loaded.save(DIR), or load it with compute_dtype='float32'"
+        )
 
 
 def _drop_cast_warning(record: logging.LogRecord) -> bool:
