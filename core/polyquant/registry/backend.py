@@ -179,9 +179,9 @@ class Backend:
         """The model as the backend's library has it."""
         if not packs_any(loaded.config):
             return loaded
-        from polyquant.registry import repacked
+        from polyquant.registry import unpacked
 
-        return repacked.as_its_own(loaded, self)
+        return unpacked.as_its_own(loaded, self)
 
     def _require_hook(self, hook: str) -> None:
         self._registry.require(self.name, hook)

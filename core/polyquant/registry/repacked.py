@@ -1,30 +1,27 @@
-"""A loaded model in the packed runtime: modules replaced, one after the other, and back for saving. Imports torch."""
+"""A loaded model in the packed runtime: its modules are replaced, one after the other. Imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
-from msgspec.structs import replace
 from tqdm import tqdm
 
-from polyquant.errors import BrokenBackend, ConfigError, ModelError, SaveError
+from polyquant.errors import BrokenBackend, ConfigError, ModelError
 from polyquant.loaded import LoadedModel
-from polyquant.memory.adapted import base_name
 from polyquant.memory.experts import left_dense, one_expert
-from polyquant.memory.packed import VOCABULARY_SCHEMES, scheme_of
+from polyquant.memory.packed import scheme_of
 from polyquant.models.versions import tied_tensors
 from polyquant.modules import module_of
-from polyquant.packable import KEEP, QUANTIZE, is_packed, packs_any
+from polyquant.packable import is_packed, packs_any
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.experts import RepackedExperts, has_packed, put_in
 from polyquant.packed_weights.half import HalfEmbedding, HalfLinear
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
-from polyquant.packed_weights.weight import PackedWeight, same
+from polyquant.packed_weights.weight import PackedWeight
 from polyquant.plugin.dtypes import cast_dense
 from polyquant.plugin.quantizer import forget_library
 from polyquant.types import LayerInfo, LayerPlan, PackedFormat, WeightInfo
@@ -50,7 +47,7 @@ class Packing(Protocol):
 
 def finish(loaded: LoadedModel, backend: Packing) -> None:
     """What a backend's `load` gave, with the options that a checkpoint stores, and packed where it is to be."""
-    _with_stored_options(loaded)
+    with_stored_options(loaded)
     if packs_any(loaded.config):
         repack(loaded, backend)
     if (
@@ -61,7 +58,7 @@ def finish(loaded: LoadedModel, backend: Packing) -> None:
         loaded.notes.append(LEFT_DENSE)
 
 
-def _with_stored_options(loaded: LoadedModel) -> None:
+def with_stored_options(loaded: LoadedModel) -> None:
     if getattr(loaded.model.config, "quantization_config", None) is None:
         loaded.model.config.quantization_config = loaded.config.to_stored()
 
@@ -130,12 +127,12 @@ def _pack_experts(loaded: LoadedModel, plans: list[LayerPlan], backend: Packing)
     for plan in tqdm(plans, desc="Quantizing experts", unit="tensor", disable=quiet):
         owner, _, name = plan.name.rpartition(".")
         module = loaded.model.get_submodule(owner)
-        each = _rounded_experts(getattr(module, name).detach(), weights[plan.name], plan, loaded, backend)
+        each = rounded_experts(getattr(module, name).detach(), weights[plan.name], plan, loaded, backend)
         transposed = weights[plan.name].stacked == "in_out"
         put_in(module, name, RepackedExperts(each, plan.shape[0], plan.scheme, plan.bits, transposed=transposed))
 
 
-def _rounded_experts(
+def rounded_experts(
     whole: torch.Tensor, weight: WeightInfo, plan: LayerPlan, loaded: LoadedModel, backend: Packing
 ) -> Iterator[PackedWeight]:
     """Each expert of a dense tensor, as the backend rounds a linear layer with that weight in the compute dtype."""
@@ -227,89 +224,3 @@ def _packed(module: Any, plan: LayerPlan, shape: tuple[int, ...], backend: Packi
             f"{weight.shape}"
         )
     return weight
-
-
-def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
-    """The model as the backend's library has it: loaded again, and proven to hold the same packed weights.
-
-    Dense tensors are those of `loaded`: what was changed there in memory is saved. Raises SaveError where packed ones
-    are others, or it cannot be loaded again.
-    """
-    if loaded.request is None or loaded.settled is None:
-        raise SaveError("it is not known where this model came from: load through polyquant.load")
-    experts = _experts_of(loaded.model)
-    still = {"experts": QUANTIZE} if experts else {}  # the core's, so that none is refused
-    options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP, **still)
-    weights = tuple(_in_whole(weight, loaded.config.compute_dtype) for weight in loaded.settled.weights)
-    request = replace(loaded.request, later=frozenset(), weights=weights)
-    try:
-        again = backend.load(request, replace(loaded.settled, options=options, weights=weights))
-    except OSError as error:
-        raise SaveError(
-            f"a model with kernel='packed' is read again to be saved, and {loaded.request.source.name} cannot be read "
-            f"any more: {error}"
-        ) from error
-    again.tokenizer = loaded.tokenizer
-    _with_stored_options(again)
-    if experts:
-        _require_same_experts(experts, loaded, again, backend)
-    mine = {base_name(name): module for name, module in loaded.model.named_modules()
-            if isinstance(module, (RepackedLinear, RepackedEmbedding))}  # fmt: skip
-    for name, module in mine.items():
-        now = again.model.get_submodule(name)
-        ours = module.scheme in VOCABULARY_SCHEMES
-        if not same(rounded(now.weight, module.format) if ours else backend.pack(now), module.packed):
-            raise _changed(loaded, name)
-    _take_dense(again.model, loaded.model)
-    return again
-
-
-def _in_whole(weight: WeightInfo, dtype: str) -> WeightInfo:
-    """An embedding or a head as the library has it: in the compute dtype."""
-    return replace(weight, dtype=dtype) if weight.role in ("embedding", "head") else weight
-
-
-def _take_dense(model: Any, other: Any) -> None:
-    """Give a model the plain tensors of another one, where they were changed there, or 16 bits hold the same there."""
-    theirs = {base_name(name): tensor for name, tensor in _plain_tensors(other)}
-    for name, tensor in _plain_tensors(model):
-        now = theirs.get(name)
-        if now is None or now.shape != tensor.shape:
-            continue
-        narrow = tensor.detach().to(now.dtype)
-        is_whole = torch.equal(narrow.to(tensor.dtype), tensor)
-        if not torch.equal(now, narrow) or (is_whole and now.dtype != tensor.dtype):
-            tensor.data = now.detach().clone()
-
-
-def _plain_tensors(model: Any) -> Iterator[tuple[str, Any]]:
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point():
-            yield name, tensor
-
-
-def _experts_of(model: Any) -> dict[str, RepackedExperts]:
-    """The packed experts of a model by the names of the tensors that they stand for."""
-    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, RepackedExperts)}
-
-
-def _require_same_experts(
-    experts: Mapping[str, RepackedExperts], loaded: LoadedModel, again: LoadedModel, backend: Packing
-) -> None:
-    """Raises SaveError where experts of a model that was loaded again, dense, are not those that are packed."""
-    assert loaded.settled is not None
-    weights = {weight.name: weight for weight in loaded.settled.weights}
-    plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
-    for name, mine in experts.items():
-        dense = again.model.get_parameter(name).detach()
-        now = _rounded_experts(dense, weights[name], plans[name], loaded, backend)
-        if not all(same(one, other) for one, other in zip(now, mine.packed, strict=True)):
-            raise _changed(loaded, name)
-
-
-def _changed(loaded: LoadedModel, name: str) -> SaveError:
-    assert loaded.request is not None
-    return SaveError(
-        f"{loaded.request.source.name} has changed since it was loaded: {name} is another weight now; load it again, "
-        "then save"
-    )
