@@ -22,6 +22,7 @@ from polyquant.isolated.remote import RemoteModel
 from polyquant.isolated.worker import InWorker
 from polyquant.registry.observers import Recorder
 from polyquant.models.model import Model
+from polyquant.packed_weights import kernels
 from polyquant.testing.models import tiny_model
 
 from .installing import write_metadata
@@ -124,6 +125,29 @@ def test_a_saved_model_loads_back_there(loaded, tmp_path):
     again = polyquant.load(loaded.save(tmp_path / "saved"), device="cpu")
     assert isinstance(again, RemoteModel)
     assert torch.equal(again.logits(TOKENS), loaded.logits(TOKENS))
+
+
+def test_packed_kernels_are_those_of_this_environment(environment, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYQUANT_KERNEL", "auto")
+    usual, packed = (polyquant.load(folder, "rowwise", device="cpu", kernel=kernel) for kernel in ("library", "auto"))
+    assert packed.config.kernel == "packed" and packed.kernel.startswith(kernels.name())
+    assert polyquant.verify(packed).passed
+    assert (packed.logits(TOKENS) - usual.logits(TOKENS)).abs().max() < 0.05
+    again = polyquant.load(packed.save(tmp_path / "saved"), device="cpu")
+    assert torch.equal(again.logits(TOKENS), packed.logits(TOKENS))
+
+
+def test_a_worker_finds_them_where_its_parent_has_them():
+    code = (
+        "from importlib import util; real = util.find_spec; "
+        "util.find_spec = lambda name, *more: None if name == 'polyquant_kernels' else real(name, *more); "
+        "from polyquant.packed_weights import kernels; print(kernels.library())"
+    )
+    for variables, found in (({}, False), (kernels.lent(), True)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, check=True
+        )
+        assert ("polyquant_kernels" in done.stdout) is found
 
 
 def test_observers_see_the_calls_that_a_worker_answers(environment, folder, tmp_path):

@@ -61,8 +61,6 @@ class RemoteModel(LoadedModel):
 class RemoteBackend(Backend):
     """A backend whose library is in another environment: what needs the library is done by a worker there."""
 
-    runs_here = False
-
     def __init__(self, name: str, registry: Registry) -> None:
         super().__init__(name, registry)
         self.info = card_in_this_process(self.info)

@@ -18,6 +18,7 @@ from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem, Pol
 from polyquant.isolated import pipes, protocol
 from polyquant.isolated.environments import Environment
 from polyquant.isolated.memory import Blocks
+from polyquant.packed_weights import kernels
 from polyquant.support.libraries import installed_version
 from polyquant.support.processes import SHOWN_LINES, Child, explain
 from polyquant.types import HookRecord
@@ -47,7 +48,7 @@ class Worker:
         self._blocks = Blocks()
         self.records: list[HookRecord] = []  # of the hooks that the last call had called there
         self._stream: _Pieces | None = None
-        kept = {name: value for name, value in os.environ.items() if name not in UNSET}
+        kept = {name: value for name, value in os.environ.items() if name not in UNSET} | kernels.lent()
         try:
             self._process = Child(
                 [environment.python, "-P", "-m", "polyquant.loading.in_worker", environment.backend],

@@ -118,7 +118,7 @@ class Server:
         return verify(self.loaded, **arguments)
 
     def save(self, out: str) -> Any:
-        self.handle._call("save", loaded=self.loaded, out=Path(out))
+        self.handle.write(self.loaded, Path(out))
 
     def forget(self, sessions: Sequence[int]) -> None:
         """Drop the contexts of sessions that nobody uses any more."""

@@ -29,8 +29,6 @@ MOST_GROWTH = 1.2
 class Planning(Protocol):
     """What the choice needs of a backend's handle."""
 
-    runs_here: bool  # in this process, whose kernels are known
-
     def can(self, hook: str) -> bool: ...
     def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]: ...
 
@@ -47,7 +45,6 @@ def may_be_packed(config: BackendOptions, backend: Planning, device: str) -> boo
         and device == "cpu"
         and config.compute_dtype in ("auto", "float32")
         and not config.rounds_activations
-        and backend.runs_here
         and backend.can("pack")
         and _usable()
     )

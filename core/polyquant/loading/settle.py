@@ -34,7 +34,6 @@ class Quantizer(Protocol):
     """What settling needs of a backend's handle."""
 
     name: str
-    runs_here: bool
 
     @property
     def info(self) -> BackendInfo: ...

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 from functools import cache
-from importlib import metadata
+from importlib import util
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from polyquant.errors import EnvironmentProblem
@@ -14,6 +18,9 @@ DISTRIBUTION, INTERFACE = "polyquant-kernels", 6
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
 KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3}
+LENT = "POLYQUANT_KERNELS"
+"""An environment variable: the folder of the package, for a worker whose own environment need not have it."""
+PACKAGE = "polyquant_kernels"
 DENSE16 = 4  # weights of 16 bits, as torch has them
 SCALES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
@@ -26,22 +33,40 @@ def library() -> Any:
     Raises EnvironmentProblem where it is, and cannot be used: of another interface, or not for this machine.
     """
     try:
-        import polyquant_kernels
+        found: Any = _package()
     except ImportError:
         return None
-    if polyquant_kernels.INTERFACE != INTERFACE:
-        version = metadata.version(DISTRIBUTION)
+    if found.INTERFACE != INTERFACE:
         raise EnvironmentProblem(
-            f"{DISTRIBUTION} {version} has interface {polyquant_kernels.INTERFACE}, and {INTERFACE} is called here: "
+            f"{DISTRIBUTION} {found.__version__} has interface {found.INTERFACE}, and {INTERFACE} is called here: "
             f"{UPDATE}"
         )
     try:
-        polyquant_kernels.library()
+        found.library()
     except OSError as error:
         raise EnvironmentProblem(
             f"{DISTRIBUTION} cannot be loaded ({error}); {UPDATE}, or take it out and plain torch multiplies"
         ) from error
-    return polyquant_kernels
+    return found
+
+
+def _package() -> ModuleType:
+    """The package, from where it is lent, else as it is installed. Raises ImportError where there is none."""
+    spec = util.find_spec(PACKAGE)
+    if folder := os.environ.get(LENT):
+        spec = util.spec_from_file_location(PACKAGE, Path(folder) / "__init__.py", submodule_search_locations=[folder])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{PACKAGE} is not installed")
+    if PACKAGE not in sys.modules:
+        sys.modules[PACKAGE] = module = util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[PACKAGE]
+
+
+def lent() -> dict[str, str]:
+    """The environment variables with which a worker uses the package of this environment."""
+    spec = util.find_spec(PACKAGE)
+    return {} if spec is None or spec.origin is None else {LENT: str(Path(spec.origin).parent)}
 
 
 @cache

@@ -32,8 +32,6 @@ ANSWER_SECONDS = 60.0  # for validate_environment, which imports libraries
 class Backend:
     """An installed backend. Raises UnknownBackend or BrokenBackend when made."""
 
-    runs_here = True  # its hooks run in this process
-
     def __init__(self, name: str, registry: Registry) -> None:
         self._registry = registry
         self.info: BackendInfo = registry.info(name)
@@ -128,15 +126,19 @@ class Backend:
         """
         self._require_hook("save")
         with atomic_folder(out, overwrite=overwrite, keeps=loaded.files) as partial:
-            own = self._as_its_own(loaded)
-            known = len(own.notes)
-            _, recorder = self._recorded("save", loaded=own, out=partial)
-            loaded.records += recorder.records
-            if own is not loaded:
-                loaded.notes += own.notes[known:]
+            self.write(loaded, partial)
             if accept is not None:
                 accept(partial)
         return out
+
+    def write(self, loaded: LoadedModel, out: Path) -> None:
+        """Write a checkpoint into a folder that is there. Raises SaveError."""
+        own = self._as_its_own(loaded)
+        known = len(own.notes)
+        _, recorder = self._recorded("save", loaded=own, out=out)
+        loaded.records += recorder.records
+        if own is not loaded:
+            loaded.notes += own.notes[known:]
 
     def quantize(
         self,
