@@ -182,7 +182,7 @@ def prepare(
             device=device,
             device_map=device_map_for(model, backend, settled, how),
             weights=settled.weights,
-            later=_packed_later(backend, settled),
+            later=_packed_later(backend, settled, model.name),
             names=model.renamed,
             offload=how.offload,
             allow_dequantize=how.allow_dequantize,
@@ -196,11 +196,12 @@ def prepare(
     )
 
 
-def _packed_later(backend: Backend, settled: Settled) -> frozenset[str]:
+def _packed_later(backend: Backend, settled: Settled, source: str) -> frozenset[str]:
     """Names of the fused experts that the core packs after the load."""
     if not quantizes_experts(settled.options) or not any(weight.stacked for weight in settled.weights):
         return frozenset()
-    plans = backend.plan_layers(settled.weights, settled.options)
+    with as_stored(settled, source, backend.name):
+        plans = backend.plan_layers(settled.weights, settled.options)
     return frozenset(plan.name for plan in plans if plan.role == "experts" and plan.packed is not None)
 
 

@@ -134,14 +134,17 @@ class Model:
         return module_of(weight) in self._inside
 
     def with_parts(self, weights: tuple[WeightInfo, ...]) -> tuple[WeightInfo, ...]:
-        """`weights`, each matrix that the checkpoint holds packed with the tensors that it holds of it."""
-        return tuple(
-            replace(weight, parts=parts)
-            if weight.role in ("linear", "head") and not self.holds_dense(weight)
-            and (parts := self._inside.get(module_of(weight)))
-            else weight
-            for weight in weights
-        )  # fmt: skip
+        """`weights`, each matrix that the checkpoint holds packed with the tensors that it holds of it.
+
+        Experts with those of all experts of their layer, where any is no plain float.
+        """
+        return tuple(replace(weight, parts=self._parts(weight)) for weight in weights)
+
+    def _parts(self, weight: WeightInfo) -> Mapping[str, str]:
+        inside = self._inside.get(module_of(weight), {})
+        if weight.role == "experts":
+            return inside if not set(inside.values()) <= set(FLOATS) else {}
+        return inside if weight.role in ("linear", "head") and not self.holds_dense(weight) else {}
 
     @cached_property
     def _inside(self) -> Mapping[str, Mapping[str, str]]:

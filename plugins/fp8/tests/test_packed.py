@@ -6,7 +6,7 @@ from polyquant.errors import ModelError
 from polyquant.plugin.layers import PackedLinear
 from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
-from polyquant_fp8._layers import pack, quantized_linear
+from polyquant_fp8._layers import pack, quantize_linear
 from polyquant_fp8._modules import Fp8Linear
 from polyquant_fp8.options import Fp8Options
 from polyquant_fp8.planning import packed_format
@@ -23,14 +23,14 @@ BLOCKS = {
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
 def test_weights_are_this_packages_bit_for_bit(shape, options):
     config = Fp8Options(**options)
-    layer = quantized_linear(torch.nn.Linear(shape[1], shape[0]), config)
+    layer = quantize_linear(torch.nn.Linear(shape[1], shape[0]), config)
     weight = pack(layer)
     assert weight.format == packed_format(config)
     assert torch.equal(weight.decode(), torch.cat(list(layer._pieces())).float())
 
 
 def test_weights_that_are_no_numbers_are_refused():
-    layer = quantized_linear(torch.nn.Linear(64, 64), Fp8Options())
+    layer = quantize_linear(torch.nn.Linear(64, 64), Fp8Options())
     layer.weight.data.view(torch.uint8)[1, 1] = 127
     with pytest.raises(ModelError, match="some of its weights are NaN"):
         pack(layer)

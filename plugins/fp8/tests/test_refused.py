@@ -1,14 +1,21 @@
 """Checkpoints and models that are not read: damaged, of other configs or methods, with experts."""
 
+import json
+
+import polyquant
 import pytest
 import torch
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
-from polyquant.testing.checkpoints import assert_verified, replaced, without
+from polyquant.testing.checkpoints import assert_verified, changed_copy, replaced, without
 from polyquant.testing.models import tiny_model
-from polyquant_fp8._decode import E4M3
+from polyquant_fp8._decode import E4M3, quantize
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
 from .conftest import LAYER, load
+
+TOKENS = [3, 4, 5, 6, 7, 8, 9, 10]
 
 
 def test_a_layer_that_the_checkpoint_holds_dense_is_said(folder, changed):
@@ -113,12 +120,53 @@ def test_another_method_and_contradictions_are_refused(changed, checkpoint):
 
 def test_fused_experts_are_refused_or_left_dense_on_request(folder):
     path = tiny_model("mixtral", folder)
-    with pytest.raises(ConfigError, match=r"experts\.gate_up_proj holds the experts .* skip=\('experts',\)"):
+    with pytest.raises(
+        ConfigError, match=r"experts\.gate_up_proj holds the experts .*kernel='packed'.* skip=\('experts',\)"
+    ):
         load(path)
     loaded = load(path, skip=("experts",))
     reasons = {layer.reason for layer in loaded.layers if layer.role == "experts"}
     assert reasons == {"skipped on request"}
     assert any(layer.quantized for layer in loaded.layers)
+
+
+def test_a_saved_model_with_packed_experts_has_dense_ones_in_its_file(folder, tmp_path):
+    packed = load(tiny_model("mixtral", folder), kernel="packed")
+    assert_verified(packed)
+    assert all(layer.quantized for layer in packed.layers if layer.role == "experts")
+    saved = packed.save(tmp_path / "saved")
+    again, library = load(saved, kernel="packed"), load(saved)
+    assert again.config == packed.config
+    assert torch.equal(again.logits(TOKENS), packed.logits(TOKENS))
+    assert not any(layer.quantized for layer in library.layers if layer.role == "experts")
+    assert json.loads((again.save(tmp_path / "again") / "config.json").read_text()) == json.loads(
+        (saved / "config.json").read_text()
+    )
+    stored = json.loads((saved / "config.json").read_text())["quantization_config"]
+    with torch.device("meta"):  # what transformers makes of it on a GPU
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(saved))
+    replace_with_fp8_linear(theirs, stored["modules_to_not_convert"], FineGrainedFP8Config(**stored))
+    kinds = {name: type(module).__name__ for name, module in theirs.named_modules()}
+    assert {layer.name.rpartition(".")[0] for layer in library.layers if layer.quantized} == {
+        name for name, kind in kinds.items() if kind == "FP8Linear"
+    }
+    assert kinds["model.layers.0.mlp.experts"] == "MixtralExperts"
+
+
+@pytest.mark.parametrize("kernel", ["packed", "library"])
+def test_experts_that_are_fp8_in_a_checkpoint_are_not_read(folder, tmp_path, kernel):
+    def quantized(tensors):
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensors[name], (128, 128))
+
+    stored = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    path = changed_copy(tiny_model("mixtral", folder), tmp_path, quantized)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    with pytest.raises(ModelError, match=r"fused experts that are FP8 .*those in model\.layers\.0\.mlp\.experts\.gate"):
+        polyquant.plan(path, "fp8", device="cpu", kernel=kernel)
+    with pytest.raises(ModelError, match=r"fused experts that are FP8|24 packed layers have no Linear module"):
+        load(path, kernel=kernel)
 
 
 def test_static_activations_come_from_a_checkpoint_only(folder):

@@ -6,7 +6,7 @@ import torch
 from polyquant.plugin import WeightInfo
 from polyquant.testing.checkpoints import assert_verified, changed_copy
 from polyquant.testing.models import tiny_model
-from polyquant_sinq._layers import SinqLinear, pack, quantized_linear
+from polyquant_sinq._layers import SinqLinear, pack, quantize_linear
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import packed_format, plan_layers
 
@@ -25,8 +25,8 @@ def test_weights_bit_for_bit(bits, size, heavy):
     torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))
     if heavy:  # tails for which sinq leaves out the scales of columns
         linear.weight.data.pow_(3)
-    config = SinqOptions(bits=bits, group_size=size)
-    layer = quantized_linear(linear, config, torch.float32)
+    config = SinqOptions(bits=bits, group_size=size, compute_dtype="float32")
+    layer = quantize_linear(linear, config)
     assert bool((layer.columns == 1).all()) == heavy
     weight = pack(layer)
     assert (weight.shape, weight.format) == (shape, packed_format(config))

@@ -13,7 +13,7 @@ from polyquant.plugin import WeightInfo
 from polyquant.testing.checkpoints import assert_verified, changed_copy, put
 from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
-from polyquant_sinq._layers import SinqLinear, quantized_linear
+from polyquant_sinq._layers import SinqLinear, quantize_linear
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import plan_layers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -59,10 +59,11 @@ def test_a_layer_is_that_of_sinq_itself(bits, tiling):
 
     linear = torch.nn.Linear(256, 192)
     native = sinq_base_quant_config(nbits=bits, group_size=64, tiling_mode=tiling, method="sinq")
-    for dtype in (torch.float32, torch.bfloat16):
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
         theirs = SINQLinear(256, 192, quant_config=native, compute_dtype=dtype, device="cpu", use_unpack_kernel=True)
         theirs.quantize(linear.weight.data)
-        ours = quantized_linear(linear, SinqOptions(bits=bits, tiling=tiling), dtype)
+        ours = quantize_linear(linear, SinqOptions(bits=bits, tiling=tiling, compute_dtype=name))
         assert torch.equal(ours.dequantize(), theirs.dequantize())
         assert ours.dequantize().dtype == dtype
     step = 2 * linear.weight.abs().max() / (2**bits - 1)

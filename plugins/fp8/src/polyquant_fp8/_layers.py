@@ -33,7 +33,7 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     return describe(model, _quantized, skipped=model.config.quantization_config["modules_to_not_convert"] or ())
 
 
-def quantized_linear(linear: Any, config: Fp8Options) -> Fp8Linear:
+def quantize_linear(linear: Any, config: Fp8Options) -> Fp8Linear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
     weight, scales = quantize(finite_weight(linear), config.block, powers_of_two=config.scale_fmt == "ue8m0")
     return Fp8Linear(linear, weight, scales, config.block).eval()

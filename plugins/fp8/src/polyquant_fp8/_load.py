@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 from polyquant.errors import ConfigError, ModelError
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
+from polyquant.plugin import (
+    LoadedModel,
+    LoadRequest,
+    checkpoints,
+    dense_linears,
+    module_of,
+    quantized_modules,
+    resolved_dtype,
+)
 
-from polyquant_fp8._layers import linear_from_tensors, quantized_linear
+from polyquant_fp8._layers import linear_from_tensors, quantize_linear
 from polyquant_fp8._modules import KERNEL
 from polyquant_fp8.options import Fp8Options
 from polyquant_fp8.planning import plan_layers
@@ -24,14 +32,22 @@ def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
         raise ConfigError("activation_scheme 'static' needs scales that a checkpoint brings; quantize with 'dynamic'")
     names = quantized_modules(plan_layers(request.weights, config))
     model = checkpoints.quantize_layers(
-        request, resolved_dtype(config), names, lambda _, linear: quantized_linear(linear, config)
+        request, resolved_dtype(config), names, lambda _, linear: quantize_linear(linear, config)
     )
     return LoadedModel(model=model, config=config, kernel=KERNEL)
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:
-    """Under the names transformers gives them: weight and weight_scale_inv of each layer."""
-    return checkpoints.save(loaded, out)
+    """Under the names transformers gives them: weight and weight_scale_inv of each layer.
+
+    Experts are dense in the file, and listed so: other readers take them for FP8 else.
+    """
+    stored, config = dict(loaded.model.config.quantization_config), loaded.config
+    weights = loaded.settled.weights if loaded.settled else ()
+    if experts := [module_of(each) for each in weights if each.role == "experts" and not config.skips(each)]:
+        dense = [*config.skip, *dense_linears(weights, config), *experts]
+        stored |= {"modules_to_not_convert": list(dict.fromkeys(dense)), "skip_modules": config.stored_skip}
+    return checkpoints.save(loaded, out, quantization_config=stored)
 
 
 def _read(request: LoadRequest, config: Fp8Options) -> LoadedModel:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat, PackableOptions
+from polyquant.plugin import ExpertsOptions, NumberFormat
 
 BLOCK = (128, 128)
 E4M3 = ("e4m3", "e4m3fn", "float8_e4m3fn")
@@ -17,11 +17,11 @@ EXPECTED: Mapping[str, tuple[object, ...]] = {
 """Settings that are read at these values only."""
 READ = {
     "quant_method", "compute_dtype", "weight_block_size", "activation_scheme", "scale_fmt", "modules_to_not_convert",
-    "ignored_layers", *EXPECTED,
+    "ignored_layers", "skip_modules", *EXPECTED,
 }  # fmt: skip
 
 
-class Fp8Options(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Fp8Options(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weights in float8 e4m3; each block of a matrix has one scale to multiply with. Activations are not rounded."""
 
     block_rows: Annotated[
@@ -82,6 +82,7 @@ class Fp8Options(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(f"its weight_block_size is {block!r}; two positive numbers, or null, are read")
         dense = stored.get("modules_to_not_convert")
         dense = stored.get("ignored_layers") if dense is None else dense
+        dense = stored.get("skip_modules", dense)  # polyquant's own, where a file holds more dense than was asked for
         rows, columns = block or (0, 0)
         values: dict[str, Any] = {
             "block_rows": rows,

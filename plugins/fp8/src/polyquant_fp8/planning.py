@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_linears, refuse_experts
+from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_linears, refuse_experts, unfit
 
 from polyquant_fp8.options import Fp8Options
 
@@ -13,8 +13,15 @@ SCHEME = "fp8-e4m3"
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: Fp8Options) -> list[LayerPlan]:
-    """Raises ConfigError where experts are fused into one tensor."""
-    refuse_experts(weights, config)
+    """Raises ConfigError where experts of a dense checkpoint are fused into one tensor, and are to be the library's.
+
+    And for those that are FP8 in their checkpoint.
+    """
+    for weight in weights:
+        if weight.role == "experts" and weight.parts:
+            raise unfit(weight, "fused experts that are FP8 in the checkpoint are not read, as those")
+    if not any(weight.parts for weight in weights):  # a quantized checkpoint has dense ones as it has them
+        refuse_experts(weights, config)
     return plan_linears(
         weights, config, SCHEME, lambda weight: quantized_bytes(weight, config), packed=lambda _: packed_format(config)
     )

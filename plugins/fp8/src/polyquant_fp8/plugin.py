@@ -35,4 +35,6 @@ INFO = BackendInfo(
     measured_kl={"block128": 0.0154, "ue8m0": 0.016, "tensor": 0.0153},
     compute_dtypes={"cpu": "float32"},
 )
-backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training", "pack"), imports=INFO.libraries)
+backend = PluginBackend(
+    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"), imports=INFO.libraries
+)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.plugin import LayerInfo
+from polyquant.plugin import LayerInfo, resolved_dtype
 from polyquant.plugin.layers import (
     PackedWeight,
     Quantized,
@@ -83,9 +83,9 @@ def unpack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat([(codes >> bits * (count - 1 - place)) & (2**bits - 1) for place in range(count)])
 
 
-def quantized_linear(linear: torch.nn.Linear, config: SinqOptions, dtype: torch.dtype) -> SinqLinear:
+def quantize_linear(linear: torch.nn.Linear, config: SinqOptions) -> SinqLinear:
     """A layer that takes the place of `linear`. Raises ModelError where a scale is not finite."""
-    weight = linear.weight.detach()
+    weight, dtype = linear.weight.detach(), getattr(torch, resolved_dtype(config))
     codes, meta = Quantizer.quantize(
         weight, None, device=weight.device, compute_dtype=dtype, **config.quantizer_arguments()
     )

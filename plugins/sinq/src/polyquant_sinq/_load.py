@@ -14,7 +14,7 @@ import torch
 from polyquant.errors import ConfigError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 
-from polyquant_sinq._layers import KERNEL, SinqLinear, linear_from_tensors, quantized_linear, rounded_plainly
+from polyquant_sinq._layers import KERNEL, SinqLinear, linear_from_tensors, quantize_linear, rounded_plainly
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import STORED_NAMES, plan_layers
 
@@ -53,11 +53,9 @@ def _quantize(request: LoadRequest, config: SinqOptions) -> Any:
         raise ConfigError(
             f"method {config.method!r} is read from checkpoints only; use method='sinq' for a dense model"
         )
-    wanted = resolved_dtype(config)
-    dtype = getattr(torch, wanted)
     names = quantized_modules(plan_layers(request.weights, config))
     return checkpoints.quantize_layers(
-        request, wanted, names, lambda _, linear: quantized_linear(linear, config, dtype), on_cpu=False
+        request, resolved_dtype(config), names, lambda _, linear: quantize_linear(linear, config), on_cpu=False
     )
 
 

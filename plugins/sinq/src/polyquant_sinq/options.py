@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat, PackableOptions, RoundingMethod
+from polyquant.plugin import ExpertsOptions, NumberFormat, RoundingMethod
 
 
-class SinqOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SinqOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A scale for each group of a row and one for each column, balanced so that no outlier sets a group's step."""
 
     bits: Annotated[Literal[2, 3, 4, 5, 6, 8], Meta(description="bits of a quantized weight")] = 4

@@ -32,4 +32,6 @@ INFO = BackendInfo(
     measured_kl={"int4": 0.201, "int8": 0.00122},
     compute_dtypes={"cpu": "float32"},
 )
-backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training", "pack"), imports=(SINQ,))
+backend = PluginBackend(
+    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"), imports=(SINQ,)
+)
