@@ -77,7 +77,8 @@ def _take_dense(model: Any, other: Any) -> None:
 
 def _plain_tensors(model: Any) -> Iterator[tuple[str, Any]]:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point():
+        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        if is_plain and tensor.is_floating_point() and tensor.itemsize > 1:  # no codes
             yield name, tensor
 
 
