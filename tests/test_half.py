@@ -65,6 +65,18 @@ def test_products_are_those_of_the_numbers(
     assert narrow.dtype == torch.bfloat16 and torch.allclose(narrow.double(), exact, atol=0.3, rtol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_modules_that_are_cast_answer_in_what_they_were_cast_to(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    embedding = HalfEmbedding(nn.Parameter(torch.randn(32, 32).half(), requires_grad=False), torch.float32, None)
+    head = HalfLinear(embedding.weight, None)
+    ids = torch.arange(5)
+    before = head(embedding(ids))
+    both = nn.ModuleList([embedding, head]).to(dtype)
+    after = both[1](both[0](ids))
+    assert after.dtype == dtype and torch.allclose(after.float(), before, rtol=0.05, atol=0.2)
+
+
 @pytest.mark.parametrize("trains", ["inputs", "weight"])
 def test_gradients_are_those_of_the_numbers(trains: str) -> None:
     torch.manual_seed(0)

@@ -19,6 +19,8 @@ from polyquant.packed_weights.format import COLUMNS, ROWS
 from polyquant.packed_weights.frozen import frozen_linear, needs_gradient, product_of_pieces, rows_at_a_time
 from polyquant.packed_weights.linear import are_few, by_kernels
 
+HALF_BYTES = 2  # of a weight; somebody may have cast it
+
 
 class HalfEmbedding(nn.Embedding):  # type: ignore[misc]  # torch is not typed here
     """Rows of a table of 16 bits for token ids, (...) to (..., embedding_dim) of another dtype."""
@@ -104,7 +106,7 @@ def _multiply(weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
     rows, columns = len(weight) // ROWS * ROWS, weight.shape[1]
     if (
         not rows or columns % COLUMNS or not weight.is_contiguous() or weight.device.type != "cpu"
-        or kernels.library() is None or not are_few(input)
+        or weight.itemsize != HALF_BYTES or kernels.library() is None or not are_few(input)
     ):  # fmt: skip
         return product_of_pieces(input, partial(_pieces, weight), bias)
     inputs, first = input.detach().reshape(-1, columns), None if bias is None else bias.detach()[:rows].float()
