@@ -32,16 +32,18 @@ def schemes(loaded):
 def test_it_is_in_the_budget_closer_than_one_format_written_and_made_again(folder, tmp_path):
     model = tiny_model("llama", folder / "dense")
     sizes = {
-        name: polyquant.plan(model, "compressed-tensors", device="cpu", layers={"lm_head": name}, weights=name)
+        name: polyquant.plan(
+            model, "compressed-tensors", device="cpu", layers={"lm_head": name}, weights=name, kernel="library"
+        )  # fmt: skip
         for name in ("int4", "int8")
     }
     small, large = (plan.weights_planned_bytes for plan in sizes.values())
-    found = search(model, (small + large) // 2, formats=("int4", "int8"), out=tmp_path / "out")
+    found = search(model, (small + large) // 2, formats=("int4", "int8"), out=tmp_path / "out", kernel="library")
     assert {each.format: each.stored_bytes for each in found.uniform} == {"int4": small, "int8": large}
     assert small < found.stored_bytes <= (small + large) // 2
     uniform = {each.format: each.quality.kl_mean for each in found.uniform}
     assert uniform["int8"] < found.quality.kl_mean < uniform["int4"]
-    loaded = load(found.checkpoint)
+    loaded = load(found.checkpoint, kernel="library")
     assert sum(layer.stored_bytes for layer in loaded.layers) == found.stored_bytes
     assigned = {name: part.format for part in found.assigned for name in part.modules}
     assert schemes(loaded) == assigned and "lm_head" in assigned and set(assigned.values()) == {"int4", "int8"}
@@ -49,7 +51,7 @@ def test_it_is_in_the_budget_closer_than_one_format_written_and_made_again(folde
     assert words[:2] == ["polyquant", "quantize"]
     result = CliRunner().invoke(build("compressed-tensors"), [*words[1:-1], str(tmp_path / "made")])
     assert result.exit_code == 0, result.output
-    assert torch.equal(load(tmp_path / "made").logits(TOKENS), loaded.logits(TOKENS))
+    assert torch.equal(load(tmp_path / "made", kernel="library").logits(TOKENS), loaded.logits(TOKENS))
     assert not list(cache_folder().glob("search-*"))
 
 
