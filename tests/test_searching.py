@@ -68,7 +68,7 @@ def test_layers_that_read_the_same_input_are_one_unit():
 def test_options_say_exactly_what_was_assigned(seed):
     draw = random.Random(seed)
     formats = {name: draw.choice(["Q4", "Q4", "Q4", "Q8"][: 1 + seed % 4]) for name in MODULES}
-    options = as_options(formats, MODULES[1:], "type")
+    options = as_options(formats, MODULES[1:], lambda name: {"type": name})
     said = dict.fromkeys(MODULES[1:], options["type"])
     for pattern, chosen in options["layers"]:
         said |= {name: chosen for name in MODULES if matches(name, pattern)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import msgspec
 
@@ -29,11 +29,18 @@ class MixableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
 
     format_options: ClassVar[tuple[str, ...]] = ()
     """The options that choose a format: of linear layers first; others, such as the embedding's, after it."""
+    mixes: ClassVar[tuple[str, ...]] = ("linear", "head", "embedding")
+    """Roles of the tensors that may have a format of their own."""
 
     @property
     def layers(self) -> LayerFormats[str]:
         """The backend's own field of this name."""
         raise NotImplementedError
+
+    @classmethod
+    def of_format(cls, name: str) -> Mapping[str, Any]:
+        """The options that give linear layers the format `name` where `layers` names none."""
+        return {cls.format_options[0]: name}
 
     def with_full_names(self, weights: Sequence[WeightInfo]) -> Self:
         """As of every backend, and `layers` as one format for each module, by its full name.
@@ -51,7 +58,7 @@ class MixableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_f
         """Full module name -> format, in the order of `weights`."""
         skipped = matching_modules(weights, self.skip)
         able = {module_of(each) for each in weights
-                if each.role in ("linear", "head", "embedding") and not each.tied_to} - set(skipped)  # fmt: skip
+                if each.role in self.mixes and not each.tied_to} - set(skipped)  # fmt: skip
         formats: dict[str, str] = {}
         for pattern, chosen in self.layers:
             hits = matching_modules(weights, (pattern,), "layers")

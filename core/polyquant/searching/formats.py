@@ -16,6 +16,7 @@ from polyquant.mixing import MixableOptions
 from polyquant.models.model import Model
 from polyquant.modules import matching_modules, module_of
 from polyquant.options import BackendOptions, describe_options
+from polyquant.packable import LIBRARY, PACKED, PackableOptions, is_packed
 from polyquant.registry.backend import Backend
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo, LayerPlan, WeightInfo
@@ -52,8 +53,10 @@ class Formats:
         asked: Sequence[str],
     ) -> None:  # fmt: skip
         self.backend, self.given, self._how = backend, given, how
+        self.load_options = {name: given[name] for name in given if name in backend.info.options.load_time}
         self._option = option_of(backend)
         config = _mixable(backend.config(given))  # raises for wrong options before any file is read
+        self._options_type = type(config)
         names = _names(backend.info, self._option[0], asked)
         if how.adapter:
             raise ConfigError("a search is of the model alone: leave adapter out, and train or merge on what it finds")
@@ -63,15 +66,22 @@ class Formats:
             model, revision=revision, allow_pickle=how.allow_pickle, trust_remote_code=how.trust_remote_code,
             progress=how.progress,
         )  # fmt: skip
-        self.name = self._model.name
+        self.name, source = self._model.name, self._model.source
+        self._path = model if revision is None else source.path / source.gguf_file
         self._route = route_of(self._model.source, backend)
-        if self._route not in ("on the fly", "dense first"):
+        if self._route == "as stored":
             raise CheckpointConflict(f"{self.name} is quantized already; a search needs the dense model")
         settled = self._settled({})[1]
+        if self.made_first and isinstance(settled.options, PackableOptions):  # one kernel, so that bytes add up
+            self.load_options = {"kernel": PACKED if is_packed(settled.options) else LIBRARY, **self.load_options}
         fixed = {name for name, _ in _mixable(settled.options).layers}
         skipped = matching_modules(settled.weights, config.skip)
-        self._vocabulary = [module_of(weight) for weight in settled.weights if _is_vocabulary(weight)
-                            if module_of(weight) not in (*fixed, *skipped)]  # fmt: skip
+        kept = (*fixed, *skipped)
+        self._vocabulary = [
+            module_of(weight)
+            for weight in settled.weights
+            if _is_vocabulary(weight) and weight.role in config.mixes and module_of(weight) not in kept
+        ]
         self.notes: list[str] = []
         self.uniform: dict[str, Planned] = {}
         for name in names:
@@ -91,13 +101,30 @@ class Formats:
         self.usual = [name for name in self.searched if name not in self._vocabulary]
 
     @property
-    def option(self) -> str:
-        """The backend's option that names the usual format of a linear layer."""
-        return self._option[0]
+    def made_first(self) -> bool:
+        """Whether the backend loads checkpoints only, so that one is made of each assignment that is loaded.
+
+        What is chosen only as it is loaded is in `load_options`.
+        """
+        return self._route == "make first"
+
+    @property
+    def path(self) -> str | Path:
+        """The model, as loads and `quantize` take it: of another revision than the usual one, its files."""
+        return self._path
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether weights are rounded by calibration text."""
+        return next(iter(self.uniform.values())).settled.options.rounding_method == "calibrated"
+
+    def usual_format(self, chosen: str) -> Mapping[str, Any]:
+        """The options that give linear layers a format where `layers` names none."""
+        return self._options_type.of_format(chosen)
 
     def of_all(self, chosen: str) -> dict[str, Any]:
         """The options of one format for everything."""
-        return {self.option: chosen, "layers": tuple((name, chosen) for name in self._vocabulary)}
+        return {**self.usual_format(chosen), "layers": tuple((name, chosen) for name in self._vocabulary)}
 
     def options(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """All options: those that every format has, and `own`, whose layers come before those that were given."""
@@ -120,7 +147,7 @@ class Formats:
         return Planned(source, settled, self.backend.plan_layers(settled.weights, settled.options))
 
     def _settled(self, own: Mapping[str, Any]) -> tuple[ModelSource, Settled]:
-        options = self.options(own)
+        options = {**self.options(own), **(self.load_options if self.made_first else {})}
         config = self.backend.config(options)
         request, settled = prepare(self._model, self.backend, config, options, self._how, self._route)
         return request.source, settled

@@ -9,14 +9,13 @@ from typing import Any
 
 from polyquant.errors import ConfigError
 from polyquant.isolated import handles
-from polyquant.loaded import LoadedModel
-from polyquant.loading.load import load
 from polyquant.loading.options import split_options
 from polyquant.loading.quantize import save_verified
 from polyquant.loading.settle import as_flags
 from polyquant.models import builtin
 from polyquant.searching.formats import Formats
 from polyquant.searching.knapsack import assign
+from polyquant.searching.loading import loader
 from polyquant.searching.measuring import Measuring
 from polyquant.searching.options import SearchOptions
 from polyquant.searching.records import Assigned, Assignment, Uniform
@@ -43,26 +42,23 @@ def search(
     least = formats.rest_bytes + sum(
         min(formats.nbytes(name, unit.modules) for name in formats.uniform) for unit in units
     )
-
-    def loaded_with(chosen: Mapping[str, Any]) -> LoadedModel:
-        return load(model, backend, revision=revision, **shared, **formats.options(chosen))
-
     if budget < least:
         raise ConfigError(
             f"{size(budget)} is too little: with the smallest of {', '.join(formats.uniform)} everywhere {model} takes "
             f"{size(least)} ({least} bytes), {size(formats.rest_bytes)} of it for what stays as it is"
         )
-    measuring = Measuring(formats, loaded_with, options, texts, progress)
-    measuring.everything(units)
-    chosen = assign([measuring.choices(unit) for unit in units], budget - formats.rest_bytes)
-    by_module = {name: choice.format for unit, choice in zip(units, chosen, strict=True) for name in unit.modules}
-    found = as_options(by_module, formats.usual, formats.option)
-    progress.step(Step(what="loading what was found"))
-    loaded = loaded_with(found)
-    quality = measuring.quality(loaded)
-    if out is not None:
-        progress.step(Step(what="writing it"))
-        save_verified(loaded, handle, out, how, overwrite=overwrite)
+    with loader(formats, shared, texts) as models:
+        measuring = Measuring(formats, models.load, options, texts, progress)
+        measuring.everything(units)
+        chosen = assign([measuring.choices(unit) for unit in units], budget - formats.rest_bytes)
+        by_module = {name: choice.format for unit, choice in zip(units, chosen, strict=True) for name in unit.modules}
+        found = as_options(by_module, formats.usual, formats.usual_format)
+        progress.step(Step(what="loading what was found"))
+        loaded = models.load(found, out, overwrite=overwrite)
+        quality = measuring.quality(loaded)
+        if out is not None and not formats.made_first:
+            progress.step(Step(what="writing it"))
+            save_verified(loaded, handle, out, how, overwrite=overwrite)
     uniform = [
         Uniform(format=name, stored_bytes=planned.stored_bytes, fits=planned.stored_bytes <= budget,
                 quality=measuring.uniform(name))

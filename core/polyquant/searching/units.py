@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from polyquant.modules import kind_of, matches
@@ -32,10 +32,13 @@ def units_of(modules: Iterable[str], *, grouped: bool) -> list[Unit]:
     return [Unit(tuple(each)) for each in found.values()]
 
 
-def as_options(formats: Mapping[str, str], usual: Iterable[str], option: str) -> dict[str, Any]:
+def as_options(
+    formats: Mapping[str, str], usual: Iterable[str], of_format: Callable[[str], Mapping[str, Any]]
+) -> dict[str, Any]:
     """The options that give each module its format, in few words.
 
-    formats: full module name -> format. usual: those of them that have the format of `option` where nothing is said.
+    formats: full module name -> format. usual: those of them that have the format of the options `of_format` where
+    nothing is said.
     First one pattern for all layers of a kind whose usual format is another, then each layer that differs from these.
     """
     plain = set(usual)
@@ -53,6 +56,6 @@ def as_options(formats: Mapping[str, str], usual: Iterable[str], option: str) ->
     for pattern, chosen in layers:
         said |= {name: chosen for name in formats if matches(name, pattern)}
     return {
-        option: base,
+        **of_format(base),
         "layers": (*layers, *((name, formats[name]) for name in formats if formats[name] != said[name])),
     }

@@ -28,12 +28,12 @@ from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
 from polyquant_compressed_tensors._decode import FP4, ZERO, decode, group_scales, zero_points
 from polyquant_compressed_tensors._library import quantization_scheme
-from polyquant_compressed_tensors.options import BLOCK, FIXED_GROUPS, CompressedTensorsOptions
+from polyquant_compressed_tensors.formats import BLOCK, FIXED_GROUPS, group_of, is_ignored
+from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import (
     SCALE,
     checkpoint_tensors,
     columns_of_a_scale,
-    is_ignored,
     packed_scale,
     uses_int8pack,
 )
@@ -161,9 +161,13 @@ def _held(
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
-    ignore = model.config.quantization_config.get("ignore") or ()
-    head = model.get_output_embeddings()
-    skipped = [name for name, module in model.named_modules() if module is not head and is_ignored(name, ignore)]
+    stored, head = model.config.quantization_config, model.get_output_embeddings()
+    ignore, groups = stored.get("ignore") or (), stored["config_groups"]
+    skipped = [
+        name
+        for name, module in model.named_modules()
+        if module is not head and (is_ignored(name, ignore) or group_of(name, groups) is None)
+    ]
     return describe(model, _quantized, skipped=skipped)
 
 

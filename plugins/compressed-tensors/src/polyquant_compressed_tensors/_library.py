@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from loguru import logger
 from polyquant.plugin import Library, contained
 
-from polyquant_compressed_tensors.options import BITS, BLOCK, CompressedTensorsOptions
+from polyquant_compressed_tensors.formats import BITS, BLOCK, LINEAR
+from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
 LLM_COMPRESSOR = Library(distribution="llmcompressor", versions=">=0.14,<0.15")
 NAMES = ("llmcompressor", "compressed_tensors")
@@ -20,8 +21,8 @@ DISABLED = "LLM_COMPRESSOR_LOG_DISABLED"  # read at its import: it then leaves l
 METRIC, METRIC_NUMBER = "METRIC", 38  # a level that it logs with, and registers only where its log is not disabled
 
 
-def quantization_scheme(options: CompressedTensorsOptions) -> QuantizationScheme:
-    """The scheme of every quantized layer."""
+def quantization_scheme(options: CompressedTensorsOptions, targets: Sequence[str] = (LINEAR,)) -> QuantizationScheme:
+    """The scheme of the layers that `targets` names, in the format that `options` give all layers."""
     kind = "int" if options.weights.startswith("int") else "float"
     weights: dict[str, Any] = {"num_bits": BITS[options.weights], "type": kind, "symmetric": options.symmetric}
     weights |= {"strategy": options.strategy, "group_size": options.group_size}
@@ -36,7 +37,7 @@ def quantization_scheme(options: CompressedTensorsOptions) -> QuantizationScheme
             num_bits=8, type=kind, symmetric=True, dynamic=True, observer=None, **_activations(options)
         )
     return QuantizationScheme(
-        targets=["Linear"], weights=QuantizationArgs(**weights), input_activations=activations,
+        targets=list(targets), weights=QuantizationArgs(**weights), input_activations=activations,
         format=options.packed_format,
     )  # fmt: skip
 

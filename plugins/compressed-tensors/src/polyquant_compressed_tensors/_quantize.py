@@ -14,7 +14,8 @@ from polyquant.plugin.calibration import token_windows
 from torch.utils.data import DataLoader
 
 from polyquant_compressed_tensors._library import LLM_COMPRESSOR, quantization_scheme, quiet_llm_compressor
-from polyquant_compressed_tensors.options import OWN, CompressedTensorsOptions
+from polyquant_compressed_tensors.formats import OWN
+from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import plan_layers
 
 
@@ -47,7 +48,10 @@ def _run(
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     modifier = GPTQModifier if config.method == "gptq" else QuantizationModifier
-    groups = {"group_0": quantization_scheme(config)}
+    schemes = [quantization_scheme(config)]
+    for name, options in config.formats().items():
+        schemes.append(quantization_scheme(options, [module for module, chosen in config.layers if chosen == name]))
+    groups = {f"group_{number}": scheme for number, scheme in enumerate(schemes)}
     recipe = modifier(config_groups=groups, ignore=dense_linears(request.weights, config))
     model = checkpoints.load_causal_lm(request, _dtype(request, config))
     with create_session():

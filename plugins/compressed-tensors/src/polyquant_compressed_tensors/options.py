@@ -1,45 +1,45 @@
-"""Options of the compressed-tensors backend, and what a checkpoint's quantization_config stands for."""
+"""Options of the compressed-tensors backend."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
 from polyquant.errors import ConfigError
-from polyquant.plugin import NumberFormat, PackableOptions, RoundingMethod
+from polyquant.plugin import (
+    LayerFormats,
+    MixableOptions,
+    NumberFormat,
+    PackableOptions,
+    RoundingMethod,
+    WeightInfo,
+    module_of,
+)
 
-Weights = Literal["int4", "int8", "fp8", "mxfp4", "nvfp4"]
-Strategy = Literal["tensor", "channel", "group", "block", "tensor_group"]
-BITS: Mapping[Weights, int] = {"int4": 4, "int8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
-STRATEGIES: Mapping[Weights, tuple[Strategy, ...]] = {  # the first is the default
-    "int4": ("group", "channel"),
-    "int8": ("channel", "group"),
-    "fp8": ("channel", "block", "tensor"),
-    "mxfp4": ("group",),
-    "nvfp4": ("tensor_group",),
-}
-FIXED_GROUPS: Mapping[Weights, int] = {"mxfp4": 32, "nvfp4": 16}
-DEFAULT_GROUP, BLOCK = 64, (128, 128)
+from polyquant_compressed_tensors.formats import (
+    BITS,
+    CHOICES,
+    FIXED_GROUPS,
+    OWN_FIELDS,
+    STRATEGIES,
+    LayerFormat,
+    Strategy,
+    Weights,
+    choices_of,
+    first_fitting,
+    is_ignored,
+    read_stored,
+    settled,
+)
+
 PACK_GROUPS = (32, 64, 128, 256)  # that torch's int4 matmul has
 SAMPLES, LENGTH = 64, 512
 OWN_CHOICE = ("auto", "library")  # kernel options that leave the choice to this package
 
-OWN = "polyquant"  # key for what compressed-tensors has no field for
-OWN_FIELDS = ("method", "samples", "length", "compute_dtype")
-PLAIN = ("int-quantized", "float-quantized", "naive-quantized")  # weights a byte each
-UNREAD = {"kv_cache_scheme": "quantizes the key-value cache", "transform_config": "rotates activations"}
-FORMATS: Mapping[tuple[str, int], Mapping[str, tuple[str, ...]]] = {  # (type, bits) -> option -> its formats
-    ("int", 4): {"int4": ("pack-quantized",)},
-    ("int", 8): {"int8": ("pack-quantized", *PLAIN)},
-    ("float", 8): {"fp8": PLAIN},
-    ("float", 4): {"mxfp4": ("mxfp4-pack-quantized",), "nvfp4": ("nvfp4-pack-quantized",)},
-}
 
-
-class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which of llm-compressor's schemes, and how its weights are rounded."""
 
     weights: Annotated[
@@ -62,6 +62,13 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
             "with kernel='packed'"
         ),
     ] = False
+    layers: Annotated[
+        LayerFormats[LayerFormat],
+        Meta(
+            description="layers with a format of their own, by patterns as in skip: weights, then group size or "
+            "strategy, asymmetric, dynamic"
+        ),
+    ] = ()
     kernel: Annotated[
         Literal["auto", "packed", "library", "pack_mm", "decode"],
         Meta(
@@ -82,9 +89,12 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
         Annotated[int, Meta(ge=8)] | None, Meta(description=f"gptq: tokens of a window of text ({LENGTH})")
     ] = None
 
+    format_options: ClassVar[tuple[str, ...]] = CHOICES
+    mixes: ClassVar[tuple[str, ...]] = ("linear", "head")
+
     def __post_init__(self) -> None:
         allowed = STRATEGIES[self.weights]
-        strategy: Strategy = self.strategy or ("group" if self.group_size and "group" in allowed else allowed[0])
+        strategy, group_size = settled(self.weights, self.strategy, self.group_size)
         if strategy not in allowed:
             raise ValueError(f"strategy {strategy!r} does not go with {self.weights}; use {', '.join(allowed)}")
         fixed = FIXED_GROUPS.get(self.weights)
@@ -101,12 +111,12 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
                 raise ValueError(f"{name} applies to method='gptq' only; {self.method!r} uses no calibration text")
         if self.method == "gptq" and not self.weights.startswith("int"):
             raise ValueError(f"method 'gptq' applies to int4 and int8 only, not to {self.weights!r}")
-        settled: dict[str, object] = {"strategy": strategy}
-        if grouped:
-            settled["group_size"] = self.group_size or fixed or DEFAULT_GROUP
+        if self.method == "gptq" and (floats := [each for _, each in self.layers if not each.startswith("int")]):
+            raise ValueError(f"method 'gptq' applies to int4 and int8 only, and layers has {floats[0]!r}")
+        values: dict[str, object] = {"strategy": strategy, "group_size": group_size}
         if self.method == "gptq":
-            settled |= {"samples": self.samples or SAMPLES, "length": self.length or LENGTH}
-        for name, value in settled.items():
+            values |= {"samples": self.samples or SAMPLES, "length": self.length or LENGTH}
+        for name, value in values.items():
             msgspec.structs.force_setattr(self, name, value)
 
     @property
@@ -116,7 +126,8 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
 
     @property
     def rounds_activations(self) -> bool:
-        return self.dynamic_activations
+        """Of any layer."""
+        return self.dynamic_activations or any(each.endswith("dynamic") for _, each in self.layers)
 
     @property
     def number_format(self) -> NumberFormat:
@@ -142,12 +153,47 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
             return "float-quantized" if self.dynamic_activations else "naive-quantized"
         return "int-quantized" if self.dynamic_activations else "pack-quantized"
 
-    def with_kernel(self, device: str, compute_dtype: str) -> Self:
-        """These options with the kernel settled. Raises ConfigError where torch has none that was asked for."""
-        fits = self.symmetric and (
+    def format_of(self, weight: WeightInfo) -> str | None:
+        """As of every backend that mixes formats; a checkpoint's targets may be patterns: `formats.first_fitting`."""
+        named = dict(self.layers)
+        chosen = first_fitting(module_of(weight), named)
+        return named[chosen] if chosen is not None else None
+
+    def skips(self, weight: WeightInfo) -> bool:
+        """As of every backend; a checkpoint's `ignore` may have patterns, and comes before its targets."""
+        return is_ignored(module_of(weight), self.skip) or super().skips(weight)
+
+    def of(self, weight: WeightInfo) -> Self:
+        """The options of one layer, as if all had its format; kernel 'decode' where torch's matmuls are not for it."""
+        named = self.format_of(weight)
+        own = self._in_format(named) if named is not None else msgspec.structs.replace(self, layers=())
+        return msgspec.structs.replace(own, kernel="decode") if own.kernel == "pack_mm" and not own._fits_torch else own
+
+    @classmethod
+    def of_format(cls, name: str) -> Mapping[str, Any]:
+        """CHOICES of a format that are no defaults, and the weights."""
+        chosen = choices_of(name)
+        defaults = {field.name: field.default for field in msgspec.structs.fields(cls)}
+        return {each: value for each, value in chosen.items() if each == "weights" or value != defaults[each]}
+
+    def formats(self) -> dict[str, Self]:
+        """Format -> the options, as if all layers had it: of those that single layers have, in their order."""
+        return {name: self._in_format(name) for name in dict.fromkeys(chosen for _, chosen in self.layers)}
+
+    def _in_format(self, name: str) -> Self:
+        return msgspec.structs.replace(self, layers=(), **choices_of(name))
+
+    @property
+    def _fits_torch(self) -> bool:
+        """Whether torch has a matmul for such packed weights, on a CPU in bfloat16."""
+        return self.symmetric and (
             (self.weights == "int4" and self.group_size in PACK_GROUPS)
             or (self.weights == "int8" and self.strategy == "channel" and not self.dynamic_activations)
         )
+
+    def with_kernel(self, device: str, compute_dtype: str) -> Self:
+        """These options with the kernel settled. Raises ConfigError where torch has none that was asked for."""
+        fits = any(each._fits_torch for each in (self, *self.formats().values()))
         there = fits and device == "cpu" and compute_dtype == "bfloat16"
         if self.kernel == "pack_mm" and not there:
             raise ConfigError(
@@ -163,96 +209,4 @@ class CompressedTensorsOptions(PackableOptions, frozen=True, kw_only=True, forbi
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        return msgspec.convert(_read_stored(stored), cls)
-
-
-def _read_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as plain values.
-
-    Raises ValueError or TypeError, saying which part, for what cannot be run as it was meant.
-    """
-    groups = _mapping(stored, "config_groups")
-    for name, what in UNREAD.items():
-        if stored.get(name):
-            raise ValueError(f"it {what} ({name}), which is not run")
-    sparse = _mapping(stored, "sparsity_config").get("format", "dense")
-    if sparse != "dense":
-        raise ValueError(f"its weights are sparse ({sparse}), which is not read")
-    if len(groups) != 1:
-        raise ValueError(f"it has {len(groups)} config_groups ({', '.join(groups)}); one for all layers is read")
-    group = _mapping(groups, *groups)
-    if list(group.get("targets") or ()) != ["Linear"]:
-        raise ValueError(f"it targets {group.get('targets')}; ['Linear'] is read, with layers left out by ignore")
-    if group.get("output_activations"):
-        raise ValueError("it quantizes output activations (output_activations), which is not run")
-    values = _weights(_mapping(group, "weights"), group.get("format") or stored.get("format"))
-    activations = _mapping(group, "input_activations")
-    values["dynamic_activations"] = _activations(activations, values["weights"], values["strategy"])
-    noted = _mapping(stored, OWN) or {"method": "unknown"}
-    own = {name: noted[name] for name in OWN_FIELDS if name in noted}
-    return {**values, **own, "skip": _ignored(stored.get("ignore") or ()), "skip_defaults": False}
-
-
-def _mapping(holder: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = holder.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise TypeError(f"its {name} is {value!r}, no mapping")
-    return value
-
-
-def _ignored(patterns: Sequence[str]) -> tuple[str, ...]:
-    for pattern in patterns:
-        try:
-            re.compile(str(pattern).removeprefix("re:") if str(pattern).startswith("re:") else "")
-        except re.error as error:
-            raise ValueError(f"{pattern!r} in its ignore is no regular expression: {error}") from error
-    return tuple(patterns)
-
-
-def plain_format(stored: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint keeps each weight in a byte, under the name `weight`."""
-    group = next(iter(stored["config_groups"].values()))
-    return (group.get("format") or stored.get("format")) in PLAIN
-
-
-def _weights(arguments: Mapping[str, Any], packed_format: str | None) -> dict[str, Any]:
-    kind = (str(arguments.get("type", "int")), int(arguments.get("num_bits", 8)))
-    fitting = FORMATS.get(kind, {})
-    name = next((name for name, formats in fitting.items() if packed_format in formats), None)
-    if name is None:
-        readable = [f"{word} of {bits} bits as {' or '.join(sum(formats.values(), ()))}"
-                    for (word, bits), formats in FORMATS.items()]  # fmt: skip
-        raise ValueError(
-            f"its weights are {kind[0]} of {kind[1]} bits in format {packed_format!r}; read are {'; '.join(readable)}"
-        )
-    if arguments.get("dynamic"):
-        raise ValueError("its weights are quantized dynamically, which is not read")
-    if str(arguments.get("actorder")) in ("group", "dynamic", "True"):
-        raise ValueError("it orders weights by activation (actorder 'group', weight_g_idx), which 0.19 no longer reads")
-    size = arguments.get("group_size")
-    strategy = arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    if strategy == "block" and list(arguments.get("block_structure") or ()) != [128, 128]:
-        raise ValueError(f"its blocks are {arguments.get('block_structure')}; [128, 128] is read")
-    symmetric = bool(arguments.get("symmetric", True))
-    grouped = strategy in ("group", "tensor_group")
-    return {
-        "weights": name, "strategy": strategy, "group_size": size if grouped else None, "symmetric": symmetric,
-    }  # fmt: skip
-
-
-def _activations(arguments: Mapping[str, Any], weights: str, strategy: str) -> bool:
-    """Whether activations are rounded while running. Raises ValueError for a way that is not run."""
-    if not arguments:
-        return False
-    kind = {"int": "int", "float": "fp"}.get(str(arguments.get("type", "int")), "?")
-    found = f"{kind}{arguments.get('num_bits', 8)}"
-    if arguments.get("dynamic") is not True:
-        raise ValueError(f"it quantizes activations to {found} with stored scales (static or local), which is not run")
-    how = (arguments.get("strategy"), arguments.get("group_size"), bool(arguments.get("symmetric", True)))
-    wanted = ("group", 128, True) if strategy == "block" else ("token", None, True)
-    if found != weights or how != wanted:
-        raise ValueError(
-            f"it rounds activations to {found} ({how[0]}, group {how[1]}, symmetric {how[2]}) for {weights}; "
-            f"{weights} ({wanted[0]}, group {wanted[1]}, symmetric) is run, for int8 and fp8"
-        )
-    return True
+        return msgspec.convert(read_stored(stored), cls)

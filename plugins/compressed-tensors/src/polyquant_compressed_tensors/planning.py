@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
 from typing import Literal, NamedTuple
 
 import msgspec
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, module_of, plan_linears, unfit
+from polyquant.plugin import (
+    DTYPE_BYTES,
+    LayerPlan,
+    PackedFormat,
+    WeightInfo,
+    is_linear,
+    module_of,
+    plan_linears,
+    unfit,
+)
 from polyquant.plugin.layouts import packed_group
 
-from polyquant_compressed_tensors.options import BLOCK, OWN_CHOICE, CompressedTensorsOptions
+from polyquant_compressed_tensors.formats import BLOCK, SHARING, is_ignored
+from polyquant_compressed_tensors.options import OWN_CHOICE, CompressedTensorsOptions
 
 SCALE = "float"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
 WORD_BITS = 32
@@ -41,10 +50,37 @@ def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions)
             f"{fused} holds fused experts, which compressed-tensors has no layout for here; "
             "choose a model without experts, or a backend that leaves them dense (polyquant backends)"
         )
-    return plan_linears(
-        weights, config, config.scheme, lambda weight: quantized_bytes(weight, config),
-        packed=lambda weight: packed_format(weight, config),
+    plans = [_plan(weight, config) for weight in weights]
+    if not any(weight.parts for weight in weights):  # of a dense model, from which a checkpoint is to be made
+        _require_alike({module_of(plan): plan.scheme for plan in plans if plan.role == "linear"})
+    return plans
+
+
+def _require_alike(schemes: Mapping[str, str]) -> None:
+    """Raises ConfigError where layers that are to share the scale of nvfp4 have formats that differ.
+
+    schemes: of the linear layers by their names, dense ones too.
+    """
+    for name, scheme in schemes.items():
+        owner, _, own = name.rpartition(".")
+        together = next((names for names in SHARING if own in names), ())
+        beside = [each for each in (f"{owner}.{other}" for other in together) if each in schemes]
+        other = next((each for each in beside if schemes[each] != scheme), None)
+        if scheme == "nvfp4" and other is not None and len(beside) == len(together):
+            raise ConfigError(
+                f"{name} is to be nvfp4 and {other} {schemes[other]}: {', '.join(together)} share one scale there, so "
+                "give all of them nvfp4 or none (layers, skip)"
+            )
+
+
+def _plan(weight: WeightInfo, config: CompressedTensorsOptions) -> LayerPlan:
+    """Of one tensor, in its own format."""
+    own = config.of(weight)
+    (plan,) = plan_linears(
+        [weight], own, own.scheme, lambda weight: quantized_bytes(weight, own, named=config.format_of(weight)),
+        takes=lambda weight, _: is_linear(weight, config), packed=lambda weight: packed_format(weight, own),
     )  # fmt: skip
+    return plan
 
 
 def packed_format(weight: WeightInfo, config: CompressedTensorsOptions) -> PackedFormat:
@@ -70,22 +106,17 @@ def packed_scale(weights: str, stored: str, compute_dtype: str) -> str:
     return PACKED_SCALES.get(weights) or (stored if compute_dtype == "float32" else compute_dtype)
 
 
-def is_ignored(module: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern of a checkpoint's `ignore` is the module's name, or a regular expression that fits it."""
-    return any(
-        re.match(pattern[3:], module) is not None if pattern.startswith("re:") else pattern == module
-        for pattern in patterns
-    )
+def quantized_bytes(weight: WeightInfo, config: CompressedTensorsOptions, *, named: str | None = None) -> int:
+    """Bytes in memory, with scales and zero points. named: its own format, if any.
 
-
-def quantized_bytes(weight: WeightInfo, config: CompressedTensorsOptions) -> int:
-    """Bytes in memory, with scales and zero points. Raises ConfigError where the groups do not fit."""
-    require_fit(weight, config)
+    Raises ConfigError where the groups do not fit.
+    """
+    _require_fit(weight, config, named)
     sizes = {**DTYPE_BYTES, "float8_e4m3fn": 1, SCALE: DTYPE_BYTES[weight.dtype]}
     return sum(prod(tensor.shape) * sizes[tensor.dtype] for tensor in held_tensors(weight.shape, config).values())
 
 
-def require_fit(weight: WeightInfo, config: CompressedTensorsOptions) -> None:
+def _require_fit(weight: WeightInfo, config: CompressedTensorsOptions, named: str | None) -> None:
     columns = weight.shape[1]
     size = BLOCK[1] if config.strategy == "block" else config.group_size
     if size is None or columns % size == 0:
@@ -94,6 +125,8 @@ def require_fit(weight: WeightInfo, config: CompressedTensorsOptions) -> None:
     free = config.strategy == "group" and config.weights in ("int4", "int8")
     fixes = [f"group_size={max(fitting)}"] if fitting and free else []
     fixes += ["strategy='channel'"] if config.weights in ("int4", "int8", "fp8") else []
+    if named is not None:
+        fixes = [f"another format for it in layers than {named!r}"]
     raise unfit(weight, f"groups of {size} do not divide in_features {columns}", fixes)
 
 

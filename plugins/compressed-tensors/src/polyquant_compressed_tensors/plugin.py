@@ -24,7 +24,7 @@ INFO = BackendInfo(
     also_called=("compressed_tensors", "llmcompressor"),
     libraries=(LIBRARY, Library(distribution="accelerate", versions=">=1.6")),
     presets={
-        "int4": {"weights": "int4", "group_size": 64},
+        "int4": {"weights": "int4"},
         "int8": {"weights": "int8"},
         "fp8": {"weights": "fp8"},
         "int4-gptq": {"weights": "int4", "group_size": 64, "method": "gptq"},
