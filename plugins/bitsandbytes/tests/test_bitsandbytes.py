@@ -23,7 +23,7 @@ def direct(model, native):
     ).eval()
     for module in found.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # which would compute in bfloat16: polyquant keeps float32
+            module.support_avx512bf16_for_cpu = False  # which would compute in bfloat16
     return found
 
 

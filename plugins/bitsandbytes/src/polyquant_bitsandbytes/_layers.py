@@ -11,7 +11,6 @@ from polyquant.plugin import LayerInfo, LoadedModel, group_of_runs
 from polyquant.plugin.layers import PackedWeight, Quantized, describe, pack_weight
 
 from polyquant_bitsandbytes._library import kernel
-from polyquant_bitsandbytes._load import linear_4bit, read_again, repacked
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
 LARGEST = 127  # of the 8-bit codes, to which a row's scale belongs
@@ -24,16 +23,8 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
-    """Freeze, and let no forward pass repack weights: no gradient passes through those that are."""
     from peft import prepare_model_for_kbit_training
 
-    if repacked(loaded.model):
-        exact = dict(read_again(loaded).named_modules())
-        for name, module in loaded.model.named_modules():
-            if isinstance(module, bnb.Linear4bit):
-                module.weight, module.quant_state = exact[name].weight, exact[name].weight.quant_state
-    for module in linear_4bit(loaded.model):
-        module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(loaded.model, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

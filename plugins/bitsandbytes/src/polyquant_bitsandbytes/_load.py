@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import bitsandbytes
 import torch
-from polyquant.errors import ConfigError, SaveError
+from polyquant.errors import ConfigError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 
 from polyquant_bitsandbytes._checks import require_sound
@@ -23,10 +23,7 @@ def load(request: LoadRequest, config: BitsAndBytesOptions) -> LoadedModel:
     if config.bits == 8 and config.compute_dtype != "float16":
         notes.append(f"LLM.int8 casts its inputs from {config.compute_dtype} to float16 inside each layer")
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_drop_cast_warning)
-    if _repacks(model):
-        notes.append(
-            "on this CPU the first forward pass repacks 4-bit weights for AVX512 and rounds their scales to bfloat16"
-        )
+    _keep_as_stored(model)
     return LoadedModel(model=model, config=config, kernel=kernel(request.device), notes=notes)
 
 
@@ -64,54 +61,21 @@ def _cast_dense(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:
-    """Weights that the CPU kernel has repacked have lost bits of their scales: those are read from the source again."""
-    if not repacked(loaded.model):
-        return checkpoints.save_pretrained(loaded, out)
-    return checkpoints.save_pretrained(loaded, out, read_again(loaded))
-
-
-def repacked(model: Any) -> bool:
-    """Whether a forward pass has repacked weights for the CPU, which rounds their scales."""
-    return any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in linear_4bit(model))
-
-
-def read_again(loaded: LoadedModel) -> Any:
-    """The model as it was loaded. Raises SaveError where it is not known from where."""
-    if loaded.request is None:
-        raise SaveError(
-            "the first forward pass repacked the weights, and where they came from is unknown: load through polyquant"
-        )
-    return _load_model(loaded.request, cast(BitsAndBytesOptions, loaded.config))
+    return checkpoints.save_pretrained(loaded, out)
 
 
 def linear_4bit(model: Any) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit))
 
 
-def _repacks(model: Any) -> bool:
-    """Whether the first forward pass is going to repack weights, for products in bfloat16.
+def _keep_as_stored(model: Any) -> None:
+    """Let no forward pass repack 4-bit weights, as bitsandbytes 0.50 does on processors with AVX512-BF16.
 
-    Layers opt out whose compute dtype is another, whose activations it would round unasked, and those of sizes that its
-    kernel cannot take: bitsandbytes 0.50 asserts out_features % 32 == 0 there and needs whole blocks along in_features.
+    That rounds scales and activations to bfloat16, whatever the compute dtype, and state_dict() of such a model leaves
+    it with wrong weights.
     """
-    found = False
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False) and module.weight.device.type == "cpu":
-            fits = module.out_features % 32 == 0 and module.in_features % module.weight.blocksize == 0
-            module.support_avx512bf16_for_cpu = fits and module.compute_dtype == torch.bfloat16
-            if module.support_avx512bf16_for_cpu:
-                module.register_state_dict_pre_hook(_require_whole)
-                found = True
-    return found
-
-
-def _require_whole(module: Any, *ignored: Any) -> None:
-    """Raises SaveError where bitsandbytes would unpack the weights, and leave the scales of repacked ones behind."""
-    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-        raise SaveError(
-            "the first forward pass repacked the weights, and state_dict() would leave the model with wrong ones "
-            "(bitsandbytes 0.50): write it with loaded.save(DIR), or load it with compute_dtype='float32'"
-        )
+    for module in linear_4bit(model):
+        module.support_avx512bf16_for_cpu = False
 
 
 def _drop_cast_warning(record: logging.LogRecord) -> bool:
