@@ -52,6 +52,11 @@ def test_presets_come_from_the_cards(bench):
 def test_only_takes_what_a_cell_is_compared_with(bench):
     rows, _ = bench.rows_of("speed", asked(bench), ["hqq:int8"])
     assert [row.cell.name for row in rows] == ["llama-cpp:Q8_0", "hqq:int8"]
+    rows, _ = bench.rows_of(
+        "divergence", asked(bench), ["gptq:int4", "quanto"]
+    )  # gptq:int4-act-order has a name of its own
+    names = [row.cell.name for row in rows]
+    assert "gptq:int4" in names and "gptq:int4-act-order" not in names and len(names) > 2
 
 
 def test_a_part_that_is_none_is_refused():

@@ -10,8 +10,8 @@ python docs/examples/bench_packed.py [PART ...] [--only WORD ...] [--rounds 3] [
 
 Each cell is measured in a process of its own, all of them in turn, round after round; tables show the median with the
 least and the most, and ratios of medians. A cell that fails says why, and the others go on. Random models and
-checkpoints are made once, into the folder `bench` of polyquant's cache. A backend that has an environment of its own
-is measured by running this script there. Keep the machine otherwise idle.
+checkpoints are made once, into the folder `bench` of polyquant's cache: delete what is to be made anew. A backend that
+has an environment of its own is measured by running this script there. Keep the machine otherwise idle.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def main() -> None:
         "machine": msgspec.to_builtins(this_machine(LIBRARIES)), "kernels": kernels.told(),
         "threads": arguments.threads, "rounds": arguments.rounds, "asked": msgspec.to_builtins(asked),
     }  # fmt: skip
+    print(f"{this_machine().processor}, {arguments.threads} threads; {kernels.told()}")
+    print(f"rounds: {arguments.rounds}; embeddings of packed models whose speed is measured: {arguments.embeddings}")
     for name, (rows, left_out) in chosen.items():
         if not arguments.list:
             for done in measured(name, rows, arguments):
@@ -113,12 +115,20 @@ def part(name: str) -> ModuleType:
 
 
 def rows_of(name: str, asked: Asked, only: Sequence[str]) -> tuple[list[Row], list[LeftOut]]:
-    """The cells of a part with one of `only` in their names, and those that they are compared with."""
+    """The cells of a part with one of `only` in their names, and those that they are compared with.
+
+    A word that is a whole name stands for that cell alone.
+    """
     listed = list(part(name).cells(asked))
-    cells = [each for each in listed if isinstance(each, Cell)]
-    wanted = [cell for cell in cells if not only or any(word in cell.name for word in only)]
+    cells = {each.name: each for each in listed if isinstance(each, Cell)}
+    wanted = [
+        cell
+        for cell in cells.values()
+        if not only or any(word == cell.name or (word not in cells and word in cell.name) for word in only)
+    ]
     names = {cell.name for cell in wanted} | {cell.against for cell in wanted}
-    return [Row(cell) for cell in cells if cell.name in names], [each for each in listed if isinstance(each, LeftOut)]
+    left_out = [each for each in listed if isinstance(each, LeftOut)]
+    return [Row(cell) for cell in cells.values() if cell.name in names], left_out
 
 
 def measured(name: str, rows: Sequence[Row], arguments: argparse.Namespace) -> Iterator[str]:
@@ -154,7 +164,7 @@ def child(module: str, cell: Cell, folder: Path, arguments: argparse.Namespace) 
     )  # fmt: skip
     if answer.exists():
         return msgspec.json.decode(answer.read_bytes(), type=Answer)
-    return Answer(figures={}, reason=account(ended, arguments.limit))
+    return Answer(figures={}, reason=account(ended, arguments.limit).partition("; it said last:")[0])
 
 
 def table(name: str, rows: Sequence[Row]) -> str:
@@ -184,8 +194,8 @@ def table(name: str, rows: Sequence[Row]) -> str:
 
 
 def escaped(reason: str) -> str:
-    """The first line of a reason, as a cell of a table."""
-    return reason.partition("\n")[0].replace("|", "\\|")
+    """A reason in a line, as a cell of a table."""
+    return " ".join(reason.split()).replace("|", "\\|")
 
 
 def mark(row: Row) -> str:
