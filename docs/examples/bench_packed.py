@@ -207,8 +207,13 @@ def spread(values: Sequence[Any]) -> str:
     """Numbers as their median, with the least and the most; texts as they are, each once."""
     if not values or not all(isinstance(value, (int, float)) for value in values):
         return ", ".join(dict.fromkeys(map(str, values)))
-    median, least, most = (f"{value:.3g}" for value in (statistics.median(values), min(values), max(values)))
+    median, least, most = map(number, (statistics.median(values), min(values), max(values)))
     return f"{median} ({least} to {most})" if len(values) > 1 else median
+
+
+def number(value: float) -> str:
+    """With three digits that count, or all before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def shown(answer: Answer) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import polyquant
 from polyquant import Backend
 from polyquant.errors import PolyquantError
-from polyquant.packable import PACKED
+from polyquant.packable import PACKED, PackableOptions
 from polyquant.types import Record, WeightInfo
 
 from bench_packed.cells import REAL, Source
@@ -40,13 +40,15 @@ class LeftOut(Record, frozen=True):
 def packed_presets(model: str = REAL) -> Iterator[Preset | LeftOut]:
     """Every preset of 4 or 8 bits with a place in the packed layout, of every backend that runs here."""
     for info in polyquant.backends():
-        handle = polyquant.backend(info.name)
-        if not handle.runs_here:
-            yield LeftOut(name=info.name, reason="it runs in an environment of its own: run this script there")
-        elif not handle.can("pack"):
+        if not issubclass(info.options, PackableOptions):
             continue  # its runtime or its code books have no place there
-        elif problems := handle.problems("cpu"):
+        handle = polyquant.backend(info.name)
+        if problems := handle.problems("cpu"):
             yield LeftOut(name=info.name, reason=problems[0].what)
+        elif not info.capabilities.runs_on_torch:
+            yield LeftOut(
+                name=info.name, reason="its worker would be measured, too: run this script in its environment"
+            )
         else:
             for preset, options in info.presets.items():
                 yield from _placed(handle, preset, options, model)

@@ -43,7 +43,7 @@ RANDOM: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Name -> model type and sizes of a model with random weights, in bfloat16, with SmolLM2's tokenizer."""
 TINY = {
     **dict.fromkeys(("hidden_size", "word_embed_proj_dim"), 256), "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "head_dim": 64, **dict.fromkeys(("intermediate_size", "ffn_dim"), 512),
+    "num_key_value_heads": 4, **dict.fromkeys(("intermediate_size", "ffn_dim"), 512),
 }  # fmt: skip
 """What becomes of the sizes of a small one."""
 
