@@ -29,7 +29,7 @@ BASE = {
 }  # fmt: skip
 RANDOM: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama-1b": ("llama", {  # Llama-3.2-1B's shape but for the vocabulary, which has 128256 tokens there
-        **BILLION, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192, "head_dim": 64,
+        **BILLION, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192,
     }),
     "qwen3-1b": ("qwen3", {  # Qwen3-1.7B's layers, 20 of the 28
         **BILLION, "num_hidden_layers": 20, "num_attention_heads": 16, "intermediate_size": 6144, "head_dim": 128,
@@ -42,8 +42,8 @@ RANDOM: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 """Name -> model type and sizes of a model with random weights, in bfloat16, with SmolLM2's tokenizer."""
 TINY = {
-    **dict.fromkeys(("hidden_size", "word_embed_proj_dim"), 256), "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, **dict.fromkeys(("intermediate_size", "ffn_dim"), 512),
+    **dict.fromkeys(("hidden_size", "word_embed_proj_dim"), 256), "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, **dict.fromkeys(("intermediate_size", "ffn_dim"), 512),
 }  # fmt: skip
 """What becomes of the sizes of a small one."""
 
