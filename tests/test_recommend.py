@@ -358,7 +358,7 @@ def test_the_commands(run_python, tmp_path):
     assert "bitsandbytes:nf4" in shown.stdout
     assert "budget" in shown.stdout
     assert picture.read_text().startswith("<?xml")
-    one = run_python("plan", str(CONFIG), "-b", "bitsandbytes", "--bits", "4", "--memory", "2GiB", "--layers")
+    one = run_python("plan", str(CONFIG), "-b", "bitsandbytes", "--bits", "4", "--memory", "3GiB", "--layers")
     assert one.returncode == 0, one.stderr
     assert "bits a weight" in one.stdout
     assert "fits" in one.stdout.splitlines()[-1]

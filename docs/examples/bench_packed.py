@@ -94,9 +94,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--embeddings",
-        default="8bit",
-        choices=("keep", "16bit", "8bit", "4bit"),
-        help="of packed models whose speed is measured; llama.cpp keeps them in 6 or 8 bits",
+        default="auto",
+        choices=("auto", "keep", "16bit", "8bit", "4bit"),
+        help="of packed models whose speed is measured; llama.cpp keeps them in 16 bits in what polyquant makes for it",
     )
     parser.add_argument("--small", action="store_true", help="few tokens and tiny models, to see that all works")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for a process")
