@@ -69,6 +69,9 @@ def model_keys(config: Any, architecture: str) -> dict[str, Any]:
         value = _rope_theta(config) if field == "rope_theta" else getattr(config, field or "", None)
         if value is not None:
             keys[f"{architecture}.{key}"] = value
+    width = getattr(config, "head_dim", None)
+    if width and width != config.hidden_size // config.num_attention_heads:  # what llama.cpp takes where nobody says
+        keys |= {f"{architecture}.attention.{name}_length": width for name in ("key", "value")}
     return keys
 
 
