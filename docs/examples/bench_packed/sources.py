@@ -86,7 +86,7 @@ def _build(source: Source, out: Path) -> None:
         sizes = {name: TINY.get(name, value) for name, value in sizes.items()}
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **VOCABULARY, **sizes)
-    model = AutoModelForCausalLM.from_config(config, **versions.dtype_argument(torch.bfloat16))
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **versions.dtype_argument(torch.bfloat16))
     with versions.progress_bars(enabled=False):
         model.save_pretrained(out)
     hf.load_tokenizer(resolve_dense(REAL)).save_pretrained(out)
