@@ -16,7 +16,7 @@ from polyquant.mixing import MixableOptions
 from polyquant.models.model import Model
 from polyquant.modules import matching_modules, module_of
 from polyquant.options import BackendOptions, describe_options
-from polyquant.packable import LIBRARY, PACKED, PackableOptions, is_packed
+from polyquant.packable import LIBRARY, PackableOptions
 from polyquant.registry.backend import Backend
 from polyquant.request import ModelSource
 from polyquant.types import BackendInfo, LayerPlan, WeightInfo
@@ -53,7 +53,10 @@ class Formats:
         asked: Sequence[str],
     ) -> None:  # fmt: skip
         self.backend, self.given, self._how = backend, given, how
-        self.load_options = {name: given[name] for name in given if name in backend.info.options.load_time}
+        library = {"kernel": LIBRARY} if issubclass(backend.info.options, PackableOptions) else {}
+        asked_for = {name: given[name] for name in given if name in backend.info.options.load_time}
+        self.load_options: dict[str, Any] = {**library, **asked_for}
+        """What is chosen as the model is loaded: one kernel for every assignment, so that their bytes add up."""
         self._option = option_of(backend)
         config = _mixable(backend.config(given))  # raises for wrong options before any file is read
         self._options_type = type(config)
@@ -72,8 +75,6 @@ class Formats:
         if self._route == "as stored":
             raise CheckpointConflict(f"{self.name} is quantized already; a search needs the dense model")
         settled = self._settled({})[1]
-        if self.made_first and isinstance(settled.options, PackableOptions):  # one kernel, so that bytes add up
-            self.load_options = {"kernel": PACKED if is_packed(settled.options) else LIBRARY, **self.load_options}
         fixed = {name for name, _ in _mixable(settled.options).layers}
         skipped = matching_modules(settled.weights, config.skip)
         kept = (*fixed, *skipped)
@@ -102,10 +103,7 @@ class Formats:
 
     @property
     def made_first(self) -> bool:
-        """Whether the backend loads checkpoints only, so that one is made of each assignment that is loaded.
-
-        What is chosen only as it is loaded is in `load_options`.
-        """
+        """Whether the backend loads checkpoints only, so that one is made of each assignment that is loaded."""
         return self._route == "make first"
 
     @property
@@ -147,7 +145,7 @@ class Formats:
         return Planned(source, settled, self.backend.plan_layers(settled.weights, settled.options))
 
     def _settled(self, own: Mapping[str, Any]) -> tuple[ModelSource, Settled]:
-        options = {**self.options(own), **(self.load_options if self.made_first else {})}
+        options = {**self.options(own), **self.load_options}
         config = self.backend.config(options)
         request, settled = prepare(self._model, self.backend, config, options, self._how, self._route)
         return request.source, settled

@@ -53,6 +53,19 @@ def test_it_is_in_the_budget_closer_than_uniform_types_and_written(model, tmp_pa
     assert torch.equal(again.logits([5, 6, 7]), loaded.logits([5, 6, 7]))
 
 
+@pytest.mark.parametrize("kernel", ["auto", "library", "packed"])
+def test_bytes_are_those_of_one_kernel(model, monkeypatch, kernel):
+    """Packed, a Q5_0 takes as much as a Q8_0; of one format for everything auto would take the library, of others not."""
+    monkeypatch.setenv("POLYQUANT_KERNEL", "auto")
+    options = {} if kernel == "auto" else {"kernel": kernel}
+    budget = 1_300_000 if kernel == "packed" else BUDGET
+    found = polyquant.search(model, budget, formats=FORMATS, windows=1, **options)
+    loaded = polyquant.load(model, "gguf", **{"kernel": "library", **found.options})
+    assert sum(layer.stored_bytes for layer in loaded.layers) == found.stored_bytes <= budget
+    sizes = {each.format: each.stored_bytes for each in found.uniform}
+    assert (sizes["Q5_0"] > 0.9 * sizes["Q8_0"]) is (kernel == "packed")
+
+
 def test_its_command_makes_it_again(model, tmp_path):
     found = polyquant.search(model, BUDGET, formats=FORMATS, windows=1)
     words = shlex.split(found.command)
