@@ -31,19 +31,16 @@ class Planning(Protocol):
 def settled(
     config: BackendOptions, weights: Sequence[WeightInfo], stored: Mapping[str, str], otherwise: str, backend: Planning
 ) -> tuple[BackendOptions, tuple[WeightInfo, ...], list[str]]:
-    """The options with every 'auto' decided, the weights in the dtypes that follow from them, and notes on what rounds.
+    """The options, with 16 bits where it comes to these; the weights in the dtypes that follow; notes on what rounds.
 
     stored: name of a tensor -> its dtype in the checkpoint; otherwise: of one that is not found there.
     Raises ConfigError where 16 bits are asked for what is not there, or is quantized.
     """
     chosen = {option: bits for option in OPTIONS if (bits := getattr(config, option, KEEP)) in (AUTO, HALF)}
     narrowed, notes = list(weights), list[str]()
-    if not chosen:
-        return config, tuple(narrowed), notes
-    config = replace(config, **dict.fromkeys(chosen, KEEP))
-    if config.compute_dtype != "float32":  # 16 bits already
-        return config, tuple(narrowed), notes
-    if not is_packed(config) and HALF not in chosen.values():
+    config = replace(config, **{option: KEEP for option, bits in chosen.items() if bits == HALF})
+    may_be = chosen and (is_packed(config) or HALF in chosen.values())
+    if not may_be or config.compute_dtype != "float32":  # which is of 16 bits already
         return config, tuple(narrowed), notes
     try:
         plans = backend.plan_layers(weights, config)
