@@ -24,6 +24,7 @@ KINDS = [
     "deepseek_v3", "olmoe", "qwen3_moe",
 ]  # fmt: skip
 TOKENS = list(range(20, 36))
+WHOLE = {"embeddings": "keep", "head": "keep"}  # in the dtype that answers are compared in
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 
 
@@ -47,8 +48,7 @@ def model(request: pytest.FixtureRequest, models: Path) -> Path:
 
 
 def load(model: Path, **options: Any) -> Any:
-    how = {"kernel": "packed", "embeddings": "keep", "head": "keep", **options}
-    return polyquant.load(model, "bitsandbytes", device="cpu", **how)
+    return polyquant.load(model, "bitsandbytes", device="cpu", **{"kernel": "packed", **WHOLE, **options})
 
 
 def stacks(model: Any) -> dict[str, RepackedExperts]:
@@ -68,7 +68,7 @@ def test_experts_are_the_librarys_and_answer_as_the_dense_model_does(model: Path
     from polyquant.loading.dense import load_dense
     from polyquant.models.resolve import resolve_dense
 
-    plan = polyquant.plan(model, "bitsandbytes", kernel="packed", device="cpu")
+    plan = polyquant.plan(model, "bitsandbytes", kernel="packed", device="cpu", **WHOLE)
     loaded = load(model)
     packed, dense = stacks(loaded.model), load_dense(resolve_dense(str(model)))
     described = {layer.name: layer for layer in loaded.initial_layers}
@@ -194,8 +194,7 @@ def test_a_checkpoint_of_16_bits_gives_what_the_same_in_32_bits_does(
         model = Path(shutil.copytree(mixtral, tmp_path / str(dtype)))
         tensors = {name: tensor.to(dtype) for name, tensor in half.items()}
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-        whole = {"embeddings": "keep", "head": "keep"}
-        answers.append(polyquant.load(model, backend, kernel="packed", device="cpu", **whole).logits(TOKENS))
+        answers.append(polyquant.load(model, backend, kernel="packed", device="cpu", **WHOLE).logits(TOKENS))
     assert torch.equal(*answers)
 
 
