@@ -21,6 +21,14 @@ inline int32_t load32(const void* from) {
   return value;
 }
 
+inline void will_read(const void* from) {  // soon; it need not be there
+#if defined(__GNUC__)
+  __builtin_prefetch(from);
+#else
+  (void)from;
+#endif
+}
+
 inline float from_bf16(uint16_t bits) {
   uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
