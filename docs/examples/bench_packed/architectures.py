@@ -13,7 +13,7 @@ from polyquant.loading.dense import as_loaded, load_dense
 from polyquant.models.resolve import resolve_dense
 
 from bench_packed.cells import Asked, Cell, Figures, Sizes, Source, first_tokens, greedy, load_packed, run
-from bench_packed.presets import NF4, LeftOut, packed_preset
+from bench_packed.presets import NF4, LeftOut, Preset, nf4_of_models
 from bench_packed.sources import made
 
 ARCHITECTURES = ("gpt2", "gpt-neox", "opt", "phi", "stablelm")
@@ -22,18 +22,15 @@ COMPARED, RATIO = ("decoded",), "ratio: to the same model, dense"
 
 
 def cells(asked: Asked) -> Iterator[Cell | LeftOut]:
-    nf4 = packed_preset(NF4)
-    if isinstance(nf4, LeftOut):
-        yield nf4
-        return
-    for name in ARCHITECTURES:
-        model = Source(model=name, small=asked.sizes.small)
-        dense = f"{name} dense:float32"
+    def of(model: Source, nf4: Preset) -> Iterator[Cell]:
+        dense = f"{model.model} dense:float32"
         yield Cell(name=dense, source=model, sizes=asked.sizes, job={})
         yield Cell(
-            name=f"{name} {NF4}", source=model, sizes=asked.sizes, against=dense,
+            name=f"{model.model} {NF4}", source=model, sizes=asked.sizes, against=dense,
             job={"backend": nf4.backend, "options": nf4.options},
         )  # fmt: skip
+
+    return nf4_of_models(ARCHITECTURES, asked, of)
 
 
 def measure(source: Source, sizes: Sizes, backend: str = "", options: Mapping[str, Any] | None = None) -> Figures:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench_packed.cells import Asked, Cell, Source, run
-from bench_packed.presets import NF4, LeftOut, packed_preset
+from bench_packed.presets import NF4, LeftOut, Preset, nf4_of_models
 from bench_packed.sources import LLAMA_CPP
 from bench_packed.speed import COMPARED, FIGURES, llama_cpp, measure, packed_options
 
@@ -18,18 +18,15 @@ RATIO = "ratio: to llama.cpp's Q4_0 of the same model"
 
 
 def cells(asked: Asked) -> Iterator[Cell | LeftOut]:
-    nf4 = packed_preset(NF4)
-    if isinstance(nf4, LeftOut):
-        yield nf4
-        return
-    for name in MODELS:
-        model = Source(model=name, small=asked.sizes.small)
-        theirs = llama_cpp(model, "Q4_0", asked, f"{name} {LLAMA_CPP}:Q4_0")
+    def of(model: Source, nf4: Preset) -> Iterator[Cell]:
+        theirs = llama_cpp(model, "Q4_0", asked, f"{model.model} {LLAMA_CPP}:Q4_0")
         yield theirs
         yield Cell(
-            name=f"{name} {NF4}", source=model, sizes=asked.sizes, against=theirs.name,
+            name=f"{model.model} {NF4}", source=model, sizes=asked.sizes, against=theirs.name,
             job={"backend": nf4.backend, "options": packed_options(nf4.options, asked)},
         )  # fmt: skip
+
+    return nf4_of_models(MODELS, asked, of)
 
 
 if __name__ == "__main__":

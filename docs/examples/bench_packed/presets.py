@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import polyquant
 from polyquant import Backend
@@ -10,7 +10,7 @@ from polyquant.errors import PolyquantError
 from polyquant.packable import PACKED, PackableOptions
 from polyquant.types import Record, WeightInfo
 
-from bench_packed.cells import REAL, Source
+from bench_packed.cells import REAL, Asked, Cell, Source
 
 BITS = (4, 8)
 NF4 = "bitsandbytes:nf4"
@@ -52,6 +52,18 @@ def packed_presets(model: str = REAL) -> Iterator[Preset | LeftOut]:
         else:
             for preset, options in info.presets.items():
                 yield from _placed(handle, preset, options, model)
+
+
+def nf4_of_models(
+    names: Sequence[str], asked: Asked, cells_of: Callable[[Source, Preset], Iterator[Cell]]
+) -> Iterator[Cell | LeftOut]:
+    """The cells of random models in NF4. cells_of: a model, and the preset -> its cells."""
+    nf4 = packed_preset(NF4)
+    if isinstance(nf4, LeftOut):
+        yield nf4
+        return
+    for name in names:
+        yield from cells_of(Source(model=name, small=asked.sizes.small), nf4)
 
 
 def packed_preset(name: str) -> Preset | LeftOut:
