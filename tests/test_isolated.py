@@ -139,8 +139,11 @@ def test_packed_kernels_are_those_of_this_environment(environment, folder, tmp_p
 
 def test_a_worker_finds_them_where_its_parent_has_them():
     code = (
-        "from importlib import util; real = util.find_spec; "
-        "util.find_spec = lambda name, *more: None if name == 'polyquant_kernels' else real(name, *more); "
+        "import sys\n"
+        "class Nowhere:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == 'polyquant_kernels': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Nowhere())\n"
         "from polyquant.packed_weights import kernels; print(kernels.library())"
     )
     for variables, found in (({}, False), (kernels.lent(), True)):

@@ -18,7 +18,6 @@ from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem, Pol
 from polyquant.isolated import pipes, protocol
 from polyquant.isolated.environments import Environment
 from polyquant.isolated.memory import Blocks
-from polyquant.packed_weights import kernels
 from polyquant.support.libraries import installed_version
 from polyquant.support.processes import SHOWN_LINES, Child, explain
 from polyquant.types import HookRecord
@@ -40,6 +39,8 @@ class Worker:
 
         Raises EnvironmentProblem where the environment is not there, is broken, or has another polyquant.
         """
+        from polyquant.packed_weights import kernels  # which a list of backends does without
+
         if not unfinished:
             environment.require()
         self.environment, self.shown = environment, shown

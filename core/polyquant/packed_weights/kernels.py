@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from functools import cache
-from importlib import util
+from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,15 +52,15 @@ def library() -> Any:
 
 def _package() -> ModuleType:
     """The package, from where it is lent, else as it is installed. Raises ImportError where there is none."""
-    spec = util.find_spec(PACKAGE)
-    if folder := os.environ.get(LENT):
-        spec = util.spec_from_file_location(PACKAGE, Path(folder) / "__init__.py", submodule_search_locations=[folder])
+    folder = os.environ.get(LENT)
+    if not folder or PACKAGE in sys.modules:
+        return import_module(PACKAGE)
+    spec = util.spec_from_file_location(PACKAGE, Path(folder) / "__init__.py", submodule_search_locations=[folder])
     if spec is None or spec.loader is None:
-        raise ImportError(f"{PACKAGE} is not installed")
-    if PACKAGE not in sys.modules:
-        sys.modules[PACKAGE] = module = util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[PACKAGE]
+        raise ImportError(f"{LENT} is {folder}, which holds no package")
+    sys.modules[PACKAGE] = module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def lent() -> dict[str, str]:
