@@ -55,7 +55,7 @@ def is_packed(options: BackendOptions) -> bool:
 
 
 def packs_any(options: BackendOptions) -> bool:
-    """Whether anything comes into the packed layout with these options: weights, an embedding, a head, experts."""
+    """Whether anything is held otherwise than the library has it: weights, an embedding, a head, experts."""
     vocabulary = any(getattr(options, name, KEEP) not in (AUTO, KEEP) for name in ("embeddings", "head"))
     return is_packed(options) or vocabulary or quantizes_experts(options)
 

@@ -12,12 +12,11 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from polyquant.errors import ConfigError
-from polyquant.memory.packed import OPTIONS, place_of
+from polyquant.memory.packed import HALVES, OPTIONS, place_of
 from polyquant.options import BackendOptions
 from polyquant.packable import AUTO, HALF, KEEP, is_packed
 from polyquant.types import LayerPlan, WeightInfo
 
-HALVES = ("bfloat16", "float16")
 PLAIN = {"embeddings": ("Embedding", "Gemma3TextScaledWordEmbedding"), "head": ("Linear",)}
 """Classes of modules that do no more than look up rows, or multiply."""
 

@@ -13,6 +13,7 @@ from polyquant.types import LayerPlan, PackedFormat, WeightInfo
 
 OPTIONS = {"embeddings": "embedding", "head": "head"}
 """Option -> the role of the weight that it is for."""
+HALVES = ("bfloat16", "float16")
 VOCABULARY: dict[str, PackedFormat] = {
     "8bit": PackedFormat(kind="int8", group_size=32),
     "4bit": PackedFormat(kind="affine4", group_size=32, offsets="zeros"),
@@ -53,6 +54,11 @@ def in_vocabulary(plan: LayerPlan, bits: str) -> LayerPlan:
         plan, stored_bytes=layout.nbytes(plan.shape), bits=float(bits.removesuffix("bit")), scheme=scheme_of(layout),
         quantized=True, reason="", packed=layout,
     )  # fmt: skip
+
+
+def is_halved(weight: WeightInfo, config: BackendOptions) -> bool:
+    """Whether an embedding or a head is kept in 16 bits beside activations in float32."""
+    return weight.role in OPTIONS.values() and weight.dtype in HALVES and config.compute_dtype == "float32"
 
 
 def place_of(option: str, plans: Sequence[LayerPlan], weights: Sequence[WeightInfo]) -> int:

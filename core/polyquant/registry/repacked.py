@@ -12,7 +12,7 @@ from tqdm import tqdm
 from polyquant.errors import BrokenBackend, ConfigError, ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.experts import left_dense, one_expert
-from polyquant.memory.packed import scheme_of
+from polyquant.memory.packed import is_halved, scheme_of
 from polyquant.models.versions import tied_tensors
 from polyquant.modules import module_of
 from polyquant.packable import is_packed, packs_any
@@ -81,7 +81,7 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         if plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed):
             _pack_vocabulary(loaded.model, plan, plan.packed)
     for weight in weights:
-        if weight.role in ("embedding", "head") and weight.dtype != loaded.config.compute_dtype and not weight.tied_to:
+        if is_halved(weight, loaded.config) and not weight.tied_to:
             _halve(loaded, weight)
     if kernels.library() is None:
         loaded.notes.append(f"plain torch multiplies, slowly: {kernels.INSTALL}")

@@ -12,14 +12,13 @@ from msgspec.structs import replace
 from polyquant.errors import SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.adapted import base_name
-from polyquant.memory.packed import VOCABULARY_SCHEMES
+from polyquant.memory.packed import VOCABULARY_SCHEMES, is_halved
 from polyquant.packable import KEEP, QUANTIZE
 from polyquant.packed_weights.experts import RepackedExperts
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded
 from polyquant.packed_weights.weight import same
 from polyquant.registry.repacked import Packing, rounded_experts, with_stored_options
-from polyquant.types import WeightInfo
 
 
 def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
@@ -33,7 +32,11 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
     experts = _experts_of(loaded.model)
     still = {"experts": QUANTIZE} if experts else {}  # the core's, so that none is refused
     options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP, **still)
-    weights = tuple(_in_whole(weight, loaded.config.compute_dtype) for weight in loaded.settled.weights)
+    dtype = loaded.config.compute_dtype
+    weights = tuple(
+        replace(weight, dtype=dtype) if is_halved(weight, loaded.config) else weight
+        for weight in loaded.settled.weights
+    )
     request = replace(loaded.request, later=frozenset(), weights=weights)
     try:
         again = backend.load(request, replace(loaded.settled, options=options, weights=weights))
@@ -55,11 +58,6 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
             raise _changed(loaded, name)
     _take_dense(again.model, loaded.model)
     return again
-
-
-def _in_whole(weight: WeightInfo, dtype: str) -> WeightInfo:
-    """An embedding or a head as the library has it: in the compute dtype."""
-    return replace(weight, dtype=dtype) if weight.role in ("embedding", "head") else weight
 
 
 def _take_dense(model: Any, other: Any) -> None:
