@@ -39,6 +39,7 @@ def test_it_is_planned_loaded_and_said(models: Path) -> None:
     assert loaded.config.compute_dtype == "float32" and loaded.config.kernel == "packed"
     report = polyquant.verify(loaded)
     assert report.passed, [check for check in report.checks if not check.passed]
+    assert report.memory.quantized_reported_bytes == report.memory.quantized_bytes
     plan = polyquant.plan(model, "bitsandbytes", kernel="packed", device="cpu")
     assert plan.weights_planned_bytes == report.memory.weights_stored_bytes
     nested = [

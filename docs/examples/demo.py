@@ -70,7 +70,8 @@ def main() -> None:
     console.print(table)
     console.print(
         "planned: predicted from shapes; stored: every storage counted once; reported: transformers' own count, which "
-        "misses bitsandbytes' scales. Embeddings stay dense, so the whole model shrinks less than its layers."
+        "misses scales that libraries keep beside parameters. Embeddings stay dense, so the whole model shrinks less "
+        "than its layers."
     )
     folder = Path(tempfile.mkdtemp(prefix="polyquant-demo-"))
     tuned = fine_tune(folder)

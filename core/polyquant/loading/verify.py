@@ -15,6 +15,7 @@ from polyquant.loading.records import Check, Memory, Sample, Verification, total
 from polyquant.memory.peak import measure_peak
 from polyquant.memory.predicted import predict, weights_of
 from polyquant.models.prompts import prompt_ids
+from polyquant.modules import module_of
 from polyquant.types import LayerInfo, LayerPlan
 
 
@@ -136,7 +137,7 @@ def _quantized_reported(loaded: LoadedModel, layers: Sequence[LayerInfo]) -> int
     """The part of transformers' figure that is quantized: elements times element size of the parameters."""
     if not loaded.backend.capabilities.runs_on_torch:
         return None
-    quantized = {layer.name for layer in layers if layer.quantized}
+    quantized = {f"{module_of(layer)}.{part}" for layer in layers if layer.quantized for part in layer.parts}
     parameters = loaded.model.named_parameters()
     return sum(int(tensor.nbytes) for name, tensor in parameters if name in quantized)
 
