@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t WORTH_SHARING = 65536;  // multiplications in a piece: below, waking a thread costs more than it brings
+constexpr int64_t WORTH_SHARING = 131072;  // multiplications in a piece: below, waking a thread costs more than it brings
 constexpr int64_t PIECES_EACH = 4;        // pieces for each thread: one that is late leaves its pieces to the others
 
 // how a weight is really multiplied: only codes from 0 to 15 have products of 8 bits, and code books none of blocks of 16
@@ -62,7 +62,9 @@ void multiply(
     const float* inputs = ordered(first, x, count, room);
     const Activations a = quantized(set, first, inputs, count, how, threads, room);
     const int64_t least = std::max<int64_t>(1, WORTH_SHARING / (8 * first.columns * count));
-    const int64_t each = std::max(least, (blocks + threads * PIECES_EACH - 1) / (threads * PIECES_EACH));
+    int64_t pieces = std::clamp<int64_t>(blocks / least, 1, threads * PIECES_EACH);
+    if (pieces > threads) pieces -= pieces % threads;  // as many for each thread
+    const int64_t each = (blocks + pieces - 1) / pieces;
     share((blocks + each - 1) / each, threads, [&](int64_t piece) {
       int64_t from = piece * each, to = std::min(blocks, from + each);
       for (int i = 0; i < together && to > 0; i++) {

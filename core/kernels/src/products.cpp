@@ -15,6 +15,12 @@ namespace PQ_SET {
 constexpr float MOST16 = 32767.0f, MOST8 = 127.0f;
 constexpr float MOST_LEVEL = 8191.0f;  // of a code book's levels as integers: 32 products with 8191 stay below 2^31
 
+#if defined(__AVX512BW__)
+constexpr bool BOOK_IN_PAIRS = true;  // whether activations of code books lie as those of other codes
+#else
+constexpr bool BOOK_IN_PAIRS = false;
+#endif
+
 // BLOCK, below: how many neighbouring activations share a scale; 32, or 16 where the weight's groups ask for it.
 
 inline bool is_wide(const pq_weight& w) { return w.kind == PQ_INT8 || w.kind == PQ_FLOAT8; }  // codes of 8 bits
@@ -34,6 +40,11 @@ struct Groups {  // of one block of eight rows
   int32_t type;
   float zero;
 
+  template <bool OFFSETS> Group of(int64_t group) const {
+    if constexpr (OFFSETS) return at(group);
+    else return {scale(group), PQ_SET::zero()};
+  }
+
   Groups(const pq_weight& w, int64_t block) : type(w.scale_type), zero(w.zero) {
     const int64_t before = block * (w.columns / w.group) * 8;
     const bool nested = type == PQ_NESTED;
@@ -46,7 +57,8 @@ struct Groups {  // of one block of eight rows
     outer_minima = w.outer_minima ? w.outer_minima + outer : nullptr;
   }
   Floats of_outer(const void* bytes, const uint16_t* halves, int64_t group) const {
-    return multiply(load_i8(static_cast<const int8_t*>(bytes) + group * 8), load_f16(halves + group / inner * 8));
+    const auto outer = static_cast<uint32_t>(group) / static_cast<uint32_t>(inner);  // half the time of 64 bits
+    return multiply(load_i8(static_cast<const int8_t*>(bytes) + group * 8), load_f16(halves + int64_t{outer} * 8));
   }
   Floats minimum(int64_t group) const {
     return outer_minima ? of_outer(minima, outer_minima, group) : load(static_cast<const float*>(minima) + group * 8);
@@ -73,7 +85,7 @@ struct Groups {  // of one block of eight rows
 // calls one(integral constant) for the codes of a lane
 template <int COUNT, class One> void each_code(const One& one) {
   one(std::integral_constant<int, 0>()), one(std::integral_constant<int, 1>());
-  one(std::integral_constant<int, 2>()), one(std::integral_constant<int, 3>());
+  if constexpr (COUNT > 2) one(std::integral_constant<int, 2>()), one(std::integral_constant<int, 3>());
   if constexpr (COUNT == 8) {
     one(std::integral_constant<int, 4>()), one(std::integral_constant<int, 5>());
     one(std::integral_constant<int, 6>()), one(std::integral_constant<int, 7>());
@@ -143,7 +155,7 @@ void quantize_rows(const pq_weight& w, const float* x, int64_t first, int64_t la
       quantize_row8<BLOCK>(from, columns, to.bytes + row * columns, scales, sums);
     } else if (how == PQ_INT16) {
       const bool book = w.kind == PQ_CODEBOOK4;
-      quantize_row16<BLOCK>(from, columns, book ? MOST_LEVEL : MOST16, !book, to.halves + row * columns, scales, sums);
+      quantize_row16<BLOCK>(from, columns, book ? MOST_LEVEL : MOST16, !book || BOOK_IN_PAIRS, to.halves + row * columns, scales, sums);
     } else {  // exact: the sums alone
       for (int64_t block = 0; block < blocks; block++) sums[block] = sum_of<BLOCK>(from + block * BLOCK);
     }
@@ -170,37 +182,85 @@ struct Inputs {  // of one tile
         sums(a.sums + row * (columns / block)), columns(columns) {}
 };
 
-// the sums of a block's integers, with what scales them
-template <int COUNT>
+// Sums of integers, one for each input; of a single one in four chains, since each addition waits for the last of its chain.
+template <int COUNT> struct Totals {
+  Ints first[COUNT];
+  Ints second, third, fourth;
+
+  Totals() {
+    for (int i = 0; i < COUNT; i++) first[i] = ints_zero();
+    second = third = fourth = ints_zero();
+  }
+  template <int NUMBER> Ints& chain(int input) {
+    if constexpr (COUNT > 1 || NUMBER % 4 == 0) return first[input];
+    else if constexpr (NUMBER % 4 == 1) return second;
+    else if constexpr (NUMBER % 4 == 2) return third;
+    else return fourth;
+  }
+  template <int NUMBER> void add_halves(int input, Ints q, const int16_t* x) {  // x: two, which all lanes are multiplied by
+    chain<NUMBER>(input) = dot_halves(chain<NUMBER>(input), q, ints_all(load32(x)));
+  }
+  template <int NUMBER> void add_bytes(int input, Ints q, const int8_t* x) {  // x: four
+    chain<NUMBER>(input) = dot_bytes(chain<NUMBER>(input), q, ints_all(load32(x)));
+  }
+  Ints of(int input) const {
+    if constexpr (COUNT > 1) return first[input];
+    else return ints_add(ints_add(first[0], second), ints_add(third, fourth));
+  }
+};
+
+// Lanes of codes that come after those from `from` on: they lie in the order in which they are read, and a single input leaves
+// no time to wait for memory.
+template <int64_t LANES> void will_need(const uint32_t* from) {
+  constexpr int64_t AHEAD = 1024;  // 4 KiB
+  for (int64_t at = 0; at < LANES * 8; at += 16) will_read(from + AHEAD + at);
+}
+
+// the sums of a block's integers, with what scales them; OFFSETS: whether groups have zero points or minima
+template <int COUNT, bool OFFSETS>
 void add_block(
-    const Ints (&total)[COUNT], const Group& group, const Inputs& in, int64_t block, int64_t blocks, Floats (&acc)[COUNT]) {
+    const Totals<COUNT>& total, const Group& group, float unit, const Inputs& in, int64_t block, int64_t blocks,
+    Floats (&acc)[COUNT]) {
   for (int i = 0; i < COUNT; i++) {
     const int64_t at = i * blocks + block;
-    acc[i] = fused(to_floats(total[i]), multiply(group.scale, all(in.scales[at])), acc[i]);
-    acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
+    acc[i] = fused(to_floats(total.of(i)), multiply(group.scale, all(in.scales[at] * unit)), acc[i]);
+    if constexpr (OFFSETS) acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
   }
 }
 
-template <int COUNT, int64_t BLOCK>
-void affine4_int16(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
-  const Ints mask = ints_all(0x000f000f);
+// two codes of each lane in its halves: number 0 to 3 are codes 0 and 2, 1 and 3, 4 and 6, 5 and 7
+struct Codes {
+  Ints mask = ints_all(0x000f000f);
+  template <int NUMBER> Ints pair(Ints lanes) const {
+    if constexpr (NUMBER == 0) return ints_and(lanes, mask);
+    else if constexpr (NUMBER == 1) return ints_and(halves_right<8>(lanes), mask);
+    else if constexpr (NUMBER == 2) return ints_and(halves_right<4>(lanes), mask);
+    else return halves_right<12>(lanes);
+  }
+};
+
+// pairs: what two codes of a lane stand for, as Codes gives them; unit: what those are multiplied by
+template <int COUNT, int64_t BLOCK, bool OFFSETS, class Pairs>
+void four_bits_int16(
+    const uint32_t* codes, const Groups& groups, int64_t per, const Pairs& pairs, float unit, const Inputs& in, Floats (&acc)[COUNT]) {
   const int64_t blocks = in.columns / BLOCK;
-  for (int64_t block = 0; block < blocks; block++) {
-    Ints total[COUNT];
-    for (int i = 0; i < COUNT; i++) total[i] = ints_zero();
-    for (int64_t j = 0; j < BLOCK / 8; j++) {
-      const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
-      const Ints q0 = ints_and(lanes, mask), q1 = ints_and(halves_right<8>(lanes), mask);
-      const Ints q2 = ints_and(halves_right<4>(lanes), mask), q3 = halves_right<12>(lanes);
-      for (int i = 0; i < COUNT; i++) {
-        const int16_t* x = in.halves + i * in.columns + block * BLOCK + j * 8;
-        total[i] = dot_halves(total[i], q0, ints_all(load32(x)));
-        total[i] = dot_halves(total[i], q1, ints_all(load32(x + 2)));
-        total[i] = dot_halves(total[i], q2, ints_all(load32(x + 4)));
-        total[i] = dot_halves(total[i], q3, ints_all(load32(x + 6)));
+  for (int64_t block = 0, at_group = 0; block < blocks; at_group++) {
+    const Group group = groups.of<OFFSETS>(at_group);
+    for (const int64_t end = block + per; block < end; block++) {
+      Totals<COUNT> total;
+      if constexpr (COUNT == 1) will_need<BLOCK / 8>(codes + block * BLOCK);
+      for (int64_t j = 0; j < BLOCK / 8; j++) {
+        const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
+        const Ints q0 = pairs.template pair<0>(lanes), q1 = pairs.template pair<1>(lanes);
+        const Ints q2 = pairs.template pair<2>(lanes), q3 = pairs.template pair<3>(lanes);
+        for (int i = 0; i < COUNT; i++) {
+          const int16_t* x = in.halves + i * in.columns + block * BLOCK + j * 8;
+          total.template add_halves<0>(i, q0, x), total.template add_halves<1>(i, q1, x + 2);
+          total.template add_halves<2>(i, q2, x + 4), total.template add_halves<3>(i, q3, x + 6);
+        }
       }
+      add_block<COUNT, OFFSETS>(total, group, unit, in, block, blocks, acc);
     }
-    add_block<COUNT>(total, groups.at(block / per), in, block, blocks, acc);
   }
 }
 
@@ -208,19 +268,21 @@ template <int COUNT, int64_t BLOCK>
 void affine4_int8(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
   const Ints mask = ints_all(0x0f0f0f0f);
   const int64_t blocks = in.columns / BLOCK;
-  for (int64_t block = 0; block < blocks; block++) {
-    Ints total[COUNT];
-    for (int i = 0; i < COUNT; i++) total[i] = ints_zero();
-    for (int64_t j = 0; j < BLOCK / 8; j++) {
-      const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
-      const Ints q0 = ints_and(lanes, mask), q1 = ints_and(halves_right<4>(lanes), mask);
-      for (int i = 0; i < COUNT; i++) {
-        const int8_t* x = in.bytes + i * in.columns + block * BLOCK + j * 8;
-        total[i] = dot_bytes(total[i], q0, ints_all(load32(x)));
-        total[i] = dot_bytes(total[i], q1, ints_all(load32(x + 4)));
+  for (int64_t block = 0, at_group = 0; block < blocks; at_group++) {
+    const Group group = groups.of<true>(at_group);
+    for (const int64_t end = block + per; block < end; block++) {
+      Totals<COUNT> total;
+      if constexpr (COUNT == 1) will_need<BLOCK / 8>(codes + block * BLOCK);
+      for (int64_t j = 0; j < BLOCK / 8; j++) {
+        const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
+        const Ints q0 = ints_and(lanes, mask), q1 = ints_and(halves_right<4>(lanes), mask);
+        for (int i = 0; i < COUNT; i++) {
+          const int8_t* x = in.bytes + i * in.columns + block * BLOCK + j * 8;
+          total.template add_bytes<0>(i, q0, x), total.template add_bytes<1>(i, q1, x + 4);
+        }
       }
+      add_block<COUNT, true>(total, group, 1.0f, in, block, blocks, acc);
     }
-    add_block<COUNT>(total, groups.at(block / per), in, block, blocks, acc);
   }
 }
 
@@ -236,26 +298,36 @@ void eight_columns(const Floats (&q)[8], const float* x, int64_t columns, Floats
   }
 }
 
+// the sums of a block's floats
+template <int COUNT, bool OFFSETS>
+void add_floats(
+    const Floats (&even)[COUNT], const Floats (&odd)[COUNT], const Group& group, const Inputs& in, int64_t block, int64_t blocks,
+    Floats (&acc)[COUNT]) {
+  for (int i = 0; i < COUNT; i++) {
+    acc[i] = fused(add(even[i], odd[i]), group.scale, acc[i]);
+    if constexpr (OFFSETS) acc[i] = fused(group.minimum, all(in.sums[i * blocks + block]), acc[i]);
+  }
+}
+
 template <int COUNT, int64_t BLOCK>
 void affine4_exact(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
   const Ints mask = ints_all(15);
   const int64_t blocks = in.columns / BLOCK;
-  for (int64_t block = 0; block < blocks; block++) {
-    Floats even[COUNT], odd[COUNT];
-    for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
-    for (int64_t j = 0; j < BLOCK / 8; j++) {
-      const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
-      const Floats q[8] = {
-          to_floats(ints_and(nibble<0>(lanes), mask)), to_floats(ints_and(nibble<1>(lanes), mask)),
-          to_floats(ints_and(nibble<2>(lanes), mask)), to_floats(ints_and(nibble<3>(lanes), mask)),
-          to_floats(ints_and(nibble<4>(lanes), mask)), to_floats(ints_and(nibble<5>(lanes), mask)),
-          to_floats(ints_and(nibble<6>(lanes), mask)), to_floats(ints_and(nibble<7>(lanes), mask))};
-      eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
-    }
-    const Group group = groups.at(block / per);
-    for (int i = 0; i < COUNT; i++) {
-      acc[i] = fused(add(even[i], odd[i]), group.scale, acc[i]);
-      acc[i] = fused(group.minimum, all(in.sums[i * blocks + block]), acc[i]);
+  for (int64_t block = 0, at_group = 0; block < blocks; at_group++) {
+    const Group group = groups.of<true>(at_group);
+    for (const int64_t end = block + per; block < end; block++) {
+      Floats even[COUNT], odd[COUNT];
+      for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
+      for (int64_t j = 0; j < BLOCK / 8; j++) {
+        const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
+        const Floats q[8] = {
+            to_floats(ints_and(nibble<0>(lanes), mask)), to_floats(ints_and(nibble<1>(lanes), mask)),
+            to_floats(ints_and(nibble<2>(lanes), mask)), to_floats(ints_and(nibble<3>(lanes), mask)),
+            to_floats(ints_and(nibble<4>(lanes), mask)), to_floats(ints_and(nibble<5>(lanes), mask)),
+            to_floats(ints_and(nibble<6>(lanes), mask)), to_floats(ints_and(nibble<7>(lanes), mask))};
+        eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
+      }
+      add_floats<COUNT, true>(even, odd, group, in, block, blocks, acc);
     }
   }
 }
@@ -280,43 +352,76 @@ void codebook4_exact(
   }
 }
 
+
 #if defined(__AVX2__)
-// levels of 14 bits times activations of 14 bits: the sums are exact; two shuffles look sixteen levels up
+// Levels of 14 bits times activations of 14 bits: the sums are exact.
+struct Levels {
+  int16_t of[16];
+  float unit;
+
+  explicit Levels(const float* levels) {
+    float top = 0;
+    for (int i = 0; i < 16; i++) top = std::max(top, std::fabs(levels[i]));
+    unit = top > 0 ? top / MOST_LEVEL : 1.0f;
+    for (int i = 0; i < 16; i++) of[i] = static_cast<int16_t>(std::nearbyint(levels[i] / unit));
+  }
+};
+#endif
+
+#if defined(__AVX512BW__)
+struct BookCodes {  // as Codes; a shuffle of halves looks sixteen levels up, by the lowest four bits of each
+  __m256i levels;
+  explicit BookCodes(const Levels& of) : levels(ints_load(of.of)) {}
+  template <int NUMBER> Ints pair(Ints lanes) const {
+    if constexpr (NUMBER == 0) return _mm256_permutexvar_epi16(lanes, levels);
+    else return _mm256_permutexvar_epi16(halves_right<NUMBER == 1 ? 8 : NUMBER == 2 ? 4 : 12>(lanes), levels);
+  }
+};
+
 template <int COUNT, int64_t BLOCK>
 void codebook4_int16(
-    const uint32_t* codes, const Groups& groups, int64_t per, const float* levels, const Inputs& in, Floats (&acc)[COUNT]) {
-  float top = 0;
-  for (int i = 0; i < 16; i++) top = std::max(top, std::fabs(levels[i]));
-  const float unit = top > 0 ? top / MOST_LEVEL : 1.0f;
+    const uint32_t* codes, const Groups& groups, int64_t per, const float* table, const Inputs& in, Floats (&acc)[COUNT]) {
+  const Levels levels(table);
+  four_bits_int16<COUNT, BLOCK, false>(codes, groups, per, BookCodes(levels), levels.unit, in, acc);
+}
+#elif defined(__AVX2__)
+// two shuffles of bytes look sixteen levels up
+template <int COUNT, int64_t BLOCK>
+void codebook4_int16(
+    const uint32_t* codes, const Groups& groups, int64_t per, const float* table, const Inputs& in, Floats (&acc)[COUNT]) {
+  const Levels levels(table);
   alignas(32) uint8_t low[32], high[32];
   for (int i = 0; i < 32; i++) {
-    const auto level = static_cast<uint16_t>(static_cast<int16_t>(std::nearbyint(levels[i % 16] / unit)));
+    const auto level = static_cast<uint16_t>(levels.of[i % 16]);
     low[i] = static_cast<uint8_t>(level & 255), high[i] = static_cast<uint8_t>(level >> 8);
   }
   const Ints lows = ints_load(low), highs = ints_load(high), mask = ints_all(0x0f0f0f0f);
   const int64_t blocks = in.columns / BLOCK;
-  for (int64_t block = 0; block < blocks; block++) {
-    Ints first[COUNT], second[COUNT];
-    for (int i = 0; i < COUNT; i++) first[i] = second[i] = ints_zero();
-    for (int64_t j = 0; j < BLOCK / 8; j++) {
-      const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
-      for (int64_t half = 0; half < 2; half++) {
-        const Ints index = ints_and(half ? halves_right<4>(lanes) : lanes, mask);
-        const Ints l = _mm256_shuffle_epi8(lows, index), h = _mm256_shuffle_epi8(highs, index);
-        const Ints some = _mm256_unpacklo_epi8(l, h), others = _mm256_unpackhi_epi8(l, h);
-        for (int i = 0; i < COUNT; i++) {
-          long long four;
-          std::memcpy(&four, in.halves + i * in.columns + block * BLOCK + j * 8 + half * 4, 8);
-          const Ints x = _mm256_set1_epi64x(four);
-          first[i] = dot_halves(first[i], some, x);
-          second[i] = dot_halves(second[i], others, x);
-        }
+  for (int64_t block = 0, at_group = 0; block < blocks; at_group++) {
+    const Group group = groups.of<false>(at_group);
+    for (const int64_t end = block + per; block < end; block++) {
+      Totals<COUNT> first, second;
+      for (int64_t j = 0; j < BLOCK / 8; j++) {
+        const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
+        each_code<2>([&](auto number) {
+          constexpr int HALF = decltype(number)::value;
+          const Ints index = ints_and(HALF ? halves_right<4>(lanes) : lanes, mask);
+          const Ints l = _mm256_shuffle_epi8(lows, index), h = _mm256_shuffle_epi8(highs, index);
+          const Ints some = _mm256_unpacklo_epi8(l, h), others = _mm256_unpackhi_epi8(l, h);
+          for (int i = 0; i < COUNT; i++) {
+            long long four;
+            std::memcpy(&four, in.halves + i * in.columns + block * BLOCK + j * 8 + HALF * 4, 8);
+            const Ints x = _mm256_set1_epi64x(four);
+            first.template chain<HALF>(i) = dot_halves(first.template chain<HALF>(i), some, x);
+            second.template chain<HALF>(i) = dot_halves(second.template chain<HALF>(i), others, x);
+          }
+        });
       }
+      for (int i = 0; i < COUNT; i++)  // first: rows 0, 0, 1, 1 | 4, 4, 5, 5; second: 2, 2, 3, 3 | 6, 6, 7, 7
+        acc[i] = fused(
+            to_floats(_mm256_hadd_epi32(first.of(i), second.of(i))),
+            multiply(group.scale, all(in.scales[i * blocks + block] * levels.unit)), acc[i]);
     }
-    const Floats scale = multiply(all(unit), groups.scale(block / per));
-    for (int i = 0; i < COUNT; i++)  // first: rows 0, 0, 1, 1 | 4, 4, 5, 5; second: 2, 2, 3, 3 | 6, 6, 7, 7
-      acc[i] = fused(
-          to_floats(_mm256_hadd_epi32(first[i], second[i])), multiply(scale, all(in.scales[i * blocks + block])), acc[i]);
   }
 }
 #endif
@@ -324,19 +429,24 @@ void codebook4_int16(
 template <int COUNT, int64_t BLOCK>
 void int8_int16(const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, Floats (&acc)[COUNT]) {
   const int64_t blocks = in.columns / BLOCK;
-  for (int64_t block = 0; block < blocks; block++) {
-    Ints total[COUNT];
-    for (int i = 0; i < COUNT; i++) total[i] = ints_zero();
-    for (int64_t j = 0; j < BLOCK / 4; j++) {
-      const Ints lanes = ints_load(codes + (block * (BLOCK / 4) + j) * 8);
-      const Ints even = halves_right_signed<8>(halves_left<8>(lanes)), odd = halves_right_signed<8>(lanes);
-      for (int i = 0; i < COUNT; i++) {
-        const int16_t* x = in.halves + i * in.columns + block * BLOCK + j * 4;  // (0, 2), (1, 3)
-        total[i] = dot_halves(total[i], even, ints_all(load32(x)));
-        total[i] = dot_halves(total[i], odd, ints_all(load32(x + 2)));
+  for (int64_t block = 0, at_group = 0; block < blocks; at_group++) {
+    const Group group = groups.of<true>(at_group);
+    for (const int64_t end = block + per; block < end; block++) {
+      Totals<COUNT> total;
+      if constexpr (COUNT == 1) will_need<BLOCK / 4>(codes + block * BLOCK * 2);
+      for (int64_t j = 0; j < BLOCK / 4; j += 2) {
+        const uint32_t* at = codes + (block * (BLOCK / 4) + j) * 8;
+        const Ints lanes = ints_load(at), more = ints_load(at + 8);
+        const Ints q0 = halves_right_signed<8>(halves_left<8>(lanes)), q1 = halves_right_signed<8>(lanes);
+        const Ints q2 = halves_right_signed<8>(halves_left<8>(more)), q3 = halves_right_signed<8>(more);
+        for (int i = 0; i < COUNT; i++) {
+          const int16_t* x = in.halves + i * in.columns + block * BLOCK + j * 4;  // (0, 2), (1, 3), (4, 6), (5, 7)
+          total.template add_halves<0>(i, q0, x), total.template add_halves<1>(i, q1, x + 2);
+          total.template add_halves<2>(i, q2, x + 4), total.template add_halves<3>(i, q3, x + 6);
+        }
       }
+      add_block<COUNT, true>(total, group, 1.0f, in, block, blocks, acc);
     }
-    add_block<COUNT>(total, groups.at(block / per), in, block, blocks, acc);
   }
 }
 
@@ -348,26 +458,25 @@ inline Floats float8(Ints bytes) {
   return multiply(as_floats(bits), all(1.329227995784916e36f));  // 2^120, exact, of subnormal ones too
 }
 
-// number: what a byte, whose sign is extended, stands for; OFFSETS: whether groups have zero points or minima
+// number: what a byte, whose sign is extended, stands for
 template <int COUNT, int64_t BLOCK, bool OFFSETS, class Number>
 void bytes_exact(
     const uint32_t* codes, const Groups& groups, int64_t per, const Inputs& in, const Number& number, Floats (&acc)[COUNT]) {
   const int64_t blocks = in.columns / BLOCK;
-  for (int64_t block = 0; block < blocks; block++) {
-    Floats even[COUNT], odd[COUNT];
-    for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
-    for (int64_t j = 0; j < BLOCK / 8; j++) {
-      const uint32_t* at = codes + (block * (BLOCK / 4) + j * 2) * 8;
-      const Ints first = ints_load(at), second = ints_load(at + 8);
-      const Floats q[8] = {
-          number(byte_of<0>(first)), number(byte_of<1>(first)), number(byte_of<2>(first)), number(byte_of<3>(first)),
-          number(byte_of<0>(second)), number(byte_of<1>(second)), number(byte_of<2>(second)), number(byte_of<3>(second))};
-      eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
-    }
-    const Group group = OFFSETS ? groups.at(block / per) : Group{groups.scale(block / per), zero()};
-    for (int i = 0; i < COUNT; i++) {
-      acc[i] = fused(add(even[i], odd[i]), group.scale, acc[i]);
-      if constexpr (OFFSETS) acc[i] = fused(group.minimum, all(in.sums[i * blocks + block]), acc[i]);
+  for (int64_t block = 0, at_group = 0; block < blocks; at_group++) {
+    const Group group = groups.of<OFFSETS>(at_group);
+    for (const int64_t end = block + per; block < end; block++) {
+      Floats even[COUNT], odd[COUNT];
+      for (int i = 0; i < COUNT; i++) even[i] = odd[i] = zero();
+      for (int64_t j = 0; j < BLOCK / 8; j++) {
+        const uint32_t* at = codes + (block * (BLOCK / 4) + j * 2) * 8;
+        const Ints first = ints_load(at), second = ints_load(at + 8);
+        const Floats q[8] = {
+            number(byte_of<0>(first)), number(byte_of<1>(first)), number(byte_of<2>(first)), number(byte_of<3>(first)),
+            number(byte_of<0>(second)), number(byte_of<1>(second)), number(byte_of<2>(second)), number(byte_of<3>(second))};
+        eight_columns<COUNT>(q, in.x + block * BLOCK + j * 8, in.columns, even, odd);
+      }
+      add_floats<COUNT, OFFSETS>(even, odd, group, in, block, blocks, acc);
     }
   }
 }
@@ -385,7 +494,7 @@ template <bool HALF> Floats load16(const uint16_t* from) {
 // Two rows at a time, so that memory is read nearly as it lies, four ahead: a head is larger than any cache. As many sums as
 // there are registers for.
 template <int COUNT, bool HALF> void dense16_exact(const pq_weight& w, int64_t block, const Inputs& in, Floats (&acc)[COUNT]) {
-  constexpr int ROWS = 2, PARTS = 4 / COUNT;
+  constexpr int ROWS = 1, PARTS = 4 / COUNT;
   float sums[COUNT][8];
   for (int row = 0; row < 8; row += ROWS) {
     const uint16_t* rows[ROWS];
@@ -440,7 +549,7 @@ void tile(const pq_weight& w, int64_t block, const Inputs& in, float* y, int how
   } else if (how == PQ_EXACT) {
     affine4_exact<COUNT, BLOCK>(codes, groups, per, in, acc);
   } else if (how == PQ_INT16) {
-    affine4_int16<COUNT, BLOCK>(codes, groups, per, in, acc);
+    four_bits_int16<COUNT, BLOCK, true>(codes, groups, per, Codes(), 1.0f, in, acc);
   } else {
     affine4_int8<COUNT, BLOCK>(codes, groups, per, in, acc);
   }

@@ -41,22 +41,28 @@ void normalize(const pq_norm& norm, const float* x, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i++) to[i] = x[i] * scale * (norm.weight ? norm.weight[i] + norm.extra : 1.0f);
 }
 
-// gate = activation(gate) * up
+// gate = activation(gate) * up; count: a multiple of 8
 void activate(float* gate, const float* up, int64_t count, int activation) {
-  float in[8], out[8];
   for (int64_t at = 0; at < count; at += 8) {
-    const int64_t some = std::min<int64_t>(8, count - at);
-    for (int64_t i = 0; i < 8; i++) in[i] = i < some ? gate[at + i] : 0.0f;
-    const Floats x = load(in);
+    const Floats x = load(gate + at);
     Floats inner = x;  // x * sigmoid(inner)
     if (activation == PQ_GELU_TANH) {
       const Floats cubed = multiply(multiply(x, x), x);
       inner = multiply(all(1.5957691216f), fused(cubed, all(0.044715f), x));  // 2 sqrt(2 / pi)
     }
     const Floats below = add(all(1.0f), exponential(subtract(zero(), inner)));
-    store(out, divide(x, below));
-    for (int64_t i = 0; i < some; i++) gate[at + i] = out[i] * up[at + i];
+    store(gate + at, multiply(divide(x, below), load(up + at)));
   }
+}
+
+// `VECTORS` times eight columns of the mean of `count` values, each with its weight
+template <int VECTORS>
+void mean_of(const float* weights, const float* values, int64_t count, int64_t width, float share, float* to) {
+  Floats mean[VECTORS];
+  for (int i = 0; i < VECTORS; i++) mean[i] = zero();
+  for (int64_t at = 0; at < count; at++)
+    for (int i = 0; i < VECTORS; i++) mean[i] = fused(all(weights[at]), load(values + at * width + 8 * i), mean[i]);
+  for (int i = 0; i < VECTORS; i++) store(to + 8 * i, multiply(mean[i], all(share)));
 }
 
 // The attention of one query to `count` keys from the `first` one on; keys, values: (positions, width); room: count floats.
@@ -79,15 +85,13 @@ void attend(
     for (int64_t i = 0; i < some; i++) total += room[at + i] = eight[i];
   }
   const float share = 1.0f / total;
+  const float* held = values + first * width;
   int64_t column = 0;
-  for (; column + 8 <= width; column += 8) {
-    Floats mean = zero();
-    for (int64_t at = 0; at < count; at++) mean = fused(all(room[at]), load(values + (first + at) * width + column), mean);
-    store(to + column, multiply(mean, all(share)));
-  }
+  for (; column + 64 <= width; column += 64) mean_of<8>(room, held + column, count, width, share, to + column);
+  for (; column + 8 <= width; column += 8) mean_of<1>(room, held + column, count, width, share, to + column);
   for (; column < width; column++) {
     float mean = 0;
-    for (int64_t at = 0; at < count; at++) mean += room[at] * values[(first + at) * width + column];
+    for (int64_t at = 0; at < count; at++) mean += room[at] * held[at * width + column];
     to[column] = mean * share;
   }
 }
