@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from polyquant.errors import ConfigError
-from polyquant.models import versions
+from polyquant.models import decoding, versions
 from polyquant.models.limits import limits_of
 from polyquant.models.prompts import encode_prompt
 from polyquant.request import KvCache
@@ -100,6 +100,37 @@ def _at_once(model: Any, tokenizer: Any, prompt: int, given: Mapping[str, Any]) 
 
 
 def _as_it_comes(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        new = decoding.new_tokens(model, given)
+    except ValueError as error:
+        raise _explained(error) from error
+    return _by_thread(model, tokenizer, given) if new is None else _decoded(tokenizer, new)
+
+
+def _decoded(tokenizer: Any, tokens: Iterator[Any]) -> Iterator[str]:
+    """Pieces of text of tokens, each a tensor (1,), as transformers' streamers cut them."""
+    from transformers import TextStreamer
+
+    pieces = list[str]()
+
+    class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is not typed here
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+
+    streamer = Streamer(tokenizer, skip_special_tokens=True)
+
+    def come() -> Iterator[str]:
+        yield from filter(None, pieces)
+        pieces.clear()
+
+    for token in tokens:
+        streamer.put(token)
+        yield from come()
+    streamer.end()
+    yield from come()
+
+
+def _by_thread(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Iterator[str]:
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -191,6 +222,7 @@ def session(model: Any, kv_cache: KvCache = "keep") -> Callable[[Sequence[int]],
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     limits = limits_of(model)
     seen, state = list[int](), beginning(model, kv_cache)
+    steps = decoding.steps_of(model)
 
     def feed(tokens: Sequence[int]) -> None:
         nonlocal state
@@ -199,6 +231,8 @@ def session(model: Any, kv_cache: KvCache = "keep") -> Callable[[Sequence[int]],
         with torch.inference_mode():
             ids = torch.tensor([list(tokens if state else seen)], device=model.device)
             _, state = run(model, ids, state, **last_only)
+        if steps is not None and state is not None:
+            steps.show_late(state.value)
         if ids.device.type != "cpu":
             torch.accelerator.synchronize()
 

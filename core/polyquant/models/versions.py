@@ -39,6 +39,11 @@ def dtype_argument(dtype: Any) -> dict[str, Any]:
     return {"dtype" if Version(transformers.__version__) >= Version("4.56.0") else "torch_dtype": dtype}
 
 
+def takes_loops(model: Any) -> bool:
+    """Whether `generate` takes a function as its custom_generate; before 4.56 it takes a repository's name alone."""
+    return hasattr(model, "_extract_generation_mode_kwargs")
+
+
 def tied_tensors(model: Any) -> dict[str, str]:
     """Tensor name -> the tensor it is tied to."""
     if VERSION_5:

@@ -7,6 +7,7 @@ the plain case (several tokens, masks, hooks, adapters, other caches, gradients)
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import update_wrapper
@@ -14,6 +15,7 @@ from inspect import signature
 from operator import is_, methodcaller
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -72,6 +74,17 @@ class Forward:
             return answer
         return self._usual(*arguments, **more)
 
+    def show_late(self, cache: Any) -> None:
+        """From now on, have a cache's layers show what steps have written only where it is gone another way, or `show`.
+
+        Saves a part of each step, for who keeps the cache to himself.
+        """
+        self._step.late.add(cache)
+
+    def show(self, cache: Any) -> None:
+        """Have a cache's layers show everything, now and after each step."""
+        self._step.show(cache)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _usual_of(deepcopy(self._model, memo))
 
@@ -110,35 +123,55 @@ class DecodeStep:
         self._kept: list[Any] = []  # what the structures point to
         self._table: tuple[int, Tensor] = (-1, torch.empty(0))  # the first position, and angles from it on
         self._watched = Watched(model)
+        self.late = WeakSet[Any]()  # caches that show late what is written
+        self._held = WeakKeyDictionary[Any, Held]()  # of caches that do not show everything yet
         self._structure = self._built()
 
     def answer(self, given: Mapping[str, Any]) -> Any:
         """The decoder's output for one token of each text; None where it is not the plain case."""
         ids: Any = given.get("input_ids")
         cache: Any = given.get("past_key_values")
-        if not self._is_plain(given, ids, cache):
-            return None
-        rooms = [room for layer in cache.layers if (room := _room_of(layer, len(ids))) is not None]
-        if not len(rooms) == len(cache.layers) == len(self._decoder.layers):
+        held = self._plain(given, ids, cache)
+        if held is None:
             return None
         positions = given.get("position_ids")
         if positions is None:
-            positions = torch.tensor([[cache.get_seq_length()]])
+            positions = torch.tensor([[held.seen]])
         embedded = self._model.embed_tokens(ids)
         hidden = (embedded.reshape(len(ids), -1) * self._decoder.embedding_scale).contiguous()
         angles = self._angles(embedded, positions, len(ids))
-        library = kernels.library()
-        caches = (library.Cache * len(rooms))(*(room.fields() for room in rooms))
         status = kernels.functions().pq_step(
-            ctypes.byref(self._structure), caches, hidden.data_ptr(), len(ids), angles[0].data_ptr(),
+            ctypes.byref(self._structure), held.address, hidden.data_ptr(), len(ids), angles[0].data_ptr(),
             angles[1].data_ptr(), kernels.ACTIVATIONS["int16"], torch.get_num_threads(),
         )  # fmt: skip
         kernels.require(status)
-        for room, layer in zip(rooms, cache.layers, strict=True):
-            room.grow(layer)
+        held.grow()
+        if cache not in self.late:
+            self.show(cache)
         return BaseModelOutputWithPast(last_hidden_state=hidden[:, None], past_key_values=cache)
 
-    def _is_plain(self, given: Mapping[str, Any], ids: Any, cache: Any) -> bool:
+    def show(self, cache: Any) -> None:
+        """Have a cache's layers show what steps have written; see `Forward.show`."""
+        self.late.discard(cache)
+        if (held := self._held.pop(cache, None)) is not None:
+            held.show()
+
+    def _plain(self, given: Mapping[str, Any], ids: Any, cache: Any) -> Held | None:
+        """The cache's keys and values with room for a token; None, all of it shown, where it goes the usual way."""
+        if type(cache) is not DynamicCache:
+            return None
+        held = self._held.get(cache)
+        is_plain = self._is_plain(given, ids)
+        if held is not None and not (is_plain and held.takes(len(ids))):
+            self._held.pop(cache).show()
+            held = None
+        if is_plain and held is None:
+            held = Held.of(cache, len(ids), len(self._decoder.layers))
+            if held is not None:
+                self._held[cache] = held
+        return held
+
+    def _is_plain(self, given: Mapping[str, Any], ids: Any) -> bool:
         """Whether this is one token for each of a few texts, all of whose earlier ones are seen, and nothing else."""
         model, mask = self._model, given.get("attention_mask")
         return (
@@ -146,7 +179,6 @@ class DecodeStep:
             and ids.dim() == 2
             and ids.shape[1] == 1
             and 0 < len(ids) <= MOST_TEXTS
-            and type(cache) is DynamicCache
             and given.get("use_cache") is not False
             and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())))
             and all(name in KNOWN or value is None or value is False for name, value in given.items())
@@ -235,6 +267,48 @@ class Watched:
         return not any(self._hooks) and all(map(is_, now, self._modules)) and not any(map(HOOKED, self._own))
 
 
+class Held:
+    """The keys and values of a cache, as steps take and extend them."""
+
+    def __init__(self, layers: list[Any], rooms: list[Room], texts: int, seen: int) -> None:
+        self._layers, self._rooms, self._texts, self.seen = layers, rooms, texts, seen
+        self._written = 0  # positions that the layers do not show yet
+        self._fields = torch.tensor([room.fields() for room in rooms])  # integers of 64 bits, as all of the structure
+        self._keys_and_values, self._held = self._fields[:, :2], self._fields[:, 3]  # views
+        self._most = torch.tensor([room.most for room in rooms])
+        self._each = torch.tensor([[room.each] for room in rooms])
+        self._slides = any(room.slides for room in rooms)
+        self._left = min(room.left for room in rooms)
+        self.address = self._fields.data_ptr()
+
+    @classmethod
+    def of(cls, cache: Any, texts: int, layers: int) -> Held | None:
+        """Those of a cache of so many layers; None where one of them is not of the plain kinds."""
+        rooms = [room for layer in cache.layers if (room := _room_of(layer, texts)) is not None]
+        if not len(rooms) == len(cache.layers) == layers:
+            return None
+        return cls(cache.layers, rooms, texts, cache.get_seq_length())
+
+    def takes(self, texts: int) -> bool:
+        """Whether each layer can take one position more, of so many texts."""
+        return texts == self._texts and self._written < self._left
+
+    def grow(self) -> None:
+        """A step has written the next position; layers with a window let go of the oldest."""
+        self.seen, self._written = self.seen + 1, self._written + 1
+        self._held += 1
+        if self._slides:
+            gone = (self._held - self._most).clamp(min=0)
+            self._held -= gone
+            self._keys_and_values += gone[:, None] * self._each
+
+    def show(self) -> None:
+        """Have the layers show all positions."""
+        for room, layer in zip(self._rooms, self._layers, strict=True):
+            room.grow(layer, self._written)
+        self._written = 0
+
+
 class Room:
     """Keys and values of a cache's layer at the front of tensors with room for more.
 
@@ -244,25 +318,33 @@ class Room:
     def __init__(self, layer: Any) -> None:
         texts, heads, self.held, width = layer.keys.shape
         self.start, self.size = 0, self.held + SPARE
+        self.slides = hasattr(layer, "cumulative_length")
+        self.most = layer.sliding_window - 1 if self.slides else sys.maxsize  # positions that are held after a step
         self._whole = [tensor.new_empty(texts, heads, self.size, width) for tensor in (layer.keys, layer.values)]
         for whole, tensor in zip(self._whole, (layer.keys, layer.values), strict=True):
             whole[:, :, : self.held] = tensor
+        self.each = width * self._whole[0].itemsize  # bytes of a position of a head
         self._show(layer)
+
+    @property
+    def left(self) -> int:
+        """Positions that it can take."""
+        return int(self.size - self.start - self.held)
 
     def is_of(self, layer: Any) -> bool:
         """Whether it holds what the layer does, and can take one position more."""
-        return layer.keys is self.keys and layer.values is self.values and self.start + self.held < self.size
+        return layer.keys is self.keys and layer.values is self.values and self.left > 0
 
     def fields(self) -> tuple[int, int, int, int]:
         """As the kernels take it."""
         return self.keys.data_ptr(), self.values.data_ptr(), self.size, self.held
 
-    def grow(self, layer: Any) -> None:
-        """Show the layer the position that a step has written; one with a window lets go of the oldest."""
-        self.held += 1
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length += 1
-            gone = max(0, self.held - (layer.sliding_window - 1))
+    def grow(self, layer: Any, written: int) -> None:
+        """Have the layer show the positions that so many steps have written, without those that its window has left."""
+        self.held += written
+        if self.slides:
+            layer.cumulative_length += written
+            gone = max(0, self.held - self.most)
             self.start, self.held = self.start + gone, self.held - gone
         self._show(layer)
 

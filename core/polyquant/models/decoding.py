@@ -1,0 +1,106 @@
+"""Transformers' greedy decoding and sampling of one text, where what stands around a token costs more than the token.
+
+That is so where the kernels make whole steps: of 4-bit SmolLM2-135M on two cores, transformers' own loop and a thread
+that streams are half of a token's time. What transformers prepares (processors of logits, criteria to stop, the cache)
+is taken as it is, and what is not the plain case goes its usual way. Imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from polyquant.models import versions
+
+TAKEN = ("past_key_values", "use_cache", "logits_to_keep", "position_ids", "attention_mask", "tokenizer")
+"""What transformers hands to a loop for a plain text."""
+NOT_HANDED = ("assistant_model", "assistant_tokenizer", "stop_strings", "synced_gpus", "custom_generate")
+"""What `generate` keeps from a loop that is not its own, or, of stop_strings, the tokenizer that they need."""
+
+
+class Steps(Protocol):
+    """The `forward` of a decoder whose steps are made as a whole: `polyquant.packed_weights.step.Forward`."""
+
+    def show_late(self, cache: Any) -> None: ...
+    def show(self, cache: Any) -> None: ...
+
+
+def steps_of(model: Any) -> Steps | None:
+    """What makes the whole steps of a model's decoder; None where each layer is called by its own module."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    forward = getattr(decoder, "forward", None)
+    return forward if hasattr(forward, "show_late") else None
+
+
+def new_tokens(model: Any, given: Mapping[str, Any]) -> Iterator[Tensor] | None:
+    """The tokens that `model.generate(**given)` would add to one text, each (1,), as they are made; None: not the plain
+    case.
+
+    Raises what `generate` raises for parameters that do not go together.
+    """
+    if steps_of(model) is None or not versions.takes_loops(model):
+        return None
+    if any(given.get(name) for name in NOT_HANDED) or model.generation_config.stop_strings:
+        return None
+    try:
+        tokens: Iterator[Tensor] = model.generate(custom_generate=_loop, **given)
+    except _NotPlain:
+        return None
+    return tokens
+
+
+class _NotPlain(Exception):
+    """What is asked for is left to transformers."""
+
+
+def _loop(
+    model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **given: Any
+) -> Iterator[Tensor]:
+    """For `generate`'s custom_generate: judges at once, and makes tokens when they are asked for."""
+    asked = generation_config
+    cache: Any = given.get("past_key_values")
+    is_plain = (
+        len(input_ids) == 1
+        and asked.get_generation_mode() in ("greedy_search", "sample")
+        and type(cache).__name__ == "DynamicCache"
+        and cache.get_seq_length() == 0
+        and given.get("use_cache")
+        and given.get("attention_mask") is None
+        and all(value is None or name in TAKEN for name, value in given.items())
+        and not any((asked.return_dict_in_generate, asked.prefill_chunk_size, asked.token_healing, asked.stop_strings))
+    )
+    if not is_plain:
+        raise _NotPlain
+    more = {name: given[name] for name in ("logits_to_keep",) if name in given}
+    tokens: Iterator[Tensor] = _tokens(
+        model, input_ids, cache, logits_processor, stopping_criteria, bool(asked.do_sample), more
+    )
+    return tokens
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _tokens(
+    model: Any, ids: Tensor, cache: Any, processors: Any, criteria: Any, samples: bool, more: Mapping[str, Any]
+) -> Iterator[Tensor]:
+    steps, feed = steps_of(model), ids
+    try:
+        while True:
+            outputs = model(input_ids=feed, past_key_values=cache, use_cache=True, return_dict=True, **more)
+            if steps is not None:
+                steps.show_late(cache)
+            scores = processors(ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
+            if samples:
+                token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            else:
+                token = scores.argmax(dim=-1)
+            feed = token[:, None]
+            ids = torch.cat([ids, feed], dim=-1)
+            yield token
+            if bool(criteria(ids, None).all()):
+                return
+    finally:
+        if steps is not None:
+            steps.show(cache)
