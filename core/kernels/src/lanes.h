@@ -23,7 +23,7 @@ inline int32_t load32(const void* from) {
 
 inline void will_read(const void* from) {  // soon; it need not be there
 #if defined(__GNUC__)
-  __builtin_prefetch(from);
+  __builtin_prefetch(from, 0, 0);
 #else
   (void)from;
 #endif

@@ -12,6 +12,7 @@
 
 namespace PQ_SET {
 
+constexpr int64_t INPUT_BYTES = 1 << 18;
 constexpr float MOST16 = 32767.0f, MOST8 = 127.0f;
 constexpr float MOST_LEVEL = 8191.0f;  // of a code book's levels as integers: 32 products with 8191 stay below 2^31
 
@@ -558,14 +559,19 @@ void tile(const pq_weight& w, int64_t block, const Inputs& in, float* y, int how
 
 template <int64_t BLOCK>
 void tiles(const pq_weight& w, const float* x, const Activations& a, int64_t count, int64_t first, int64_t last, float* y, int how) {
-  for (int64_t block = first; block < last; block++) {
-    int64_t row = 0;
-    const auto run = [&](auto number) {
-      constexpr int COUNT = decltype(number)::value;
-      for (; row + COUNT <= count; row += COUNT)
-        tile<COUNT, BLOCK>(w, block, Inputs(x, a, row, w.columns, BLOCK), y + row * w.rows + block * 8, how);
-    };
-    run(std::integral_constant<int, 4>()), run(std::integral_constant<int, 2>()), run(std::integral_constant<int, 1>());
+  // of many inputs so many at once that they stay in a cache of a core for all rows, as integers or as floats
+  const int64_t held = std::max<int64_t>(4, INPUT_BYTES / (w.columns * (how == PQ_EXACT ? 4 : 2)) / 4 * 4);
+  for (int64_t from = 0; from < count; from += held) {
+    const int64_t to = std::min(count, from + held);
+    for (int64_t block = first; block < last; block++) {
+      int64_t row = from;
+      const auto run = [&](auto number) {
+        constexpr int COUNT = decltype(number)::value;
+        for (; row + COUNT <= to; row += COUNT)
+          tile<COUNT, BLOCK>(w, block, Inputs(x, a, row, w.columns, BLOCK), y + row * w.rows + block * 8, how);
+      };
+      run(std::integral_constant<int, 4>()), run(std::integral_constant<int, 2>()), run(std::integral_constant<int, 1>());
+    }
   }
 }
 

@@ -79,10 +79,15 @@ def functions() -> Any:
     return found.library()
 
 
+def set_in_use() -> str:
+    """The instructions that are used: `avx2`; empty where there are no kernels."""
+    found = library()
+    return str(found.library().pq_in_use().decode()) if found else ""
+
+
 def name() -> str:
     """What multiplies with packed weights here: `packed (avx2)`, or `packed (plain torch)`."""
-    found = library()
-    return f"packed ({found.library().pq_in_use().decode()})" if found else "packed (plain torch)"
+    return f"packed ({set_in_use() or 'plain torch'})"
 
 
 def told() -> str:
@@ -93,7 +98,7 @@ def told() -> str:
         return f"packed kernels: {problem}"
     if found is None:
         return f"packed kernels: not installed, so kernel='packed' multiplies in plain torch, slowly: {INSTALL}"
-    return f"packed kernels: {DISTRIBUTION} {found.__version__}, {found.library().pq_in_use().decode()}"
+    return f"packed kernels: {DISTRIBUTION} {found.__version__}, {set_in_use()}"
 
 
 def type_number(dtype: Any) -> int | None:

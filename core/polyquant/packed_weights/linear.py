@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +25,11 @@ from polyquant.packed_weights.weight import PARTS, PackedWeight
 from polyquant.types import PackedFormat
 
 MOST_INPUTS = 96
-"""For more, decoding some rows at a time and torch's own product are faster: measured on AVX2, 576 to 8192 rows."""
+"""For more, decoding some rows at a time and torch's own product are faster: measured on AVX2, 576 to 8192 rows.
+
+Not so for 16-bit integers with AVX-512's dot products: of 512 inputs, 0.58 s, and 0.72 s without the decoding: all layers
+of SmolLM2-135M in NF4, two cores of an EPYC of the fourth generation.
+"""
 
 
 Gathered = TypeVar("Gathered")
@@ -150,16 +155,24 @@ def decoded(weight: PackedWeight, struct: Any) -> Iterator[Tensor]:
         yield weight.by_inputs(piece)[: weight.shape[0] - start]
 
 
-def are_few(input: Tensor) -> bool:
-    """Whether the kernels' product takes these inputs, and is the faster one."""
+def are_few(input: Tensor, most: float = MOST_INPUTS) -> bool:
+    """Whether the kernels' product takes these inputs, and is the faster one: for so many."""
     count = input.numel() // max(1, input.shape[-1])
-    return count <= MOST_INPUTS and kernels.type_number(input.dtype) is not None and input.device.type == "cpu"
+    return count <= most and kernels.type_number(input.dtype) is not None and input.device.type == "cpu"
+
+
+def _most_inputs(weight: PackedWeight, activations: str) -> float:
+    """For how many inputs the kernels' product is the faster one."""
+    in_integers = activations == "int16" and weight.format.kind != "float8" and (
+        weight.format.kind != "codebook4" or weight.group % 32 == 0
+    )  # fmt: skip
+    return math.inf if in_integers and kernels.set_in_use() == "avx512" else MOST_INPUTS
 
 
 def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | None, activations: str) -> Tensor:
     """input @ weight.T + bias. input: (..., in_features); struct: for the kernels; None: plain torch."""
     count = input.numel() // max(1, input.shape[-1])
-    if struct is None or not are_few(input):
+    if struct is None or not are_few(input, _most_inputs(weight, activations)):
         return product_of_pieces(input, partial(decoded, weight, struct), bias)
     rows, columns = weight.padded
     inputs = input.detach().reshape(count, input.shape[-1])
