@@ -101,7 +101,8 @@ def read_layers(
     model = empty_causal_lm(request, dtype)
     quantized, dense = set(names), dict[str, torch.Tensor]()
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in own_tensors(model, source):
+    for stored, tensor in own_tensors(model, source):
+        name = request.names.get(stored, stored)
         if part is None:
             home = owner(name.rpartition(".")[0])
             short = name.removeprefix(f"{home}.")
@@ -267,6 +268,7 @@ def save(
     quantization_config: dict[str, Any] | None = None,
     *,
     named: str = "",
+    written_for: str = "pt",
 ) -> Path:
     """Write the tensors, less those that are tied to another, with config and tokenizer.
 
@@ -274,7 +276,7 @@ def save(
     it knows the words of several quantization_configs without the tensors, and puts random numbers in their place.
     tensors: None is the model's state dict. quantization_config: None is the one of the model's config. named: what
     the files are called, where whether transformers reads them depends on the model: "model" if it does, OWN_FORMAT
-    else.
+    else. written_for: the framework that their metadata names.
     """
     if tensors is None:
         tensors = dict(loaded.model.state_dict())
@@ -287,7 +289,7 @@ def save(
     kept = {name: tensor.contiguous() for name, tensor in whole.items()}
     readers = loaded._backend.capabilities.readable_by if loaded._backend else ()  # none: a quantize hook made it
     stem = named or ("model" if "transformers" in readers else OWN_FORMAT)
-    save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": "pt"})
+    save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": written_for})
     config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
     config.quantization_config = quantization_config
     config.architectures = [type(loaded.model).__name__]
