@@ -40,7 +40,8 @@ def e2m1_numbers(pairs: Tensor) -> Tensor:
 def e2m1_codes(numbers: Tensor, ties: Literal["even", "zero"] = "even") -> Tensor:
     """The codes nearest to numbers, larger ones to 6: uint8 like `numbers`.
 
-    ties: to the even code, as OCP has it, or towards zero, as MLX. The sign is kept where a number rounds to zero, as ModelOpt and OCP's reference keep it.
+    ties: to the even code, as OCP has it, or towards zero, as MLX. The sign is kept where a number rounds to zero, as
+    ModelOpt and OCP's reference keep it.
     """
     sizes = numbers.abs().contiguous()
     middles = torch.tensor(_MIDDLES, dtype=sizes.dtype, device=sizes.device)

@@ -56,7 +56,7 @@ def _metal_steps(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _floats(groups: Tensor, form: Format) -> dict[str, Tensor]:
-    """Codes and scales. The step of a group is computed in the dtype of `groups`; of E8M0 it is the next power of two."""
+    """Codes and scales. A group's step is computed in the dtype of `groups`; of E8M0 it is the next power of two."""
     largest = groups.abs().amax(2)
     wanted = (largest / (MOST_E4M3 if form.bits == 8 else MOST_E2M1)).float()
     if form.mode == "nvfp4":

@@ -186,4 +186,3 @@ def _quantized(model: Any) -> Callable[[str, Any], Quantized | None]:
         return Quantized(shape, form.bits, form.scheme, KERNEL, dense=("bias", "embed_scale"), role=role)
 
     return quantized
-

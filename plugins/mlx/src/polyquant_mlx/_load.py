@@ -38,12 +38,16 @@ HELD_DENSE = "{} is packed in the checkpoint, and held dense: {} does more than 
 def load(request: LoadRequest, config: MlxOptions) -> LoadedModel:
     planned = [plan for plan in plan_layers(request.weights, config) if plan.quantized]
     names = [plan.name if plan.role == "experts" else module_of(plan) for plan in planned]
-    forms = {name: config.format_for(_weight(request.weights, plan.name)) for name, plan in zip(names, planned, strict=True)}
+    forms = {
+        name: config.format_for(_weight(request.weights, plan.name)) for name, plan in zip(names, planned, strict=True)
+    }
     notes: list[str] = []
     if request.source.stored_quantization:
         model = _read(request, config, forms, notes)
         vocabulary = "quantize" if any(plan.role in ("embedding", "head") for plan in planned) else "dense"
-        scales = [each.scales.dtype for each in model.modules() if isinstance(each, PACKED) and each.form.mode == "affine"]
+        scales = [
+            each.scales.dtype for each in model.modules() if isinstance(each, PACKED) and each.form.mode == "affine"
+        ]
         dtype = str(scales[0]).removeprefix("torch.") if scales else config.scale_dtype
         config = msgspec.structs.replace(config, vocabulary=vocabulary, scale_dtype=dtype)
     else:
@@ -76,14 +80,13 @@ def _read(request: LoadRequest, config: MlxOptions, forms: Mapping[str, Format],
     """Raises ModelError for a packed layer that the model has not, and for tensors that are not their format's."""
     wanted = resolved_dtype(config)
     dtype = getattr(torch, wanted)
-    stored = {request.names.get(name, name) for name in _names(request)}
-    others = {owner(name.removesuffix(".scales")) for name in stored if name.endswith(".scales")} - set(forms)
+    scales = (f"{module}.scales" for module in checkpoints.packed_modules(request.source, ("scales",)))
+    held = {owner(request.names.get(name, name).removesuffix(".scales")) for name in scales}
+    others = held - set(forms)
     known = {module_of(weight): weight for weight in request.weights if len(weight.shape) == 2}
     if astray := sorted(others - set(known)):
-        raise ModelError(f"{request.source.name}: {len(astray)} packed layers are none of the model: {', '.join(astray[:3])}")
-    if missing := sorted(name for name in forms if name not in known and f"{name}.weight" not in stored
-                         and not any(each.startswith(f"{name}.") for each in stored)):  # fmt: skip
-        raise ModelError(f"{request.source.name}: packed layers are missing: {', '.join(missing[:3])}")
+        named = ", ".join(astray[:3])
+        raise ModelError(f"{request.source.name}: {len(astray)} packed layers are none of the model: {named}")
 
     def make(name: str, dense: Any, tensors: dict[str, torch.Tensor]) -> Any:
         if name in others:
@@ -112,16 +115,6 @@ def _read(request: LoadRequest, config: MlxOptions, forms: Mapping[str, Format],
     return model
 
 
-def _names(request: LoadRequest) -> list[str]:
-    from safetensors import safe_open
-
-    names: list[str] = []
-    for file in request.source.weight_files:
-        with safe_open(request.source.path / file, framework="pt") as content:
-            names += content.keys()
-    return names
-
-
 def save(loaded: LoadedModel, out: Path) -> Path:
     """A folder that mlx-lm runs; with layout="metal" a checkpoint as transformers has them for Apple GPUs.
 
@@ -146,7 +139,9 @@ def save(loaded: LoadedModel, out: Path) -> Path:
             tensors |= {f"{in_mlx(name, kind)}.{short}": tensor for short, tensor in own.items()}
     if metal:
         dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        said = {key: value for key, value in config.to_stored().items() if key != OWN} | {"modules_to_not_convert": dense}
+        said = {key: value for key, value in config.to_stored().items() if key != OWN} | {
+            "modules_to_not_convert": dense
+        }
         return checkpoints.save(loaded, out, tensors, said, named="model")
     stored = _quantization({name: module for name, module in packed.items() if name not in tied}, config.format, kind)
     checkpoints.save(loaded, out, tensors, stored, named="model", written_for="mlx")
@@ -187,7 +182,8 @@ def _form(module: Any) -> Format:
 
 
 def for_mlx(config: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with what mlx-lm looks for: `quantization`, and rotary embeddings as transformers 4 had them."""
+    """config.json with what mlx-lm looks for: `quantization`, and words that transformers 4 had, of rotary embeddings
+    and of how many experts there are."""
     rope = config.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
     older = {key: full[key] for key in ("rope_theta", "partial_rotary_factor") if key in full}
@@ -195,4 +191,6 @@ def for_mlx(config: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]
         older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     if full.get("rope_type", "default") != "default":
         older["rope_scaling"] = {key: value for key, value in full.items() if key not in older}
+    if MIXTURES.get(str(config.get("model_type"))) == "mlp" and "num_local_experts" in config:
+        older["num_experts"] = config["num_local_experts"]
     return config | older | {"quantization": dict(stored)}

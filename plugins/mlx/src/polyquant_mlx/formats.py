@@ -44,7 +44,7 @@ class Format(NamedTuple):
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
-FLOATS: Mapping[Mode, Format] = {
+FLOATS: Mapping[str, Format] = {
     "mxfp4": Format("mxfp4", 4, 32), "nvfp4": Format("nvfp4", 4, 16), "mxfp8": Format("mxfp8", 8, 32),
 }  # fmt: skip
 """Modes of one format only: E2M1 or E4M3, with scales in E8M0 (mx...) or E4M3 (nvfp4)."""

@@ -35,7 +35,9 @@ class MlxOptions(MixableOptions, PackableOptions, frozen=True, kw_only=True, for
     ] = None
     scale_dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
-        Meta(description="affine: dtype of scales and biases, to which weights are rounded first, as by mlx-lm's --dtype"),
+        Meta(
+            description="affine: dtype of scales and biases, to which weights are rounded first, as by mlx-lm's --dtype"
+        ),
     ] = "bfloat16"
     layers: Annotated[
         LayerFormats[FormatName],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from polyquant.errors import ConfigError
-from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_dense, unfit
+from polyquant.plugin import DTYPE_BYTES, LayerPlan, WeightInfo, plan_dense, refuse_experts, unfit
 
 from polyquant_mlx.formats import GROUPS, Format, packed_format
 from polyquant_mlx.options import MlxOptions
@@ -15,10 +15,14 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: MlxOptions) -> list[LayerPlan]:
-    """Raises ConfigError where groups do not divide a layer's in_features."""
+    """Raises ConfigError where groups do not divide a layer's in_features, and for experts with layout="metal"."""
     stored = any(weight.parts for weight in weights)
+    if config.layout == "metal" and not stored:
+        refuse_experts(weights, config)
     return [
-        _plan(weight, config) if (_is_packed(weight) if stored else takes(weight, config)) else plan_dense(weight, config)
+        _plan(weight, config)
+        if (_is_packed(weight) if stored else takes(weight, config))
+        else plan_dense(weight, config)
         for weight in weights
     ]
 
