@@ -1,0 +1,139 @@
+"""Quantizes layer by layer, and reads and writes checkpoints, fused experts too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from polyquant.errors import ModelError
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, module_of, resolved_dtype
+from polyquant.plugin.layers import LinearExperts
+
+from polyquant_mx._layers import as_stored, experts_from_tensors, experts_of, linear_from_tensors, linear_of, stored_tensors
+from polyquant_mx._modules import KERNEL, MxLinear
+from polyquant_mx.options import MxOptions
+from polyquant_mx.planning import plan_layers
+
+BY_MODEL = ("mxfp4",)
+"""quant_methods whose files transformers reads where only experts are quantized."""
+
+
+def load(request: LoadRequest, config: MxOptions) -> LoadedModel:
+    stored = bool(request.source.stored_quantization)
+    weights = {_home(weight): weight for weight in request.weights}
+    plans = plan_layers(request.weights, config)
+    names = [_home(plan) for plan in plans if plan.quantized]
+    notes: list[str] = []
+    if stored:
+        config, notes = _with_dense(request, config, set(names))
+        model = _read(request, config, names, notes)
+    else:
+
+        def make(name: str, dense: Any) -> Any:
+            weight = weights[name]
+            scheme = config.scheme_for(weight)
+            if weight.role == "experts":
+                return experts_of(dense, scheme, transposed=weight.stacked == "in_out")
+            return linear_of(dense, scheme)
+
+        model = checkpoints.quantize_layers(request, resolved_dtype(config), names, make)
+    model.config.quantization_config = config.to_stored()
+    return LoadedModel(model=model, config=config, kernel=KERNEL, notes=notes)
+
+
+def save(loaded: LoadedModel, out: Path) -> Path:
+    """Under the names of the format: transformers', ModelOpt's or FP-Quant's."""
+    config: Any = loaded.config
+    layout, tensors = config.layout, dict(loaded.model.state_dict())
+    linears = False
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, MxLinear):
+            linears = True
+            found = {f"{name}.{short}": tensor for short, tensor in stored_tensors(module, layout.linear).items()}
+            names, scheme = layout.linear, module.scheme
+        elif isinstance(module, LinearExperts):
+            scheme, names = module.like.scheme, layout.stacked
+            found = {
+                f"{name}{names[short]}": as_stored(short, tensor.detach(), scheme, module.count)
+                for short, tensor in module.named_parameters()
+            }
+        else:
+            continue
+        bias = tensors.get(f"{name}.bias")
+        for short in module._parameters:
+            tensors.pop(f"{name}.{short}", None)
+        tensors |= {key: _in_file(key, tensor, config) for key, tensor in found.items()}
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias
+    named = checkpoints.MODEL if config.method in BY_MODEL and not linears else ""
+    return checkpoints.save(loaded, out, tensors, named=named)
+
+
+def _in_file(name: str, tensor: torch.Tensor, config: MxOptions) -> torch.Tensor:
+    """MXFP4 lies in blocks of 16 bytes; transformers knows MXFP8's scales by their type."""
+    if config.method == "mxfp4" and name.endswith("_blocks"):
+        return tensor.unflatten(-1, (-1, 16))
+    if config.method == "mxfp8" and name.endswith("_scale_inv"):
+        return tensor.view(torch.float8_e8m0fnu)
+    if config.method == "fp_quant" and name.endswith(".scales"):
+        return tensor.view(torch.uint8)
+    return tensor
+
+
+def _read(request: LoadRequest, config: MxOptions, names: list[str], notes: list[str]) -> Any:
+    layout, source, dtype = config.layout, request.source, resolved_dtype(config)
+    weights = {_home(weight): weight for weight in request.weights}
+    stacked = {f"{name}{end}": (name, end) for name in names if weights[name].role == "experts"
+               for end in layout.stacked.values()}  # fmt: skip
+    ignored: list[str] = []
+
+    def part(name: str) -> tuple[str, str]:
+        home, _, short = name.rpartition(".")
+        return stacked.get(name, (home, short))
+
+    def make(name: str, dense: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        weight = weights[name]
+        scheme = config.scheme_for(weight)
+        if weight.role == "experts":
+            return experts_from_tensors(dense, scheme, layout, tensors, transposed=weight.stacked == "in_out")
+        ignored.extend(f"{name}.{short}" for short in layout.ignored if tensors.pop(short, None) is not None)
+        return linear_from_tensors(dense, scheme, layout, getattr(torch, dtype), tensors)
+
+    def check(name: str, tensor: torch.Tensor) -> None:
+        if tensor.element_size() == 1 and tensor.dtype != torch.bool:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(f"{source.name}: {name} is {kind}, and has no {layout.linear['scales']} beside it")
+
+    model = checkpoints.read_layers(request, dtype, names, make, part=part, check=check)
+    if ignored:
+        notes.append(f"{len(ignored)} scales of a quantized key-value cache are not used: {', '.join(ignored[:3])}")
+    return model
+
+
+def _with_dense(request: LoadRequest, config: MxOptions, packed: set[str]) -> tuple[MxOptions, list[str]]:
+    """`config` with `skip` as the checkpoint has it; a note where that differs.
+
+    Raises ModelError where nothing in it is packed.
+    """
+    if not packed:
+        raise ModelError(
+            f"{request.source.name}: its config says that it is quantized, and no tensor is called "
+            f"{' or '.join([config.layout.linear['scales'], *filter(None, [config.layout.stacked.get('scales')])])}"
+        )
+    roles = ("linear", "experts", "other")
+    dense = [module_of(weight) for weight in request.weights if weight.role in roles and not weight.tied_to
+             and _home(weight) not in packed]  # fmt: skip
+    heads = [module_of(weight) for weight in request.weights if weight.role == "head" and not weight.tied_to
+             and weight.name.removesuffix(".weight") not in packed]  # fmt: skip
+    if not dense and (heads or not any(weight.role == "head" for weight in request.weights)) and config.skip_defaults:
+        return config, []
+    skip = tuple(dict.fromkeys([*dense, *heads]))
+    notes = [f"{len(skip)} layers are dense in the checkpoint: {', '.join(skip[:3])}"] if dense else []
+    return msgspec.structs.replace(config, skip=skip, skip_defaults=False), notes
+
+
+def _home(weight: Any) -> str:
+    """What a quantized layer is called: its module, or the tensor of fused experts."""
+    return weight.name if weight.role == "experts" else module_of(weight)

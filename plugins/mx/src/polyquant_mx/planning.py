@@ -1,0 +1,64 @@
+"""Bytes of the layers from shapes alone, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from polyquant.plugin import LayerPlan, WeightInfo, is_linear, plan_dense, unfit
+
+from polyquant_mx.formats import Scheme
+from polyquant_mx.options import MxOptions
+
+
+def plan_layers(weights: Sequence[WeightInfo], config: MxOptions) -> list[LayerPlan]:
+    """Of a quantized checkpoint what is packed there; of a dense one every linear layer and fused experts.
+
+    Raises ConfigError where a format does not fit a layer, or has no layout for fused experts.
+    """
+    stored = any(weight.parts for weight in weights)
+    return [
+        _planned(weight, config, stored) if _takes(weight, config, stored) else plan_dense(weight, config)
+        for weight in weights
+    ]
+
+
+def shape_of(weight: WeightInfo) -> tuple[int, int]:
+    """(out_features, in_features) of a matrix, or of each of the experts in a tensor."""
+    rows, columns = weight.shape[-2:]
+    return (columns, rows) if weight.stacked == "in_out" else (rows, columns)
+
+
+def _takes(weight: WeightInfo, config: MxOptions, stored: bool) -> bool:
+    """Of a checkpoint its tensors decide, whatever words its config has for what is dense."""
+    if not stored:
+        return is_linear(weight, config) or (weight.role == "experts" and not config.skips(weight))
+    if weight.role == "experts":
+        names = config.layout.stacked
+        return bool(names) and f"{weight.name.rpartition('.')[2]}{names['scales']}" in weight.parts
+    return weight.role in ("linear", "head") and config.layout.linear["scales"] in weight.parts
+
+
+def _planned(weight: WeightInfo, config: MxOptions, stored: bool) -> LayerPlan:
+    scheme, shape = config.scheme_for(weight), shape_of(weight)
+    if weight.role == "experts" and not (weight.stacked and config.layout.stacked):
+        kind = "this format has no layout for them" if weight.stacked else "transformers multiplies them one way only"
+        raise unfit(weight, f"fused experts are not quantized, since {kind},")
+    _require_fit(weight, scheme, shape)
+    count = weight.shape[0] if weight.role == "experts" else 1
+    names = config.layout.linear
+    column_scales = names.get("column_scales", "") in weight.parts
+    more = 4 * prod(shape[1:]) if column_scales else 0
+    more += 4 if names.get("input_scale", "") in weight.parts else 0
+    return LayerPlan(
+        name=weight.name, shape=weight.shape, role=weight.role, stored_bytes=count * (scheme.nbytes(shape) + more),
+        bits=scheme.bits, scheme=scheme.name, quantized=True, packed=scheme.packed(column_scales=column_scales),
+    )  # fmt: skip
+
+
+def _require_fit(weight: WeightInfo, scheme: Scheme, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    if scheme.codes == "int4" and (rows % 2 or columns % scheme.columns):
+        raise unfit(weight, f"INT4 pairs of rows and groups of {scheme.columns} do not divide {rows} x {columns}")
+    if scheme.rotation and columns % scheme.rotation:
+        raise unfit(weight, f"hadamard_group_size {scheme.rotation} does not divide in_features {columns}")
