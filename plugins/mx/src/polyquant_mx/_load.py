@@ -122,14 +122,13 @@ def _with_dense(request: LoadRequest, config: MxOptions, packed: set[str]) -> tu
             f"{request.source.name}: its config says that it is quantized, and no tensor is called "
             f"{' or '.join([config.layout.linear['scales'], *filter(None, [config.layout.stacked.get('scales')])])}"
         )
-    roles = ("linear", "experts", "other")
-    dense = [module_of(weight) for weight in request.weights if weight.role in roles and not weight.tied_to
-             and _home(weight) not in packed]  # fmt: skip
-    heads = [module_of(weight) for weight in request.weights if weight.role == "head" and not weight.tied_to
-             and weight.name.removesuffix(".weight") not in packed]  # fmt: skip
-    if not dense and (heads or not any(weight.role == "head" for weight in request.weights)) and config.skip_defaults:
+    whole = [weight for weight in request.weights if not weight.tied_to and _home(weight) not in packed]
+    dense = [module_of(weight) for weight in whole if weight.role in ("linear", "experts")]
+    heads = [module_of(weight) for weight in whole if weight.role == "head"]
+    if not dense and bool(heads) == config.skip_defaults:
         return config, []
-    skip = tuple(dict.fromkeys([*dense, *heads]))
+    routers = [module_of(weight) for weight in whole if weight.role == "other"] if dense else []
+    skip = tuple(dict.fromkeys([*dense, *heads, *routers]))
     notes = [f"{len(skip)} layers are dense in the checkpoint: {', '.join(skip[:3])}"] if dense else []
     return msgspec.structs.replace(config, skip=skip, skip_defaults=False), notes
 
