@@ -13,7 +13,7 @@ from polyquant.plugin.layers import LinearExperts
 
 from polyquant_mx._layers import as_stored, experts_from_tensors, experts_of, linear_from_tensors, linear_of, stored_tensors
 from polyquant_mx._modules import KERNEL, MxLinear
-from polyquant_mx.options import MxOptions
+from polyquant_mx.options import MxOptions, routers
 from polyquant_mx.planning import plan_layers
 
 BY_MODEL = ("mxfp4",)
@@ -23,8 +23,9 @@ BY_MODEL = ("mxfp4",)
 def load(request: LoadRequest, config: MxOptions) -> LoadedModel:
     stored = bool(request.source.stored_quantization)
     weights = {_home(weight): weight for weight in request.weights}
-    plans = plan_layers(request.weights, config)
-    names = [_home(plan) for plan in plans if plan.quantized]
+    if stored and not any(weight.parts for weight in request.weights):
+        raise _nothing_packed(request, config)
+    names = [_home(plan) for plan in plan_layers(request.weights, config) if plan.quantized]
     notes: list[str] = []
     if stored:
         config, notes = _with_dense(request, config, set(names))
@@ -113,24 +114,27 @@ def _read(request: LoadRequest, config: MxOptions, names: list[str], notes: list
 
 
 def _with_dense(request: LoadRequest, config: MxOptions, packed: set[str]) -> tuple[MxOptions, list[str]]:
-    """`config` with `skip` as the checkpoint has it; a note where that differs.
-
-    Raises ModelError where nothing in it is packed.
+    """`config` with `skip` as the checkpoint has it; a note where that differs. Raises ModelError where nothing is
+    packed.
     """
     if not packed:
-        raise ModelError(
-            f"{request.source.name}: its config says that it is quantized, and no tensor is called "
-            f"{' or '.join([config.layout.linear['scales'], *filter(None, [config.layout.stacked.get('scales')])])}"
-        )
+        raise _nothing_packed(request, config)
     whole = [weight for weight in request.weights if not weight.tied_to and _home(weight) not in packed]
     dense = [module_of(weight) for weight in whole if weight.role in ("linear", "experts")]
     heads = [module_of(weight) for weight in whole if weight.role == "head"]
     if not dense and bool(heads) == config.skip_defaults:
         return config, []
-    routers = [module_of(weight) for weight in whole if weight.role == "other"] if dense else []
-    skip = tuple(dict.fromkeys([*dense, *heads, *routers]))
+    skip = tuple(dict.fromkeys([*dense, *heads, *(routers(request.weights) if dense else ())]))
     notes = [f"{len(skip)} layers are dense in the checkpoint: {', '.join(skip[:3])}"] if dense else []
     return msgspec.structs.replace(config, skip=skip, skip_defaults=False), notes
+
+
+def _nothing_packed(request: LoadRequest, config: MxOptions) -> ModelError:
+    names = config.layout.linear["scales"], config.layout.stacked.get("scales", "")
+    return ModelError(
+        f"{request.source.name}: its config says that it is quantized with {config.method!r}, and no layer in its files "
+        f"has a tensor called {' or '.join(filter(None, names))}: fetch the weights that belong to this config"
+    )
 
 
 def _home(weight: Any) -> str:

@@ -67,6 +67,12 @@ class MxOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_field
         }  # fmt: skip
 
 
+def routers(weights: Sequence[WeightInfo]) -> list[str]:
+    """Modules of matrices that are neither linear layers' nor experts': the routers of mixtures."""
+    experts = {module_of(weight) for weight in weights if weight.role == "experts"}
+    return [module_of(each) for each in weights if each.role == "other" and module_of(each) not in experts]
+
+
 def _skips(stored: Mapping[str, Any], dense: Any) -> dict[str, Any]:
     """Options of a stored config: what polyquant added, else the library's list of dense modules."""
     skip = stored.get("skip_modules", dense)
@@ -108,10 +114,9 @@ class Mxfp4Options(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields=T
         experts = any(weight.role == "experts" and not named.skips(weight) for weight in weights)
         if self.linears == "quantize" or (self.linears == "auto" and not experts):
             return named
-        dense = [module_of(each) for each in weights if each.role in ("linear", "head", "other") and not each.tied_to]
-        return msgspec.structs.replace(
-            named, skip=tuple(dict.fromkeys([*named.skip, *dense])), skip_defaults=False
-        )
+        dense = [module_of(each) for each in weights if each.role in ("linear", "head") and not each.tied_to]
+        skip = tuple(dict.fromkeys([*named.skip, *dense, *routers(weights)]))
+        return msgspec.structs.replace(named, skip=skip, skip_defaults=False)
 
     def to_stored(self) -> dict[str, Any]:
         """transformers' Mxfp4Config, and what polyquant adds."""

@@ -10,6 +10,9 @@ from polyquant.plugin import LayerPlan, WeightInfo, is_linear, plan_dense, unfit
 from polyquant_mx.formats import Scheme
 from polyquant_mx.options import MxOptions
 
+CODES = ("uint8", "int8", "float8_e4m3fn")
+"""Dtypes of packed weights in files."""
+
 
 def plan_layers(weights: Sequence[WeightInfo], config: MxOptions) -> list[LayerPlan]:
     """Of a quantized checkpoint what is packed there; of a dense one every linear layer and fused experts.
@@ -33,10 +36,12 @@ def _takes(weight: WeightInfo, config: MxOptions, stored: bool) -> bool:
     """Of a checkpoint its tensors decide, whatever words its config has for what is dense."""
     if not stored:
         return is_linear(weight, config) or (weight.role == "experts" and not config.skips(weight))
-    if weight.role == "experts":
-        names = config.layout.stacked
-        return bool(names) and f"{weight.name.rpartition('.')[2]}{names['scales']}" in weight.parts
-    return weight.role in ("linear", "head") and config.layout.linear["scales"] in weight.parts
+    if weight.role not in ("linear", "head", "experts"):
+        return False
+    layout, short = config.layout, weight.name.rpartition(".")[2]
+    names = {part: f"{short}{end}" for part, end in layout.stacked.items()} if weight.role == "experts" else layout.linear
+    packed = weight.parts.get(names.get("qweight", ""), "") in CODES
+    return packed or names.get("scales", "") in weight.parts
 
 
 def _planned(weight: WeightInfo, config: MxOptions, stored: bool) -> LayerPlan:
