@@ -13,8 +13,8 @@ from polyquant.plugin.layers import LinearExperts
 
 from polyquant_mx._layers import as_stored, experts_from_tensors, experts_of, linear_from_tensors, linear_of, stored_tensors
 from polyquant_mx._modules import KERNEL, MxLinear
-from polyquant_mx.options import MxOptions, routers
-from polyquant_mx.planning import plan_layers
+from polyquant_mx.options import ModelOptOptions, MxOptions, routers
+from polyquant_mx.planning import plan_layers, takes
 
 BY_MODEL = ("mxfp4",)
 """quant_methods whose files transformers reads where only experts are quantized."""
@@ -69,7 +69,11 @@ def save(loaded: LoadedModel, out: Path) -> Path:
         if bias is not None:
             tensors[f"{name}.bias"] = bias
     named = checkpoints.MODEL if config.method in BY_MODEL and not linears else ""
-    return checkpoints.save(loaded, out, tensors, named=named)
+    stored = dict(loaded.model.config.quantization_config)
+    if isinstance(config, ModelOptOptions):
+        weights = loaded.settled.weights if loaded.settled else ()
+        stored = config.with_layers(stored, [one for one in weights if takes(one, config)])
+    return checkpoints.save(loaded, out, tensors, stored, named=named)
 
 
 def _in_file(name: str, tensor: torch.Tensor, config: MxOptions) -> torch.Tensor:
@@ -119,11 +123,11 @@ def _with_dense(request: LoadRequest, config: MxOptions, packed: set[str]) -> tu
     """
     if not packed:
         raise _nothing_packed(request, config)
+    if packed == {_home(weight) for weight in request.weights if takes(weight, config)}:
+        return config, []
     whole = [weight for weight in request.weights if not weight.tied_to and _home(weight) not in packed]
     dense = [module_of(weight) for weight in whole if weight.role in ("linear", "experts")]
     heads = [module_of(weight) for weight in whole if weight.role == "head"]
-    if not dense and bool(heads) == config.skip_defaults:
-        return config, []
     skip = tuple(dict.fromkeys([*dense, *heads, *(routers(request.weights) if dense else ())]))
     notes = [f"{len(skip)} layers are dense in the checkpoint: {', '.join(skip[:3])}"] if dense else []
     return msgspec.structs.replace(config, skip=skip, skip_defaults=False), notes

@@ -211,11 +211,25 @@ class ModelOptOptions(MixableOptions, NvidiaOptions, frozen=True, kw_only=True, 
         return self.scheme_of(self.format_of(weight) or self.quant_algo)
 
     def to_stored(self) -> dict[str, Any]:
-        """As ModelOpt's export writes config.json, and what polyquant adds."""
+        """As ModelOpt's export writes config.json, and what polyquant adds. Of mixed formats see `with_layers`."""
         return {
             **super().to_stored(), "quant_algo": self.quant_algo, "ignore": list(self.skip),
-            "producer": {"name": "polyquant"}, **_group(self.quant_algo, self.group_size),
+            "producer": {"name": "polyquant"}, **self._said_of(self.quant_algo),
         } | ({"layers": dict(self.layers)} if self.layers else {})  # fmt: skip
+
+    def with_layers(self, stored: Mapping[str, Any], weights: Sequence[WeightInfo]) -> dict[str, Any]:
+        """`stored` with what ModelOpt says of each layer where formats are mixed. weights: those that are quantized."""
+        if not self.layers:
+            return dict(stored)
+        algos = {module_of(weight): self.format_of(weight) or self.quant_algo for weight in weights}
+        layers = {name: {"quant_algo": algo, **self._said_of(algo)} for name, algo in algos.items()}
+        kept = {name: value for name, value in stored.items() if name not in ("group_size", "layers")}
+        return {**kept, "quant_algo": MIXED, "quantized_layers": layers}
+
+    def _said_of(self, algo: str) -> dict[str, int]:
+        """ModelOpt names the size of groups of what has groups."""
+        found = self.scheme_of(algo)
+        return {"group_size": found.columns} if found.columns and found.rows == 1 else {}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
@@ -313,12 +327,6 @@ class FpQuantOptions(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields
             **_skips(stored, stored.get("modules_to_not_convert")),
         }
         return msgspec.convert(values, cls)
-
-
-def _group(algo: str, group_size: int) -> dict[str, int]:
-    """ModelOpt names the size of groups of what has groups."""
-    sizes = {"W4A16_AWQ": group_size, "NVFP4": 16, "W4A16_NVFP4": 16, "MXFP8": 32}
-    return {"group_size": sizes[algo]} if algo in sizes else {}
 
 
 assert set(get_args(Algo)) == set(ALGOS)

@@ -21,7 +21,7 @@ def plan_layers(weights: Sequence[WeightInfo], config: MxOptions) -> list[LayerP
     """
     stored = any(weight.parts for weight in weights)
     return [
-        _planned(weight, config, stored) if _takes(weight, config, stored) else plan_dense(weight, config)
+        _planned(weight, config) if (_is_packed if stored else takes)(weight, config) else plan_dense(weight, config)
         for weight in weights
     ]
 
@@ -32,10 +32,13 @@ def shape_of(weight: WeightInfo) -> tuple[int, int]:
     return (columns, rows) if weight.stacked == "in_out" else (rows, columns)
 
 
-def _takes(weight: WeightInfo, config: MxOptions, stored: bool) -> bool:
-    """Of a checkpoint its tensors decide, whatever words its config has for what is dense."""
-    if not stored:
-        return is_linear(weight, config) or (weight.role == "experts" and not config.skips(weight))
+def takes(weight: WeightInfo, config: MxOptions) -> bool:
+    """Whether the options quantize a dense weight."""
+    return is_linear(weight, config) or (weight.role == "experts" and not config.skips(weight))
+
+
+def _is_packed(weight: WeightInfo, config: MxOptions) -> bool:
+    """Whether a checkpoint holds it packed: its tensors decide, whatever words its config has for what is dense."""
     if weight.role not in ("linear", "head", "experts"):
         return False
     layout, short = config.layout, weight.name.rpartition(".")[2]
@@ -44,7 +47,7 @@ def _takes(weight: WeightInfo, config: MxOptions, stored: bool) -> bool:
     return packed or names.get("scales", "") in weight.parts
 
 
-def _planned(weight: WeightInfo, config: MxOptions, stored: bool) -> LayerPlan:
+def _planned(weight: WeightInfo, config: MxOptions) -> LayerPlan:
     scheme, shape = config.scheme_for(weight), shape_of(weight)
     if weight.role == "experts" and not (weight.stacked and config.layout.stacked):
         kind = "this format has no layout for them" if weight.stacked else "transformers multiplies them one way only"
