@@ -119,6 +119,9 @@ def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapp
 def stored_tensors(layer: MxLinear, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of a layer under a checkpoint's names, in its shapes and dtypes."""
     held = {name: layer.part(name) for name in names}
+    for name, same in (("backward_rotation", "rotation"), ("input_scale", "outer_scale")):
+        if layer.scheme.rotation and held[name] is None:  # FP-Quant's own layers ask for it
+            held[name] = layer._parameters[same].detach().clone()
     return {names[name]: as_stored(name, tensor, layer.scheme) for name, tensor in held.items() if tensor is not None}
 
 

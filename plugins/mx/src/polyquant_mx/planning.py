@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
-
 from polyquant.plugin import LayerPlan, WeightInfo, is_linear, plan_dense, unfit
 
 from polyquant_mx.formats import Scheme
@@ -54,13 +52,12 @@ def _planned(weight: WeightInfo, config: MxOptions) -> LayerPlan:
         raise unfit(weight, f"fused experts are not quantized, since {kind},")
     _require_fit(weight, scheme, shape)
     count = weight.shape[0] if weight.role == "experts" else 1
-    names = config.layout.linear
-    column_scales = names.get("column_scales", "") in weight.parts
-    more = 4 * prod(shape[1:]) if column_scales else 0
-    more += 4 if names.get("input_scale", "") in weight.parts else 0
+    lengths = {"column_scales": shape[1], "input_scale": 1, "backward_rotation": scheme.rotation**2}
+    kept = {name for name in lengths if config.layout.linear.get(name) in weight.parts}
+    more = sum(4 * lengths[name] for name in kept)
     return LayerPlan(
         name=weight.name, shape=weight.shape, role=weight.role, stored_bytes=count * (scheme.nbytes(shape) + more),
-        bits=scheme.bits, scheme=scheme.name, quantized=True, packed=scheme.packed(column_scales=column_scales),
+        bits=scheme.bits, scheme=scheme.name, quantized=True, packed=scheme.packed(column_scales="column_scales" in kept),
     )  # fmt: skip
 
 
