@@ -138,7 +138,8 @@ def quantize_layers(
     """The dense model, its modules `names` replaced one by one by what is made of them; everything else in `dtype`.
 
     The twin of `read_layers`. make: (name, dense module or tensor of experts) -> the module in its place, whose
-    tensors, but for a bias, keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on the device of the request.
+    tensors, but for a bias, keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on
+    the device of the request.
     after: called with the model before its dense tensors are cast and moved, to tie what was tied to a replaced module.
     The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
     Raises ModelError, with the checkpoint's name, where `make` does.

@@ -64,7 +64,9 @@ def packed_weights_are_the_librarys(subject: Subject, preset: str, model: str) -
     for name in () if ours else experts:
         stack, theirs_too = (one.model.get_submodule(name) for one in (loaded, library))
         for number, weight in enumerate(stack.packed):
-            _require_same(f"expert {number} of {name}", weight.decode(), theirs_too.expert(number), computes_in, tolerance)
+            _require_same(
+                f"expert {number} of {name}", weight.decode(), theirs_too.expert(number), computes_in, tolerance
+            )
     tokens = subject.tokens(library, 24)
     reference = reference_logits(subject.dense(model), tokens)
     expected, found = library.logits(tokens), loaded.logits(tokens)

@@ -48,7 +48,11 @@ def tensors() -> dict[str, torch.Tensor]:
         weight[2], weight[3, :32] = 0, 0
         made[f"{name}.weight"] = weight
         quantized, scale, outer = NVFP4QTensor.quantize(weight.clone(), 16)
-        dense = quantized.dequantize(torch.float32, scale=scale, double_scale=outer, block_sizes={-1: 16}) if shape[1] % 16 == 0 else None  # it does not take the padding off again
+        dense = (
+            quantized.dequantize(torch.float32, scale=scale, double_scale=outer, block_sizes={-1: 16})
+            if shape[1] % 16 == 0
+            else None
+        )  # it does not take the padding off again
         made |= {f"{name}.nvfp4.qweight": quantized._quantized_data, f"{name}.nvfp4.scales": scale,
                  f"{name}.nvfp4.outer_scale": outer.view(1)}  # fmt: skip
         if dense is not None:

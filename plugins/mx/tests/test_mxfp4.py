@@ -8,7 +8,7 @@ import pytest
 import torch
 from polyquant.errors import ModelError
 from polyquant.plugin.layers import LinearExperts
-from polyquant.testing.checkpoints import adapter_gradients, assert_verified, changed_copy, put, replaced, without
+from polyquant.testing.checkpoints import assert_verified, changed_copy, put, replaced, without
 from polyquant.testing.models import tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GptOssForCausalLM

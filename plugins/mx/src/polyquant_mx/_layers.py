@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from polyquant_mx.formats import Layout, Scheme
 from polyquant_mx.options import MxOptions
 
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
+MATRICES = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+"""Matrices of an expert that checkpoints hold one by one; the gate's rows come before those of up."""
 BELIEVED = 1024.0
 """No weight is larger: ModelOpt multiplies with a scale that compressed-tensors, with the reciprocal, divides by."""
 
@@ -91,6 +94,65 @@ def experts_from_tensors(
     whole = {name: torch.stack([one[name] for one in each]) for name in each[0]}
     whole["qweight"] = whole["qweight"].view(torch.uint8)
     return LinearExperts(MxLinear(linear, scheme, each[0]), whole, transposed=transposed)
+
+
+def experts_one_by_one(
+    dense: Tensor, scheme: Scheme, layout: Layout, tensors: Mapping[str, Tensor], *, transposed: bool
+) -> LinearExperts:
+    """A stack of experts that a checkpoint holds one by one, as `0.gate_proj.weight`; gate and up become one.
+
+    Raises ModelError where they are wrong, or not all there.
+    """
+    count, rows, columns = dense.shape[0], *(dense.shape[:0:-1] if transposed else dense.shape[1:])
+    parts: dict[int, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    for name, tensor in tensors.items():
+        number, matrix, short = name.split(".")
+        parts[int(number)][matrix][short] = tensor
+    matrices = sorted({matrix for expert in parts.values() for matrix in expert}, key=MATRICES.index)
+    if gone := [f"{number}.{matrix}" for number in range(count) for matrix in matrices if matrix not in parts[number]]:
+        raise ModelError(f"there are {count} experts, and {', '.join(gone[:3])} is missing")
+    if len(parts) != count:
+        raise ModelError(f"there are {count} experts, and the checkpoint holds {len(parts)}")
+    linear = torch.nn.Linear(columns, rows // len(matrices), bias=False, device="meta")
+    if scheme.rows > 1 and linear.out_features % scheme.rows:
+        raise ModelError(f"blocks of {scheme.rows} rows do not divide the {linear.out_features} of {matrices[0]}")
+
+    def one(number: int) -> MxLinear:
+        each = []
+        for matrix in matrices:
+            try:
+                each.append(checked(linear, scheme, layout.linear, parts[number][matrix]))
+            except ModelError as error:
+                raise ModelError(f"{number}.{matrix}: {error}") from error
+        whole = {name: torch.cat([part[name].view(-1, *part[name].shape[1:]) for part in each]) for name in each[0]}
+        if "column_scales" in whole:
+            first = each[0]["column_scales"]
+            if not all(torch.equal(part["column_scales"], first) for part in each):
+                raise ModelError(f"expert {number} multiplies the inputs of {' and '.join(matrices)} otherwise each")
+            whole["column_scales"] = first
+        whole_linear = torch.nn.Linear(columns, rows, bias=False, device="meta")
+        return MxLinear(whole_linear, scheme, whole)
+
+    return LinearExperts.of((one(number) for number in range(count)), count, transposed=transposed)
+
+
+def stored_one_by_one(stack: LinearExperts, names: Mapping[str, str], matrices: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a stack as `0.gate_proj.weight`, the rows of each expert in so many matrices."""
+    rows = stack.shape[0] // len(matrices)
+    stored: dict[str, Tensor] = {}
+    for number in range(stack.count):
+        layer: Any = stack.expert(number)
+        linear = torch.nn.Linear(stack.shape[1], rows, bias=False, device="meta")
+        for place, matrix in enumerate(matrices):
+            held = {
+                name: part if name == "column_scales" else part.chunk(len(matrices))[place].clone()
+                for name in names
+                if (part := layer.part(name)) is not None
+            }
+            single = MxLinear(linear, layer.scheme, held)
+            each = stored_tensors(single, names)
+            stored |= {f"{number}.{matrix}.{short}": tensor.clone() for short, tensor in each.items()}
+    return stored
 
 
 def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,9 +234,9 @@ def _require_multiplied(own: Mapping[str, Tensor], names: Mapping[str, str]) -> 
     largest = MOST_E2M1 * float(own["scales"].float().max()) * outer
     if not outer > 0 or largest > BELIEVED:
         raise ModelError(
-            f"{names['outer_scale']} is {outer:.4g}, and weights would be up to {largest:.4g}: ModelOpt's is multiplied "
-            "with, and compressed-tensors' weight_global_scale, its reciprocal, divided by; this one is no scale to "
-            "multiply with, so the file mixes the two or is damaged"
+            f"{names['outer_scale']} is {outer:.4g}, and weights would be up to {largest:.4g}: ModelOpt's is "
+            "multiplied with, and compressed-tensors' weight_global_scale, its reciprocal, divided by; this one is no "
+            "scale to multiply with, so the file mixes the two or is damaged"
         )
 
 

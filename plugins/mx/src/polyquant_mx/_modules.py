@@ -17,8 +17,9 @@ KERNEL = "torch decode and matmul"
 
 class MxLinear(PackedLinear):
     """The tensors of `Scheme.parts`, and where a checkpoint has them `column_scales` (in_features), which multiply each
-    input, and `input_scale` and `backward_rotation`, which are kept for saving. E4M3 codes are held as bytes: PEFT makes
-    adapters of a floating point `qweight`'s dtype.
+    input, and `input_scale` and `backward_rotation`, which are kept for saving.
+
+    E4M3 codes are held as bytes: PEFT makes adapters of a floating point `qweight`'s dtype.
     """
 
     qweight: Tensor
@@ -36,7 +37,7 @@ class MxLinear(PackedLinear):
         return None if found is None else found.detach()
 
     def pieces(self) -> Iterator[Tensor]:
-        """The weight as inputs that are rotated are multiplied with: float32 (rows, in_features), some rows at a time."""
+        """The weight that rotated inputs are multiplied with: float32 (rows, in_features), some rows at a time."""
         step = max(2, rows_at_a_time(self.in_features, self.qweight.device) // 2 * 2)
         for start in range(0, self.out_features, step):
             yield decoded(self, start, min(start + step, self.out_features))

@@ -108,8 +108,6 @@ def _rotated(numbers: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return {**parts, "outer_scale": outer, "rotation": rotation}
 
 
-
-
 def _floor_log2(numbers: Tensor) -> Tensor:
     """Whole numbers; of zero the least exponent."""
     exponents = torch.frexp(numbers).exponent - 1

@@ -18,7 +18,7 @@ SCALE_DTYPES = {"e8m0": "uint8", "e4m3": "float8_e4m3fn", "float32": "float32"}
 
 
 class Scheme(NamedTuple):
-    """A number format. A weight is code * scale of its block, times or by the scale of the matrix where there is one."""
+    """A number format. A weight is code * scale of its block, and where a matrix has a scale, times that or by it."""
 
     name: str
     codes: Literal["e2m1", "e4m3", "int4"]

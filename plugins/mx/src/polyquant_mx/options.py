@@ -189,10 +189,12 @@ class ModelOptOptions(MixableOptions, NvidiaOptions, frozen=True, kw_only=True, 
 
     quant_algo: Annotated[Algo, Meta(description="what is done to linear layers, as ModelOpt calls it")] = "W4A16_NVFP4"
     group_size: Annotated[
-        int, Meta(ge=16, description="weights along in_features that share a scale, of W4A16_AWQ; others have their own")
+        int,
+        Meta(ge=16, description="weights along in_features that share a scale, of W4A16_AWQ; others have their own"),
     ] = 128
     layers: Annotated[
-        LayerFormats[Algo], Meta(description="other formats of single modules: a table from name patterns to quant_algo")
+        LayerFormats[Algo],
+        Meta(description="other formats of single modules: a table from name patterns to quant_algo"),
     ] = ()
 
     format_options: ClassVar[tuple[str, ...]] = ("quant_algo",)
@@ -313,7 +315,9 @@ class FpQuantOptions(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields
                 "is nothing packed to read; write it with pseudoquantization=False, or quantize the dense model"
             )
         if stored.get("store_master_weights"):
-            raise ValueError("its store_master_weights is True: it holds dense weights alone; load those as a dense model")
+            raise ValueError(
+                "its store_master_weights is True: it holds dense weights alone; load those as a dense model"
+            )
         known = {
             "quant_method", "forward_dtype", "hadamard_group_size", "modules_to_not_convert", "backward_dtype",
             "forward_method", "transform_init", *OWN,

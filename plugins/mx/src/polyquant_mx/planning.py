@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from polyquant.plugin import LayerPlan, WeightInfo, is_linear, plan_dense, unfit
 
 from polyquant_mx.formats import Scheme
@@ -40,7 +41,9 @@ def _is_packed(weight: WeightInfo, config: MxOptions) -> bool:
     if weight.role not in ("linear", "head", "experts"):
         return False
     layout, short = config.layout, weight.name.rpartition(".")[2]
-    names = {part: f"{short}{end}" for part, end in layout.stacked.items()} if weight.role == "experts" else layout.linear
+    names = (
+        {part: f"{short}{end}" for part, end in layout.stacked.items()} if weight.role == "experts" else layout.linear
+    )
     packed = weight.parts.get(names.get("qweight", ""), "") in CODES
     return packed or names.get("scales", "") in weight.parts
 
@@ -57,7 +60,8 @@ def _planned(weight: WeightInfo, config: MxOptions) -> LayerPlan:
     more = sum(4 * lengths[name] for name in kept)
     return LayerPlan(
         name=weight.name, shape=weight.shape, role=weight.role, stored_bytes=count * (scheme.nbytes(shape) + more),
-        bits=scheme.bits, scheme=scheme.name, quantized=True, packed=scheme.packed(column_scales="column_scales" in kept),
+        bits=scheme.bits, scheme=scheme.name, quantized=True,
+        packed=scheme.packed(column_scales="column_scales" in kept),
     )  # fmt: skip
 
 
