@@ -28,7 +28,7 @@ from polyquant_mlx._decode import scale_numbers
 from polyquant_mlx._encode import encode
 from polyquant_mlx._modules import PARTS, MlxEmbedding, MlxLinear
 from polyquant_mlx.formats import Format
-from polyquant_mlx.options import MlxOptions
+from polyquant_mlx.options import OWN, MlxOptions
 
 __all__ = ["pack", "prepare_for_training"]  # freezing is all that adapters need
 KERNEL = "torch decode and matmul"
@@ -155,8 +155,7 @@ def pack(module: Any) -> PackedWeight:
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:
-    stored = model.config.quantization_config
-    skipped = stored.get("modules_to_not_convert") or () if stored["quant_method"] == "metal" else ()
+    skipped = model.config.quantization_config[OWN]["skip"]
     layers = describe(model, _quantized(model), skipped=skipped)
     head = model.get_output_embeddings()
     heads = {f"{name}.weight" for name, module in model.named_modules() if module is head}

@@ -142,9 +142,9 @@ def save(loaded: LoadedModel, out: Path) -> Path:
         said = {key: value for key, value in config.to_stored().items() if key != OWN} | {
             "modules_to_not_convert": dense
         }
-        return checkpoints.save(loaded, out, tensors, said, named="model")
+        return checkpoints.save(loaded, out, tensors, said, named=checkpoints.MODEL)
     stored = _quantization({name: module for name, module in packed.items() if name not in tied}, config.format, kind)
-    checkpoints.save(loaded, out, tensors, stored, named="model", written_for="mlx")
+    checkpoints.save(loaded, out, tensors, stored, named=checkpoints.MODEL, written_for="mlx")
     path = out / "config.json"
     path.write_text(json.dumps(for_mlx(json.loads(path.read_text(encoding="utf-8")), stored), indent=2) + "\n")
     return out
