@@ -63,7 +63,7 @@ def checkpoint(folder):
     """A folder that polyquant wrote of the tiny llama with options; made once."""
 
     def make(model="llama", **options):
-        out = folder / "-".join([model, *(f"{name}={value}" for name, value in options.items())])
+        out = folder / "-".join(["saved", model, *(f"{name}={value}" for name, value in options.items())])
         if not out.exists():
             load(tiny_model(model, folder), **options).save(out)
         return out

@@ -124,7 +124,8 @@ def test_mixed_bits_of_experts_are_read_by_mlx_lms_names(family, tmp_path):
 @pytest.mark.parametrize("kernel", ["library", "packed"])
 def test_a_mixture_in_4_bits_is_4_bits(model, kernel, family):
     loaded = load(family(model), kernel=kernel)
-    found = assert_verified(loaded)
+    found = polyquant.verify(loaded)
+    assert found.passed
     assert found.memory.weights_stored_bytes <= 0.4 * found.memory.weights_bfloat16_bytes
     assert all(layer.quantized for layer in loaded.layers if layer.role in ("experts", "linear", "head", "embedding"))
 
@@ -146,7 +147,7 @@ def test_metal_is_read_as_transformers_reads_it(checkpoint, folder):
     from transformers.integrations.metal_quantization import _affine_quantize_tensor
 
     path = checkpoint(layout="metal", bits=8, scale_dtype="float32")
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # dense, since this is no Mac
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu").eval()  # dense, since this is no Mac
     read = load(path)
     assert read.config.layout == "metal"
     assert_verified(read)
