@@ -9,7 +9,7 @@ import torch
 from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
 from polyquant_mlx._decode import decode
-from polyquant_mlx._encode import encode
+from polyquant_mlx._quantize import encode
 from polyquant_mlx.formats import FORMATS
 from safetensors import safe_open
 
@@ -147,7 +147,9 @@ def test_metal_is_read_as_transformers_reads_it(checkpoint, folder):
     from transformers.integrations.metal_quantization import _affine_quantize_tensor
 
     path = checkpoint(layout="metal", bits=8, scale_dtype="float32")
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu").eval()  # dense, since this is no Mac
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, device_map="cpu"
+    ).eval()  # dense, since this is no Mac
     read = load(path)
     assert read.config.layout == "metal"
     assert_verified(read)

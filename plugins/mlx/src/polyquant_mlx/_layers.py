@@ -25,8 +25,8 @@ from polyquant.plugin.layers import (
 from torch import Tensor, nn
 
 from polyquant_mlx._decode import scale_numbers
-from polyquant_mlx._encode import encode
 from polyquant_mlx._modules import PARTS, MlxEmbedding, MlxLinear
+from polyquant_mlx._quantize import encode
 from polyquant_mlx.formats import Format
 from polyquant_mlx.options import OWN, MlxOptions
 

@@ -14,9 +14,7 @@ INFO = BackendInfo(
     capabilities=Capabilities(
         bits=BITS,
         schemes=(*(f"affine{bits}" for bits in BITS), *FLOATS),
-        devices=(
-            DeviceSupport(type="cpu"), DeviceSupport(type="cuda", minimum_capability=(7, 0)), DeviceSupport(type="mps")
-        ),
+        devices=(DeviceSupport(type="cpu"), DeviceSupport(type="cuda", minimum_capability=(7, 0))),
         on_the_fly=True,
         loads_prequantized=("mlx", "metal"),
         saves=True,
