@@ -22,7 +22,7 @@ from torch import Tensor
 
 from polyquant_fp8._decode import quantize
 from polyquant_fp8._modules import KERNEL, Fp8Linear
-from polyquant_fp8.options import Fp8Options
+from polyquant_fp8.options import Float8Options
 from polyquant_fp8.planning import SCHEME, scale_shape
 
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
@@ -33,37 +33,37 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     return describe(model, _quantized, skipped=model.config.quantization_config["modules_to_not_convert"] or ())
 
 
-def quantize_linear(linear: Any, config: Fp8Options) -> Fp8Linear:
+def quantize_linear(linear: Any, config: Float8Options) -> Fp8Linear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
-    weight, scales = quantize(finite_weight(linear), config.block, powers_of_two=config.scale_fmt == "ue8m0")
-    return Fp8Linear(linear, weight, scales, config.block).eval()
+    weight, scales = quantize(finite_weight(linear), config.block, powers_of_two=config.powers_of_two)
+    return Fp8Linear(linear, weight, scales, config).eval()
 
 
 def linear_from_tensors(
-    linear: Any, config: Fp8Options, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    linear: Any, config: Float8Options, dtype: torch.dtype, tensors: Mapping[str, Tensor]
 ) -> Fp8Linear:
-    """A layer from weight, weight_scale_inv, bias and activation_scale. Raises ModelError where they are wrong."""
-    shape, powers = (linear.out_features, linear.in_features), config.scale_fmt == "ue8m0"
+    """A layer from weight, scales, bias and activation_scale. Raises ModelError where they are wrong."""
+    shape, powers, name = (linear.out_features, linear.in_features), config.powers_of_two, config.scale_name
     stored = dict(tensors)
-    if powers and "weight_scale_inv" in stored and stored["weight_scale_inv"].dtype == torch.uint8:
-        stored["weight_scale_inv"] = stored["weight_scale_inv"].view(E8M0)
+    if powers and name in stored and stored[name].dtype == torch.uint8:
+        stored[name] = stored[name].view(E8M0)
     expected: dict[str, tuple[tuple[int, ...], str]] = {
         "weight": (shape, "float8_e4m3fn"),
-        "weight_scale_inv": (scale_shape(shape, config), "float8_e8m0fnu" if powers else "float"),
+        name: (scale_shape(shape, config), "float8_e8m0fnu" if powers else "float"),
     }
-    if config.activation_scheme == "static":
+    if config.static_activations:
         expected["activation_scale"] = ((), "float")
     found = layer_tensors(linear, stored, expected)
     take_bias(linear, found, dtype)
-    scales = found["weight_scale_inv"] if powers else found["weight_scale_inv"].float()
-    activation = found["activation_scale"].float() if config.activation_scheme == "static" else None
-    return Fp8Linear(linear, found["weight"], scales, config.block, activation).eval()
+    scales = found[name] if powers else found[name].float()
+    activation = found["activation_scale"].float() if config.static_activations else None
+    return Fp8Linear(linear, found["weight"], scales, config, activation).eval()
 
 
 def pack(module: Fp8Linear) -> PackedWeight:
     """Raises ModelError for weights that are NaN."""
     block_rows, block_columns = module.block or (1, -1)
-    scales = scales_of_rows(module.weight_scale_inv.detach().float(), module.out_features, block_rows)
+    scales = scales_of_rows(module.scales.float(), module.out_features, block_rows)
     return pack_weight(module.weight.detach(), scales, block_columns)
 
 
