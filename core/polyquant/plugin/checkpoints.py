@@ -6,6 +6,7 @@ For backends whose library leaves no format of transformers' own; never pickle. 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,6 +32,7 @@ from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype
 from polyquant.packed_weights.experts import ExpertStack, put_in
 from polyquant.plugin.dtypes import cast_dense, dense_dtypes, stored_dtype
+from polyquant.plugin.experts import stored_part
 from polyquant.plugin.layers import fill_empty
 from polyquant.plugin.tensors import own_tensors, packed_modules
 from polyquant.request import LoadRequest, ModelSource
@@ -110,6 +112,9 @@ def read_layers(
         if home in quantized:
             layers[home][short] = tensor
             continue
+        name = request.names.get(name, name)
+        if name in dense:
+            raise ModelError(f"{source.name}: {name} is stored in several tensors, which are not put together here")
         if check is not None:
             check(name, tensor)
         as_stored = name in request.later or not tensor.is_floating_point()
@@ -180,8 +185,16 @@ def _put(model: Any, name: str, layer: Any) -> None:
 
 
 def as_packed(config: Options, request: LoadRequest, parts: tuple[str, ...]) -> tuple[Options, list[str]]:
-    """`with_stored_skips` of the modules that have a tensor called like one of `parts` in the checkpoint."""
-    packed = packed_modules(request.source, parts)
+    """`with_stored_skips` of the modules that have a tensor called like one of `parts` in the checkpoint.
+
+    Experts, and what the model's class leaves out, such as layers for predicting several tokens, are none of them.
+    """
+    ignored = hf.ignored_tensors(request.source)
+    packed = {
+        name for name in packed_modules(request.source, parts)
+        if not any(re.search(pattern, f"{name}.weight") for pattern in ignored)
+        and not any(stored_part(f"{name}.{part}", request.names) for part in parts)
+    }  # fmt: skip
     return with_stored_skips(config, request.weights, packed, request.source)
 
 

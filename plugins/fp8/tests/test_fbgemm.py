@@ -8,6 +8,7 @@ from polyquant.plugin.layers import PackedLinear
 from polyquant.testing.checkpoints import assert_verified, changed_copy, replaced, without
 from polyquant.testing.models import tiny_model
 from polyquant_fp8._decode import E4M3, dequantize, quantize
+from polyquant_fp8._modules import Fp8Linear
 from polyquant_fp8.options import FbgemmOptions
 from transformers import AutoModelForCausalLM
 from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
@@ -70,8 +71,8 @@ def test_logits_are_those_of_the_weights_that_are_stored(folder, checkpoint, tmp
     with torch.inference_mode():
         expected = twin(torch.tensor([TOKENS])).logits[0]
     torch.testing.assert_close(loaded.logits(TOKENS), expected, rtol=1e-4, atol=1e-4)
-    packed = [module for module in loaded.model.modules() if isinstance(module, PackedLinear)]
-    assert bool(packed) == (kernel == "packed")
+    kinds = {type(module) for module in loaded.model.modules() if isinstance(module, PackedLinear)}
+    assert (kinds == {Fp8Linear}) == (kernel == "library")
     again = load(loaded.save(tmp_path / "again"), kernel=kernel, **whole)
     assert again.config == loaded.config
     assert torch.equal(again.logits(TOKENS), loaded.logits(TOKENS))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import (
+    LinearExperts,
     PackedWeight,
     Quantized,
     describe,
@@ -60,6 +62,20 @@ def linear_from_tensors(
     return Fp8Linear(linear, found["weight"], scales, config, activation).eval()
 
 
+def require_whole_blocks(stack: Tensor, names: Iterable[str], config: Float8Options) -> None:
+    """Raises ModelError where the rows of an expert's two matrices do not come in whole blocks, each for itself.
+
+    stack: (experts, out_features, in_features). names: of the tensors, as `experts.part_of` has them.
+    """
+    joined = any(name.split(".")[1] == "1" for name in names)
+    if joined and (config.block is None or (stack.shape[1] // 2) % config.block[0]):
+        what = "one scale for a matrix" if config.block is None else f"blocks of {config.block[0]} rows"
+        raise ModelError(
+            f"its experts have matrices of {stack.shape[1] // 2} rows, which are multiplied together here, and {what}; "
+            "take the dense checkpoint"
+        )
+
+
 def pack(module: Fp8Linear) -> PackedWeight:
     """Raises ModelError for weights that are NaN."""
     block_rows, block_columns = module.block or (1, -1)
@@ -68,6 +84,8 @@ def pack(module: Fp8Linear) -> PackedWeight:
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:
+    if isinstance(module, LinearExperts):
+        return Quantized(module.dense_shape, 8, SCHEME, KERNEL, tensor="", role="experts")
     if not isinstance(module, Fp8Linear):
         return None
     return Quantized((module.out_features, module.in_features), 8, SCHEME, KERNEL)

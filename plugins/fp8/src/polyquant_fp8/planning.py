@@ -6,26 +6,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_linears, refuse_experts, unfit
+from polyquant.plugin import (
+    BackendOptions,
+    LayerPlan,
+    PackedFormat,
+    WeightInfo,
+    is_linear,
+    one_expert,
+    plan_linears,
+    refuse_experts,
+    unfit,
+)
 
 from polyquant_fp8.options import Float8Options
 
 SCHEME = "fp8-e4m3"
+SCALES = (".weight_scale_inv", ".weight_scale")
+"""Ends of what the parts of experts that are stored one by one are called in the model."""
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: Float8Options) -> list[LayerPlan]:
     """Raises ConfigError where experts of a dense checkpoint are fused into one tensor, and are to be the library's.
 
-    And for those that are FP8 in their checkpoint.
+    And for those that are FP8 in their checkpoint where no matrix of an expert is one of its own.
     """
     for weight in weights:
-        if weight.role == "experts" and weight.parts:
+        if weight.role == "experts" and weight.parts and not is_stack(weight):
             raise unfit(weight, "fused experts that are FP8 in the checkpoint are not read, as those")
     if not any(weight.parts for weight in weights):  # a quantized checkpoint has dense ones as it has them
         refuse_experts(weights, config)
     return plan_linears(
-        weights, config, SCHEME, lambda weight: quantized_bytes(weight, config), packed=lambda _: packed_format(config)
-    )
+        weights, config, SCHEME, lambda weight: quantized_bytes(weight, config), takes=_takes,
+        packed=lambda _: packed_format(config),
+    )  # fmt: skip
+
+
+def is_stack(weight: WeightInfo) -> bool:
+    """Whether it is experts that the checkpoint holds one by one, packed, and each can be multiplied alone."""
+    return weight.stacked == "out_in" and any(name.endswith(SCALES) for name in weight.parts)
+
+
+def _takes(weight: WeightInfo, config: BackendOptions) -> bool:
+    return is_linear(weight, config) or is_stack(weight)
 
 
 def packed_format(config: Float8Options) -> PackedFormat:
@@ -35,6 +57,8 @@ def packed_format(config: Float8Options) -> PackedFormat:
 
 def quantized_bytes(weight: WeightInfo, config: Float8Options) -> int:
     """A byte a weight, and the scales: float32 or a byte each."""
+    if weight.role == "experts":
+        return weight.shape[0] * quantized_bytes(one_expert(weight), config)
     scales = prod(scale_shape(weight.shape, config)) * (1 if config.powers_of_two else 4)
     return prod(weight.shape) + scales + (4 if config.static_activations else 0)
 
