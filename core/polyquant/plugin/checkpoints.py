@@ -112,13 +112,13 @@ def read_layers(
         if home in quantized:
             layers[home][short] = tensor
             continue
-        name = request.names.get(name, name)
-        if name in dense:
-            raise ModelError(f"{source.name}: {name} is stored in several tensors, which are not put together here")
+        own = request.names.get(name, name)
+        if own in dense:
+            raise ModelError(f"{source.name}: {own} is stored in several tensors, which are not put together here")
         if check is not None:
-            check(name, tensor)
-        as_stored = name in request.later or not tensor.is_floating_point()
-        dense[name] = tensor if as_stored else cast_dense(source, name, tensor, dtypes.get(name, wanted))
+            check(own, tensor)
+        as_stored = own in request.later or not tensor.is_floating_point()
+        dense[own] = tensor if as_stored else cast_dense(source, own, tensor, dtypes.get(own, wanted))
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
             layer = make(name, _dense(model, name), layers.pop(name, {}))
