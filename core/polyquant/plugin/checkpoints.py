@@ -89,6 +89,7 @@ def read_layers(
     owner: Callable[[str], str] = str,
     part: Callable[[str], tuple[str, str]] | None = None,
     check: Callable[[str, torch.Tensor], None] | None = None,
+    leave_out: Callable[[str], bool] = lambda name: False,
 ) -> Any:
     """The model of a checkpoint, on its device: the modules `names` made of their packed tensors, the rest in `dtype`.
 
@@ -96,14 +97,16 @@ def read_layers(
     fused experts the name is their tensor's, which is given; an `ExpertStack` takes its place.
     owner: a tensor's module -> the module that it belongs to, where a packed one has parts. part: a tensor's whole name
     -> the module that it belongs to, and its name there, where those do not follow from its module. check: called with
-    the name and tensor of everything else. Raises ModelError, with the names of checkpoint and module, where `make`
-    does.
+    the name and tensor of everything else. leave_out: whether a tensor of that name is none of the model's.
+    Raises ModelError, with the names of checkpoint and module, where `make` does.
     """
     source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
     model = empty_causal_lm(request, dtype)
     quantized, dense = set(names), dict[str, torch.Tensor]()
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in own_tensors(model, source):
+        if leave_out(name):
+            continue
         if part is None:
             home = owner(name.rpartition(".")[0])
             short = name.removeprefix(f"{home}.")
