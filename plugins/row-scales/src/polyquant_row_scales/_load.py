@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,17 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     for name, module in loaded.model.named_modules():
         if type(module) is RowLinear:
             tensors[f"{name}.weight"] = eetq_of_rows(module.weight.detach())
-    return checkpoints.save(loaded, out, tensors)
+    saved = checkpoints.save(loaded, out, tensors)
+    if isinstance(loaded.config, GemmaOptions) and loaded.config.modules:
+        _in_order(saved / "config.json", loaded.config.to_stored()["module_quant_configs"])
+    return saved
+
+
+def _in_order(path: Path, modules: Mapping[str, Any]) -> None:
+    """Patterns of modules as they are tried: transformers writes them sorted, and the first that fits counts."""
+    content = json.loads(path.read_text())
+    content["quantization_config"]["module_quant_configs"] = modules
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _read(request: LoadRequest, config: EetqOptions | GemmaOptions) -> LoadedModel:
