@@ -32,6 +32,8 @@ from polyquant_mx.options import MxOptions
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
 MATRICES = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 """Matrices of an expert that checkpoints hold one by one; the gate's rows come before those of up."""
+REPEATS = {"backward_rotation": "rotation", "input_scale": "outer_scale"}
+"""What FP-Quant stores twice, for layers that its own are trained as."""
 BELIEVED = 1024.0
 """No weight is larger: ModelOpt multiplies with a scale that compressed-tensors, with the reciprocal, divides by."""
 
@@ -173,6 +175,9 @@ def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapp
     for name, tensor in own.items():
         if name not in ("qweight", "scales", "column_scales") or (name == "scales" and scheme.scales == "float32"):
             own[name] = tensor.float()
+    for name, same in REPEATS.items():
+        if scheme.rotation and name in own and torch.equal(own[name], own[same]):
+            del own[name]  # it is written again by `stored_tensors`
     if scheme.outer == "multiplies":
         _require_multiplied(own, names)
     return own if linear.bias is None else {**own, "bias": found["bias"]}
@@ -181,7 +186,7 @@ def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapp
 def stored_tensors(layer: MxLinear, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of a layer under a checkpoint's names, in its shapes and dtypes."""
     held = {name: layer.part(name) for name in names}
-    for name, same in (("backward_rotation", "rotation"), ("input_scale", "outer_scale")):
+    for name, same in REPEATS.items():
         if layer.scheme.rotation and held[name] is None:  # FP-Quant's own layers ask for it
             held[name] = layer._parameters[same].detach().clone()
     return {names[name]: as_stored(name, tensor, layer.scheme) for name, tensor in held.items() if tensor is not None}
