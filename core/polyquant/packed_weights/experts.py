@@ -81,7 +81,7 @@ class LinearExperts(ExpertStack):
 
     def expert(self, number: int, bias: Tensor | None = None) -> PackedLinear:
         """The layer of one expert, whose tensors are views of the stack's."""
-        layer = copy.copy(self.like)
+        layer: PackedLinear = copy.copy(self.like)
         views = {name: tensor[number] for name, tensor in self._parameters.items()}
         layer.__dict__["_parameters"] = {**self.like._parameters, **views, "bias": bias}
         return layer

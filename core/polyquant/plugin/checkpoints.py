@@ -39,13 +39,14 @@ from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 __all__ = [
-    "OWN_FORMAT", "as_packed", "complete", "dense_dtypes", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer",
+    "MODEL", "OWN_FORMAT", "as_packed", "complete", "dense_dtypes", "empty_causal_lm", "fill", "load_causal_lm",
+    "load_tokenizer",
     "packed_modules", "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed",
     "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
-OWN_FORMAT = "packed"
-"""What the files of a checkpoint that transformers cannot read are called."""
+OWN_FORMAT, MODEL = "packed", "model"
+"""What the files of a checkpoint are called that transformers cannot read, and that it can."""
 
 
 def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
@@ -145,7 +146,8 @@ def quantize_layers(
     """The dense model, its modules `names` replaced one by one by what is made of them; everything else in `dtype`.
 
     The twin of `read_layers`. make: (name, dense module or tensor of experts) -> the module in its place, whose
-    tensors, but for a bias, keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on the device of the request.
+    tensors, but for a bias, keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on
+    the device of the request.
     after: called with the model before its dense tensors are cast and moved, to tie what was tied to a replaced module.
     The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
     Raises ModelError, with the checkpoint's name, where `make` does.
@@ -289,7 +291,7 @@ def save(
     Under a name that transformers does not look for, where the backend's card does not say that it reads this format:
     it knows the words of several quantization_configs without the tensors, and puts random numbers in their place.
     tensors: None is the model's state dict. quantization_config: None is the one of the model's config. named: what
-    the files are called, where whether transformers reads them depends on the model: "model" if it does, OWN_FORMAT
+    the files are called, where whether transformers reads them depends on the model: MODEL if it does, OWN_FORMAT
     else.
     """
     if tensors is None:
@@ -302,7 +304,7 @@ def save(
     whole = origins | {name: tensor for name, tensor in tensors.items() if name not in tied}
     kept = {name: tensor.contiguous() for name, tensor in whole.items()}
     readers = loaded._backend.capabilities.readable_by if loaded._backend else ()  # none: a quantize hook made it
-    stem = named or ("model" if "transformers" in readers else OWN_FORMAT)
+    stem = named or (MODEL if "transformers" in readers else OWN_FORMAT)
     save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": "pt"})
     config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
     config.quantization_config = quantization_config

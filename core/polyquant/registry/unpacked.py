@@ -97,9 +97,7 @@ def _require_same_experts(
         if is_stack(again.model, name):
             now = packed_stack(again.model.get_submodule(name), plans[name], backend)
         else:
-            now = rounded_experts(
-                again.model.get_parameter(name).detach(), weights[name], plans[name], loaded, backend
-            )
+            now = rounded_experts(again.model.get_parameter(name).detach(), weights[name], plans[name], loaded, backend)
         if not all(same(one, other) for one, other in zip(now, mine.packed, strict=True)):
             raise _changed(loaded, name)
 
