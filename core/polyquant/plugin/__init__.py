@@ -2,8 +2,8 @@
 
 Here are the light names, for `plugin.py`, `options.py` and `planning.py`: importing them imports no torch. The modules
 beside are for files whose names begin with an underscore: `checkpoints` (reading and writing them), `layers` (quantized
-modules, their products and gradients), `experts` (those stored one by one), `calibration`, `process` (work in a process of its
-own), and light ones for the formats that several libraries share: `layouts` (GPTQ, AWQ) and `gguf`.
+modules, their products and gradients), `experts` (those that are stored one by one), `calibration`, `process` (work in
+a process of its own), and light ones for the formats that several libraries share: `layouts` (GPTQ, AWQ) and `gguf`.
 """
 
 from polyquant.contract.markers import hookimpl
