@@ -62,9 +62,9 @@ def read_layers(
 
     make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place. Of
     fused experts the name is their tensor's, which is given; an `ExpertStack` takes its place.
-    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. part: a tensor's name in its
-    file -> the module that it belongs to, and its name there, where those do not follow from its module. check: called
-    with the name and tensor of everything else. leave_out: whether a tensor of that name is none of the model's.
+    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. part: a tensor's name in
+    its file -> the module that it belongs to, and its name there, where those do not follow from its module. check:
+    called with the name and tensor of everything else. leave_out: whether a tensor of that name is none of the model's.
     Raises ModelError, with the names of checkpoint and module, where `make` does.
     """
     source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
