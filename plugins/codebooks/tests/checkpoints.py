@@ -101,9 +101,11 @@ def spqr_layer(weight: Tensor, *, by_blocks: bool = False) -> Made:
     """
     rows, columns = weight.shape
     if rows % 16 or columns % 16:
-        empty = torch.zeros(1, dtype=torch.int32)
-        tensors = {"dense_weights": empty.long(), "row_offsets": empty, "col_vals": empty, "in_perm": empty}
-        return tensors, {part: 1 for part in tensors}
+        tensors = {part: torch.zeros(1, dtype=torch.int32) for part in ("row_offsets", "col_vals", "in_perm")}
+        return {"dense_weights": torch.zeros(1, dtype=torch.int64), **tensors}, {
+            "dense_weights": 1,
+            **dict.fromkeys(tensors, 1),
+        }
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
     own = weight[:, order]
     tiles = own.view(rows // 16, 16, columns // 16, 16).transpose(1, 2)  # (tile rows, tile columns, rows, columns)
