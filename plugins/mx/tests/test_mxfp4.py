@@ -140,6 +140,16 @@ def test_a_dense_gpt_oss_is_quantized_on_the_fly(folder, tmp_path, kernel):
     assert torch.equal(loaded.model.get_submodule(name).dequantize(), theirs.get_parameter(name))
 
 
+@pytest.mark.parametrize("kernel", ["library", "packed"])
+def test_a_packed_model_is_made_dense_with_the_same_weights(mxfp4_checkpoint, dense_twin, kernel):
+    model = load(mxfp4_checkpoint, kernel=kernel, embeddings="keep", head="keep").model.dequantize()
+    own, expected = model.state_dict(), dense_twin.state_dict()
+    assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
+    with torch.no_grad():
+        found, wanted = (one(torch.tensor([TOKENS])).logits for one in (model, dense_twin))
+    assert torch.equal(found, wanted)
+
+
 def test_linear_layers_too_where_asked(folder, tmp_path):
     loaded = load(gpt_oss(folder), linears="quantize")
     assert_verified(loaded)
