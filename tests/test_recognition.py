@@ -94,7 +94,9 @@ def _requires(package):
         return []
 
 
-@pytest.mark.parametrize("name", ["triton_kernels", "triton-kernels>=1", "Triton.Kernels", "qutlass", "qutlass[all]>=0.2"])
+@pytest.mark.parametrize(
+    "name", ["triton_kernels", "triton-kernels>=1", "Triton.Kernels", "qutlass", "qutlass[all]>=0.2"]
+)
 def test_a_look_alike_is_not_advised(name):
     command = install_command(name)
     assert "git+https://github.com/" in command

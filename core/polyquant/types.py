@@ -118,6 +118,7 @@ class Mark(Record, frozen=True):
     fields: tuple[str, ...] = ()  # where that has all of these
     tensors: tuple[str, ...] = ()  # that a packed layer has: last words of their names, "weight:uint32" with the dtype
     metadata: Mapping[str, str] = {}  # of the safetensors files that have these tensors; "": whatever it says
+    names: Mapping[str, str] = {}  # of tensors: a regular expression -> what takes its place in the model's names
 
     @property
     def headers(self) -> bool:

@@ -6,6 +6,7 @@ backends that are not installed are known too. Kinds that no backend of ours rea
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -87,6 +88,19 @@ def with_method(config: dict[str, Any], side_file: Callable[[str], dict[str, Any
         if (stored := side_file(file)) is not None:
             return config | {"quantization_config": {"quant_method": method, **stored}}
     return config
+
+
+def renamed(method: str, names: Iterable[str]) -> dict[str, str]:
+    """Names of stored tensors -> what they are called in the model, where checkpoints of a method differ there."""
+    rules = [rule for mark in known_marks() if mark.method == method for rule in mark.names.items()]
+    found: dict[str, str] = {}
+    for name in names if rules else ():
+        to = name
+        for pattern, instead in rules:
+            to = re.sub(pattern, instead, to)
+        if to != name:
+            found[name] = to
+    return found
 
 
 def require_told(config: dict[str, Any], headers: Headers, name: str) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def stack(
     """The experts of a layer, of what `read_layers` gives of them.
 
     dense: (experts, out_features, in_features), on the meta device. make: (a linear layer that says the sizes, its
-    tensors, whose rows are those of all its matrices) -> the packed layer. Raises ModelError where an expert or a part
+    tensors, whose rows are those of all its matrices; of what is one number for a matrix as many) -> the packed layer.
+    Raises ModelError where an expert or a part
     of it is missing, and where `make` does.
     """
     found: dict[int, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
@@ -95,7 +96,9 @@ def as_stored(loaded: LoadedModel, tensors: Mapping[str, Tensor]) -> dict[str, T
     for name, part in stored.items():
         if (whole := tensors.get(f"{part.stack}.{part.part}")) is not None:
             taken.add(f"{part.stack}.{part.part}")
-            apart[name] = whole[part.expert].chunk(count[part.stack, part.part])[part.place].clone()
+            rows = torch.atleast_1d(whole[part.expert]).chunk(count[part.stack, part.part])
+            own = rows[part.place].clone()
+            apart[name] = own.reshape(()) if own.numel() == 1 else own  # one number for a matrix
     return {name: tensor for name, tensor in tensors.items() if name not in taken} | apart
 
 
@@ -104,7 +107,8 @@ def _joined(part: str, matrices: Mapping[int, Tensor], places: list[int]) -> Ten
     if sorted(matrices) != places:
         raise ModelError(f"{part} of one of its matrices is missing")
     try:
-        return torch.cat([matrices[place] for place in places]) if len(places) > 1 else matrices[places[0]]
+        each = [matrices[place] if matrices[place].dim() else matrices[place].view(1) for place in places]
+        return torch.cat(each) if len(places) > 1 else matrices[places[0]]
     except RuntimeError as error:
         shapes = ", ".join(str(tuple(each.shape)) for each in matrices.values())
         raise ModelError(f"{part} of its matrices do not fit each other: {shapes}") from error

@@ -6,6 +6,8 @@ and 255 is NaN. Two E2M1 codes lie in a byte, the first in its low four bits.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -35,14 +37,17 @@ def e2m1_numbers(pairs: Tensor) -> Tensor:
     return torch.index_select(table, 0, pairs.reshape(-1).int()).view(*pairs.shape[:-1], 2 * pairs.shape[-1])
 
 
-def e2m1_codes(numbers: Tensor) -> Tensor:
-    """The codes nearest to numbers, ties to the even code, larger ones to 6: uint8 like `numbers`.
+def e2m1_codes(numbers: Tensor, ties: Literal["even", "zero"] = "even") -> Tensor:
+    """The codes nearest to numbers, larger ones to 6: uint8 like `numbers`.
 
-    The sign is kept where a number rounds to zero, as ModelOpt and OCP's reference keep it.
+    ties: to the even code, as OCP has it, or towards zero, as MLX. The sign is kept where a number rounds to zero, as
+    ModelOpt and OCP's reference keep it.
     """
     sizes = numbers.abs().contiguous()
     middles = torch.tensor(_MIDDLES, dtype=sizes.dtype, device=sizes.device)
     codes = torch.searchsorted(middles, sizes, out_int32=True)  # of a tie the lower one
+    if ties == "zero":
+        return (codes + 8 * (numbers < 0).int()).to(torch.uint8)
     odd_ties = (sizes == middles[1]) | (sizes == middles[3]) | (sizes == middles[5])
     return (codes + odd_ties.int() + 8 * (numbers < 0).int()).to(torch.uint8)
 

@@ -68,7 +68,9 @@ def each_library_problem(libraries: Iterable[Library]) -> Iterator[Problem]:
         if version is None:
             yield Problem(what=f"{library.distribution} is not installed", fix=fix, kind="missing")
         elif other and version == other.version:
-            yield Problem(what=f"{library.distribution} {version} is installed, and {other.what}", fix=fix, kind="version")
+            yield Problem(
+                what=f"{library.distribution} {version} is installed, and {other.what}", fix=fix, kind="version"
+            )
         elif not _allows(library.versions, version):
             what = f"{library.distribution} {version} is installed, {library.versions} was tested"
             yield Problem(what=what, fix=fix, kind="version")
