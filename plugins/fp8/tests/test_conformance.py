@@ -16,4 +16,4 @@ class TestFp8(BackendConformance):
 
 class TestFbgemm(BackendConformance):
     backend = "fbgemm-fp8"
-    floors: ClassVar = {"rows": Floor(kl=0.02, top1=0.88)}
+    floors: ClassVar = {"rows": Floor(kl=0.025, top1=0.88)}  # 0.0184, 0.925

@@ -91,7 +91,9 @@ def test_mixtures_answer_as_transformers_dense_ones(made, tmp_path, name, kernel
     assert any(isinstance(module, LinearExperts) for module in loaded.model.modules()) == (kernel == "library")
     saved = loaded.save(tmp_path / "saved")
     before, after = load_file(path / "model.safetensors"), load_file(saved / "model.safetensors")
-    routers = {each: each.replace("block_sparse_moe.gate", "mlp.gate") for each in before if ".61." not in each}  # as the model's
+    routers = {
+        each: each.replace("block_sparse_moe.gate", "mlp.gate") for each in before if ".61." not in each
+    }  # as the model's
     assert set(routers.values()) == set(after)
     assert all(torch.equal(before[each].view(torch.uint8), after[to].view(torch.uint8)) for each, to in routers.items())
     again = load(saved, kernel=kernel, embeddings="keep", head="keep", compute_dtype="float32")
