@@ -50,7 +50,7 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
         if file.endswith(".safetensors"):
             _check_safetensors(path / file, name)
     source = ModelSource(name=name, path=path, config=config, weight_files=tuple(weights))
-    if not weights[0].endswith(".safetensors"):
+    if not weights or not weights[0].endswith(".safetensors"):
         return source
     try:
         headers = stored_headers(source)
