@@ -6,21 +6,19 @@ For backends whose library leaves no format of transformers' own; never pickle. 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import accelerate
 import msgspec
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
 
-from polyquant.errors import ConfigError, ModelError, PlacementError, SaveError
+from polyquant.errors import ConfigError, ModelError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
 from polyquant.models import hf, versions
@@ -29,52 +27,24 @@ from polyquant.models.hf import load_tokenizer, read_config
 from polyquant.models.versions import tied_tensors
 from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype
+from polyquant.packed_weights.experts import ExpertStack, put_in
 from polyquant.plugin.dtypes import cast_dense, dense_dtypes, stored_dtype
+from polyquant.plugin.experts import stored_part
 from polyquant.plugin.layers import fill_empty
+from polyquant.plugin.pretrained import empty_causal_lm, load_causal_lm, place, save_pretrained, single_device
 from polyquant.plugin.tensors import own_tensors, packed_modules
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 __all__ = [
-    "as_packed", "complete", "dense_dtypes", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer",
+    "MODEL", "OWN_FORMAT", "as_packed", "complete", "dense_dtypes", "empty_causal_lm", "fill", "load_causal_lm",
+    "load_tokenizer",
     "packed_modules", "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed",
     "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
-OWN_FORMAT = "packed"
-"""What the files of a checkpoint that transformers cannot read are called."""
-
-
-def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
-    """The model in eval mode with its parameters on the meta device; buffers, such as rotary frequencies, are real."""
-    source = request.source
-    config = hf.read_config(source, trust_remote_code=request.trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    attention = {"attn_implementation": request.attention} if request.attention else {}
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            trust_remote_code=request.trust_remote_code,
-            **versions.dtype_argument(getattr(torch, dtype)),
-            **attention,
-        )
-    if (source.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(
-            source.path, local_files_only=True, trust_remote_code=request.trust_remote_code
-        )
-    return model.eval()
-
-
-def single_device(request: LoadRequest) -> str:
-    """The one device of the request's map. Raises PlacementError for several."""
-    devices = {str(device) for device in request.device_map.values()}
-    if len(devices) != 1:
-        raise PlacementError(
-            f"this checkpoint loads onto one device, and the device map names {', '.join(sorted(devices))}; "
-            f"give device_map={{'': {request.device!r}}}"
-        )
-    return devices.pop()
+OWN_FORMAT, MODEL = "packed", "model"
+"""What the files of a checkpoint are called that transformers cannot read, and that it can."""
 
 
 def read_layers(
@@ -84,33 +54,47 @@ def read_layers(
     make: Callable[[str, Any, dict[str, torch.Tensor]], Any],
     *,
     owner: Callable[[str], str] = str,
+    part: Callable[[str], tuple[str, str]] | None = None,
     check: Callable[[str, torch.Tensor], None] | None = None,
+    leave_out: Callable[[str], bool] = lambda name: False,
 ) -> Any:
     """The model of a checkpoint, on its device: the modules `names` made of their packed tensors, the rest in `dtype`.
 
-    make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place.
-    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. check: called with the name
-    and tensor of everything else. Raises ModelError, with the names of checkpoint and module, where `make` does.
+    make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place. Of
+    fused experts the name is their tensor's, which is given; an `ExpertStack` takes its place.
+    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. part: a tensor's name in
+    its file -> the module that it belongs to, and its name there, where those do not follow from its module. check:
+    called with the name and tensor of everything else. leave_out: whether a tensor of that name is none of the model's.
+    Raises ModelError, with the names of checkpoint and module, where `make` does.
     """
     source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
     model = empty_causal_lm(request, dtype)
     quantized, dense = set(names), dict[str, torch.Tensor]()
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in own_tensors(model, source):
-        home = owner(name.rpartition(".")[0])
-        if home in quantized:
-            layers[home][name.removeprefix(f"{home}.")] = tensor
+    for stored, tensor in own_tensors(model, source):
+        if leave_out(stored):
             continue
+        name = request.names.get(stored, stored)
+        if part is None:
+            home = owner(name.rpartition(".")[0])
+            short = name.removeprefix(f"{home}.")
+        else:
+            home, short = part(stored)
+        if home in quantized:
+            layers[home][short] = tensor
+            continue
+        if name in dense:
+            raise ModelError(f"{source.name}: {name} is stored in several tensors, which are not put together here")
         if check is not None:
             check(name, tensor)
         as_stored = name in request.later or not tensor.is_floating_point()
         dense[name] = tensor if as_stored else cast_dense(source, name, tensor, dtypes.get(name, wanted))
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
-            layer = make(name, model.get_submodule(name), layers.pop(name, {}))
+            layer = make(name, _dense(model, name), layers.pop(name, {}))
         except (AttributeError, ModelError) as error:
             raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
-        model.set_submodule(name, layer)
+        _put(model, name, layer)
     fill(model, dense, source)
     place(model, request)
     return model
@@ -127,8 +111,9 @@ def quantize_layers(
 ) -> Any:
     """The dense model, its modules `names` replaced one by one by what is made of them; everything else in `dtype`.
 
-    The twin of `read_layers`. make: (name, dense module) -> the module in its place, whose tensors, but for a bias,
-    keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on the device of the request.
+    The twin of `read_layers`. make: (name, dense module or tensor of experts) -> the module in its place, whose
+    tensors, but for a bias, keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on
+    the device of the request.
     after: called with the model before its dense tensors are cast and moved, to tie what was tied to a replaced module.
     The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
     Raises ModelError, with the checkpoint's name, where `make` does.
@@ -138,10 +123,10 @@ def quantize_layers(
     model = load_causal_lm(where, stored_dtype(source, dtype))
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
         try:
-            layer = make(name, model.get_submodule(name))
+            layer = make(name, _dense(model, name))
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be quantized: {error}") from error
-        model.set_submodule(name, layer)
+        _put(model, name, layer)
     if after is not None:
         after(model)
     made = set(names)
@@ -155,9 +140,32 @@ def quantize_layers(
     return model
 
 
+def _dense(model: Any, name: str) -> Any:
+    """The module of that name, or the tensor of fused experts."""
+    owner, _, short = name.rpartition(".")
+    return getattr(model.get_submodule(owner), short)
+
+
+def _put(model: Any, name: str, layer: Any) -> None:
+    """Put a quantized module in the place of a dense one, or a stack in that of a tensor of fused experts."""
+    if isinstance(layer, ExpertStack):
+        owner, _, short = name.rpartition(".")
+        put_in(model.get_submodule(owner), short, layer)
+    else:
+        model.set_submodule(name, layer)
+
+
 def as_packed(config: Options, request: LoadRequest, parts: tuple[str, ...]) -> tuple[Options, list[str]]:
-    """`with_stored_skips` of the modules that have a tensor called like one of `parts` in the checkpoint."""
-    packed = packed_modules(request.source, parts)
+    """`with_stored_skips` of the modules that have a tensor called like one of `parts` in the checkpoint.
+
+    Experts, and what the model's class leaves out, such as layers for predicting several tokens, are none of them.
+    """
+    ignored = hf.ignored_tensors(request.source)
+    packed = {
+        name for name in packed_modules(request.source, parts)
+        if not any(re.search(pattern, f"{name}.weight") for pattern in ignored)
+        and not any(stored_part(f"{name}.{part}", request.names) for part in parts)
+    }  # fmt: skip
     return with_stored_skips(config, request.weights, packed, request.source)
 
 
@@ -215,15 +223,6 @@ def require_packed(out: Path, modules: Sequence[str], library: str) -> None:
         raise SaveError(f"{library} left {len(left)} of {len(modules)} layers dense: {', '.join(left[:3])}")
 
 
-def place(model: Any, request: LoadRequest) -> None:
-    """Move a filled model to the device or devices of the request's map."""
-    devices = {str(device) for device in request.device_map.values()}
-    if len(devices) == 1:
-        model.to(devices.pop())
-    else:
-        accelerate.dispatch_model(model, dict(request.device_map))
-
-
 def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -> None:
     """Assign `tensors` to the parameters and buffers of `model`, and tie what is tied.
 
@@ -241,12 +240,17 @@ def save(
     out: Path,
     tensors: dict[str, torch.Tensor] | None = None,
     quantization_config: dict[str, Any] | None = None,
+    *,
+    named: str = "",
+    written_for: str = "pt",
 ) -> Path:
     """Write the tensors, less those that are tied to another, with config and tokenizer.
 
     Under a name that transformers does not look for, where the backend's card does not say that it reads this format:
     it knows the words of several quantization_configs without the tensors, and puts random numbers in their place.
-    tensors: None is the model's state dict. quantization_config: None is the one of the model's config.
+    tensors: None is the model's state dict. quantization_config: None is the one of the model's config. named: what
+    the files are called, where whether transformers reads them depends on the model: MODEL if it does, OWN_FORMAT
+    else. written_for: the framework that their metadata names.
     """
     if tensors is None:
         tensors = dict(loaded.model.state_dict())
@@ -258,8 +262,8 @@ def save(
     whole = origins | {name: tensor for name, tensor in tensors.items() if name not in tied}
     kept = {name: tensor.contiguous() for name, tensor in whole.items()}
     readers = loaded._backend.capabilities.readable_by if loaded._backend else ()  # none: a quantize hook made it
-    stem = "model" if "transformers" in readers else OWN_FORMAT
-    save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": "pt"})
+    stem = named or (MODEL if "transformers" in readers else OWN_FORMAT)
+    save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": written_for})
     config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
     config.quantization_config = quantization_config
     config.architectures = [type(loaded.model).__name__]
@@ -267,31 +271,4 @@ def save(
     if loaded.model.can_generate():
         loaded.model.generation_config.save_pretrained(out)
     loaded.tokenizer.save_pretrained(out)
-    return out
-
-
-def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode."""
-    source, arguments = request.source, dict[str, Any]()
-    if quantization_config is not None:
-        arguments["quantization_config"] = quantization_config
-    if request.attention:
-        arguments["attn_implementation"] = request.attention
-    with versions.progress_bars(request.progress):
-        return hf.load_model(
-            source,
-            getattr(torch, dtype),
-            trust_remote_code=request.trust_remote_code,
-            device_map=dict(request.device_map),
-            use_safetensors=None if request.allow_pickle or source.gguf_file else True,
-            **arguments,
-        )
-
-
-def save_pretrained(loaded: LoadedModel, out: Path, model: Any = None) -> Path:
-    """Write `model`, or the loaded one, with its tokenizer, as transformers saves them."""
-    model = model or loaded.model
-    with versions.progress_bars(loaded.request is not None and loaded.request.progress), versions.savable(model):
-        model.save_pretrained(out)
-        loaded.tokenizer.save_pretrained(out)
     return out

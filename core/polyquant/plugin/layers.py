@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
+from polyquant.packed_weights.experts import ExpertStack, LinearExperts
 from polyquant.packed_weights.frozen import (
     CHUNK_WEIGHTS,
     PackedLinear,
@@ -26,6 +27,8 @@ from polyquant.plugin.parts import Part, layer_tensors, parts_of, require_parts
 
 __all__ = [
     "CHUNK_WEIGHTS",
+    "ExpertStack",
+    "LinearExperts",
     "PackedLinear",
     "PackedWeight",
     "Part",

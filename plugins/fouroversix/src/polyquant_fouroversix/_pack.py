@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from polyquant.plugin.floats import E2M1, codes_of_pairs
 from polyquant.plugin.layers import PackedWeight, pack_weight
 from torch import Tensor
 
-from polyquant_fouroversix._decode import E2M1, INT_IN_IF4, TWOS_COMPLEMENT, block_factors
+from polyquant_fouroversix._decode import INT_IN_IF4, TWOS_COMPLEMENT, block_factors
 from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.formats import BLOCK
 from polyquant_fouroversix.planning import LAYOUTS
@@ -18,7 +19,7 @@ def pack(module: FouroversixLinear) -> PackedWeight:
     config, shape = module.config, (module.out_features, module.in_features)
     layout, block = LAYOUTS[config.dtype], BLOCK[config.dtype]
     factors, whole = block_factors(module.weight, module.scales, module.amax, config)
-    codes = torch.stack([module.weight & 15, module.weight >> 4], 2).flatten(1)
+    codes = codes_of_pairs(module.weight)
     zero, table = 0.0, None
     if whole is not None:
         codes, factors = _as_integers(codes, factors, whole, block)
