@@ -36,7 +36,6 @@ def _foreign(method: str, title: str, read_by: str, *tensors: tuple[str, ...]) -
 
 
 FOREIGN: Mapping[str, Foreign] = {
-    **_foreign("exl3", "EXL3", "exllamav3 (pip install exllamav3)", ("trellis", "suh", "svh"), ("trellis", "su", "sv")),
     **_foreign("exl2", "EXL2", "exllamav2 (pip install exllamav2)", ("q_weight", "q_scale", "q_groups")),
     **_foreign("quip", "QuIP#", "quip-sharp (https://github.com/Cornell-RelaxML/quip-sharp)", ("Qidxs", "SU", "SV")),
     **_foreign("qtip", "QTIP", "qtip (https://github.com/Cornell-RelaxML/qtip)", ("trellis", "SU", "SV")),
