@@ -1,5 +1,7 @@
 """EXL3's layers against its definition, a weight at a time; what is refused, and what is said."""
 
+import json
+
 import numpy
 import polyquant
 import pytest
@@ -123,6 +125,15 @@ def test_modules_may_have_bits_of_their_own_and_the_head_is_quantized(checkpoint
     assert (bits[f"{LAYER}.weight"], bits["lm_head.weight"]) == (3, 6)
     again = polyquant.load(loaded.save(tmp_path / "again"), device="cpu")
     assert torch.equal(again.logits(TOKENS), loaded.logits(TOKENS))
+
+
+def test_a_checkpoint_whose_config_says_nothing_is_told_by_its_tensors(checkpoint, tmp_path):
+    path = changed_copy(checkpoint, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"what exl3 packs \(trellis, suh, svh\), and its config does not say"):
+        polyquant.load(path, device="cpu")
 
 
 def number(value):

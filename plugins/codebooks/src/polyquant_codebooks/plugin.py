@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyquant.plugin import BackendInfo, Capabilities, DeviceSupport, Library, PluginBackend
+from polyquant.plugin import BackendInfo, Capabilities, DeviceSupport, Library, Mark, PluginBackend
 
 from polyquant_codebooks.exl3.options import Exl3Options
 from polyquant_codebooks.higgs.options import HiggsOptions
@@ -64,6 +64,9 @@ EXL3 = BackendInfo(
     also_called=("exllamav3",),
     libraries=LIBRARIES,
     presets={"4bit": {"bits": 4}},
+    marks=(
+        Mark(method="exl3", tensors=("trellis", "suh", "svh")), Mark(method="exl3", tensors=("trellis", "su", "sv")),
+    ),
     compute_dtypes={"cpu": "float32"},
 )  # fmt: skip
 HOOKS = ("plan_layers", "save", "prepare_for_training")
