@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from polyquant.comparison.progress import ComparisonProgress
     from polyquant.comparison.records import Goal, Part
     from polyquant.comparison.result import Comparison
+    from polyquant.converting.records import Conversion
     from polyquant.finetuning.merge_methods import Target
     from polyquant.finetuning.options import Tuned
     from polyquant.loaded import LoadedModel, Prompt
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from polyquant.support.progress import Progress
 
 __all__ = [
-    "Diagnosis", "backend", "backends", "compare", "doctor", "finetune", "load", "merge", "observing", "plan",
+    "Diagnosis", "backend", "backends", "compare", "convert", "doctor", "finetune", "load", "merge", "observing", "plan",
     "quantize", "read_comparison", "recommend", "search", "verify",
 ]  # fmt: skip
 
@@ -113,6 +114,39 @@ def quantize(
     from polyquant.loading import quantize as quantizing
 
     return quantizing.quantize(model, backend, Path(out), calibration=calibration, overwrite=overwrite, **options)
+
+
+def convert(
+    model: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    backend: str | None = None,
+    overwrite: bool = False,
+    requantize: bool = False,
+    max_kl: float = 0.05,
+    calibration: Sequence[str] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Conversion:
+    """Write a quantized checkpoint in another format, into the folder `out`, all or nothing: nothing is rounded again.
+
+    model: a quantized checkpoint, as `load` takes it. to: a backend whose format it gets, `gptq` or, with options that
+        are else inferred from the weights, `gptq:group_size=64`. backend: that reads `model`; None: it names its own.
+    requantize: where the format has no place for the weights as they are, quantize the dequantized model; refused where
+        the mean KL to the source is above max_kl, in nats. calibration: texts for backends that calibrate.
+    options: what `load` takes: revision, trust_remote_code, allow_pickle.
+    What is written is read back by the target's own reader; each layer's largest difference is in the result.
+    Raises ConversionRefused, with the properties and layers, where the format has no place for them.
+
+    >>> polyquant.convert("model-gptq", "compressed-tensors", "model-vllm").exact
+    """
+    from polyquant.converting.convert import convert as run
+
+    return run(
+        model, to, Path(out), backend=backend, overwrite=overwrite, requantize=requantize, max_kl=max_kl,
+        calibration=calibration, progress=progress, **options,
+    )  # fmt: skip
 
 
 @overload

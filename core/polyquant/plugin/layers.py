@@ -20,6 +20,7 @@ from polyquant.packed_weights.frozen import (
     rows_at_a_time,
     weight_rows,
 )
+from polyquant.packed_weights.codes import WeightCodes, fits
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.plugin.describe import Quantized, describe
 from polyquant.plugin.parts import Part, layer_tensors, parts_of, require_parts
@@ -30,11 +31,13 @@ __all__ = [
     "PackedWeight",
     "Part",
     "Quantized",
+    "WeightCodes",
     "bias_as_parameter",
     "describe",
     "differentiable",
     "fill_empty",
     "finite_weight",
+    "fits",
     "frozen_for_adapters",
     "frozen_linear",
     "gptq_tensors",

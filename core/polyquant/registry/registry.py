@@ -48,6 +48,8 @@ RESULTS: Mapping[str, type] = {
     "plan_layers": list,
     "quantize": Path,
     "save": Path,
+    "write_unpacked": Path,
+    "unpack": dict,
     # models, modules and a PackedWeight, whose classes import torch
     **dict.fromkeys(("prepare_for_training", "pack", "quantize_linear"), object),
 }

@@ -11,11 +11,11 @@ import torch
 from compressed_tensors.compressors.mx_utils import decompress_mx_scale
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
+from polyquant.plugin.layouts import FP4
+
 from polyquant_compressed_tensors.formats import BLOCK
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP4 = (*E2M1, *(-each for each in E2M1))
 ZERO = 8  # the code of int4 that stands for 0
 INT_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
