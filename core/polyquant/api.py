@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from polyquant.support.progress import Progress
 
 __all__ = [
-    "Diagnosis", "backend", "backends", "compare", "convert", "doctor", "finetune", "load", "merge", "observing", "plan",
-    "quantize", "read_comparison", "recommend", "search", "verify",
+    "Diagnosis", "backend", "backends", "compare", "convert", "doctor", "finetune", "load", "merge", "observing",
+    "plan", "quantize", "read_comparison", "recommend", "search", "verify",
 ]  # fmt: skip
 
 

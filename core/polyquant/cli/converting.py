@@ -49,7 +49,7 @@ def convert(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Where the format has no place for the weights, round them again.")
     ] = False,
-    max_kl: Annotated[float, typer.Option(help="Of a requantized model: largest KL to the source, nats.", min=0)] = 0.05,
+    max_kl: Annotated[float, typer.Option(help="Requantized: largest KL to the source, in nats.", min=0)] = 0.05,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Requantizing: text file, one sample a paragraph, for backends that calibrate.",
@@ -109,7 +109,7 @@ def _show(conversion: Conversion) -> None:
     if conversion.requantized:
         say(f"rounded again: {conversion.kl_mean:.4g} nats (KL) from the source")
     else:
-        same = sum(layer.exact for layer in conversion.layers)
+        equal = sum(layer.exact for layer in conversion.layers)
         rest = f"; the others by {conversion.largest_relative_difference:.2g} of their largest weight at most"
-        say(f"{same} of {len(conversion.layers)} layers are bit-equal{'' if conversion.exact else rest}")
+        say(f"{equal} of {len(conversion.layers)} layers are bit-equal{'' if conversion.exact else rest}")
     say(f"wrote {conversion.out}: {size(conversion.checkpoint_bytes)}")

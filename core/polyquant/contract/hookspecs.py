@@ -115,8 +115,9 @@ class QuantBackend:
     def unpack(self, weight: WeightCodes, config: BackendOptions) -> dict[str, Any]:
         """The twin of `pack`: the tensors of a linear layer under the format's names in it, as a checkpoint holds them.
 
-        config: what its `holding` answered for all weights, with what the user gave. Codes stay what they are; scales may be rounded to a
-        dtype of the format's (`WeightCodes.scales_as`), which the core measures and states. Without the bias.
+        config: what its `holding` answered for all weights, with what the user gave. Codes stay what they are; scales
+        may be rounded to a dtype of the format's (`WeightCodes.scales_as`), which the core measures and states. Without
+        the bias.
         Raises Misfit, which names the property, where the format has no place for the weight with these options.
         """
         raise NotImplementedError
@@ -125,7 +126,7 @@ class QuantBackend:
     def write_unpacked(self, loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, Any]]], out: Path) -> Path:
         """Write a checkpoint of converted layers into the empty folder `out`: for formats that need more than tensors.
 
-        Without this hook the core writes safetensors under the layers' names, and `config.to_stored()` in config.json.
+        Without this hook the core writes safetensors under the layers' names, and `to_stored()` in config.json.
         loaded: the model, dense but for the layers, with the options to be written; layers: the name of a module, and
         what `unpack` gave for it, one after the other; a bias is in the module.
         """

@@ -15,8 +15,8 @@ from polyquant.errors import SaveError
 from polyquant.loading.load import load
 from polyquant.memory.effective import effective_weight
 from polyquant.packable import KEEP, PACKED
-from polyquant.packed_weights.frozen import rows_at_a_time
 from polyquant.packed_weights.format import ROWS
+from polyquant.packed_weights.frozen import rows_at_a_time
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.plugin import checkpoints
 from polyquant.registry.backend import Backend
@@ -31,7 +31,7 @@ def compared(
     """
     fields = target.info.options.__struct_fields__
     dense = {name: KEEP for name in ("embeddings", "head", "experts") if name in fields}
-    back = load(out, target.name, **how, **dense, kernel=PACKED, device="cpu")
+    back = load(out, target.name, **how, **dense, kernel=PACKED, device="cpu", compute_dtype="float32")
     _require_same_dense(source, back.model)
     found = []
     for name, layer in tqdm(source.layers.items(), desc="Comparing", unit="layer", disable=not progress):

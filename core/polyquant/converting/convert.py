@@ -59,12 +59,12 @@ def _converted(
     """Write the source in the target's format, and read it back. Raises ConversionRefused."""
     from polyquant.converting.compare import compared
     from polyquant.converting.source import narrow
-    from polyquant.converting.write import write
     from polyquant.packed_weights.codes import codes_of
-    from polyquant.plugin import checkpoints
+    from polyquant.plugin import checkpoints, unpacked
 
-    loaded, misfits = source.loaded, _Misfits(target)
-    assert loaded.request is not None and loaded.settled is not None
+    loaded, misfits = source.loaded, _Misfits(target, source.loaded.backend.name)
+    assert loaded.request is not None
+    assert loaded.settled is not None
     for name, layer in source.left.items():
         misfits.add(name, Misfit("bits", f"{layer.scheme} has no place in polyquant's packed layout"))
     held = list[HeldWeight]()
@@ -85,12 +85,11 @@ def _converted(
     written = LoadedModel(
         model=loaded.model, tokenizer=loaded.tokenizer, config=config, kernel="", request=plain, _backend=target
     )
-    dtype = checkpoints.stored_dtype(loaded.request.source, "bfloat16")
     with narrow(loaded), source.kept():
         if target.can("write_unpacked"):
             target.write_unpacked(written, layers(), out)
         else:
-            write(written, layers(), out, target, dtype)
+            unpacked.write(written, layers(), out)
     rows = compared(source, out, target, trusts, progress=progress)
     return Conversion(
         source=loaded.request.source.name, source_backend=loaded.backend.name, target_backend=target.name,
@@ -119,8 +118,9 @@ def _options(
 class _Misfits:
     """What a format has no place for, layer by layer."""
 
-    def __init__(self, target: Backend) -> None:
-        self.target = target
+    def __init__(self, target: Backend, source: str) -> None:
+        """source: the backend that reads the checkpoint."""
+        self.target, self.source = target, source
         self.found: dict[str, list[tuple[str, Misfit]]] = defaultdict(list)  # property -> layers
 
     def add(self, layer: str, misfit: Misfit) -> None:
@@ -142,7 +142,9 @@ class _Misfits:
         for trait, layers in self.found.items():
             names = ", ".join(name for name, _ in layers[:SHOWN]) + (", ..." if len(layers) > SHOWN else "")
             said.append(f"{trait} of {len(layers)} layers ({names}): {layers[0][1].what}")
-        others = [name for name in _targets() if name != self.target.name and held and _holds(name, held)]
+        others = [
+            name for name in _targets() if name not in (self.target.name, self.source) and held and _holds(name, held)
+        ]
         ways = [f"convert to {' or '.join(others)}"] if others else []
         ways.append("round the weights again, if that stays close enough (--requantize --max-kl 0.05)")
         raise ConversionRefused(

@@ -1,4 +1,4 @@
-"""Requantizing, where a format has no place for the weights as they are: rounded again, with a gate on what that costs."""
+"""Requantizing, where a format has no place for the weights as they are: they are rounded again, behind a gate."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def read(model: str | Path, backend: str | None, options: Mapping[str, Any]) -> 
             f"{found.source.name} (--backend), of {able}, or quantize the dense model"
         )
     fields = handle.info.options.__struct_fields__
-    dense = {name: KEEP for name in ("embeddings", "head", "experts") if name in fields}
-    loaded = load(model, handle.name, **{**own, **dense, "kernel": PACKED, "device": "cpu"})
+    dense: dict[str, Any] = {name: KEEP for name in ("embeddings", "head", "experts") if name in fields}
+    loaded = load(model, handle.name, **{**own, **dense, "kernel": PACKED, "device": "cpu", "compute_dtype": "float32"})
     layers = {
         name: module
         for name, module in loaded.model.named_modules()

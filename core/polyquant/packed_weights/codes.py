@@ -1,4 +1,4 @@
-"""A weight out of the packed layout: codes, scales and zero points, row by row, for a format to store. Imports torch."""
+"""A weight out of the packed layout, for formats to store: codes, scales and zero points, row by row. Imports torch."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
+from polyquant.packed_weights.codes import WeightCodes, fits
 from polyquant.packed_weights.frozen import (
     CHUNK_WEIGHTS,
     PackedLinear,
@@ -20,7 +21,6 @@ from polyquant.packed_weights.frozen import (
     rows_at_a_time,
     weight_rows,
 )
-from polyquant.packed_weights.codes import WeightCodes, fits
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.plugin.describe import Quantized, describe
 from polyquant.plugin.parts import Part, layer_tensors, parts_of, require_parts

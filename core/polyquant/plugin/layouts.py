@@ -11,7 +11,6 @@ from math import ceil, inf, prod
 from typing import Any, NamedTuple
 
 from polyquant.errors import Misfit
-from polyquant.packed_weights.format import FP4
 from polyquant.plugin.planning import unfit
 from polyquant.types import HeldWeight, PackedFormat, WeightInfo
 

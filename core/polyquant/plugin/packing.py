@@ -1,4 +1,4 @@
-"""Tensors of layers as codes and scales, and GPTQ's and AWQ's in polyquant's packed layout and back; no code is rounded.
+"""Tensors of layers as codes and scales, and GPTQ's and AWQ's in polyquant's packed layout and back, without rounding.
 
 GPTQ: words of qweight run down in_features, those of qzeros along out_features, lowest bits first. Its first version
 stores zero points less one. AWQ: all words run along out_features, and of eight codes in a word those of even columns
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from polyquant.errors import Misfit, ModelError
 from polyquant.packed_weights.codes import WeightCodes
+from polyquant.packed_weights.format import FP4
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
-from polyquant.plugin.layouts import FP4, packed_group
+from polyquant.plugin.layouts import packed_group
 from polyquant.plugin.parts import MOST_EXPONENT
 
 E8M0_BIAS = 127
@@ -129,7 +130,7 @@ def exponents(scales: Tensor) -> Tensor:
 
 
 def e4m3_scales(scales: Tensor, *, divides: bool) -> tuple[Tensor, Tensor]:
-    """Scales as float8_e4m3fn and one float32 (1,) for all: their product, or with `divides` their quotient, in float32.
+    """Scales as float8_e4m3fn, and a float32 (1,) for all by which they are multiplied, or with `divides` divided.
 
     Raises Misfit where there is no such factor.
     """

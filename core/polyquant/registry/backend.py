@@ -118,11 +118,11 @@ class Backend:
 
     def unpack(self, weight: Any, config: BackendOptions) -> dict[str, Any]:
         """The tensors of a linear layer, of a `WeightCodes`, under the format's names. Raises Misfit."""
-        return self._call("unpack", weight=weight, config=config)  # type: ignore[no-any-return]
+        return self._call("unpack", weight=weight, config=config)
 
     def write_unpacked(self, loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, Any]]], out: Path) -> Path:
         """Write converted layers as the format has them, into an empty folder."""
-        return self._call("write_unpacked", loaded=loaded, layers=layers, out=out)  # type: ignore[no-any-return]
+        return self._call("write_unpacked", loaded=loaded, layers=layers, out=out)
 
     def save(
         self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None

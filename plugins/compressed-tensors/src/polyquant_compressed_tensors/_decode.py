@@ -10,8 +10,7 @@ from functools import cache
 import torch
 from compressed_tensors.compressors.mx_utils import decompress_mx_scale
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-from polyquant.plugin.layouts import FP4
+from polyquant.plugin import FP4
 
 from polyquant_compressed_tensors.formats import BLOCK
 from polyquant_compressed_tensors.options import CompressedTensorsOptions

@@ -10,7 +10,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from polyquant.errors import Misfit, ModelError, UnsupportedOperation
-from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.plugin import FP4, LayerInfo, LoadedModel
 from polyquant.plugin.layers import (
     PackedLinear,
     PackedWeight,
@@ -23,7 +23,7 @@ from polyquant.plugin.layers import (
     needs_gradient,
     pack_weight,
 )
-from polyquant.plugin.layouts import FP4, packed_group
+from polyquant.plugin.layouts import packed_group
 from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes, scales_of_rows, unpacked
 from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 

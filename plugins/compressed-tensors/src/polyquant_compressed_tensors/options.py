@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 from polyquant.errors import ConfigError, Misfit
 from polyquant.plugin import (
+    FP4,
     HeldWeight,
     LayerFormats,
     MixableOptions,
@@ -19,8 +20,6 @@ from polyquant.plugin import (
     WeightInfo,
     module_of,
 )
-
-from polyquant.plugin.layouts import FP4
 
 from polyquant_compressed_tensors.formats import (
     BITS,

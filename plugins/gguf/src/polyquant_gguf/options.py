@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from msgspec import Meta
 from polyquant.errors import Misfit
-from polyquant.plugin import BackendOptions, ExpertsOptions, HeldWeight, LayerFormats, MixableOptions, NumberFormat
+from polyquant.plugin import FP4, BackendOptions, ExpertsOptions, HeldWeight, LayerFormats, MixableOptions, NumberFormat
 from polyquant.plugin.gguf import TYPES, read_header
-from polyquant.plugin.layouts import FP4, size_held
+from polyquant.plugin.layouts import size_held
 
 OPTIONS_KEY = "polyquant.options"  # metadata of a GGUF that polyquant wrote: the options it was made with, as JSON
 Quantizable = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
