@@ -15,6 +15,7 @@ from polyquant.converting.records import Conversion
 from polyquant.errors import ConversionRefused, Misfit, UnsupportedOperation
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
+from polyquant.modules import module_of
 from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
 from polyquant.support.files import atomic_folder
@@ -60,7 +61,7 @@ def _converted(
     from polyquant.converting.compare import compared
     from polyquant.converting.source import narrow
     from polyquant.packed_weights.codes import codes_of
-    from polyquant.plugin import checkpoints, unpacked
+    from polyquant.plugin import unpacked
 
     loaded, misfits = source.loaded, _Misfits(target, source.loaded.backend.name)
     assert loaded.request is not None
@@ -72,8 +73,9 @@ def _converted(
         with misfits.of(name):
             held.append(codes_of(name, module.packed).held)
     misfits.refuse()
-    found = _options(target, held, given, misfits)
-    config, _ = checkpoints.with_stored_skips(found, loaded.settled.weights, list(source.layers), loaded.request.source)
+    linear = (weight for weight in loaded.settled.weights if weight.role in ("linear", "head"))
+    dense = tuple(name for name in map(module_of, linear) if name not in source.layers)  # what a reader knows by name
+    config = msgspec.structs.replace(_options(target, held, given, misfits), skip=dense, skip_defaults=False)
 
     def layers() -> Iterator[tuple[str, dict[str, Any]]]:
         for name, module in tqdm(source.layers.items(), desc="Converting", unit="layer", disable=not progress):

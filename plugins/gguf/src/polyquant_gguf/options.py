@@ -85,8 +85,8 @@ class GgufOptions(MixableOptions, ExpertsOptions, frozen=True, kw_only=True, for
     @classmethod
     def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
         """The type of most layers; the others have their own."""
-        size_held(weights, (32,))
         own = {weight.name: _held(weight) for weight in weights}
+        size_held(weights, (32,))
         (most, _), *_ = Counter(own.values()).most_common(1)
         others = tuple((name, chosen) for name, chosen in own.items() if chosen != most)
         return {"type": most, **({"layers": others} if others else {})}
