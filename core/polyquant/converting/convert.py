@@ -45,7 +45,8 @@ def convert(
         raise ConversionRefused(f"{model} is {target.name}'s already: there is nothing to convert; give options (--to)")
     try:
         with atomic_folder(out, overwrite=overwrite, keeps=source.loaded.files) as partial:
-            return _converted(source, target, given, partial, progress=progress, trusts=_trusts(options))
+            made = _converted(source, target, given, partial, progress=progress, trusts=_trusts(options))
+        return msgspec.structs.replace(made, source=str(model), out=str(out))
     except ConversionRefused as refused:
         if not requantize:
             raise
