@@ -105,6 +105,19 @@ def test_code_books(checkpoint, tmp_path):
         assert torch.equal(ours[name], theirs[name])
 
 
+@pytest.mark.parametrize("weights", ["mxfp4", "nvfp4"])
+def test_floats_of_four_bits(checkpoint, tmp_path, weights):
+    """The very codes and scales go to fouroversix, in its padded and swizzled order, and come back."""
+    pytest.importorskip("fouroversix")
+    source = checkpoint("compressed-tensors", weights=weights)
+    first = polyquant.convert(source, "fouroversix", tmp_path / "there")
+    assert first.exact and first.options["dtype"] == weights
+    assert polyquant.convert(tmp_path / "there", "compressed-tensors", tmp_path / "back").exact
+    ours, theirs = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    name = "model.layers.0.self_attn.k_proj.weight_packed"
+    assert torch.equal(ours[name], theirs[name])
+
+
 def test_layers_of_several_formats(checkpoint, tmp_path):
     """A GGUF of Q4_0 and Q8_0 has a place where formats are mixed, and none where all layers are alike."""
     source = checkpoint("gguf", type="Q4_0", layers="down_proj=Q8_0")

@@ -45,7 +45,7 @@ def convert(
         raise ConversionRefused(f"{model} is {target.name}'s already: there is nothing to convert; give options (--to)")
     try:
         with atomic_folder(out, overwrite=overwrite, keeps=source.loaded.files) as partial:
-            made = _converted(source, target, given, partial, progress=progress, trusts=_trusts(options))
+            made = converted(source, target, given, partial, progress=progress, trusts=_trusts(options))
         return msgspec.structs.replace(made, source=str(model), out=str(out))
     except ConversionRefused as refused:
         if not requantize:
@@ -55,7 +55,7 @@ def convert(
         return requantized(source, target, given, out, max_kl, calibration, refused, overwrite=overwrite)
 
 
-def _converted(
+def converted(
     source: Source, target: Backend, given: Mapping[str, object], out: Path, *, progress: bool, trusts: dict[str, Any]
 ) -> Conversion:
     """Write the source in the target's format, and read it back. Raises ConversionRefused."""

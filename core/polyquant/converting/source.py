@@ -61,6 +61,11 @@ def read(model: str | Path, backend: str | None, options: Mapping[str, Any]) -> 
     fields = handle.info.options.__struct_fields__
     dense: dict[str, Any] = {name: KEEP for name in ("embeddings", "head", "experts") if name in fields}
     loaded = load(model, handle.name, **{**own, **dense, "kernel": PACKED, "device": "cpu", "compute_dtype": "float32"})
+    return of_loaded(loaded)
+
+
+def of_loaded(loaded: LoadedModel) -> Source:
+    """Of a model that was loaded with kernel='packed', embedding, head and experts kept as they are."""
     layers = {
         name: module
         for name, module in loaded.model.named_modules()

@@ -121,10 +121,13 @@ def fp4_codes(weight: WeightCodes, size: int) -> Tensor:
 
 
 def exponents(scales: Tensor) -> Tensor:
-    """Scales that are powers of two as E8M0: uint8, 127 more than the exponent. Raises Misfit for others."""
+    """Scales that are powers of two as E8M0: uint8, 127 more than the exponent. Raises Misfit for others.
+
+    0, of a block of zeros, becomes the smallest there is, 2^-127.
+    """
     fraction, power = torch.frexp(scales.float())
-    stored = power.int() - 1 + E8M0_BIAS
-    if not bool(((fraction == 0.5) & (stored >= 0) & (stored <= MOST_EXPONENT)).all()):
+    stored = torch.where(scales == 0, 0, power.int() - 1 + E8M0_BIAS)
+    if not bool((((fraction == 0.5) | (scales == 0)) & (stored >= 0) & (stored <= MOST_EXPONENT)).all()):
         raise Misfit("scale dtype", "its scales are no powers of two, and those held (E8M0) are")
     return stored.to(torch.uint8)
 
