@@ -107,12 +107,16 @@ def test_code_books(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("weights", ["mxfp4", "nvfp4"])
 def test_floats_of_four_bits(checkpoint, tmp_path, weights):
-    """The very codes and scales go to fouroversix, in its padded and swizzled order, and come back."""
+    """The very codes go to fouroversix, in its padded and swizzled order, and come back.
+
+    NVFP4's scales are divided by a factor here and multiplied there: the last bit of a float32 may differ.
+    """
     pytest.importorskip("fouroversix")
     source = checkpoint("compressed-tensors", weights=weights)
     first = polyquant.convert(source, "fouroversix", tmp_path / "there")
-    assert first.exact and first.options["dtype"] == weights
-    assert polyquant.convert(tmp_path / "there", "compressed-tensors", tmp_path / "back").exact
+    assert first.options["dtype"] == weights and first.largest_relative_difference <= 2**-22
+    again = polyquant.convert(tmp_path / "there", "compressed-tensors", tmp_path / "back")
+    assert again.largest_relative_difference <= 2**-22 and (weights == "nvfp4" or (first.exact and again.exact))
     ours, theirs = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
     name = "model.layers.0.self_attn.k_proj.weight_packed"
     assert torch.equal(ours[name], theirs[name])

@@ -19,6 +19,7 @@ from polyquant.plugin.parts import MOST_EXPONENT
 
 E8M0_BIAS = 127
 E4M3_CODES = 127  # that are positive numbers, with 0
+LAST_BITS = 2**-22  # of a float32
 HALVES = (torch.float16, torch.bfloat16)
 """What readers of GPTQ and AWQ have scales in."""
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -135,21 +136,29 @@ def exponents(scales: Tensor) -> Tensor:
 def e4m3_scales(scales: Tensor, *, divides: bool) -> tuple[Tensor, Tensor]:
     """Scales as float8_e4m3fn, and a float32 (1,) for all by which they are multiplied, or with `divides` divided.
 
-    Raises Misfit where there is no such factor.
+    Where the source divides and the target multiplies, or the other way round, float32 may round the last bit or two
+    otherwise. Raises Misfit where there is no such factor.
     """
     wide = scales.float()
     kinds = wide.unique()
-    largest = float(kinds.abs().max())
+    largest, close = float(kinds.abs().max()), None
     for code in range(E4M3_CODES - 1, 0, -1) if largest > 0 else ():  # what the largest scale may be
         number = float(torch.tensor([code], dtype=torch.uint8).view(torch.float8_e4m3fn).float())
         first = torch.tensor(number / largest if divides else largest / number)
         for factor in (first, torch.nextafter(first, first * 2), torch.nextafter(first, first / 2)):
-            held = (kinds * factor if divides else kinds / factor).to(torch.float8_e4m3fn)
-            again = held.float() / factor if divides else held.float() * factor
+            again = _in_e4m3(kinds, factor, divides=divides).float()
+            again = again / factor if divides else again * factor
             if torch.equal(again, kinds):
-                small = (wide * factor if divides else wide / factor).to(torch.float8_e4m3fn)
-                return small, factor.reshape(1)
-    raise Misfit("scale dtype", "its scales are no floats of 8 bits (E4M3) times one factor, and those held are")
+                return _in_e4m3(wide, factor, divides=divides), factor.reshape(1)
+            if close is None and bool(((again - kinds).abs() <= LAST_BITS * kinds.abs()).all()):
+                close = factor
+    if close is None:
+        raise Misfit("scale dtype", "its scales are no floats of 8 bits (E4M3) times one factor, and those held are")
+    return _in_e4m3(wide, close, divides=divides), close.reshape(1)
+
+
+def _in_e4m3(scales: Tensor, factor: Tensor, *, divides: bool) -> Tensor:
+    return (scales * factor if divides else scales / factor).to(torch.float8_e4m3fn)
 
 
 def pack_gptq(

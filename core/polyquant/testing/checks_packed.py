@@ -119,7 +119,7 @@ def packed_models_save_what_the_library_does(subject: Subject, preset: str) -> N
     expect(bool((again == loaded.logits(tokens)).all()), "loaded back with the packed kernel it gives other logits")
 
 
-@check
+@check()
 def converted_layers_are_the_same(subject: Subject, preset: str) -> None:
     """`polyquant convert` writes its own format from the packed layout: each layer is read back as it was."""
     if not subject.handle.can("unpack"):
@@ -130,9 +130,7 @@ def converted_layers_are_the_same(subject: Subject, preset: str) -> None:
             out = Path(folder)
             made = converted(of_loaded(loaded), subject.handle, {}, out, progress=False, trusts={})
         except ConversionRefused as refused:
-            expect(
-                preset != next(iter(subject.info.presets)), f"its first preset has no place in its format: {refused}"
-            )
+            expect(preset != next(iter(subject.info.presets)), f"its format does not hold its first preset: {refused}")
             raise NotApplicable(str(refused)) from refused
     expect(bool(made.layers), "no layer of it is in the packed layout")
     wrong = [layer.name for layer in made.layers if layer.largest_difference > ROUNDED * layer.largest_weight]

@@ -39,9 +39,7 @@ def pack(module: FouroversixLinear) -> PackedWeight:
 def unpack(weight: WeightCodes, config: FouroversixOptions) -> dict[str, Tensor]:
     """MXFP4 and NVFP4 under the library's names, padded as the library pads them."""
     if config.dtype not in SWIZZLED:
-        raise Misfit(
-            "bits", f"{config.dtype} is made of dense weights alone, and of codes {' and '.join(SWIZZLED)} are"
-        )
+        raise Misfit("bits", f"{config.dtype} is made of dense weights alone")
     block, (rows, columns) = BLOCK[config.dtype], padded(weight.shape, config.dtype)
     codes = fp4_codes(weight, block)
     whole = functional.pad(codes, (0, columns - codes.shape[1], 0, rows - codes.shape[0]))
