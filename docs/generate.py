@@ -17,6 +17,7 @@ from generate_reference import command_line_page, hooks_page, python_page, recor
 from polyquant.cli.show import card_cells, quantizes, size
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.records import Result
+from polyquant.models.marks import PATH as MARKS
 from polyquant.registry.catalogue import PATH as CATALOGUE
 from polyquant.registry.catalogue import Known
 from polyquant.types import BackendInfo
@@ -61,6 +62,7 @@ def pages() -> dict[Path, str]:
     return {
         readme: with_table(readme.read_text(encoding="utf-8")),
         CATALOGUE: catalogue_text(),
+        MARKS: marks_text(),
         reference / "backends.md": backends_page(results, read_gpu_run(GPU)),
         reference / "python.md": python_page(),
         reference / "command-line.md": command_line_page(),
@@ -103,6 +105,12 @@ def catalogue_text() -> str:
     """What the core knows of backends that are not installed."""
     lines = [f'  "{plugin.card.name}": {msgspec.json.encode(known(plugin)).decode()}' for plugin in plugins()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def marks_text() -> str:
+    """What tells checkpoints of these backends, for the core, which knows it of those that are not installed too."""
+    lines = [f"  {msgspec.json.encode(mark).decode()}" for card in ours() for mark in card.marks]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
 def known(plugin: Plugin) -> Known:

@@ -14,7 +14,7 @@ from polyquant.cli.main import main
 from polyquant.errors import ConversionRefused, Misfit, SaveError, UnsupportedOperation
 from polyquant.packed_weights.codes import WeightCodes, codes_of, fits
 from polyquant.packed_weights.weight import pack_weight
-from polyquant.plugin import FP4, unpacked
+from polyquant.plugin import E2M1, unpacked
 from polyquant.plugin.packing import e4m3_scales, exponents, in_awq_words, in_words, unpacked_awq
 from polyquant.plugin.packing import unpacked as out_of_words
 from polyquant.testing.models import tiny_model
@@ -260,4 +260,4 @@ def test_words_and_small_floats():
             assert torch.equal(held.float() / by if divides else held.float() * by, wide)
     with pytest.raises(Misfit, match="E4M3"):
         e4m3_scales(torch.rand(4, 8), divides=True)
-    assert len(FP4) == 16
+    assert len(E2M1) == 16

@@ -324,8 +324,7 @@ def test_the_core_names_no_backend_in_a_list_of_its_own():
             if isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict):
                 parts = [*node.keys, *node.values] if isinstance(node, ast.Dict) else node.elts
                 named = {part.value for part in parts if isinstance(part, ast.Constant)} & set(catalogue())
-                marks = path.name == "checks.py" and named == {"gptq", "awq"}  # quant_methods of sidecar files
-                assert len(named) < 2 or marks, f"{path}:{node.lineno} lists {sorted(named)}"
+                assert len(named) < 2, f"{path}:{node.lineno} lists {sorted(named)}"
 
 
 def test_cards_and_measurements_agree():

@@ -105,6 +105,27 @@ class Isolated(Record, frozen=True):
     variables: Mapping[str, str] = {}  # environment variables that its processes need
 
 
+class Mark(Record, frozen=True):
+    """What tells a checkpoint of a method where its quantization_config names no quant_method, or there is none.
+
+    A file beside config.json, or an object in it, says how the checkpoint is quantized. Tensors and metadata do not:
+    they say what to look for, and are looked for where the rest is there.
+    """
+
+    method: str  # the quant_method that it stands for
+    file: str = ""  # beside config.json: it holds the quantization config
+    key: str = ""  # of config.json: the object under it is the quantization config,
+    fields: tuple[str, ...] = ()  # where that has all of these
+    tensors: tuple[str, ...] = ()  # that a packed layer has: last words of their names, "weight:uint32" with the dtype
+    metadata: Mapping[str, str] = {}  # of the safetensors files that have these tensors; "": whatever it says
+    names: Mapping[str, str] = {}  # of tensors: a regular expression -> what takes its place in the model's names
+
+    @property
+    def headers(self) -> bool:
+        """Whether it says anything of safetensors headers."""
+        return bool(self.tensors or self.metadata)
+
+
 class BackendInfo(Record, frozen=True):
     """A backend's card."""
 
@@ -115,6 +136,8 @@ class BackendInfo(Record, frozen=True):
     docs: str  # address
     libraries: tuple[Library, ...] = ()
     presets: Mapping[str, Mapping[str, object]] = {}  # name -> options; the first is the default choice
+    marks: tuple[Mark, ...] = ()  # of checkpoints that it reads, beside their quant_method; asked of backends that the
+    # catalogue has, installed or not: whoever writes a format of their own names it in quantization_config
     also_called: tuple[str, ...] = ()  # what libraries and transformers call it: users who ask for these are led here
     measured_kl: Mapping[str, float] = {}  # preset -> mean KL to the dense SmolLM2-135M-Instruct, nats a position;
     # a preset of whose type that model's own weights were is left out: the figure, 0, says nothing of other models

@@ -61,6 +61,9 @@ def read(model: str | Path, backend: str | None, options: Mapping[str, Any]) -> 
     fields = handle.info.options.__struct_fields__
     dense: dict[str, Any] = {name: KEEP for name in ("embeddings", "head", "experts") if name in fields}
     loaded = load(model, handle.name, **{**own, **dense, "kernel": PACKED, "device": "cpu", "compute_dtype": "float32"})
+    for mark in handle.info.marks:  # what says in config.json whose checkpoint it is
+        if mark.key and hasattr(loaded.model.config, mark.key):
+            delattr(loaded.model.config, mark.key)
     return of_loaded(loaded)
 
 

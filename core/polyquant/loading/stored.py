@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from polyquant.errors import CheckpointConflict, ModelError, PolyquantError, UnknownBackend
+from polyquant.models import marks
 from polyquant.options import BackendOptions
 from polyquant.registry.catalogue import catalogue, readers_of
 from polyquant.registry.query import Selection
@@ -44,6 +45,11 @@ def reader_of(method: str, installed: Selection) -> str:
     if known_readers := readers_of(method):
         command = catalogue()[known_readers[0]].command
         raise UnknownBackend(f"the checkpoint is quantized with {method!r}; to read it, run: {command}")
+    if kind := marks.foreign(method):
+        raise UnknownBackend(
+            f"the checkpoint is quantized with {kind.title} ({method!r}), which no polyquant backend reads; what reads "
+            f"it: {kind.read_by}. Or take the dense model, and quantize that"
+        )
     known = sorted({known for info in installed for known in info.capabilities.loads_prequantized})
     raise UnknownBackend(
         f"the checkpoint is quantized with {method!r}, which no polyquant backend reads; "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from polyquant.errors import ConfigError
+from polyquant.memory.experts import one_expert
 from polyquant.options import BackendOptions
 from polyquant.packable import is_packed
 from polyquant.types import LayerPlan, PackedFormat, WeightInfo
@@ -37,7 +38,7 @@ def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], conf
     planned = list(plans)
     if is_packed(config):
         planned = [
-            plan if plan.packed is None else replace(plan, stored_bytes=plan.packed.nbytes(weight.as_linear))
+            plan if plan.packed is None else replace(plan, stored_bytes=_packed_bytes(plan.packed, weight))
             for plan, weight in zip(planned, weights, strict=True)
         ]
     for option in OPTIONS:
@@ -45,6 +46,13 @@ def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], conf
             place = place_of(option, planned, weights)
             planned[place] = in_vocabulary(planned[place], bits)
     return planned
+
+
+def _packed_bytes(layout: PackedFormat, weight: WeightInfo) -> int:
+    """Of a matrix, or of all experts that are stacked in a tensor."""
+    if weight.role == "experts":
+        return weight.shape[0] * layout.nbytes(one_expert(weight).shape)
+    return layout.nbytes(weight.as_linear)
 
 
 def in_vocabulary(plan: LayerPlan, bits: str) -> LayerPlan:

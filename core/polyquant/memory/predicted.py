@@ -62,7 +62,10 @@ def weights_of(
         file = quantized + dense * DTYPE_BYTES.get(checkpoint.dtype, 2) // DTYPE_BYTES[compute_dtype]
     tensorwise = capabilities.runs_on_torch and (checkpoint.quantized or not capabilities.on_the_fly)
     mapped = capabilities.runs_on_torch and not tensorwise
-    experts = [plan for plan in plans if plan.role == "experts" and plan.packed is not None]
+    # of a checkpoint that holds them packed, none is dense at any time
+    experts = [
+        plan for plan in plans if plan.role == "experts" and plan.packed is not None and not checkpoint.quantized
+    ]
     passing = sum(prod(plan.shape) * DTYPE_BYTES[compute_dtype] - plan.stored_bytes for plan in experts)
     largest = max((prod(plan.shape[-2:]) for plan in plans if plan.quantized), default=0)
     return Weights(

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from polyquant.errors import ModelError
-from polyquant.models.headers import small_header
+from polyquant.models import marks
+from polyquant.models.headers import small_header, stored_headers
 from polyquant.models.patterns import unbounded
 from polyquant.request import ModelSource
 from polyquant.types import UNREADABLE
@@ -20,8 +22,6 @@ INDEX_LIMIT_BYTES = 64 * 2**20
 DEEPEST = 50  # objects within objects of a config
 COUNTED = {"layers": 1000, "n_layer": 1000, "experts": 5000}  # ends of the names of numbers of modules -> most
 MOST_EXPERTS = 50_000  # of all layers
-SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Files beside config.json in which older tools wrote the quantization config, and the method each stands for."""
 
 
 def check_gguf(path: Path, name: str) -> ModelSource:
@@ -44,25 +44,31 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
             return check_gguf(path / gguf[0], name)
         hint = f"it has several GGUF files, name the one to load: {path / gguf[0]}" if gguf else "is it a model folder?"
         raise ModelError(f"{name}: no config.json among {_shown(files)}; {hint}")
-    config = with_sidecar(read_object(path / "config.json", name), path, name, files)
+    config = with_method(read_object(path / "config.json", name), path, name, files)
     weights = _weight_files(path, name, files, allow_pickle)
     for file in weights:
         if file.endswith(".safetensors"):
             _check_safetensors(path / file, name)
-    return ModelSource(name=name, path=path, config=config, weight_files=tuple(weights))
+    source = ModelSource(name=name, path=path, config=config, weight_files=tuple(weights))
+    if not weights[0].endswith(".safetensors"):
+        return source
+    try:
+        headers = stored_headers(source)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    told = marks.require_told(config, headers, name)
+    return source if told is config else replace(source, config=told)
 
 
-def with_sidecar(config: dict[str, Any], path: Path, name: str, files: list[str]) -> dict[str, Any]:
-    """`config` with the quantization config that a file beside it holds, where it has none of its own.
+def with_method(config: dict[str, Any], path: Path, name: str, files: list[str]) -> dict[str, Any]:
+    """`config` with the quantization config that a mark tells, its own or that of a file beside it; see `marks`.
 
     Raises ModelError where either is not what such a file holds.
     """
     require_plausible(config, name)
-    beside = next((file for file in SIDECARS if file in files), None)
-    if beside is None or config.get("quantization_config"):
-        return config
-    whole = config | {"quantization_config": {"quant_method": SIDECARS[beside], **read_object(path / beside, name)}}
-    require_plausible(whole, name)
+    whole = marks.with_method(config, lambda file: read_object(path / file, name) if file in files else None)
+    if whole is not config:
+        require_plausible(whole, name)
     return whole
 
 

@@ -42,6 +42,13 @@ class StoredTensor(NamedTuple):
     nbytes: int
 
 
+class Headers(NamedTuple):
+    """What the safetensors files of a checkpoint say before their data."""
+
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]  # of all files; of a key that several have, the last one's
+
+
 class _Entry(msgspec.Struct):
     dtype: str
     shape: tuple[int, ...]
@@ -54,23 +61,39 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def stored_tensors(source: ModelSource) -> Mapping[str, StoredTensor]:
-    """The tensors in the safetensors files of `source`, whose headers are read once as long as they do not change."""
+    """The tensors in the safetensors files of `source`."""
+    return stored_headers(source).tensors
+
+
+def stored_headers(source: ModelSource) -> Headers:
+    """The headers of the safetensors files of `source`, which are read once as long as they do not change."""
     files = [source.path / file for file in source.weight_files if file.endswith(".safetensors")]
     stats = [(file, file.stat()) for file in files]
-    return _tensors(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+    return _headers(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
 
 
 @lru_cache(maxsize=16)
-def _tensors(files: tuple[tuple[Path, int, int], ...]) -> Mapping[str, StoredTensor]:
-    return {name: tensor for file, _, _ in files for name, tensor in read_safetensors(file).items()}
+def _headers(files: tuple[tuple[Path, int, int], ...]) -> Headers:
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    for file, _, _ in files:
+        located, said = _read(file)
+        tensors |= {name: tensor for name, (tensor, _) in located.items()}
+        metadata |= said
+    return Headers(tensors, metadata)
 
 
 def located_tensors(path: Path) -> dict[str, tuple[StoredTensor, int]]:
     """`read_safetensors`, and where each tensor begins, in bytes from the start of the file."""
-    entries, start = _read_entries(path)
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, tuple[StoredTensor, int]], dict[str, str]]:
+    """The tensors of a file, each with where it begins, and its metadata."""
+    entries, metadata, start = _read_entries(path)
     rows = {name: (entry.dtype, entry.shape, entry.data_offsets) for name, entry in entries.items()}
     tensors = checked(path.name, rows, path.stat().st_size - start)
-    return {name: (tensor, start + rows[name][2][0]) for name, tensor in tensors.items()}
+    return {name: (tensor, start + rows[name][2][0]) for name, tensor in tensors.items()}, metadata
 
 
 def small_header(path: Path) -> tuple[int, bytes]:
@@ -89,8 +112,8 @@ def small_header(path: Path) -> tuple[int, bytes]:
     return claimed, content
 
 
-def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
-    """The entries of a header as they stand, and the byte after it."""
+def _read_entries(path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:
+    """The entries of a header as they stand, its metadata, and the byte after it."""
     (claimed, content), size = small_header(path), path.stat().st_size
     if claimed > size - LENGTH_BYTES:
         raise ModelError(f"{path.name}: its header claims {claimed} bytes, and the file has {size}; fetch it again")
@@ -99,9 +122,10 @@ def _read_entries(path: Path) -> tuple[dict[str, _Entry], int]:
         entries = {
             name: msgspec.json.decode(raw, type=_Entry) for name, raw in header.items() if name != "__metadata__"
         }
+        metadata = msgspec.json.decode(header["__metadata__"], type=dict[str, str]) if "__metadata__" in header else {}
     except UNREADABLE as error:
         raise ModelError(f"{path.name}: its header is not readable JSON ({error}); fetch or write it again") from error
-    return entries, LENGTH_BYTES + len(content)
+    return entries, metadata, LENGTH_BYTES + len(content)
 
 
 def checked(
@@ -135,8 +159,8 @@ def checked(
     return found
 
 
-def read_hub_repository(name: str, revision: str | None, info: Any) -> dict[str, StoredTensor]:
-    """The tensors of a hub repository, by range requests on its files' heads: no weights are fetched.
+def read_hub_repository(name: str, revision: str | None, info: Any) -> Headers:
+    """The headers of a hub repository, by range requests on its files' heads: no weights are fetched.
 
     info: of `huggingface_hub.model_info(files_metadata=True)`. Raises ModelError where a header lies.
     """
@@ -155,11 +179,13 @@ def read_hub_repository(name: str, revision: str | None, info: Any) -> dict[str,
     except errors.SafetensorsParsingError as error:
         raise ModelError(f"{name}: a safetensors header cannot be read: {error}") from error
     tensors: dict[str, StoredTensor] = {}
+    said: dict[str, str] = {}
     for file, content in metadata.files_metadata.items():
+        said |= content.metadata
         rows = {
             tensor: (entry.dtype, tuple(entry.shape), tuple(entry.data_offsets))
             for tensor, entry in content.tensors.items()
         }
         size = sizes.get(file)
         tensors |= checked(f"{name}: {file}", rows, None if size is None else size - LENGTH_BYTES)
-    return tensors
+    return Headers(tensors, said)

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from msgspec.structs import replace
 
+from polyquant.models import marks
 from polyquant.models.outline import Outline, outline_of
 from polyquant.models.resolve import dense_of, resolve
 from polyquant.modules import module_of
@@ -101,8 +102,9 @@ class Model:
 
         from polyquant.models.fit import Misfit, misfit, renamed, require_fit
 
-        if self.source.stored_quantization:
-            self.renamed = renamed(skeleton, self.outline.tensors)
+        if stored := self.source.stored_quantization:
+            by_marks = marks.renamed(str(stored.get("quant_method")), self.outline.tensors)
+            self.renamed = renamed(skeleton, self.outline.tensors) | by_marks
             require_fit(self.name, Misfit(self._modules_without_tensors(skeleton), ()))
             return
         tensors = {
@@ -144,7 +146,7 @@ class Model:
         inside = self._inside.get(module_of(weight), {})
         if weight.role == "experts":
             return inside if not set(inside.values()) <= set(FLOATS) else {}
-        return inside if weight.role in ("linear", "head") and not self.holds_dense(weight) else {}
+        return inside if weight.role in ("linear", "head", "embedding") and not self.holds_dense(weight) else {}
 
     @cached_property
     def _inside(self) -> Mapping[str, Mapping[str, str]]:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from polyquant.errors import ModelError, did_you_mean
-from polyquant.models import checks
+from polyquant.models import checks, marks
 from polyquant.models.gguf_header import read_header
 from polyquant.models.gguf_types import FLOAT_DTYPES
 from polyquant.models.headers import StoredTensor, read_hub_repository, stored_tensors
 from polyquant.models.resolve import on_disk, refusal
 from polyquant.request import ModelSource
 
-HUB_FILES = ["config.json", "*.py", "quantize_config.json", "quant_config.json"]
+HUB_FILES = ["config.json", "*.py"]  # and what holds quantization configs beside it
 
 
 class Outline(NamedTuple):
@@ -68,7 +68,7 @@ def _config_alone(path: Path, name: str) -> ModelSource | None:
     weights = [file for file in files if file.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth"))]
     if "config.json" not in files or weights or checks.INDEX in files:
         return None
-    config = checks.with_sidecar(checks.read_object(path / "config.json", name), path, name, files)
+    config = checks.with_method(checks.read_object(path / "config.json", name), path, name, files)
     return ModelSource(name=name, path=path, config=config)
 
 
@@ -97,11 +97,10 @@ def _of_hub(name: str, revision: str | None) -> Outline:
     try:
         with versions.progress_bars(enabled=False):
             info = huggingface_hub.model_info(name, revision=revision, files_metadata=True)
-            small = [
-                file.rfilename for file in info.siblings or () if any(fnmatch(file.rfilename, p) for p in HUB_FILES)
-            ]
+            wanted = [*HUB_FILES, *marks.side_files()]
+            small = [file.rfilename for file in info.siblings or () if any(fnmatch(file.rfilename, p) for p in wanted)]
             paths = [Path(huggingface_hub.hf_hub_download(name, file, revision=revision)) for file in small]
-            tensors = read_hub_repository(name, revision, info)
+            headers = read_hub_repository(name, revision, info)
     except (errors.HFValidationError, errors.RepositoryNotFoundError) as error:
         raise refusal(name, error) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
@@ -114,9 +113,9 @@ def _of_hub(name: str, revision: str | None) -> Outline:
     if config_path is None:
         raise ModelError(f"{name} has no config.json; is it a model of transformers?")
     folder = config_path.parent
-    config = checks.with_sidecar(checks.read_object(config_path, name), folder, name, small)
-    source = ModelSource(name=name, path=folder, config=config)
-    return Outline(source, tensors, sum(tensor.nbytes for tensor in tensors.values()))
+    config = checks.with_method(checks.read_object(config_path, name), folder, name, small)
+    source = ModelSource(name=name, path=folder, config=marks.require_told(config, headers, name))
+    return Outline(source, headers.tensors, sum(tensor.nbytes for tensor in headers.tensors.values()))
 
 
 def _of_cached_repository(name: str, revision: str | None, reason: Exception) -> Outline:

@@ -61,6 +61,8 @@ def role_of(tensor: Any, module: Any, *, head: Any, is_buffer: bool, tower: bool
         return "custom" if does_more(owner) else "linear"
     if tensor.dim() == 3 and "Expert" in kind:
         return "experts"
+    if tensor.dim() == 2 and "Expert" in kind and getattr(module, "num_experts", 0) == len(tensor):
+        return "vector"  # a bias of each expert
     beside = any(is_linear_module(child) for child in module.children())  # layers, as the decay of a state is
     of_no_layer = tensor.dim() == 2 and beside
     return "vector" if of_no_layer or sum(size > 1 for size in tensor.shape) <= 1 else "other"

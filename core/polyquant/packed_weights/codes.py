@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyquant.errors import Misfit
-from polyquant.packed_weights.format import FP4, FP4_MOST
+from polyquant.packed_weights.format import E2M1, E2M1_MOST
 from polyquant.packed_weights.weight import PackedWeight
 from polyquant.types import HeldWeight
 
@@ -172,8 +172,8 @@ def codes_of(name: str, weight: PackedWeight) -> WeightCodes:
     codes = weight.in_order(weight._unpacked(weight.codes.transpose(1, 2).flatten(0, 1))[:rows]).contiguous()
     zeros, minima = of_groups(weight.zeros), of_groups(weight.minima, weight.outer_minima)
     table = weight.table
-    if table is not None and table[FP4_MOST] != 6 and torch.equal(table * 6 / table[FP4_MOST], torch.tensor(FP4)):
-        table, scales = torch.tensor(FP4), scales.float() * (table[FP4_MOST] / 6)  # GGUF has E2M1 doubled
+    if table is not None and table[E2M1_MOST] != 6 and torch.equal(table * 6 / table[E2M1_MOST], torch.tensor(E2M1)):
+        table, scales = torch.tensor(E2M1), scales.float() * (table[E2M1_MOST] / 6)  # GGUF has E2M1 doubled
     found = WeightCodes(
         name=name, shape=weight.shape, codes=codes, scales=scales, group_size=min(weight.group, columns),
         minima=minima, table=table, groups=_groups_of(weight),

@@ -22,7 +22,7 @@ from polyquant.models.roles import REASONS, TIED
 from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
 from polyquant.packable import ExpertsOptions, PackableOptions, is_packed
-from polyquant.packed_weights.format import FP4, group_of_runs
+from polyquant.packed_weights.format import E2M1, group_of_runs
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import quantized_modules, repacked_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
@@ -39,6 +39,7 @@ from polyquant.types import (
     LayerInfo,
     LayerPlan,
     Library,
+    Mark,
     PackedFormat,
     Problem,
     Role,
@@ -47,7 +48,7 @@ from polyquant.types import (
 
 __all__ = [
     "DTYPE_BYTES",
-    "FP4",
+    "E2M1",
     "REASONS",
     "TIED",
     "BackendInfo",
@@ -66,6 +67,7 @@ __all__ = [
     "Library",
     "LoadRequest",
     "LoadedModel",
+    "Mark",
     "MixableOptions",
     "ModelSource",
     "NumberFormat",

@@ -29,6 +29,7 @@ from polyquant.models.hf import load_tokenizer, read_config
 from polyquant.models.versions import tied_tensors
 from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype
+from polyquant.packed_weights.experts import ExpertStack, put_in
 from polyquant.plugin.dtypes import cast_dense, dense_dtypes, stored_dtype
 from polyquant.plugin.layers import fill_empty
 from polyquant.plugin.tensors import own_tensors, packed_modules
@@ -36,13 +37,14 @@ from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
 
 __all__ = [
-    "as_packed", "complete", "dense_dtypes", "empty_causal_lm", "fill", "load_causal_lm", "load_tokenizer",
+    "MODEL", "OWN_FORMAT", "as_packed", "complete", "dense_dtypes", "empty_causal_lm", "fill", "load_causal_lm",
+    "load_tokenizer",
     "packed_modules", "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed",
     "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
-OWN_FORMAT = "packed"
-"""What the files of a checkpoint that transformers cannot read are called."""
+OWN_FORMAT, MODEL = "packed", "model"
+"""What the files of a checkpoint are called that transformers cannot read, and that it can."""
 
 
 def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
@@ -84,22 +86,31 @@ def read_layers(
     make: Callable[[str, Any, dict[str, torch.Tensor]], Any],
     *,
     owner: Callable[[str], str] = str,
+    part: Callable[[str], tuple[str, str]] | None = None,
     check: Callable[[str, torch.Tensor], None] | None = None,
 ) -> Any:
     """The model of a checkpoint, on its device: the modules `names` made of their packed tensors, the rest in `dtype`.
 
-    make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place.
-    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. check: called with the name
-    and tensor of everything else. Raises ModelError, with the names of checkpoint and module, where `make` does.
+    make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place. Of
+    fused experts the name is their tensor's, which is given; an `ExpertStack` takes its place.
+    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. part: a tensor's whole name
+    -> the module that it belongs to, and its name there, where those do not follow from its module. check: called with
+    the name and tensor of everything else. Raises ModelError, with the names of checkpoint and module, where `make`
+    does.
     """
     source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
     model = empty_causal_lm(request, dtype)
     quantized, dense = set(names), dict[str, torch.Tensor]()
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in own_tensors(model, source):
-        home = owner(name.rpartition(".")[0])
+    for stored, tensor in own_tensors(model, source):
+        name = request.names.get(stored, stored)
+        if part is None:
+            home = owner(name.rpartition(".")[0])
+            short = name.removeprefix(f"{home}.")
+        else:
+            home, short = part(name)
         if home in quantized:
-            layers[home][name.removeprefix(f"{home}.")] = tensor
+            layers[home][short] = tensor
             continue
         if check is not None:
             check(name, tensor)
@@ -107,10 +118,10 @@ def read_layers(
         dense[name] = tensor if as_stored else cast_dense(source, name, tensor, dtypes.get(name, wanted))
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
-            layer = make(name, model.get_submodule(name), layers.pop(name, {}))
+            layer = make(name, _dense(model, name), layers.pop(name, {}))
         except (AttributeError, ModelError) as error:
             raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
-        model.set_submodule(name, layer)
+        _put(model, name, layer)
     fill(model, dense, source)
     place(model, request)
     return model
@@ -127,8 +138,9 @@ def quantize_layers(
 ) -> Any:
     """The dense model, its modules `names` replaced one by one by what is made of them; everything else in `dtype`.
 
-    The twin of `read_layers`. make: (name, dense module) -> the module in its place, whose tensors, but for a bias,
-    keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on the device of the request.
+    The twin of `read_layers`. make: (name, dense module or tensor of experts) -> the module in its place, whose
+    tensors, but for a bias, keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on
+    the device of the request.
     after: called with the model before its dense tensors are cast and moved, to tie what was tied to a replaced module.
     The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
     Raises ModelError, with the checkpoint's name, where `make` does.
@@ -138,10 +150,10 @@ def quantize_layers(
     model = load_causal_lm(where, stored_dtype(source, dtype))
     for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
         try:
-            layer = make(name, model.get_submodule(name))
+            layer = make(name, _dense(model, name))
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be quantized: {error}") from error
-        model.set_submodule(name, layer)
+        _put(model, name, layer)
     if after is not None:
         after(model)
     made = set(names)
@@ -153,6 +165,21 @@ def quantize_layers(
     if on_cpu:
         place(model, request)
     return model
+
+
+def _dense(model: Any, name: str) -> Any:
+    """The module of that name, or the tensor of fused experts."""
+    owner, _, short = name.rpartition(".")
+    return getattr(model.get_submodule(owner), short)
+
+
+def _put(model: Any, name: str, layer: Any) -> None:
+    """Put a quantized module in the place of a dense one, or a stack in that of a tensor of fused experts."""
+    if isinstance(layer, ExpertStack):
+        owner, _, short = name.rpartition(".")
+        put_in(model.get_submodule(owner), short, layer)
+    else:
+        model.set_submodule(name, layer)
 
 
 def as_packed(config: Options, request: LoadRequest, parts: tuple[str, ...]) -> tuple[Options, list[str]]:
@@ -241,12 +268,17 @@ def save(
     out: Path,
     tensors: dict[str, torch.Tensor] | None = None,
     quantization_config: dict[str, Any] | None = None,
+    *,
+    named: str = "",
+    written_for: str = "pt",
 ) -> Path:
     """Write the tensors, less those that are tied to another, with config and tokenizer.
 
     Under a name that transformers does not look for, where the backend's card does not say that it reads this format:
     it knows the words of several quantization_configs without the tensors, and puts random numbers in their place.
-    tensors: None is the model's state dict. quantization_config: None is the one of the model's config.
+    tensors: None is the model's state dict. quantization_config: None is the one of the model's config. named: what
+    the files are called, where whether transformers reads them depends on the model: MODEL if it does, OWN_FORMAT
+    else. written_for: the framework that their metadata names.
     """
     if tensors is None:
         tensors = dict(loaded.model.state_dict())
@@ -258,8 +290,8 @@ def save(
     whole = origins | {name: tensor for name, tensor in tensors.items() if name not in tied}
     kept = {name: tensor.contiguous() for name, tensor in whole.items()}
     readers = loaded._backend.capabilities.readable_by if loaded._backend else ()  # none: a quantize hook made it
-    stem = "model" if "transformers" in readers else OWN_FORMAT
-    save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": "pt"})
+    stem = named or (MODEL if "transformers" in readers else OWN_FORMAT)
+    save_torch_state_dict(kept, out, filename_pattern=stem + "{suffix}.safetensors", metadata={"format": written_for})
     config = loaded.model.config.__class__.from_dict(loaded.model.config.to_dict())
     config.quantization_config = quantization_config
     config.architectures = [type(loaded.model).__name__]

@@ -12,6 +12,7 @@ from torch import Tensor
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.packed_weights.codes import WeightCodes, fits
+from polyquant.packed_weights.experts import ExpertStack, LinearExperts
 from polyquant.packed_weights.frozen import (
     CHUNK_WEIGHTS,
     PackedLinear,
@@ -27,6 +28,8 @@ from polyquant.plugin.parts import Part, layer_tensors, parts_of, require_parts
 
 __all__ = [
     "CHUNK_WEIGHTS",
+    "ExpertStack",
+    "LinearExperts",
     "PackedLinear",
     "PackedWeight",
     "Part",

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from polyquant.errors import Misfit, ModelError
 from polyquant.packed_weights.codes import WeightCodes
-from polyquant.packed_weights.format import FP4
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
+from polyquant.plugin.codes import packed_bits
+from polyquant.plugin.floats import E2M1, E8M0_BIAS
 from polyquant.plugin.layouts import packed_group
 from polyquant.plugin.parts import MOST_EXPONENT
 
-E8M0_BIAS = 127
 E4M3_CODES = 127  # that are positive numbers, with 0
 LAST_BITS = 2**-22  # of a float32
 HALVES = (torch.float16, torch.bfloat16)
@@ -55,9 +55,7 @@ def in_words(codes: Tensor, bits: int) -> Tensor:
     """
     if codes.shape[-1] % (32 // bits):
         raise Misfit("size", f"{32 // bits} codes are a word, and {codes.shape[-1]} are no whole number of words")
-    whole = codes.to(torch.uint8)
-    pairs = whole if bits == 8 else whole[..., ::2] | whole[..., 1::2] << 4
-    return pairs.contiguous().view(torch.int32)
+    return packed_bits(codes.to(torch.uint8), bits).contiguous().view(torch.int32)
 
 
 def in_awq_words(codes: Tensor) -> Tensor:
@@ -116,7 +114,7 @@ def fp4_codes(weight: WeightCodes, size: int) -> Tensor:
 
     size: columns that share a scale.
     """
-    if weight.kind != "code book" or weight.table is None or weight.table.tolist() != list(FP4):
+    if weight.kind != "code book" or weight.table is None or weight.table.tolist() != list(E2M1):
         raise Misfit("bits", f"its codes are {weight.kind} of {weight.bits} bits, and floats of 4 bits (E2M1) are held")
     return weight.in_order().in_groups(size).codes
 

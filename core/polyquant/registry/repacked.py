@@ -17,7 +17,7 @@ from polyquant.models.versions import tied_tensors
 from polyquant.modules import module_of
 from polyquant.packable import is_packed, packs_any
 from polyquant.packed_weights import kernels, step
-from polyquant.packed_weights.experts import RepackedExperts, has_packed, put_in
+from polyquant.packed_weights.experts import ExpertStack, LinearExperts, RepackedExperts, put_in
 from polyquant.packed_weights.half import HalfEmbedding, HalfLinear
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
@@ -76,7 +76,9 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         _pack_quantized(loaded, plans, {weight.name: weight.as_linear for weight in weights}, backend)
         forget_library(loaded.model)
         loaded.kernel = kernels.name()
-    _pack_experts(loaded, [plan for plan in plans.values() if plan.role == "experts" and plan.packed], backend)
+    dense = [plan for plan in plans.values() if plan.role == "experts" and plan.packed
+             and not is_stack(loaded.model, plan.name)]  # fmt: skip
+    _pack_experts(loaded, dense, backend)
     for plan in plans.values():
         if plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed):
             _pack_vocabulary(loaded.model, plan, plan.packed)
@@ -102,6 +104,9 @@ def _pack_quantized(
         if plan is None or plan.packed is None:
             left.append(layer.name)
             continue
+        if plan.role == "experts":
+            _pack_stack(loaded.model, plan, shapes[layer.name], backend)
+            continue
         name = module_of(layer)
         module = loaded.model.get_submodule(name)
         weight = _packed(module, plan, shapes[layer.name], backend)
@@ -117,6 +122,28 @@ def _pack_quantized(
         loaded.notes.append(
             f"the library multiplies with {', '.join(left[:SHOWN])}{more}: they have no place in the packed layout"
         )
+
+
+def is_stack(model: Any, name: str) -> bool:
+    """Whether experts, by the name of their tensor, are packed already: by their backend, or here."""
+    owner, _, short = name.rpartition(".")
+    return isinstance(getattr(model.get_submodule(owner), short), ExpertStack)
+
+
+def _pack_stack(model: Any, plan: LayerPlan, shape: tuple[int, ...], backend: Packing) -> None:
+    """Put experts that the backend has packed into the packed layout. shape: of their dense tensor."""
+    owner, _, name = plan.name.rpartition(".")
+    module = model.get_submodule(owner)
+    stack = getattr(module, name)
+    if not isinstance(stack, LinearExperts):
+        raise BrokenBackend(f"{backend.name}: {plan.name} is {type(stack).__name__}, and not a LinearExperts")
+    each = packed_stack(stack, plan, backend)
+    put_in(module, name, RepackedExperts(each, shape[0], plan.scheme, plan.bits, transposed=stack.transposed))
+
+
+def packed_stack(stack: LinearExperts, plan: LayerPlan, backend: Packing) -> Iterator[PackedWeight]:
+    """Each expert of a stack, as the backend packs its linear layers."""
+    return (_packed(stack.expert(number), plan, stack.shape, backend) for number in range(stack.count))
 
 
 def _pack_experts(loaded: LoadedModel, plans: list[LayerPlan], backend: Packing) -> None:
@@ -152,7 +179,11 @@ def left_with_library(model: Any, backend: Packing) -> bool:
     """Whether the library multiplies with any layer of a packed model: only its backend knows how that one trains."""
     quantized = {module_of(layer) for layer in backend.describe_layers(model) if layer.quantized}
     modules = (model.get_submodule(name) for name in quantized)
-    return any(not isinstance(each, (RepackedLinear, RepackedEmbedding)) and not has_packed(each) for each in modules)
+    ours = (RepackedLinear, RepackedEmbedding)
+    return any(
+        not isinstance(each, ours) and not any(isinstance(child, RepackedExperts) for child in each.children())
+        for each in modules
+    )
 
 
 def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:

@@ -18,7 +18,7 @@ from polyquant.packed_weights.experts import RepackedExperts
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded
 from polyquant.packed_weights.weight import same
-from polyquant.registry.repacked import Packing, rounded_experts, with_stored_options
+from polyquant.registry.repacked import Packing, is_stack, packed_stack, rounded_experts, with_stored_options
 
 
 def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
@@ -30,7 +30,8 @@ def as_its_own(loaded: LoadedModel, backend: Packing) -> LoadedModel:
     if loaded.request is None or loaded.settled is None:
         raise SaveError("it is not known where this model came from: load through polyquant.load")
     experts = _experts_of(loaded.model)
-    still = {"experts": QUANTIZE} if experts else {}  # the core's, so that none is refused
+    ours = hasattr(loaded.settled.options, "experts")
+    still = {"experts": QUANTIZE} if experts and ours else {}  # the core's, so that none is refused
     options = replace(loaded.settled.options, kernel="library", embeddings=KEEP, head=KEEP, **still)
     dtype = loaded.config.compute_dtype
     weights = tuple(
@@ -93,8 +94,10 @@ def _require_same_experts(
     weights = {weight.name: weight for weight in loaded.settled.weights}
     plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
     for name, mine in experts.items():
-        dense = again.model.get_parameter(name).detach()
-        now = rounded_experts(dense, weights[name], plans[name], loaded, backend)
+        if is_stack(again.model, name):
+            now = packed_stack(again.model.get_submodule(name), plans[name], backend)
+        else:
+            now = rounded_experts(again.model.get_parameter(name).detach(), weights[name], plans[name], loaded, backend)
         if not all(same(one, other) for one, other in zip(now, mine.packed, strict=True)):
             raise _changed(loaded, name)
 

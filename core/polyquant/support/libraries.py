@@ -7,15 +7,51 @@ import io
 import logging
 import os
 import random
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib import metadata
+from typing import NamedTuple
 
 from polyquant.errors import EnvironmentProblem
 from polyquant.types import Library, Problem
+
+
+class LookAlike(NamedTuple):
+    """A distribution that an index has under the name of something else."""
+
+    version: str  # that the index has
+    what: str  # what that is
+    instead: str  # the command that installs what the name promises
+
+
+LOOK_ALIKES = {
+    "triton-kernels": LookAlike(
+        "0.1.0", "has nothing to do with OpenAI's kernels of that name",
+        "pip install 'git+https://github.com/triton-lang/triton.git#subdirectory=python/triton_kernels'",
+    ),
+    "qutlass": LookAlike(
+        "0.0.0", "is a placeholder without kernels",
+        "pip install --no-build-isolation 'git+https://github.com/IST-DASLab/qutlass.git'",
+    ),
+}  # fmt: skip
+"""By name as pip compares them. They are never advised, and where they are installed they are a problem."""
+
+
+def install_command(requirement: str, flags: str = "") -> str:
+    """What installs a requirement, as pip takes it; of a look-alike's name, what installs the one that is meant."""
+    if other := look_alike(requirement):
+        return f"{other.instead} (the {requirement} of the index {other.what})"
+    return f"pip install {flags}'{requirement}'"
+
+
+def look_alike(requirement: str) -> LookAlike | None:
+    """What the index has under the name of a requirement, where that is something else."""
+    name = re.split(r"[^A-Za-z0-9._-]", requirement.strip(), maxsplit=1)[0]
+    return LOOK_ALIKES.get(re.sub(r"[-_.]+", "-", name).lower())
 
 
 def library_problems(libraries: Iterable[Library]) -> list[Problem]:
@@ -27,9 +63,14 @@ def each_library_problem(libraries: Iterable[Library]) -> Iterator[Problem]:
     """`library_problems`, one by one: whoever wants to know only whether there is one need not see the others."""
     for library in libraries:
         version = installed_version(library.distribution)
-        fix = f"pip install '{library.requirement}'" + (f" ({library.caution})" if library.caution else "")
+        fix = install_command(library.requirement) + (f" ({library.caution})" if library.caution else "")
+        other = look_alike(library.distribution)
         if version is None:
             yield Problem(what=f"{library.distribution} is not installed", fix=fix, kind="missing")
+        elif other and version == other.version:
+            yield Problem(
+                what=f"{library.distribution} {version} is installed, and {other.what}", fix=fix, kind="version"
+            )
         elif not _allows(library.versions, version):
             what = f"{library.distribution} {version} is installed, {library.versions} was tested"
             yield Problem(what=what, fix=fix, kind="version")
@@ -111,7 +152,7 @@ def import_problems(libraries: Iterable[Library]) -> list[Problem]:
             problems.append(
                 Problem(
                     what=f"{library.distribution} is installed but fails to import: {type(error).__name__}: {error}",
-                    fix=f"pip install --force-reinstall '{library.requirement}'",
+                    fix=install_command(library.requirement, "--force-reinstall "),
                     kind="import",
                     detail=traceback.format_exc(),
                 )

@@ -66,6 +66,9 @@ def card_is_complete(subject: Subject) -> None:
     expect(not unknown, f"compute_dtypes names {', '.join(unknown)}, which capabilities.devices does not")
     silent = [option.name for option in describe_options(info.options) if not option.description]
     expect(not silent, f"options without a description: {', '.join(silent)}; give each msgspec.Meta(description=...)")
+    for mark in info.marks:
+        expect(mark.method in capabilities.loads_prequantized, f"a mark of {mark.method!r}, which it does not read")
+        expect(mark.file or mark.headers or (mark.key and mark.fields), f"a mark of {mark.method!r} that marks nothing")
     for library in info.libraries:
         SpecifierSet(library.versions)
     for preset, options in info.presets.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from polyquant.errors import ConfigError
 from polyquant.loading.records import total
-from polyquant.models.checks import read_object
+from polyquant.models.resolve import resolve
 from polyquant.options import describe_options
 from polyquant.testing.check import FIRST, CheckFailed, NotApplicable, check, expect
 from polyquant.testing.checks_bytes import plan_is_within_one_percent
@@ -25,7 +25,7 @@ def what_is_declared_loads(subject: Subject, asked: str) -> None:
     word, _, value = asked.partition("=")
     if word == "stored":
         made = subject.checkpoint(asked, FIRST)
-        found = {str(read_object(made / "config.json", made.name)["quantization_config"]["quant_method"])}
+        found = {str(resolve(made).stored_quantization["quant_method"])}
     else:
         quantized = [layer for layer in loaded.layers if layer.quantized]
         found = {layer.scheme if word == "scheme" else f"{layer.bits:g}" for layer in quantized}

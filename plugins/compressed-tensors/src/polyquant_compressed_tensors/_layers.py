@@ -10,7 +10,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from polyquant.errors import Misfit, ModelError, UnsupportedOperation
-from polyquant.plugin import FP4, LayerInfo, LoadedModel
+from polyquant.plugin import E2M1, LayerInfo, LoadedModel
+from polyquant.plugin.floats import pairs_of_codes
 from polyquant.plugin.layers import (
     PackedLinear,
     PackedWeight,
@@ -133,7 +134,7 @@ def pack(module: CompressedLinear) -> PackedWeight:
     return pack_weight(
         codes, scales, packed_group(columns, columns_of_a_scale(options)), zero=zero,
         zeros=None if options.symmetric else zero_points(held["weight_zero_point"], scales) + zero,
-        table=torch.tensor(FP4) if options.weights in FIXED_GROUPS else None,
+        table=torch.tensor(E2M1) if options.weights in FIXED_GROUPS else None,
     )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def unpack(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[str, t
     size = columns_of_a_scale(config)
     if config.weights in FIXED_GROUPS:
         codes = fp4_codes(weight, size)
-        return {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4, **_fp4_scales(weight.in_groups(size), config)}
+        return {"weight_packed": pairs_of_codes(codes), **_fp4_scales(weight.in_groups(size), config)}
     held = weight.in_order().in_groups(size)
     scale = {"weight_scale": held.scales_as(torch.bfloat16, torch.float16, torch.float32)}
     if config.weights == "fp8":

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 from polyquant.errors import ConfigError, Misfit
 from polyquant.plugin import (
-    FP4,
+    E2M1,
     HeldWeight,
     LayerFormats,
     MixableOptions,
@@ -280,7 +280,7 @@ def _held(weight: HeldWeight) -> dict[str, Any]:
     grouped = weight.columns_of_a_scale != -1
     if weight.kind == "code book":
         name = next((name for name, size in FIXED_GROUPS.items() if size == weight.group_size), None)
-        if name is None or weight.table != FP4:
+        if name is None or weight.table != E2M1:
             raise Misfit(
                 "bits", "its codes are entries of a code book, and of those E2M1's in groups of 16 or 32 are held"
             )

@@ -8,6 +8,7 @@ import torch
 from fouroversix.quantize import from_blocked
 from fouroversix.quantize.pytorch import reference
 from fouroversix.utils import DataType, ScaleRule
+from polyquant.plugin.floats import E2M1
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,10 +28,8 @@ def _of_bytes(codes: list[float]) -> Tensor:
     return torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], 1)
 
 
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-E2M1 += [-number for number in E2M1]
 TWOS_COMPLEMENT = [*range(8), *range(-8, 0)]
-FP4, INT4 = _of_bytes(E2M1), _of_bytes(TWOS_COMPLEMENT)
+FP4, INT4 = _of_bytes([*E2M1]), _of_bytes(TWOS_COMPLEMENT)
 TABLES = {"nvfp4": FP4, "mxfp4": FP4, "nvint4": INT4, "if4": torch.cat([FP4, INT4 * INT_IN_IF4])}
 """Format -> the numbers of a byte of codes; for IF4 those of a byte in an FP4 block, then in an INT4 one."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from fouroversix.quantize.utils import to_blocked
 from polyquant.errors import Misfit
+from polyquant.plugin.floats import E2M1, codes_of_pairs, pairs_of_codes
 from polyquant.plugin.layers import PackedWeight, WeightCodes, pack_weight
 from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes
 from torch import Tensor
 from torch.nn import functional
 
-from polyquant_fouroversix._decode import E2M1, INT_IN_IF4, TWOS_COMPLEMENT, block_factors
+from polyquant_fouroversix._decode import INT_IN_IF4, TWOS_COMPLEMENT, block_factors
 from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.formats import BLOCK, SWIZZLED, largest, padded
 from polyquant_fouroversix.options import FouroversixOptions
@@ -23,7 +24,7 @@ def pack(module: FouroversixLinear) -> PackedWeight:
     config, shape = module.config, (module.out_features, module.in_features)
     layout, block = LAYOUTS[config.dtype], BLOCK[config.dtype]
     factors, whole = block_factors(module.weight, module.scales, module.amax, config)
-    codes = torch.stack([module.weight & 15, module.weight >> 4], 2).flatten(1)
+    codes = codes_of_pairs(module.weight)
     zero, table = 0.0, None
     if whole is not None:
         codes, factors = _as_integers(codes, factors, whole, block)
@@ -47,7 +48,7 @@ def unpack(weight: WeightCodes, config: FouroversixOptions) -> dict[str, Tensor]
     wide = functional.pad(scales, (0, columns // block - scales.shape[1], 0, rows - scales.shape[0]))
     kind = torch.float8_e8m0fnu if config.dtype == "mxfp4" else torch.float8_e4m3fn
     return {
-        STORED_NAMES["weight"]: whole[:, ::2] | whole[:, 1::2] << 4,
+        STORED_NAMES["weight"]: pairs_of_codes(whole),
         STORED_NAMES["scales"]: to_blocked(wide).contiguous().view(kind), STORED_NAMES["amax"]: amax,
         METADATA: metadata(weight.shape, config),
     }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from msgspec import Meta
 from polyquant.errors import Misfit
-from polyquant.plugin import FP4, ExpertsOptions, HeldWeight, NumberFormat, RoundingMethod
+from polyquant.plugin import E2M1, ExpertsOptions, HeldWeight, NumberFormat, RoundingMethod
 
 from polyquant_fouroversix.formats import BLOCK, RULES, STATIC, SWIZZLED
 
@@ -93,7 +93,7 @@ class FouroversixOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unkno
     def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
         """MXFP4 and NVFP4, whose activations are left as they are."""
         kinds = {(weight.table, weight.group_size) for weight in weights}
-        name = next((name for name in SWIZZLED if kinds == {(FP4, BLOCK[name])}), None)
+        name = next((name for name in SWIZZLED if kinds == {(E2M1, BLOCK[name])}), None)
         if name is None or any(weight.ordered for weight in weights):
             own = " and ".join(sorted({f"{weight.kind} of {weight.bits} bits" for weight in weights}))
             raise Misfit("bits", f"its codes are {own}, and E2M1 in groups of 32 (MXFP4) or 16 (NVFP4) is held")

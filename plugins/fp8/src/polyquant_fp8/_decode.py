@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from polyquant.plugin.floats import e4m3_numbers
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -35,11 +36,8 @@ def quantize(weight: Tensor, block: Block, *, powers_of_two: bool = False) -> tu
 
 def dequantize(weight: Tensor, scales: Tensor, block: Block) -> Tensor:
     """The numbers, float32. weight: whole blocks of rows, and their scales."""
-    if weight.device.type != "cpu":
-        return _times(weight.float(), scales.float(), block)
-    # torch converts e4m3 one by one on the CPU; moved to where float16 has them, the same bits are the number / 256
-    bits = weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    return _times(bits.view(torch.float16).float(), scales.float() * 256, block)
+    numbers, factor = e4m3_numbers(weight)
+    return _times(numbers, scales.float() * factor, block)
 
 
 def _times(numbers: Tensor, scales: Tensor, block: Block) -> Tensor:

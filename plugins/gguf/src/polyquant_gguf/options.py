@@ -10,7 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from msgspec import Meta
 from polyquant.errors import Misfit
-from polyquant.plugin import FP4, BackendOptions, ExpertsOptions, HeldWeight, LayerFormats, MixableOptions, NumberFormat
+from polyquant.plugin import (
+    E2M1,
+    BackendOptions,
+    ExpertsOptions,
+    HeldWeight,
+    LayerFormats,
+    MixableOptions,
+    NumberFormat,
+)
 from polyquant.plugin.gguf import TYPES, read_header
 from polyquant.plugin.layouts import size_held
 
@@ -122,6 +130,6 @@ def _held(weight: HeldWeight) -> Quantizable:
         raise Misfit("zero points", "its codes of 8 bits have fitted zero points, and those of Q8_0 have none")
     if weight.kind == "integers":
         return "Q8_0"
-    if weight.table != FP4:
+    if weight.table != E2M1:
         raise Misfit("bits", f"its codes are {weight.kind} of {weight.bits} bits, and integers or E2M1 are held")
     return "MXFP4"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyquant.plugin import BackendInfo, Capabilities, DeviceSupport, Library, PluginBackend
+from polyquant.plugin import BackendInfo, Capabilities, DeviceSupport, Library, Mark, PluginBackend
 
 from polyquant_gptqmodel.options import AwqOptions, GptqOptions
 
@@ -31,6 +31,7 @@ GPTQ = BackendInfo(
     ),
     options=GptqOptions,
     docs=DOCS,
+    marks=(Mark(method="gptq", file="quantize_config.json"),),
     also_called=("gptqmodel",),
     libraries=LIBRARIES,
     presets={
@@ -54,6 +55,7 @@ AWQ = BackendInfo(
     ),
     options=AwqOptions,
     docs=DOCS,
+    marks=(Mark(method="awq", file="quant_config.json"),),
     libraries=LIBRARIES,
     presets={"int4": {"group_size": 64}},
     measured_kl={"int4": 0.147},

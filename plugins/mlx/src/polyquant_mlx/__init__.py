@@ -1,0 +1,1 @@
+"""MLX for polyquant: its checkpoints packed on any device, its rounding, and folders that mlx-lm runs."""

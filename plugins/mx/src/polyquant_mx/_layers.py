@@ -1,0 +1,250 @@
+"""How layers are made, from a dense layer or from a checkpoint's tensors, and what they store."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from polyquant.errors import ModelError
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.floats import E2M1, MOST_E2M1, NAN_E8M0
+from polyquant.plugin.layers import (
+    LinearExperts,
+    PackedWeight,
+    Part,
+    Quantized,
+    describe,
+    finite_weight,
+    layer_tensors,
+    pack_weight,
+    prepare_for_training,
+)
+from torch import Tensor
+
+from polyquant_mx._decode import factors, wide_codes
+from polyquant_mx._modules import KERNEL, MxLinear
+from polyquant_mx._quantize import quantized
+from polyquant_mx.formats import Layout, Scheme
+from polyquant_mx.options import MxOptions
+
+__all__ = ["prepare_for_training"]  # freezing is all that adapters need
+MATRICES = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+"""Matrices of an expert that checkpoints hold one by one; the gate's rows come before those of up."""
+BELIEVED = 1024.0
+"""No weight is larger: ModelOpt multiplies with a scale that compressed-tensors, with the reciprocal, divides by."""
+
+
+def describe_layers(model: Any) -> list[LayerInfo]:
+    return describe(model, _quantized, skipped=model.config.quantization_config["skip_modules"])
+
+
+def quantize_linear(linear: Any, config: MxOptions) -> MxLinear:
+    """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
+    return linear_of(linear, config.usual_scheme)
+
+
+def linear_of(linear: Any, scheme: Scheme) -> MxLinear:
+    """As `quantize_linear`, in a format of its own."""
+    bias = {} if linear.bias is None else {"bias": linear.bias}
+    return MxLinear(linear, scheme, {**quantized(finite_weight(linear), scheme), **bias})
+
+
+def experts_of(dense: Tensor, scheme: Scheme, *, transposed: bool) -> LinearExperts:
+    """A stack of all experts. dense: (experts, out_features, in_features), transposed the last two the other way."""
+
+    def one(number: int) -> MxLinear:
+        matrix = dense[number].detach()
+        rows = (matrix.T if transposed else matrix).contiguous()
+        linear = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(rows, requires_grad=False)
+        try:
+            return linear_of(linear, scheme)
+        except ModelError as error:
+            raise ModelError(f"expert {number}: {error}") from error
+
+    return LinearExperts.of((one(number) for number in range(len(dense))), len(dense), transposed=transposed)
+
+
+def linear_from_tensors(
+    linear: Any, scheme: Scheme, layout: Layout, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+) -> MxLinear:
+    """A layer from a checkpoint's tensors. linear: the dense one. Raises ModelError where they are wrong."""
+    found = checked(linear, scheme, layout.linear, tensors)
+    if linear.bias is not None:
+        found["bias"] = found["bias"].to(dtype)
+    return MxLinear(linear, scheme, found)
+
+
+def experts_from_tensors(
+    dense: Tensor, scheme: Scheme, layout: Layout, tensors: Mapping[str, Tensor], *, transposed: bool
+) -> LinearExperts:
+    """A stack of all experts from a checkpoint's tensors, which have one more axis. dense: on the meta device.
+
+    Raises ModelError where they are wrong, or not of as many experts.
+    """
+    count, rows, columns = dense.shape[0], *(dense.shape[:0:-1] if transposed else dense.shape[1:])
+    linear = torch.nn.Linear(columns, rows, bias=False, device="meta")
+    if few := [f"{name} has {len(part) if part.dim() else 0}" for name, part in sorted(tensors.items())
+               if part.dim() == 0 or len(part) != count]:  # fmt: skip
+        raise ModelError(f"there are {count} experts, and {', '.join(few)}")
+    each = [checked(linear, scheme, layout.stacked, {name: part[number] for name, part in tensors.items()})
+            for number in range(count)]  # fmt: skip
+    whole = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    whole["qweight"] = whole["qweight"].view(torch.uint8)
+    return LinearExperts(MxLinear(linear, scheme, each[0]), whole, transposed=transposed)
+
+
+def experts_one_by_one(
+    dense: Tensor, scheme: Scheme, layout: Layout, tensors: Mapping[str, Tensor], *, transposed: bool
+) -> LinearExperts:
+    """A stack of experts that a checkpoint holds one by one, as `0.gate_proj.weight`; gate and up become one.
+
+    Raises ModelError where they are wrong, or not all there.
+    """
+    count, rows, columns = dense.shape[0], *(dense.shape[:0:-1] if transposed else dense.shape[1:])
+    parts: dict[int, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    for name, tensor in tensors.items():
+        number, matrix, short = name.split(".")
+        parts[int(number)][matrix][short] = tensor
+    matrices = sorted({matrix for expert in parts.values() for matrix in expert}, key=MATRICES.index)
+    if gone := [f"{number}.{matrix}" for number in range(count) for matrix in matrices if matrix not in parts[number]]:
+        raise ModelError(f"there are {count} experts, and {', '.join(gone[:3])} is missing")
+    if len(parts) != count:
+        raise ModelError(f"there are {count} experts, and the checkpoint holds {len(parts)}")
+    linear = torch.nn.Linear(columns, rows // len(matrices), bias=False, device="meta")
+    if scheme.rows > 1 and linear.out_features % scheme.rows:
+        raise ModelError(f"blocks of {scheme.rows} rows do not divide the {linear.out_features} of {matrices[0]}")
+
+    def one(number: int) -> MxLinear:
+        each = []
+        for matrix in matrices:
+            try:
+                each.append(checked(linear, scheme, layout.linear, parts[number][matrix]))
+            except ModelError as error:
+                raise ModelError(f"{number}.{matrix}: {error}") from error
+        whole = {name: torch.cat([part[name].view(-1, *part[name].shape[1:]) for part in each]) for name in each[0]}
+        if "column_scales" in whole:
+            first = each[0]["column_scales"]
+            if not all(torch.equal(part["column_scales"], first) for part in each):
+                raise ModelError(f"expert {number} multiplies the inputs of {' and '.join(matrices)} otherwise each")
+            whole["column_scales"] = first
+        whole_linear = torch.nn.Linear(columns, rows, bias=False, device="meta")
+        return MxLinear(whole_linear, scheme, whole)
+
+    return LinearExperts.of((one(number) for number in range(count)), count, transposed=transposed)
+
+
+def stored_one_by_one(stack: LinearExperts, names: Mapping[str, str], matrices: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a stack as `0.gate_proj.weight`, the rows of each expert in so many matrices."""
+    rows = stack.shape[0] // len(matrices)
+    stored: dict[str, Tensor] = {}
+    for number in range(stack.count):
+        layer: Any = stack.expert(number)
+        linear = torch.nn.Linear(stack.shape[1], rows, bias=False, device="meta")
+        for place, matrix in enumerate(matrices):
+            held = {
+                name: part if name == "column_scales" else part.chunk(len(matrices))[place].clone()
+                for name in names
+                if (part := layer.part(name)) is not None
+            }
+            single = MxLinear(linear, layer.scheme, held)
+            each = stored_tensors(single, names)
+            stored |= {f"{number}.{matrix}.{short}": tensor.clone() for short, tensor in each.items()}
+    return stored
+
+
+def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors of one layer by their names here, in their shapes here. Raises ModelError."""
+    shape = (linear.out_features, linear.in_features)
+    stored = {name: _as_stored(name, tensor, scheme, names, shape) for name, tensor in tensors.items()}
+    parts: dict[str, Part] = {}
+    for name, (size, dtype) in scheme.parts(shape).items():
+        floats = name not in ("qweight", "scales") or (name == "scales" and scheme.scales == "float32")
+        most = NAN_E8M0 - 1 if name == "scales" and scheme.scales == "e8m0" else None
+        parts[names[name]] = Part(size, "float" if floats else dtype, most=most)
+    kept = {"column_scales": (shape[1],), "input_scale": (1,), "backward_rotation": None}
+    for name, length in kept.items():
+        if name in names:
+            parts[names[name]] = Part(length, "float", optional=True)
+    found = layer_tensors(linear, stored, parts)
+    own = {short: found[name] for short, name in names.items() if name in found}
+    for name, tensor in own.items():
+        if name not in ("qweight", "scales", "column_scales") or (name == "scales" and scheme.scales == "float32"):
+            own[name] = tensor.float()
+    if scheme.outer == "multiplies":
+        _require_multiplied(own, names)
+    return own if linear.bias is None else {**own, "bias": found["bias"]}
+
+
+def stored_tensors(layer: MxLinear, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a layer under a checkpoint's names, in its shapes and dtypes."""
+    held = {name: layer.part(name) for name in names}
+    for name, same in (("backward_rotation", "rotation"), ("input_scale", "outer_scale")):
+        if layer.scheme.rotation and held[name] is None:  # FP-Quant's own layers ask for it
+            held[name] = layer._parameters[same].detach().clone()
+    return {names[name]: as_stored(name, tensor, layer.scheme) for name, tensor in held.items() if tensor is not None}
+
+
+def as_stored(name: str, tensor: Tensor, scheme: Scheme, experts: int = 0) -> Tensor:
+    """A layer's tensor, or that of so many experts, as checkpoints have it: whole scales without axes of length 1."""
+    lead = (experts,) if experts else ()
+    if name == "qweight":
+        return tensor.view(torch.float8_e4m3fn) if scheme.codes == "e4m3" else tensor
+    if name in ("outer_scale", "input_scale") and not scheme.rotation:
+        return tensor.reshape(lead)
+    if name == "scales" and scheme.scales == "float32" and not scheme.columns:
+        return tensor.reshape(lead if not scheme.rows else (*lead, -1))
+    return tensor
+
+
+def pack(module: MxLinear) -> PackedWeight:
+    """Raises ModelError for weights that are NaN."""
+    scheme, scales = module.scheme, factors(module)
+    if scheme.scales == "e8m0":
+        scales = scales.to(torch.bfloat16)
+    codes, columns = wide_codes(module), module.part("column_scales")
+    table = torch.tensor(E2M1) if scheme.codes == "e2m1" else None
+    if scheme.codes == "int4":
+        return pack_weight(codes ^ 8, scales, scheme.columns, zero=8, column_scales=columns)
+    return pack_weight(codes, scales, scheme.columns or -1, table=table, column_scales=columns)
+
+
+def _as_stored(name: str, tensor: Tensor, scheme: Scheme, names: Mapping[str, str], shape: tuple[int, int]) -> Tensor:
+    """A checkpoint's tensor, where it may look otherwise than the one here: blocks of 16 bytes, E8M0 under its type."""
+    if name == names["qweight"] and scheme.codes == "e2m1":
+        if tensor.dtype == torch.int8:
+            tensor = tensor.view(torch.uint8)
+        if tensor.dim() == 3 and tensor.shape[-1] == scheme.columns // 2:
+            return tensor.flatten(1)
+    if name == names["scales"] and scheme.scales == "e8m0" and tensor.dtype == torch.float8_e8m0fnu:
+        return tensor.view(torch.uint8)
+    if name == names["scales"] and scheme.rotation:
+        if scheme.scales == "e4m3" and tensor.dtype == torch.uint8:
+            tensor = tensor.view(torch.float8_e4m3fn)
+        if tensor.dim() == 2:  # filled up to what a matrix unit reads
+            return tensor[: shape[0], : -(-shape[1] // scheme.columns)]
+    return tensor
+
+
+def _require_multiplied(own: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Raises ModelError where the scale of a matrix is zero or less, or the reciprocal of what it is to be."""
+    outer = float(own["outer_scale"].max())
+    largest = MOST_E2M1 * float(own["scales"].float().max()) * outer
+    if not outer > 0 or largest > BELIEVED:
+        raise ModelError(
+            f"{names['outer_scale']} is {outer:.4g}, and weights would be up to {largest:.4g}: ModelOpt's is "
+            "multiplied with, and compressed-tensors' weight_global_scale, its reciprocal, divided by; this one is no "
+            "scale to multiply with, so the file mixes the two or is damaged"
+        )
+
+
+def _quantized(name: str, module: Any) -> Quantized | None:
+    if isinstance(module, MxLinear):
+        shape: tuple[int, ...] = (module.out_features, module.in_features)
+        return Quantized(shape, module.scheme.bits, module.scheme.name, KERNEL)
+    if isinstance(module, LinearExperts):
+        like = module.like
+        return Quantized(module.dense_shape, like.scheme.bits, like.scheme.name, KERNEL, tensor="", role="experts")
+    return None
