@@ -47,6 +47,8 @@ DIALECTS = [
     {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}},
      "exclude": ["lm_head"], "layer_quant_config": {}, "export": {"pack_method": "reorder"}},
     {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline", "modules_to_not_convert": ["lm_head"]},
+    {"quant_method": "mlx", "group_size": 64, "bits": 4, "model.layers.0.mlp.up_proj": {"group_size": 32, "bits": 8}, "lm_head": False},
+    {"quant_method": "metal", "bits": 4, "group_size": 64, "modules_to_not_convert": ["lm_head"]},
     {"quant_method": "sinq", "nbits": 4, "group_size": 64, "tiling_mode": "1D"},
 ]  # fmt: skip
 

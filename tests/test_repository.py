@@ -26,7 +26,13 @@ PLUGINS = [*sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")
 SURFACE = re.compile(r"polyquant\.(plugin|errors)(\.|$)")
 LIGHT_SURFACE = ("polyquant.plugin", "polyquant.plugin.gguf", "polyquant.plugin.layouts", "polyquant.plugin.formats",
                  "polyquant.errors")  # fmt: skip
-HEAVY_SURFACE = ("checkpoints", "layers", "calibration", "process")  # as `from polyquant.plugin import ...` names them
+HEAVY_SURFACE = (
+    "checkpoints",
+    "experts",
+    "layers",
+    "calibration",
+    "process",
+)  # as `from polyquant.plugin import ...` names them
 LIGHT_ROLES = {
     "__init__": "a docstring",
     "plugin": "the card",

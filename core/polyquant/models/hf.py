@@ -96,6 +96,13 @@ def _config(path: Path, gguf_file: str, trust_remote_code: bool, size: int, mtim
     return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **gguf)
 
 
+def ignored_tensors(source: ModelSource) -> list[str]:
+    """Patterns of tensors that the model's class leaves out, such as those of layers for predicting several tokens."""
+    known = source.config.get("model_type")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[known], None) if known in CONFIG_MAPPING else None
+    return list(getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
 def skeleton(
     source: ModelSource, dtype: Dtype, *, trust_remote_code: bool = False, attention: str = "",
     stored: Collection[str] | None = None,

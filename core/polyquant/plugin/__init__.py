@@ -2,13 +2,14 @@
 
 Here are the light names, for `plugin.py`, `options.py` and `planning.py`: importing them imports no torch. The modules
 beside are for files whose names begin with an underscore: `checkpoints` (reading and writing them), `layers` (quantized
-modules, their products and gradients), `calibration`, `process` (work in a process of its own), and light ones for the
-formats that several libraries share: `layouts` (GPTQ, AWQ) and `gguf`.
+modules, their products and gradients), `experts` (those that are stored one by one), `calibration`, `process` (work in
+a process of its own), and light ones for the formats that several libraries share: `layouts` (GPTQ, AWQ) and `gguf`.
 """
 
 from polyquant.contract.markers import hookimpl
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.measure.speed import Feed
+from polyquant.memory.experts import one_expert
 from polyquant.memory.planned import (
     dense_linears,
     is_linear,
@@ -91,6 +92,7 @@ __all__ = [
     "is_packed",
     "library_problems",
     "module_of",
+    "one_expert",
     "plan_dense",
     "plan_linears",
     "quantized_modules",

@@ -6,21 +6,19 @@ For backends whose library leaves no format of transformers' own; never pickle. 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import accelerate
 import msgspec
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
 
-from polyquant.errors import ConfigError, ModelError, PlacementError, SaveError
+from polyquant.errors import ConfigError, ModelError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.planned import is_linear
 from polyquant.models import hf, versions
@@ -31,7 +29,9 @@ from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype
 from polyquant.packed_weights.experts import ExpertStack, put_in
 from polyquant.plugin.dtypes import cast_dense, dense_dtypes, stored_dtype
+from polyquant.plugin.experts import stored_part
 from polyquant.plugin.layers import fill_empty
+from polyquant.plugin.pretrained import empty_causal_lm, load_causal_lm, place, save_pretrained, single_device
 from polyquant.plugin.tensors import own_tensors, packed_modules
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.types import WeightInfo
@@ -47,38 +47,6 @@ OWN_FORMAT, MODEL = "packed", "model"
 """What the files of a checkpoint are called that transformers cannot read, and that it can."""
 
 
-def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
-    """The model in eval mode with its parameters on the meta device; buffers, such as rotary frequencies, are real."""
-    source = request.source
-    config = hf.read_config(source, trust_remote_code=request.trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    attention = {"attn_implementation": request.attention} if request.attention else {}
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            trust_remote_code=request.trust_remote_code,
-            **versions.dtype_argument(getattr(torch, dtype)),
-            **attention,
-        )
-    if (source.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(
-            source.path, local_files_only=True, trust_remote_code=request.trust_remote_code
-        )
-    return model.eval()
-
-
-def single_device(request: LoadRequest) -> str:
-    """The one device of the request's map. Raises PlacementError for several."""
-    devices = {str(device) for device in request.device_map.values()}
-    if len(devices) != 1:
-        raise PlacementError(
-            f"this checkpoint loads onto one device, and the device map names {', '.join(sorted(devices))}; "
-            f"give device_map={{'': {request.device!r}}}"
-        )
-    return devices.pop()
-
-
 def read_layers(
     request: LoadRequest,
     dtype: Dtype,
@@ -88,30 +56,35 @@ def read_layers(
     owner: Callable[[str], str] = str,
     part: Callable[[str], tuple[str, str]] | None = None,
     check: Callable[[str, torch.Tensor], None] | None = None,
+    leave_out: Callable[[str], bool] = lambda name: False,
 ) -> Any:
     """The model of a checkpoint, on its device: the modules `names` made of their packed tensors, the rest in `dtype`.
 
     make: (name, dense module on the meta device, its tensors by their names inside it) -> the module in its place. Of
     fused experts the name is their tensor's, which is given; an `ExpertStack` takes its place.
-    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. part: a tensor's whole name
-    -> the module that it belongs to, and its name there, where those do not follow from its module. check: called with
-    the name and tensor of everything else. Raises ModelError, with the names of checkpoint and module, where `make`
-    does.
+    owner: a tensor's module -> the module that it belongs to, where a packed one has parts. part: a tensor's name in
+    its file -> the module that it belongs to, and its name there, where those do not follow from its module. check:
+    called with the name and tensor of everything else. leave_out: whether a tensor of that name is none of the model's.
+    Raises ModelError, with the names of checkpoint and module, where `make` does.
     """
     source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
     model = empty_causal_lm(request, dtype)
     quantized, dense = set(names), dict[str, torch.Tensor]()
     layers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for stored, tensor in own_tensors(model, source):
+        if leave_out(stored):
+            continue
         name = request.names.get(stored, stored)
         if part is None:
             home = owner(name.rpartition(".")[0])
             short = name.removeprefix(f"{home}.")
         else:
-            home, short = part(name)
+            home, short = part(stored)
         if home in quantized:
             layers[home][short] = tensor
             continue
+        if name in dense:
+            raise ModelError(f"{source.name}: {name} is stored in several tensors, which are not put together here")
         if check is not None:
             check(name, tensor)
         as_stored = name in request.later or not tensor.is_floating_point()
@@ -183,8 +156,16 @@ def _put(model: Any, name: str, layer: Any) -> None:
 
 
 def as_packed(config: Options, request: LoadRequest, parts: tuple[str, ...]) -> tuple[Options, list[str]]:
-    """`with_stored_skips` of the modules that have a tensor called like one of `parts` in the checkpoint."""
-    packed = packed_modules(request.source, parts)
+    """`with_stored_skips` of the modules that have a tensor called like one of `parts` in the checkpoint.
+
+    Experts, and what the model's class leaves out, such as layers for predicting several tokens, are none of them.
+    """
+    ignored = hf.ignored_tensors(request.source)
+    packed = {
+        name for name in packed_modules(request.source, parts)
+        if not any(re.search(pattern, f"{name}.weight") for pattern in ignored)
+        and not any(stored_part(f"{name}.{part}", request.names) for part in parts)
+    }  # fmt: skip
     return with_stored_skips(config, request.weights, packed, request.source)
 
 
@@ -242,15 +223,6 @@ def require_packed(out: Path, modules: Sequence[str], library: str) -> None:
         raise SaveError(f"{library} left {len(left)} of {len(modules)} layers dense: {', '.join(left[:3])}")
 
 
-def place(model: Any, request: LoadRequest) -> None:
-    """Move a filled model to the device or devices of the request's map."""
-    devices = {str(device) for device in request.device_map.values()}
-    if len(devices) == 1:
-        model.to(devices.pop())
-    else:
-        accelerate.dispatch_model(model, dict(request.device_map))
-
-
 def fill(model: Any, tensors: Mapping[str, torch.Tensor], source: ModelSource) -> None:
     """Assign `tensors` to the parameters and buffers of `model`, and tie what is tied.
 
@@ -299,31 +271,4 @@ def save(
     if loaded.model.can_generate():
         loaded.model.generation_config.save_pretrained(out)
     loaded.tokenizer.save_pretrained(out)
-    return out
-
-
-def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode."""
-    source, arguments = request.source, dict[str, Any]()
-    if quantization_config is not None:
-        arguments["quantization_config"] = quantization_config
-    if request.attention:
-        arguments["attn_implementation"] = request.attention
-    with versions.progress_bars(request.progress):
-        return hf.load_model(
-            source,
-            getattr(torch, dtype),
-            trust_remote_code=request.trust_remote_code,
-            device_map=dict(request.device_map),
-            use_safetensors=None if request.allow_pickle or source.gguf_file else True,
-            **arguments,
-        )
-
-
-def save_pretrained(loaded: LoadedModel, out: Path, model: Any = None) -> Path:
-    """Write `model`, or the loaded one, with its tokenizer, as transformers saves them."""
-    model = model or loaded.model
-    with versions.progress_bars(loaded.request is not None and loaded.request.progress), versions.savable(model):
-        model.save_pretrained(out)
-        loaded.tokenizer.save_pretrained(out)
     return out

@@ -147,7 +147,12 @@ def forget_library(model: Any) -> None:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it computes what torch's linear layer does, or its embedding, which scales nothing."""
+    """Whether it computes what torch's linear layer does, or its embedding, which scales nothing.
+
+    One that rounds its activations does more, and says so.
+    """
+    if getattr(module, "rounds_activations", False):
+        return False
     scaled = not _is_linear(module) and any(True for _ in module.buffers())
     return not list(module.children()) and not scaled and (_is_linear(module) or hasattr(module, "num_embeddings"))
 

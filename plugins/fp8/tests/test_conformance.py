@@ -12,3 +12,8 @@ class TestFp8(BackendConformance):
         "ue8m0": Floor(kl=0.02, top1=0.88),  # 0.0130, 0.944
         "tensor": Floor(kl=0.02, top1=0.90),  # 0.0132, 0.956
     }
+
+
+class TestFbgemm(BackendConformance):
+    backend = "fbgemm-fp8"
+    floors: ClassVar = {"rows": Floor(kl=0.02, top1=0.88)}

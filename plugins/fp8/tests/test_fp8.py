@@ -47,7 +47,7 @@ def dense_twin(path, loaded):
     model = AutoModelForCausalLM.from_pretrained(path)
     for name, module in loaded.model.named_modules():
         if isinstance(module, Fp8Linear):
-            numbers = defined(module.weight, module.weight_scale_inv, module.block)
+            numbers = defined(module.weight, module.scales, module.block)
             model.get_submodule(name).weight.data = numbers.detach()
     return model
 

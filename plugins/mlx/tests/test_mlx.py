@@ -9,7 +9,7 @@ import torch
 from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
 from polyquant_mlx._decode import decode
-from polyquant_mlx._encode import encode
+from polyquant_mlx._quantize import encode
 from polyquant_mlx.formats import FORMATS
 from safetensors import safe_open
 

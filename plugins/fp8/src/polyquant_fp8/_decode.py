@@ -6,22 +6,26 @@ import torch
 from polyquant.plugin.floats import e4m3_numbers
 from torch import Tensor
 
+from polyquant_fp8.options import Block
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 TINY = torch.finfo(torch.float32).tiny
 
-Block = tuple[int, int] | None
-"""(rows, columns), or None for one scale a matrix."""
+LEAST = 1e-12  # the greatest number of a row of zeros, as FBGEMM has it
 
 
 def quantize(weight: Tensor, block: Block, *, powers_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """(e4m3 weight, scales): the greatest number of each block becomes 448. Same bytes as transformers' Fp8Quantize.
+    """(e4m3 weight, scales): the greatest number of each block becomes 448.
 
+    Same bytes as transformers' Fp8Quantize, and of rows as the torch branch of FBGEMM's quantize_fp8_row.
     weight: (out_features, in_features). scales: to multiply with, float32 or e8m0, () or one for each block.
     """
     numbers = weight.float()
     if block is None:
         greatest = numbers.abs().max()
+    elif block == (1, -1):
+        greatest = numbers.abs().amax(1, keepdim=True).clamp_min(LEAST)
     else:
         greatest = torch.stack(
             [torch.stack([part.abs().max() for part in rows.split(block[1], 1)]) for rows in numbers.split(block[0])]
@@ -42,7 +46,7 @@ def dequantize(weight: Tensor, scales: Tensor, block: Block) -> Tensor:
 
 def _times(numbers: Tensor, scales: Tensor, block: Block) -> Tensor:
     """`numbers` in place, each block times its scale."""
-    if block is None:
+    if block is None or block == (1, -1):
         return numbers.mul_(scales)
     rows, size = scales.repeat_interleave(block[0], 0)[: numbers.shape[0]], block[1]
     whole = numbers.shape[1] // size

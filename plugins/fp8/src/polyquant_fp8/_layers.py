@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import (
+    LinearExperts,
     PackedWeight,
     Quantized,
     describe,
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from polyquant_fp8._decode import quantize
 from polyquant_fp8._modules import KERNEL, Fp8Linear
-from polyquant_fp8.options import Fp8Options
+from polyquant_fp8.options import Float8Options
 from polyquant_fp8.planning import SCHEME, scale_shape
 
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
@@ -33,41 +35,57 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     return describe(model, _quantized, skipped=model.config.quantization_config["modules_to_not_convert"] or ())
 
 
-def quantize_linear(linear: Any, config: Fp8Options) -> Fp8Linear:
+def quantize_linear(linear: Any, config: Float8Options) -> Fp8Linear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
-    weight, scales = quantize(finite_weight(linear), config.block, powers_of_two=config.scale_fmt == "ue8m0")
-    return Fp8Linear(linear, weight, scales, config.block).eval()
+    weight, scales = quantize(finite_weight(linear), config.block, powers_of_two=config.powers_of_two)
+    return Fp8Linear(linear, weight, scales, config).eval()
 
 
 def linear_from_tensors(
-    linear: Any, config: Fp8Options, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    linear: Any, config: Float8Options, dtype: torch.dtype, tensors: Mapping[str, Tensor]
 ) -> Fp8Linear:
-    """A layer from weight, weight_scale_inv, bias and activation_scale. Raises ModelError where they are wrong."""
-    shape, powers = (linear.out_features, linear.in_features), config.scale_fmt == "ue8m0"
+    """A layer from weight, scales, bias and activation_scale. Raises ModelError where they are wrong."""
+    shape, powers, name = (linear.out_features, linear.in_features), config.powers_of_two, config.scale_name
     stored = dict(tensors)
-    if powers and "weight_scale_inv" in stored and stored["weight_scale_inv"].dtype == torch.uint8:
-        stored["weight_scale_inv"] = stored["weight_scale_inv"].view(E8M0)
+    if powers and name in stored and stored[name].dtype == torch.uint8:
+        stored[name] = stored[name].view(E8M0)
     expected: dict[str, tuple[tuple[int, ...], str]] = {
         "weight": (shape, "float8_e4m3fn"),
-        "weight_scale_inv": (scale_shape(shape, config), "float8_e8m0fnu" if powers else "float"),
+        name: (scale_shape(shape, config), "float8_e8m0fnu" if powers else "float"),
     }
-    if config.activation_scheme == "static":
+    if config.static_activations:
         expected["activation_scale"] = ((), "float")
     found = layer_tensors(linear, stored, expected)
     take_bias(linear, found, dtype)
-    scales = found["weight_scale_inv"] if powers else found["weight_scale_inv"].float()
-    activation = found["activation_scale"].float() if config.activation_scheme == "static" else None
-    return Fp8Linear(linear, found["weight"], scales, config.block, activation).eval()
+    scales = found[name] if powers else found[name].float()
+    activation = found["activation_scale"].float() if config.static_activations else None
+    return Fp8Linear(linear, found["weight"], scales, config, activation).eval()
+
+
+def require_whole_blocks(stack: Tensor, names: Iterable[str], config: Float8Options) -> None:
+    """Raises ModelError where the rows of an expert's two matrices do not come in whole blocks, each for itself.
+
+    stack: (experts, out_features, in_features). names: of the tensors, as `experts.part_of` has them.
+    """
+    joined = any(name.split(".")[1] == "1" for name in names)
+    if joined and (config.block is None or (stack.shape[1] // 2) % config.block[0]):
+        what = "one scale for a matrix" if config.block is None else f"blocks of {config.block[0]} rows"
+        raise ModelError(
+            f"its experts have matrices of {stack.shape[1] // 2} rows, which are multiplied together here, and {what}; "
+            "take the dense checkpoint"
+        )
 
 
 def pack(module: Fp8Linear) -> PackedWeight:
     """Raises ModelError for weights that are NaN."""
     block_rows, block_columns = module.block or (1, -1)
-    scales = scales_of_rows(module.weight_scale_inv.detach().float(), module.out_features, block_rows)
+    scales = scales_of_rows(module.scales.float(), module.out_features, block_rows)
     return pack_weight(module.weight.detach(), scales, block_columns)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:
+    if isinstance(module, LinearExperts):
+        return Quantized(module.dense_shape, 8, SCHEME, KERNEL, tensor="", role="experts")
     if not isinstance(module, Fp8Linear):
         return None
     return Quantized((module.out_features, module.in_features), 8, SCHEME, KERNEL)

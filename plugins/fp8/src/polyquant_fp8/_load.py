@@ -12,23 +12,24 @@ from polyquant.plugin import (
     LoadRequest,
     checkpoints,
     dense_linears,
+    experts,
     module_of,
     quantized_modules,
     resolved_dtype,
 )
 
-from polyquant_fp8._layers import linear_from_tensors, quantize_linear
+from polyquant_fp8._layers import linear_from_tensors, quantize_linear, require_whole_blocks
 from polyquant_fp8._modules import KERNEL
-from polyquant_fp8.options import Fp8Options
-from polyquant_fp8.planning import plan_layers
+from polyquant_fp8.options import Float8Options
+from polyquant_fp8.planning import is_stack, plan_layers
 
 ACTIVATIONS = "activations stay in {}: the checkpoint asks for {} FP8 activations, which GPU kernels round to for speed"
 
 
-def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
+def load(request: LoadRequest, config: Float8Options) -> LoadedModel:
     if request.source.stored_quantization:
         return _read(request, config)
-    if config.activation_scheme == "static":
+    if config.static_activations:
         raise ConfigError("activation_scheme 'static' needs scales that a checkpoint brings; quantize with 'dynamic'")
     names = quantized_modules(plan_layers(request.weights, config))
     model = checkpoints.quantize_layers(
@@ -38,30 +39,42 @@ def load(request: LoadRequest, config: Fp8Options) -> LoadedModel:
 
 
 def save(loaded: LoadedModel, out: Path) -> Path:
-    """Under the names transformers gives them: weight and weight_scale_inv of each layer.
+    """Under the names transformers gives them: weight and scales of each layer.
 
-    Experts are dense in the file, and listed so: other readers take them for FP8 else.
+    Experts that a checkpoint had one by one are so again. Those that were dense are so in the file, and listed: other
+    readers take them for FP8 else.
     """
     stored, config = dict(loaded.model.config.quantization_config), loaded.config
     weights = loaded.settled.weights if loaded.settled else ()
-    if experts := [module_of(each) for each in weights if each.role == "experts" and not config.skips(each)]:
-        dense = [*config.skip, *dense_linears(weights, config), *experts]
+    fused = [each for each in weights if each.role == "experts" and not is_stack(each) and not config.skips(each)]
+    if fused:
+        dense = [*config.skip, *dense_linears(weights, config), *map(module_of, fused)]
         stored |= {"modules_to_not_convert": list(dict.fromkeys(dense)), "skip_modules": config.stored_skip}
-    return checkpoints.save(loaded, out, quantization_config=stored)
+    tensors = experts.as_stored(loaded, loaded.model.state_dict())
+    return checkpoints.save(loaded, out, tensors, stored)
 
 
-def _read(request: LoadRequest, config: Fp8Options) -> LoadedModel:
+def _read(request: LoadRequest, config: Float8Options) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
-    config, notes = checkpoints.as_packed(config, request, ("weight_scale_inv",))
+    config, notes = checkpoints.as_packed(config, request, (config.scale_name,))
+
+    dtype = getattr(torch, wanted)
+
+    def of_one(linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        return linear_from_tensors(linear, config, dtype, tensors)
 
     def make(_: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
-        return linear_from_tensors(linear, config, getattr(torch, wanted), tensors)
+        if isinstance(linear, torch.Tensor):
+            require_whole_blocks(linear, tensors, config)
+            return experts.stack(linear, tensors, of_one)
+        return of_one(linear, tensors)
 
     def check(name: str, tensor: torch.Tensor) -> None:
         if tensor.element_size() == 1 and tensor.is_floating_point():
-            raise ModelError(f"{source.name}: {name} is {tensor.dtype}, and has no weight_scale_inv beside it")
+            raise ModelError(f"{source.name}: {name} is {tensor.dtype}, and has no {config.scale_name} beside it")
 
-    names = quantized_modules(plan_layers(request.weights, config))
-    model = checkpoints.read_layers(request, wanted, names, make, check=check)
-    notes.append(ACTIVATIONS.format(wanted, config.activation_scheme))
+    plans = [plan for plan in plan_layers(request.weights, config) if plan.quantized]
+    names = [plan.name if plan.role == "experts" else module_of(plan) for plan in plans]
+    model = checkpoints.read_layers(request, wanted, names, make, part=experts.part_of(request.names), check=check)
+    notes.append(ACTIVATIONS.format(wanted, "static" if config.static_activations else "dynamic"))
     return LoadedModel(model=model, config=config, kernel=KERNEL, notes=notes)

@@ -4,39 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from polyquant.plugin.layers import frozen_linear, rows_at_a_time
+import torch
+from polyquant.plugin.layers import PackedLinear, frozen_linear, rows_at_a_time
 from torch import Tensor, float32, nn
 
-from polyquant_fp8._decode import Block, dequantize
+from polyquant_fp8._decode import dequantize
+from polyquant_fp8.options import Float8Options
 
 KERNEL = "torch dequantize and matmul"
 
 
-class Fp8Linear(nn.Linear):
-    """weight e4m3 (out_features, in_features), weight_scale_inv () or one for each block; names as in transformers."""
+class Fp8Linear(PackedLinear):
+    """weight e4m3 (out_features, in_features), scales () or one for each block; names as in transformers."""
 
-    weight_scale_inv: nn.Parameter
     compute_dtype = float32
     """Where PEFT finds it, it makes adapters of this dtype instead of the weight's."""
 
     def __init__(
-        self, linear: nn.Linear, weight: Tensor, scales: Tensor, block: Block, activation_scale: Tensor | None = None
-    ) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.block = block
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale_inv = nn.Parameter(scales, requires_grad=False)
+        self, linear: nn.Linear, weight: Tensor, scales: Tensor, config: Float8Options,
+        activation_scale: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(linear, {"weight": weight, config.scale_name: scales})
+        self.block, self.scale_name = config.block, config.scale_name
         self.bias = linear.bias
         if activation_scale is not None:  # kept for saving; activations are not rounded here
             self.activation_scale = nn.Parameter(activation_scale, requires_grad=False)
+
+    @property
+    def scales(self) -> Tensor:
+        """What its blocks are multiplied by, under the name that the format has for it."""
+        return self._parameters[self.scale_name].detach()  # of an expert no parameter, but a view
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) to (..., out_features), in the dtype of the input."""
         return frozen_linear(input, self._pieces, self.bias)
 
+    def dequantize(self) -> Tensor:
+        """The weight, float32 (out_features, in_features)."""
+        return torch.cat(list(self._pieces()))
+
     def _pieces(self) -> Iterator[Tensor]:
         """The rows as numbers, whole blocks of rows at a time."""
-        weight, scales = self.weight.detach(), self.weight_scale_inv.detach()
+        weight, scales = self.weight.detach(), self.scales
         rows = rows_at_a_time(self.in_features, weight.device)
         if self.block is None:
             yield from (dequantize(part, scales, None) for part in weight.split(rows))

@@ -1,45 +1,70 @@
-"""Bytes of FP8 layers from shapes alone. Format: transformers.integrations.finegrained_fp8.FP8Linear."""
+"""Bytes of FP8 layers from shapes alone. Formats: FP8Linear and FbgemmFp8Linear of
+transformers.integrations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, prod
 
-from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, plan_linears, refuse_experts, unfit
+from polyquant.plugin import (
+    BackendOptions,
+    LayerPlan,
+    PackedFormat,
+    WeightInfo,
+    is_linear,
+    one_expert,
+    plan_linears,
+    refuse_experts,
+    unfit,
+)
 
-from polyquant_fp8.options import Fp8Options
+from polyquant_fp8.options import Float8Options
 
 SCHEME = "fp8-e4m3"
+SCALES = (".weight_scale_inv", ".weight_scale")
+"""Ends of what the parts of experts that are stored one by one are called in the model."""
 
 
-def plan_layers(weights: Sequence[WeightInfo], config: Fp8Options) -> list[LayerPlan]:
+def plan_layers(weights: Sequence[WeightInfo], config: Float8Options) -> list[LayerPlan]:
     """Raises ConfigError where experts of a dense checkpoint are fused into one tensor, and are to be the library's.
 
-    And for those that are FP8 in their checkpoint.
+    And for those that are FP8 in their checkpoint where no matrix of an expert is one of its own.
     """
     for weight in weights:
-        if weight.role == "experts" and weight.parts:
+        if weight.role == "experts" and weight.parts and not is_stack(weight):
             raise unfit(weight, "fused experts that are FP8 in the checkpoint are not read, as those")
     if not any(weight.parts for weight in weights):  # a quantized checkpoint has dense ones as it has them
         refuse_experts(weights, config)
     return plan_linears(
-        weights, config, SCHEME, lambda weight: quantized_bytes(weight, config), packed=lambda _: packed_format(config)
-    )
+        weights, config, SCHEME, lambda weight: quantized_bytes(weight, config), takes=_takes,
+        packed=lambda _: packed_format(config),
+    )  # fmt: skip
 
 
-def packed_format(config: Fp8Options) -> PackedFormat:
+def is_stack(weight: WeightInfo) -> bool:
+    """Whether it is experts that the checkpoint holds one by one, packed, and each can be multiplied alone."""
+    return weight.stacked == "out_in" and any(name.endswith(SCALES) for name in weight.parts)
+
+
+def _takes(weight: WeightInfo, config: BackendOptions) -> bool:
+    return is_linear(weight, config) or is_stack(weight)
+
+
+def packed_format(config: Float8Options) -> PackedFormat:
     """The layout of every weight with kernel="packed"."""
-    return PackedFormat(kind="float8", group_size=config.block_columns or -1, scale_dtype="float32")
+    return PackedFormat(kind="float8", group_size=config.block[1] if config.block else -1, scale_dtype="float32")
 
 
-def quantized_bytes(weight: WeightInfo, config: Fp8Options) -> int:
+def quantized_bytes(weight: WeightInfo, config: Float8Options) -> int:
     """A byte a weight, and the scales: float32 or a byte each."""
-    scales = prod(scale_shape(weight.shape, config)) * (1 if config.scale_fmt == "ue8m0" else 4)
-    return prod(weight.shape) + scales + (4 if config.activation_scheme == "static" else 0)
+    if weight.role == "experts":
+        return weight.shape[0] * quantized_bytes(one_expert(weight), config)
+    scales = prod(scale_shape(weight.shape, config)) * (1 if config.powers_of_two else 4)
+    return prod(weight.shape) + scales + (4 if config.static_activations else 0)
 
 
-def scale_shape(shape: tuple[int, ...], config: Fp8Options) -> tuple[int, ...]:
-    """Shape of weight_scale_inv; blocks at the edges may be smaller."""
+def scale_shape(shape: tuple[int, ...], config: Float8Options) -> tuple[int, ...]:
+    """Shape of a layer's scales; blocks at the edges may be smaller."""
     if config.block is None:
         return ()
-    return tuple(ceil(length / size) for length, size in zip(shape, config.block, strict=True))
+    return tuple(1 if size == -1 else ceil(length / size) for length, size in zip(shape, config.block, strict=True))

@@ -28,8 +28,8 @@ from polyquant.plugin.packing import exponents, fp4_codes, unsigned
 from torch import Tensor, nn
 
 from polyquant_mlx._decode import scale_numbers
-from polyquant_mlx._encode import encode
 from polyquant_mlx._modules import PARTS, MlxEmbedding, MlxLinear
+from polyquant_mlx._quantize import encode
 from polyquant_mlx.formats import FORMATS, Format
 from polyquant_mlx.options import OWN, MlxOptions
 

@@ -12,11 +12,9 @@ INFO = BackendInfo(
     name="mlx",
     summary="MLX's 2 to 8 bit integers and 4 and 8 bit floats: read, written and run without an Apple machine",
     capabilities=Capabilities(
-        bits=tuple(map(float, BITS)),
+        bits=BITS,
         schemes=(*(f"affine{bits}" for bits in BITS), *FLOATS),
-        devices=(
-            DeviceSupport(type="cpu"), DeviceSupport(type="cuda", minimum_capability=(7, 0)), DeviceSupport(type="mps")
-        ),
+        devices=(DeviceSupport(type="cpu"), DeviceSupport(type="cuda", minimum_capability=(7, 0))),
         on_the_fly=True,
         loads_prequantized=("mlx", "metal"),
         saves=True,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from polyquant.errors import ModelError
-from polyquant.plugin import LayerInfo
+from polyquant.plugin import LayerInfo, experts
 from polyquant.plugin.floats import E2M1, MOST_E2M1, NAN_E8M0
 from polyquant.plugin.layers import (
     LinearExperts,
@@ -30,8 +29,10 @@ from polyquant_mx.formats import Layout, Scheme
 from polyquant_mx.options import MxOptions
 
 __all__ = ["prepare_for_training"]  # freezing is all that adapters need
-MATRICES = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
-"""Matrices of an expert that checkpoints hold one by one; the gate's rows come before those of up."""
+REPEATS = {"backward_rotation": "rotation", "input_scale": "outer_scale"}
+"""What FP-Quant stores twice, for layers that its own are trained as."""
+MATRICES = 2
+"""An expert's gate and up are one layer here, and may have a scale each."""
 BELIEVED = 1024.0
 """No weight is larger: ModelOpt multiplies with a scale that compressed-tensors, with the reciprocal, divides by."""
 
@@ -96,63 +97,34 @@ def experts_from_tensors(
     return LinearExperts(MxLinear(linear, scheme, each[0]), whole, transposed=transposed)
 
 
-def experts_one_by_one(
-    dense: Tensor, scheme: Scheme, layout: Layout, tensors: Mapping[str, Tensor], *, transposed: bool
-) -> LinearExperts:
-    """A stack of experts that a checkpoint holds one by one, as `0.gate_proj.weight`; gate and up become one.
+def experts_one_by_one(dense: Tensor, scheme: Scheme, layout: Layout, tensors: Mapping[str, Tensor]) -> LinearExperts:
+    """A stack of experts that a checkpoint holds one by one; gate and up become one.
 
+    dense: (experts, out_features, in_features), on the meta device. tensors: as `experts.part_of` names them.
     Raises ModelError where they are wrong, or not all there.
     """
-    count, rows, columns = dense.shape[0], *(dense.shape[:0:-1] if transposed else dense.shape[1:])
-    parts: dict[int, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
-    for name, tensor in tensors.items():
-        number, matrix, short = name.split(".")
-        parts[int(number)][matrix][short] = tensor
-    matrices = sorted({matrix for expert in parts.values() for matrix in expert}, key=MATRICES.index)
-    if gone := [f"{number}.{matrix}" for number in range(count) for matrix in matrices if matrix not in parts[number]]:
-        raise ModelError(f"there are {count} experts, and {', '.join(gone[:3])} is missing")
-    if len(parts) != count:
-        raise ModelError(f"there are {count} experts, and the checkpoint holds {len(parts)}")
-    linear = torch.nn.Linear(columns, rows // len(matrices), bias=False, device="meta")
-    if scheme.rows > 1 and linear.out_features % scheme.rows:
-        raise ModelError(f"blocks of {scheme.rows} rows do not divide the {linear.out_features} of {matrices[0]}")
 
-    def one(number: int) -> MxLinear:
-        each = []
-        for matrix in matrices:
-            try:
-                each.append(checked(linear, scheme, layout.linear, parts[number][matrix]))
-            except ModelError as error:
-                raise ModelError(f"{number}.{matrix}: {error}") from error
-        whole = {name: torch.cat([part[name].view(-1, *part[name].shape[1:]) for part in each]) for name in each[0]}
-        if "column_scales" in whole:
-            first = each[0]["column_scales"]
-            if not all(torch.equal(part["column_scales"], first) for part in each):
-                raise ModelError(f"expert {number} multiplies the inputs of {' and '.join(matrices)} otherwise each")
-            whole["column_scales"] = first
-        whole_linear = torch.nn.Linear(columns, rows, bias=False, device="meta")
-        return MxLinear(whole_linear, scheme, whole)
+    def make(linear: Any, whole: dict[str, Tensor]) -> MxLinear:
+        name = layout.linear.get("column_scales", "")
+        if name in whole and len(whole[name]) == 2 * linear.in_features:
+            first, second = whole[name].chunk(2)
+            if not torch.equal(first, second):
+                raise ModelError(f"{name} of its gate is another than that of up, and they have one input")
+            whole[name] = first
+        return MxLinear(linear, scheme, checked(linear, scheme, layout.linear, whole))
 
-    return LinearExperts.of((one(number) for number in range(count)), count, transposed=transposed)
+    return experts.stack(dense, tensors, make)
 
 
-def stored_one_by_one(stack: LinearExperts, names: Mapping[str, str], matrices: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of a stack as `0.gate_proj.weight`, the rows of each expert in so many matrices."""
-    rows = stack.shape[0] // len(matrices)
-    stored: dict[str, Tensor] = {}
-    for number in range(stack.count):
-        layer: Any = stack.expert(number)
-        linear = torch.nn.Linear(stack.shape[1], rows, bias=False, device="meta")
-        for place, matrix in enumerate(matrices):
-            held = {
-                name: part if name == "column_scales" else part.chunk(len(matrices))[place].clone()
-                for name in names
-                if (part := layer.part(name)) is not None
-            }
-            single = MxLinear(linear, layer.scheme, held)
-            each = stored_tensors(single, names)
-            stored |= {f"{number}.{matrix}.{short}": tensor.clone() for short, tensor in each.items()}
-    return stored
+def stored_one_by_one(stack: LinearExperts, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a stack as `experts.as_stored` takes them: by their names in a file, those of all experts."""
+    scheme, found = stack.like.scheme, dict[str, Tensor]()
+    for name, tensor in stack.named_parameters():
+        whole = tensor.detach()
+        if name == "column_scales" and stack.shape[0] != stack.shape[1]:
+            whole = whole.repeat(1, 2)
+        found[names[name]] = as_stored(name, whole, scheme, stack.count)
+    return found
 
 
 def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,11 +132,15 @@ def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapp
     shape = (linear.out_features, linear.in_features)
     stored = {name: _as_stored(name, tensor, scheme, names, shape) for name, tensor in tensors.items()}
     parts: dict[str, Part] = {}
-    for name, (size, dtype) in scheme.parts(shape).items():
+    for name, (whole, dtype) in scheme.parts(shape).items():
+        size = whole
+        if name == "outer_scale" or (name == "scales" and not scheme.rows):
+            number = stored[names[name]].numel() if names[name] in stored else 1
+            size = (number, *whole[1:]) if number and shape[0] % number == 0 and number <= MATRICES else whole
         floats = name not in ("qweight", "scales") or (name == "scales" and scheme.scales == "float32")
         most = NAN_E8M0 - 1 if name == "scales" and scheme.scales == "e8m0" else None
         parts[names[name]] = Part(size, "float" if floats else dtype, most=most)
-    kept = {"column_scales": (shape[1],), "input_scale": (1,), "backward_rotation": None}
+    kept = {"column_scales": (shape[1],), "input_scale": None, "backward_rotation": None}
     for name, length in kept.items():
         if name in names:
             parts[names[name]] = Part(length, "float", optional=True)
@@ -173,6 +149,9 @@ def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapp
     for name, tensor in own.items():
         if name not in ("qweight", "scales", "column_scales") or (name == "scales" and scheme.scales == "float32"):
             own[name] = tensor.float()
+    for name, same in REPEATS.items():
+        if scheme.rotation and name in own and torch.equal(own[name], own[same]):
+            del own[name]  # it is written again by `stored_tensors`
     if scheme.outer == "multiplies":
         _require_multiplied(own, names)
     return own if linear.bias is None else {**own, "bias": found["bias"]}
@@ -181,21 +160,21 @@ def checked(linear: Any, scheme: Scheme, names: Mapping[str, str], tensors: Mapp
 def stored_tensors(layer: MxLinear, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of a layer under a checkpoint's names, in its shapes and dtypes."""
     held = {name: layer.part(name) for name in names}
-    for name, same in (("backward_rotation", "rotation"), ("input_scale", "outer_scale")):
+    for name, same in REPEATS.items():
         if layer.scheme.rotation and held[name] is None:  # FP-Quant's own layers ask for it
             held[name] = layer._parameters[same].detach().clone()
     return {names[name]: as_stored(name, tensor, layer.scheme) for name, tensor in held.items() if tensor is not None}
 
 
-def as_stored(name: str, tensor: Tensor, scheme: Scheme, experts: int = 0) -> Tensor:
+def as_stored(name: str, tensor: Tensor, scheme: Scheme, count: int = 0) -> Tensor:
     """A layer's tensor, or that of so many experts, as checkpoints have it: whole scales without axes of length 1."""
-    lead = (experts,) if experts else ()
+    lead = (count,) if count else ()
     if name == "qweight":
         return tensor.view(torch.float8_e4m3fn) if scheme.codes == "e4m3" else tensor
     if name in ("outer_scale", "input_scale") and not scheme.rotation:
-        return tensor.reshape(lead)
+        return tensor.reshape(lead) if tensor.numel() <= max(1, count) else tensor
     if name == "scales" and scheme.scales == "float32" and not scheme.columns:
-        return tensor.reshape(lead if not scheme.rows else (*lead, -1))
+        return tensor.reshape(lead if tensor.numel() <= max(1, count) else (*lead, -1))
     return tensor
 
 

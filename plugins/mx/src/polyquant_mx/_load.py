@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from polyquant.errors import ModelError
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, module_of, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, experts, module_of, resolved_dtype
 from polyquant.plugin.layers import LinearExperts
 
 from polyquant_mx._layers import (
-    MATRICES,
     as_stored,
     experts_from_tensors,
     experts_of,
@@ -60,7 +58,8 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     """Under the names of the format: transformers', ModelOpt's or FP-Quant's; experts one by one where they came so."""
     config: Any = loaded.config
     tensors, linears = dict(loaded.model.state_dict()), False
-    names = one_by_one(loaded.request, {name for name, _ in loaded.model.named_modules()}) if loaded.request else {}
+    names = loaded.request.names if loaded.request else {}
+    single = {part.stack for name in names if (part := experts.stored_part(name, names))}
     for name, module in loaded.model.named_modules():
         if not isinstance(module, (MxLinear, LinearExperts)):
             continue
@@ -68,8 +67,8 @@ def save(loaded: LoadedModel, out: Path) -> Path:
         for short in module._parameters:
             if short != "bias":
                 tensors.pop(f"{name}.{short}", None)
-        found = _stored(name, module, config, [key for key, (home, _) in names.items() if home == name])
-        tensors |= {key: _in_file(key, tensor, config) for key, tensor in found.items()}
+        tensors |= {key: _in_file(key, tensor, config) for key, tensor in _stored(name, module, config, single).items()}
+    tensors = experts.as_stored(loaded, tensors)
     named = checkpoints.MODEL if config.method in BY_MODEL and not linears else ""
     stored = dict(loaded.model.config.quantization_config)
     if isinstance(config, ModelOptOptions):
@@ -78,20 +77,17 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     return checkpoints.save(loaded, out, tensors, stored, named=named)
 
 
-def _stored(name: str, module: Any, config: MxOptions, single: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a layer or a stack by their names in a file. single: those that it was read from one by one."""
+def _stored(name: str, module: Any, config: MxOptions, single: Collection[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a layer or a stack by their names in a file. single: stacks that were read one by one."""
     layout = config.layout
     if isinstance(module, MxLinear):
         return {f"{name}.{short}": tensor for short, tensor in stored_tensors(module, layout.linear).items()}
-    if not single:
-        return {
-            f"{name}{layout.stacked[short]}": as_stored(short, tensor.detach(), module.like.scheme, module.count)
-            for short, tensor in module.named_parameters()
-        }
-    matrices = sorted({key.split(".")[-2] for key in single}, key=MATRICES.index)
-    owner = single[0].rsplit(".", 3)[0]
-    each = stored_one_by_one(module, layout.linear, matrices)
-    return {f"{owner}.{short}": tensor for short, tensor in each.items()}
+    if name in single:
+        return {f"{name}.{short}": tensor for short, tensor in stored_one_by_one(module, layout.linear).items()}
+    return {
+        f"{name}{layout.stacked[short]}": as_stored(short, tensor.detach(), module.like.scheme, module.count)
+        for short, tensor in module.named_parameters()
+    }
 
 
 def _in_file(name: str, tensor: torch.Tensor, config: MxOptions) -> torch.Tensor:
@@ -112,19 +108,18 @@ def _read(request: LoadRequest, config: MxOptions, names: list[str], notes: list
                for end in layout.stacked.values()}  # fmt: skip
     ignored: list[str] = []
 
-    single = one_by_one(request, names)
+    single = experts.part_of(request.names)
 
     def part(name: str) -> tuple[str, str]:
-        home, _, short = name.rpartition(".")
-        return stacked.get(name) or single.get(name) or (home, short)
+        return stacked.get(name) or single(name)
 
     def make(name: str, dense: Any, tensors: dict[str, torch.Tensor]) -> Any:
         weight = weights[name]
         scheme = config.scheme_for(weight)
         if weight.role == "experts":
-            are_single = any("." in short for short in tensors)
-            made = experts_one_by_one if are_single else experts_from_tensors
-            return made(dense, scheme, layout, tensors, transposed=weight.stacked == "in_out")
+            if any("." in short for short in tensors):
+                return experts_one_by_one(dense, scheme, layout, tensors)
+            return experts_from_tensors(dense, scheme, layout, tensors, transposed=weight.stacked == "in_out")
         ignored.extend(f"{name}.{short}" for short in layout.ignored if tensors.pop(short, None) is not None)
         return linear_from_tensors(dense, scheme, layout, getattr(torch, dtype), tensors)
 
@@ -137,20 +132,6 @@ def _read(request: LoadRequest, config: MxOptions, names: list[str], notes: list
     if ignored:
         notes.append(f"{len(ignored)} scales of a quantized key-value cache are not used: {', '.join(ignored[:3])}")
     return model
-
-
-def one_by_one(request: LoadRequest, names: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Name of a checkpoint's tensor -> (the tensor of fused experts that it is a part of, number.matrix.short).
-
-    names: what is quantized. Of checkpoints that hold experts one by one.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    for stored, name in request.names.items():
-        home = next((one for one in (name, name.rpartition(".")[0], name.rpartition("_")[0]) if one in names), "")
-        part = re.search(r"\.(\d+)\.(\w+)\.(\w+)$", stored)
-        if home and part and part[2] in MATRICES:
-            found[stored] = (home, ".".join(part.groups()))
-    return found
 
 
 def _with_dense(request: LoadRequest, config: MxOptions, packed: set[str]) -> tuple[MxOptions, list[str]]:

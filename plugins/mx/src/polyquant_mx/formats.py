@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil, prod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from polyquant.plugin import PackedFormat
 
@@ -110,3 +110,53 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
 }  # fmt: skip
 """quant_method -> names."""
+
+
+OWN = {"compute_dtype", "skip_modules", "skip_defaults"}
+"""What polyquant adds to a quantization_config."""
+ALGOS: Mapping[str, Scheme] = {
+    "FP8": FP8, "FP8_PER_CHANNEL_PER_TOKEN": FP8_CHANNEL, "FP8_PB_WO": FP8_BLOCK,
+    "NVFP4": NVFP4, "W4A16_NVFP4": NVFP4, "MXFP8": MXFP8, "W4A16_AWQ": INT4,
+}  # fmt: skip
+"""ModelOpt's names of what it does to a layer -> the format of the weights."""
+MIXED = "MIXED_PRECISION"
+NVIDIA_READ = {
+    "quant_method", "quant_algo", "group_size", "ignore", "exclude_modules", "config_groups", "kv_cache_scheme",
+    "kv_cache_quant_algo", "producer", "quantized_layers", "has_zero_point", "pre_quant_scale", *OWN,
+}  # fmt: skip
+
+
+def skips(stored: Mapping[str, Any], dense: Any) -> dict[str, Any]:
+    """Options of a stored config: what polyquant added, else the library's list of dense modules."""
+    skip = stored.get("skip_modules", dense)
+    return {
+        "skip": tuple(skip or ()), "skip_defaults": stored.get("skip_defaults", skip is None),
+        "compute_dtype": stored.get("compute_dtype", "auto"),
+    }  # fmt: skip
+
+
+def require_known(stored: Mapping[str, Any], known: set[str], expected: Mapping[str, tuple[object, ...]]) -> None:
+    """Raises ValueError for settings that are not read, or not at these values."""
+    if unread := sorted(name for name in set(stored) - known - set(expected) if stored[name] is not None):
+        raise ValueError(f"it has {', '.join(unread)}, which is not read")
+    for name, allowed in expected.items():
+        if stored.get(name) is not None and stored[name] not in allowed:
+            raise ValueError(f"its {name} is {stored[name]!r}; {' or '.join(map(repr, allowed))} is read")
+
+
+def modelopt_settings(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Mapping[str, Any]]]:
+    """(options, what is said of single layers) of a config.json, or of a hf_quant_config.json.
+
+    Raises ValueError for settings and formats that are not read.
+    """
+    inner = {**stored, **stored.get("quantization", {})}
+    inner.pop("quantization", None)
+    require_known(inner, NVIDIA_READ, {})
+    algo, layers = str(inner.get("quant_algo")), inner.get("quantized_layers") or {}
+    named = {algo} if algo != MIXED else {str(each.get("quant_algo")) for each in layers.values()}
+    if unread := sorted(named - set(ALGOS)) or ([] if named else [MIXED + " without quantized_layers"]):
+        raise ValueError(f"its quant_algo is {', '.join(unread)}; {', '.join(ALGOS)} and {MIXED} are read")
+    if inner.get("has_zero_point"):
+        raise ValueError("its has_zero_point is True, and weights without zero points are read")
+    dense = inner.get("ignore", inner.get("exclude_modules"))
+    return {"quant_algo": algo, "group_size": inner.get("group_size"), **skips(inner, dense)}, layers

@@ -10,21 +10,9 @@ from msgspec import Meta
 from polyquant.plugin import LayerFormats, MixableOptions, NumberFormat, PackableOptions, WeightInfo, module_of
 
 from polyquant_mx import formats
-from polyquant_mx.formats import Layout, Scheme
+from polyquant_mx.formats import ALGOS, MIXED, OWN, Layout, Scheme, modelopt_settings, require_known, skips
 
-OWN = {"compute_dtype", "skip_modules", "skip_defaults"}
-"""What polyquant adds to a quantization_config."""
 Algo = Literal["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "W4A16_AWQ"]
-ALGOS: Mapping[str, Scheme] = {
-    "FP8": formats.FP8, "FP8_PER_CHANNEL_PER_TOKEN": formats.FP8_CHANNEL, "FP8_PB_WO": formats.FP8_BLOCK,
-    "NVFP4": formats.NVFP4, "W4A16_NVFP4": formats.NVFP4, "MXFP8": formats.MXFP8, "W4A16_AWQ": formats.INT4,
-}  # fmt: skip
-"""ModelOpt's names of what it does to a layer -> the format of the weights."""
-MIXED = "MIXED_PRECISION"
-NVIDIA_READ = {
-    "quant_method", "quant_algo", "group_size", "ignore", "exclude_modules", "config_groups", "kv_cache_scheme",
-    "kv_cache_quant_algo", "producer", "quantized_layers", "has_zero_point", "pre_quant_scale", *OWN,
-}  # fmt: skip
 
 
 class MxOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,24 +61,6 @@ def routers(weights: Sequence[WeightInfo]) -> list[str]:
     return [module_of(each) for each in weights if each.role == "other" and module_of(each) not in experts]
 
 
-def _skips(stored: Mapping[str, Any], dense: Any) -> dict[str, Any]:
-    """Options of a stored config: what polyquant added, else the library's list of dense modules."""
-    skip = stored.get("skip_modules", dense)
-    return {
-        "skip": tuple(skip or ()), "skip_defaults": stored.get("skip_defaults", skip is None),
-        "compute_dtype": stored.get("compute_dtype", "auto"),
-    }  # fmt: skip
-
-
-def _require_known(stored: Mapping[str, Any], known: set[str], expected: Mapping[str, tuple[object, ...]]) -> None:
-    """Raises ValueError for settings that are not read, or not at these values."""
-    if unread := sorted(name for name in set(stored) - known - set(expected) if stored[name] is not None):
-        raise ValueError(f"it has {', '.join(unread)}, which is not read")
-    for name, allowed in expected.items():
-        if stored.get(name) is not None and stored[name] not in allowed:
-            raise ValueError(f"its {name} is {stored[name]!r}; {' or '.join(map(repr, allowed))} is read")
-
-
 class Mxfp4Options(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """OCP MXFP4: E2M1 in blocks of 32 whose scale is a power of two, as gpt-oss has its experts."""
 
@@ -127,8 +97,8 @@ class Mxfp4Options(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields=T
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         known = {"quant_method", "modules_to_not_convert", "linears", "use_kernels", *OWN}
-        _require_known(stored, known, {"dequantize": (False,)})
-        values = {"linears": stored.get("linears", "auto"), **_skips(stored, stored.get("modules_to_not_convert"))}
+        require_known(stored, known, {"dequantize": (False,)})
+        values = {"linears": stored.get("linears", "auto"), **skips(stored, stored.get("modules_to_not_convert"))}
         return msgspec.convert(values, cls)
 
 
@@ -155,33 +125,15 @@ class Mxfp8Options(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields=T
             "dequantize": (False,), "expert_dtype": ("fp8",), "fmt": ("e4m3", "e4m3fn", "float8_e4m3fn"),
             "modules_to_convert": ([], ()),
         }  # fmt: skip
-        _require_known(stored, {"quant_method", "modules_to_not_convert", "ignored_layers", *OWN}, expected)
+        require_known(stored, {"quant_method", "modules_to_not_convert", "ignored_layers", *OWN}, expected)
         dense = stored.get("modules_to_not_convert")
-        return msgspec.convert(_skips(stored, stored.get("ignored_layers") if dense is None else dense), cls)
+        return msgspec.convert(skips(stored, stored.get("ignored_layers") if dense is None else dense), cls)
 
 
 class NvidiaOptions(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a checkpoint of NVIDIA's ModelOpt says."""
 
     method: ClassVar[str] = "modelopt"
-
-    @classmethod
-    def read(cls, stored: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Mapping[str, Any]]]:
-        """(options, what is said of single layers) of a config.json, or of a hf_quant_config.json.
-
-        Raises ValueError for settings and formats that are not read.
-        """
-        inner = {**stored, **stored.get("quantization", {})}
-        inner.pop("quantization", None)
-        _require_known(inner, NVIDIA_READ, {})
-        algo, layers = str(inner.get("quant_algo")), inner.get("quantized_layers") or {}
-        named = {algo} if algo != MIXED else {str(each.get("quant_algo")) for each in layers.values()}
-        if unread := sorted(named - set(ALGOS)) or ([] if named else [MIXED + " without quantized_layers"]):
-            raise ValueError(f"its quant_algo is {', '.join(unread)}; {', '.join(ALGOS)} and {MIXED} are read")
-        if inner.get("has_zero_point"):
-            raise ValueError("its has_zero_point is True, and weights without zero points are read")
-        dense = inner.get("ignore", inner.get("exclude_modules"))
-        return {"quant_algo": algo, "group_size": inner.get("group_size"), **_skips(inner, dense)}, layers
 
 
 class ModelOptOptions(MixableOptions, NvidiaOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -238,7 +190,7 @@ class ModelOptOptions(MixableOptions, NvidiaOptions, frozen=True, kw_only=True, 
         """Raises ValueError where layers have INT4 groups of several sizes."""
         own = dict(stored)
         ours = own.pop("layers", None)
-        values, layers = cls.read(own)
+        values, layers = modelopt_settings(own)
         algos = {name: str(each["quant_algo"]) for name, each in layers.items()}
         sizes = {each.get("group_size", values["group_size"]) for each in layers.values()
                  if each["quant_algo"] == "W4A16_AWQ"}  # fmt: skip
@@ -270,7 +222,7 @@ class Nvfp4Options(NvidiaOptions, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        values, _ = cls.read(stored)
+        values, _ = modelopt_settings(stored)
         if ALGOS.get(values.pop("quant_algo")) is not formats.NVFP4:
             raise ValueError(f"its quant_algo is {stored.get('quant_algo')!r}; the backend modelopt reads it")
         values.pop("group_size")
@@ -322,13 +274,13 @@ class FpQuantOptions(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields
             "quant_method", "forward_dtype", "hadamard_group_size", "modules_to_not_convert", "backward_dtype",
             "forward_method", "transform_init", *OWN,
         }  # fmt: skip
-        _require_known(stored, known, {"pseudoquantization": (False,), "store_master_weights": (False,)})
+        require_known(stored, known, {"pseudoquantization": (False,), "store_master_weights": (False,)})
         dtype = stored.get("forward_dtype", "nvfp4")
         size = stored.get("hadamard_group_size") or 0
         values = {
             "forward_dtype": dtype,
             "hadamard_group_size": 0 if size == {"mxfp4": 32, "nvfp4": 16}.get(dtype) else size,
-            **_skips(stored, stored.get("modules_to_not_convert")),
+            **skips(stored, stored.get("modules_to_not_convert")),
         }
         return msgspec.convert(values, cls)
 

@@ -55,8 +55,10 @@ def _planned(weight: WeightInfo, config: MxOptions) -> LayerPlan:
         raise unfit(weight, f"fused experts are not quantized, since {kind},")
     _require_fit(weight, scheme, shape)
     count = weight.shape[0] if weight.role == "experts" else 1
-    lengths = {"column_scales": shape[1], "input_scale": 1, "backward_rotation": scheme.rotation**2}
-    kept = {name for name in lengths if config.layout.linear.get(name) in weight.parts}
+    lengths = {"column_scales": shape[1], "input_scale": 1}
+    kept = set() if scheme.rotation else {
+        name for name in lengths if config.layout.linear.get(name) in weight.parts
+    }  # fmt: skip
     more = sum(4 * lengths[name] for name in kept)
     return LayerPlan(
         name=weight.name, shape=weight.shape, role=weight.role, stored_bytes=count * (scheme.nbytes(shape) + more),

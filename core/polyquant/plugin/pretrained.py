@@ -1,0 +1,85 @@
+"""Models as transformers makes, loads, places and writes them, for every backend on its path. Imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from polyquant.errors import PlacementError
+from polyquant.loaded import LoadedModel
+from polyquant.models import hf, versions
+from polyquant.options import Dtype
+from polyquant.request import LoadRequest
+
+
+def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
+    """The model in eval mode with its parameters on the meta device; buffers, such as rotary frequencies, are real."""
+    source = request.source
+    config = hf.read_config(source, trust_remote_code=request.trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    attention = {"attn_implementation": request.attention} if request.attention else {}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            trust_remote_code=request.trust_remote_code,
+            **versions.dtype_argument(getattr(torch, dtype)),
+            **attention,
+        )
+    if (source.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=request.trust_remote_code
+        )
+    return model.eval()
+
+
+def single_device(request: LoadRequest) -> str:
+    """The one device of the request's map. Raises PlacementError for several."""
+    devices = {str(device) for device in request.device_map.values()}
+    if len(devices) != 1:
+        raise PlacementError(
+            f"this checkpoint loads onto one device, and the device map names {', '.join(sorted(devices))}; "
+            f"give device_map={{'': {request.device!r}}}"
+        )
+    return devices.pop()
+
+
+def place(model: Any, request: LoadRequest) -> None:
+    """Move a filled model to the device or devices of the request's map."""
+    devices = {str(device) for device in request.device_map.values()}
+    if len(devices) == 1:
+        model.to(devices.pop())
+    else:
+        accelerate.dispatch_model(model, dict(request.device_map))
+
+
+def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode."""
+    source, arguments = request.source, dict[str, Any]()
+    if quantization_config is not None:
+        arguments["quantization_config"] = quantization_config
+    if request.attention:
+        arguments["attn_implementation"] = request.attention
+    with versions.progress_bars(request.progress):
+        return hf.load_model(
+            source,
+            getattr(torch, dtype),
+            trust_remote_code=request.trust_remote_code,
+            device_map=dict(request.device_map),
+            use_safetensors=None if request.allow_pickle or source.gguf_file else True,
+            **arguments,
+        )
+
+
+def save_pretrained(loaded: LoadedModel, out: Path, model: Any = None) -> Path:
+    """Write `model`, or the loaded one, with its tokenizer, as transformers saves them."""
+    model = model or loaded.model
+    with versions.progress_bars(loaded.request is not None and loaded.request.progress), versions.savable(model):
+        model.save_pretrained(out)
+        loaded.tokenizer.save_pretrained(out)
+    return out

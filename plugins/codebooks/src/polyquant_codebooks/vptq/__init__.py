@@ -1,0 +1,1 @@
+"""VPTQ: vectors of weights from learned tables, by groups of columns."""
