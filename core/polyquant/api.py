@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from polyquant.converting.convert import convert
 from polyquant.isolated.doctor import Diagnosis, doctor
 from polyquant.isolated.handles import backend, backends
 from polyquant.loaded import SAMPLE_PROMPT
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from polyquant.comparison.progress import ComparisonProgress
     from polyquant.comparison.records import Goal, Part
     from polyquant.comparison.result import Comparison
-    from polyquant.converting.records import Conversion
     from polyquant.finetuning.merge_methods import Target
     from polyquant.finetuning.options import Tuned
     from polyquant.loaded import LoadedModel, Prompt
@@ -114,39 +114,6 @@ def quantize(
     from polyquant.loading import quantize as quantizing
 
     return quantizing.quantize(model, backend, Path(out), calibration=calibration, overwrite=overwrite, **options)
-
-
-def convert(
-    model: str | Path,
-    to: str,
-    out: str | Path,
-    *,
-    backend: str | None = None,
-    overwrite: bool = False,
-    requantize: bool = False,
-    max_kl: float = 0.05,
-    calibration: Sequence[str] | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> Conversion:
-    """Write a quantized checkpoint in another format, into the folder `out`, all or nothing: nothing is rounded again.
-
-    model: a quantized checkpoint, as `load` takes it. to: a backend whose format it gets, `gptq` or, with options that
-        are else inferred from the weights, `gptq:group_size=64`. backend: that reads `model`; None: it names its own.
-    requantize: where the format has no place for the weights as they are, quantize the dequantized model; refused where
-        the mean KL to the source is above max_kl, in nats. calibration: texts for backends that calibrate.
-    options: what `load` takes: revision, trust_remote_code, allow_pickle.
-    What is written is read back by the target's own reader; each layer's largest difference is in the result.
-    Raises ConversionRefused, with the properties and layers, where the format has no place for them.
-
-    >>> polyquant.convert("model-gptq", "compressed-tensors", "model-vllm").exact
-    """
-    from polyquant.converting.convert import convert as run
-
-    return run(
-        model, to, Path(out), backend=backend, overwrite=overwrite, requantize=requantize, max_kl=max_kl,
-        calibration=calibration, progress=progress, **options,
-    )  # fmt: skip
 
 
 @overload
@@ -313,8 +280,7 @@ def merge(
     into: `dense` (the dense model), `dequantized` (the dequantized base) or `requantized` (the dense model, quantized
         again); `polyquant.finetuning.merge_methods` says what each loses.
     backend, options: of the base, as `load` takes them; where left out, those on the adapter's card.
-    threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`.
-    Returns the comparison, on the text that comes with polyquant.
+    threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`. Returns that.
     """
     from polyquant.finetuning.merge import merge as run
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from tqdm import tqdm
 
 from polyquant.converting.records import Conversion
 from polyquant.errors import ConversionRefused, Misfit, UnsupportedOperation
@@ -29,10 +28,31 @@ SHOWN = 3  # layers of a refusal
 
 
 def convert(
-    model: str | Path, to: str, out: Path, *, backend: str | None, overwrite: bool, requantize: bool, max_kl: float,
-    calibration: Sequence[str] | None, progress: bool, **options: Any,
-) -> Conversion:  # fmt: skip
-    """See `polyquant.convert`. options: of loading the source."""
+    model: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    backend: str | None = None,
+    overwrite: bool = False,
+    requantize: bool = False,
+    max_kl: float = 0.05,
+    calibration: Sequence[str] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Conversion:
+    """Write a quantized checkpoint in another format, into the folder `out`, all or nothing: nothing is rounded again.
+
+    model: a quantized checkpoint, as `load` takes it. to: a backend whose format it gets, `gptq` or, with options that
+        are else inferred from the weights, `gptq:group_size=64`. backend: that reads `model`; None: it names its own.
+    requantize: where the format has no place for the weights as they are, quantize the dequantized model; refused where
+        the mean KL to the source is above max_kl, in nats. calibration: texts for backends that calibrate.
+    options: what `load` takes: revision, trust_remote_code, allow_pickle.
+    What is written is read back by the target's own reader; each layer's largest difference is in the result.
+    Raises ConversionRefused, with the properties and layers, where the format has no place for them.
+
+    >>> polyquant.convert("model-gptq", "compressed-tensors", "model-vllm").exact
+    """
+    out = Path(out)
     name, given = handles.written(to, {})
     target = target_named(name)
     target.config(given)  # refused before a file is read
@@ -59,6 +79,8 @@ def converted(
     source: Source, target: Backend, given: Mapping[str, object], out: Path, *, progress: bool, trusts: dict[str, Any]
 ) -> Conversion:
     """Write the source in the target's format, and read it back. Raises ConversionRefused."""
+    from tqdm import tqdm
+
     from polyquant.converting.compare import compared
     from polyquant.converting.source import narrow
     from polyquant.packed_weights.codes import codes_of
