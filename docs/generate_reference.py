@@ -33,6 +33,7 @@ RECORDS = {
     "polyquant.loading.records": "What `polyquant.verify` returns.",
     "polyquant.planning.records": "What `polyquant.plan` and `polyquant.recommend` return.",
     "polyquant.searching.records": "What `polyquant.search` returns.",
+    "polyquant.converting.records": "What `polyquant.convert` returns.",
     "polyquant.comparison.records": "What `polyquant.compare` returns: a `Comparison`, which is a `Run` with the "
     "methods `best`, `report` and `to_pandas`; and what it is made of.",
     "polyquant.support.progress": "What a `progress` sees of work while it goes on.",

@@ -84,6 +84,11 @@ class AcmeBackend:
         from polyquant_acme import _layers
         return _layers.quantize_linear(linear, config)
 
+    @hookimpl
+    def unpack(self, weight, config):
+        from polyquant_acme import _layers
+        return _layers.unpack(weight, config)
+
 
 backend = AcmeBackend()
 '''
@@ -99,6 +104,7 @@ ARGUMENTS = {
     "save": {"loaded": None, "out": Path()},
     "pack": {"module": None},
     "quantize_linear": {"linear": None, "config": None},
+    "unpack": {"weight": None, "config": None},
 }
 ANYTHING = ("prepare_for_training", "pack", "quantize_linear")
 """Hooks that may answer with any object: the model, a class that imports torch, a library's module."""
@@ -157,7 +163,11 @@ def use(registry, hook):
 def test_every_hook_of_the_specification_but_one_is_broken_here_and_in_the_template(acme):
     template = Registry().plugin("acme")
     assert {hook for hook in (*hookspecs.REQUIRED, *hookspecs.OPTIONAL) if hasattr(template, hook)} == set(IMPLEMENTED)
-    assert set(IMPLEMENTED) == set(hookspecs.REQUIRED + hookspecs.OPTIONAL) - {"quantize"} == set(ARGUMENTS)
+    assert (
+        set(IMPLEMENTED)
+        == set(hookspecs.REQUIRED + hookspecs.OPTIONAL) - {"quantize", "write_unpacked"}
+        == set(ARGUMENTS)
+    )
     assert hooks.CURES.keys() == {*hookspecs.REQUIRED, *hookspecs.OPTIONAL}
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from polyquant.converting.convert import convert
 from polyquant.isolated.doctor import Diagnosis, doctor
 from polyquant.isolated.handles import backend, backends
 from polyquant.loaded import SAMPLE_PROMPT
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from polyquant.support.progress import Progress
 
 __all__ = [
-    "Diagnosis", "backend", "backends", "compare", "doctor", "finetune", "load", "merge", "observing", "plan",
-    "quantize", "read_comparison", "recommend", "search", "verify",
+    "Diagnosis", "backend", "backends", "compare", "convert", "doctor", "finetune", "load", "merge", "observing",
+    "plan", "quantize", "read_comparison", "recommend", "search", "verify",
 ]  # fmt: skip
 
 
@@ -279,8 +280,7 @@ def merge(
     into: `dense` (the dense model), `dequantized` (the dequantized base) or `requantized` (the dense model, quantized
         again); `polyquant.finetuning.merge_methods` says what each loses.
     backend, options: of the base, as `load` takes them; where left out, those on the adapter's card.
-    threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`.
-    Returns the comparison, on the text that comes with polyquant.
+    threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`. Returns that.
     """
     from polyquant.finetuning.merge import merge as run
 

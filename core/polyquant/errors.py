@@ -112,6 +112,21 @@ class MergeRefused(PolyquantError):
     exit_code = 1
 
 
+class ConversionRefused(PolyquantError):
+    """A format has no place for something of the weights, or a requantized model is further than the gate allows."""
+
+    exit_code = 1
+
+
+class Misfit(ConversionRefused):
+    """A format has no place for a property of one weight. Raised by plugins; the core says which layers have it."""
+
+    def __init__(self, trait: str, what: str) -> None:
+        """trait: 'bits', 'group size', 'zero points', 'act-order', ...; what: what there is, and what there may be."""
+        super().__init__(f"{trait}: {what}")
+        self.trait, self.what = trait, what
+
+
 class ComparisonBusy(PolyquantError):
     """Another comparison is running in the same folder."""
 

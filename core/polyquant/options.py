@@ -14,7 +14,7 @@ from polyquant.errors import ConfigError, did_you_mean
 from polyquant.modules import matching_modules, module_of
 
 if TYPE_CHECKING:
-    from polyquant.types import WeightInfo
+    from polyquant.types import HeldWeight, WeightInfo
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 RoundingMethod = Literal["nearest", "fitted", "calibrated", "tuned", "codebook"]
@@ -116,6 +116,16 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """The options that a checkpoint's `quantization_config` stands for.
 
         Raises ValueError where a value is one the backend cannot read.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """The options of a checkpoint that holds these weights as they are: what `polyquant convert` writes.
+
+        For backends with the hook `unpack`. Asked with each weight alone too, so that all with no place are named.
+        Only what says how weights are stored: bits, group size, zero points, act-order.
+        Raises Misfit, which names the property, where there are none.
         """
         raise NotImplementedError
 

@@ -223,6 +223,27 @@ class PackedFormat(Record, frozen=True):
         return columns if self.group_size == -1 else self.group_size
 
 
+class HeldWeight(Record, frozen=True):
+    """What a packed weight is, as far as another format has to have a place for it."""
+
+    name: str  # of the module
+    shape: tuple[int, int]  # out_features, in_features
+    kind: Literal["integers", "floats", "code book"]  # what codes are: floats are E4M3
+    bits: int  # of a code: 4 or 8
+    group_size: int  # columns that share a scale; in_features: all of them
+    scale_dtype: Literal["float32", "float16", "bfloat16"]
+    zero_points: Literal["middle", "whole", "none"] = "middle"
+    """Of integers. middle: all in the middle of the codes' range. whole: others, integers. none: minima that are no
+    multiples of the scales."""
+    ordered: bool = False  # whether columns belong to groups in an order of their own: act-order
+    table: tuple[float, ...] = ()  # of a code book
+
+    @property
+    def columns_of_a_scale(self) -> int:
+        """`group_size`, -1 for all of a row."""
+        return -1 if self.group_size == self.shape[1] else self.group_size
+
+
 class LayerPlan(Record, frozen=True):
     """What a tensor is going to be."""
 

@@ -260,6 +260,18 @@ class Moody(Packs):
         return replace(weight, scales=weight.scales * (1 + 1e-6 * next(COUNT)))
 
 
+@plugin(breaks="converted_layers_are_the_same")
+class Mislabels(Packs):
+    """Writes other scales than it was given."""
+
+    hooks = (*Packs.hooks, "unpack")
+
+    @hookimpl
+    def unpack(self, weight, config):
+        tensors = rowwise.unpack(weight, config)
+        return tensors | {"scale": tensors["scale"] * 1.01}
+
+
 @plugin(breaks="load_leaves_global_state_alone")
 class Leaks(Loads):
     def after(self, loaded):

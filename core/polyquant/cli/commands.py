@@ -14,6 +14,7 @@ from polyquant import api
 from polyquant.cli import authoring, environments
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
+from polyquant.cli.converting import convert
 from polyquant.cli.options import Loading, complete_backend, loads_models, spread, switches_of
 from polyquant.cli.output import say, say_piece
 from polyquant.cli.planning import plan, recommend
@@ -52,6 +53,7 @@ def build(backend: str | None) -> typer.Typer:
     app.command()(backends)
     app.command()(doctor)
     app.command()(report)
+    app.command()(convert)
     authoring.register(app)
     environments.register(app)
     app.command()(recommend)

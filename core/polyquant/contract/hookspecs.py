@@ -6,7 +6,7 @@ that is registered under the backend's name, so no implementation ever compares 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem, WeightIn
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
     from polyquant.options import BackendOptions
+    from polyquant.packed_weights.codes import WeightCodes
     from polyquant.packed_weights.weight import PackedWeight
     from polyquant.request import LoadRequest
 
@@ -25,7 +26,9 @@ for a plugin that does not ask for it (docs/authors says how)."""
 REMOVED: Mapping[str, Mapping[str, str]] = {}
 """hook -> argument that earlier versions gave -> what to use instead."""
 REQUIRED = ("backend_info", "validate_environment", "build_config", "load", "describe_layers")
-OPTIONAL = ("plan_layers", "quantize", "prepare_for_training", "save", "pack", "quantize_linear")
+OPTIONAL = (
+    "plan_layers", "quantize", "prepare_for_training", "save", "pack", "quantize_linear", "unpack", "write_unpacked",
+)  # fmt: skip
 
 
 class QuantBackend:
@@ -105,5 +108,26 @@ class QuantBackend:
 
         For matrices that the library does not take itself: each expert of a fused tensor, one after the other. The
         backend's options derive from `ExpertsOptions`; `config` is as `load` got it, the weight in the compute dtype.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def unpack(self, weight: WeightCodes, config: BackendOptions) -> dict[str, Any]:
+        """The twin of `pack`: the tensors of a linear layer under the format's names in it, as a checkpoint holds them.
+
+        config: what its `holding` answered for all weights, with what the user gave. Codes stay what they are; scales
+        may be rounded to a dtype of the format's (`WeightCodes.scales_as`), which the core measures and states. Without
+        the bias.
+        Raises Misfit, which names the property, where the format has no place for the weight with these options.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def write_unpacked(self, loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, Any]]], out: Path) -> Path:
+        """Write a checkpoint of converted layers into the empty folder `out`: for formats that need more than tensors.
+
+        Without this hook the core writes safetensors under the layers' names, and `to_stored()` in config.json.
+        loaded: the model, dense but for the layers, with the options to be written; layers: the name of a module, and
+        what `unpack` gave for it, one after the other; a bias is in the module.
         """
         raise NotImplementedError

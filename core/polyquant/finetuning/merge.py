@@ -43,7 +43,7 @@ def merge(
         backend, options = card.backend, {**card.backend_options, **options}
     loaded = load(model, backend, adapter=str(adapter), **options)
     writing = atomic_folder(out, overwrite=overwrite, keeps=loaded.files)
-    with merge_methods.gate(loaded, _windows(loaded)) as compare, writing as partial:
+    with merge_methods.gate(loaded, windows(loaded)) as compare, writing as partial:
         if into == "requantized":
 
             def again(dense: Path, written: Path) -> LoadedModel:
@@ -84,7 +84,8 @@ def _requantized(
     return quality
 
 
-def _windows(loaded: LoadedModel) -> list[Window]:
+def windows(loaded: LoadedModel) -> list[Window]:
+    """What models are compared on before one takes the place of another: of the text that comes with polyquant."""
     preset = preset_named(PRESET)
     tokens = loaded.tokenizer(evaluation_text(), add_special_tokens=False).input_ids
     return cut(tokens, preset, bos=loaded.tokenizer.bos_token_id, limit=WINDOWS)

@@ -8,6 +8,9 @@ from polyquant.types import PackedFormat
 
 ROWS, COLUMNS, LEAST_GROUP = PackedFormat.ROWS, PackedFormat.COLUMNS, PackedFormat.LEAST_GROUP
 """Rows that are interleaved, what the stored columns are a multiple of, and the smallest group."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The number of each code of E2M1; the largest is that of E2M1_MOST."""
+E2M1_MOST = 7
 
 
 def group_of_runs(run: int, columns: int) -> int:

@@ -23,7 +23,7 @@ from polyquant.models.roles import REASONS, TIED
 from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
 from polyquant.packable import ExpertsOptions, PackableOptions, is_packed
-from polyquant.packed_weights.format import group_of_runs
+from polyquant.packed_weights.format import E2M1, group_of_runs
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import quantized_modules, repacked_modules, unfit
 from polyquant.request import LoadRequest, ModelSource
@@ -35,6 +35,7 @@ from polyquant.types import (
     Capabilities,
     DeviceMap,
     DeviceSupport,
+    HeldWeight,
     Isolated,
     LayerInfo,
     LayerPlan,
@@ -48,6 +49,7 @@ from polyquant.types import (
 
 __all__ = [
     "DTYPE_BYTES",
+    "E2M1",
     "REASONS",
     "TIED",
     "BackendInfo",
@@ -58,6 +60,7 @@ __all__ = [
     "Dtype",
     "ExpertsOptions",
     "Feed",
+    "HeldWeight",
     "Isolated",
     "LayerFormats",
     "LayerInfo",

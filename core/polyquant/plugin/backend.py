@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,8 @@ FILES: Mapping[str, str] = {
     "quantize": "_quantize",
     "pack": "_layers",
     "quantize_linear": "_layers",
+    "unpack": "_layers",
+    "write_unpacked": "_load",
 }
 """hook -> the file of the package whose function of that name answers it."""
 
@@ -131,5 +133,14 @@ def _forwarding(answer: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     def quantize_linear(linear: Any, config: BackendOptions) -> Any:
         return answer("quantize_linear", linear, config)
 
-    functions = (load, describe_layers, plan_layers, quantize, prepare_for_training, save, pack, quantize_linear)
+    def unpack(weight: Any, config: BackendOptions) -> dict[str, Any]:
+        return answer("unpack", weight, config)  # type: ignore[no-any-return]
+
+    def write_unpacked(loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, Any]]], out: Path) -> Path:
+        return answer("write_unpacked", loaded, layers, out)  # type: ignore[no-any-return]
+
+    functions = (
+        load, describe_layers, plan_layers, quantize, prepare_for_training, save, pack, quantize_linear,
+        unpack, write_unpacked,
+    )  # fmt: skip
     return {function.__name__: function for function in functions}

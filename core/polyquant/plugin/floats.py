@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+from polyquant.packed_weights import format as layout
+
+E2M1 = layout.E2M1
 """The number of each code."""
 MOST_E2M1, MOST_E4M3 = 6.0, 448.0
 """The largest numbers."""

@@ -5,17 +5,23 @@ A backend derives its options from one of these records, adds its own, and refus
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, get_args
 
 import msgspec
 from msgspec import Meta
 
+from polyquant.errors import Misfit
 from polyquant.options import NumberFormat, RoundingMethod
 from polyquant.packable import PackableOptions
+from polyquant.plugin.layouts import integers_held
+from polyquant.types import HeldWeight
 
 GEMM = "gemm"
 """AWQ's version whose words run along out_features; those of the other versions are in orders of their own."""
+GptqGroup = Literal[-1, 16, 32, 64, 128, 256, 512, 1024]
+AwqGroup = Literal[-1, 16, 32, 64, 128, 256]
+GPTQ_GROUPS, AWQ_GROUPS = get_args(GptqGroup), get_args(AwqGroup)
 GROUP = "weights along in_features that share one scale and zero point; -1: all of them"
 
 
@@ -23,7 +29,7 @@ class GptqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fiel
     """A scale and a zero point for each group of weights, rounded so that calibration text changes least."""
 
     bits: Annotated[Literal[2, 3, 4, 8], Meta(description="bits of a quantized weight")] = 4
-    group_size: Annotated[Literal[-1, 16, 32, 64, 128, 256, 512, 1024], Meta(description=GROUP)] = 128
+    group_size: Annotated[GptqGroup, Meta(description=GROUP)] = 128
     desc_act: Annotated[
         bool, Meta(description="quantize the columns that matter most first; a little closer, a little slower")
     ] = False
@@ -64,12 +70,16 @@ class GptqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fiel
         }
         return msgspec.convert(values | _stored_skips(stored), cls)
 
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        return integers_held(weights, (4, 8), GPTQ_GROUPS)
+
 
 class AwqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Columns that calibration text activates most are scaled up before rounding, so that they lose least."""
 
     bits: Annotated[Literal[4], Meta(description="bits of a quantized weight")] = 4
-    group_size: Annotated[Literal[-1, 16, 32, 64, 128, 256], Meta(description=GROUP)] = 128
+    group_size: Annotated[AwqGroup, Meta(description=GROUP)] = 128
 
     @property
     def rounding_method(self) -> RoundingMethod:
@@ -111,6 +121,14 @@ class AwqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_field
             "group_size": stored.get("group_size", stored.get("q_group_size", 128)),
         }
         return msgspec.convert(values | _stored_skips(stored), cls)
+
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """Zero points are held whether they are fitted or not."""
+        if any(weight.ordered for weight in weights):
+            raise Misfit("act-order", "its columns belong to groups in an order of their own, and AWQ's follow")
+        held = integers_held(weights, (4,), AWQ_GROUPS)
+        return {name: held[name] for name in ("bits", "group_size")}
 
 
 def gptq_layout(stored: Mapping[str, Any]) -> str:

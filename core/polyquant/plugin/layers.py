@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
+from polyquant.packed_weights.codes import WeightCodes, fits
 from polyquant.packed_weights.experts import ExpertStack, LinearExperts
 from polyquant.packed_weights.frozen import (
     CHUNK_WEIGHTS,
@@ -33,11 +34,13 @@ __all__ = [
     "PackedWeight",
     "Part",
     "Quantized",
+    "WeightCodes",
     "bias_as_parameter",
     "describe",
     "differentiable",
     "fill_empty",
     "finite_weight",
+    "fits",
     "frozen_for_adapters",
     "frozen_linear",
     "gptq_tensors",

@@ -6,12 +6,13 @@ of in_features; a last group may be shorter than the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import ceil, prod
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from math import ceil, inf, prod
+from typing import Any, NamedTuple
 
+from polyquant.errors import Misfit
 from polyquant.plugin.planning import unfit
-from polyquant.types import PackedFormat, WeightInfo
+from polyquant.types import HeldWeight, PackedFormat, WeightInfo
 
 WORD_BITS = 32  # packed values lie in int32 words
 
@@ -133,3 +134,42 @@ def require_groups(weight: WeightInfo, group_size: int) -> None:
         raise unfit(
             weight, f"group_size {group_size} does not divide in_features {in_features}", ["another group_size"]
         )
+
+
+def integers_held(weights: Sequence[HeldWeight], bits: Collection[int], sizes: Collection[int]) -> dict[str, Any]:
+    """bits, group_size, sym and desc_act of a GPTQ or AWQ checkpoint that holds integers as they are.
+
+    bits, sizes: that the format has; a size of -1 is all columns. Groups that are larger or differ are held in the
+    largest that divides them all. Raises Misfit.
+    """
+    found = {weight.bits if weight.kind == "integers" else 0 for weight in weights}
+    if len(found) > 1 or not found <= set(bits):
+        names = sorted({f"{weight.kind} of {weight.bits} bits" for weight in weights})
+        held = " or ".join(map(str, sorted(bits)))
+        raise Misfit("bits", f"its codes are {' and '.join(names)}, and integers of {held} bits alone are held")
+    if any(weight.zero_points == "none" for weight in weights):
+        raise Misfit("minima", "its minima are no whole multiples of its scales, and zero points are integers")
+    return {
+        "bits": found.pop(), "group_size": size_held(weights, sizes),
+        "sym": all(weight.zero_points == "middle" for weight in weights),
+        "desc_act": any(weight.ordered for weight in weights),
+    }  # fmt: skip
+
+
+def size_held(weights: Sequence[HeldWeight], sizes: Collection[int]) -> int:
+    """The largest of a format's group sizes into which the groups of all weights divide. Raises Misfit for none."""
+    for size in sorted(sizes, key=lambda size: inf if size == -1 else size, reverse=True):
+        if all(_divides(size, weight) for weight in weights):
+            return size
+    own = " and ".join(str(size) for size in sorted({weight.group_size for weight in weights}))
+    held = ", ".join(map(str, sorted(sizes)))
+    raise Misfit("group size", f"its groups are of {own} columns, and those held of {held} do not divide them")
+
+
+def _divides(size: int, weight: HeldWeight) -> bool:
+    """Whether groups of `size` hold those of a weight: with act-order only the same do."""
+    columns = weight.shape[1]
+    wanted = columns if size == -1 else size
+    same = wanted == weight.group_size
+    return same or (not weight.ordered and wanted < weight.group_size and not weight.group_size % wanted
+                    and not columns % wanted)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tensors of layers as codes and scales, and GPTQ's and AWQ's in polyquant's packed layout; nothing is rounded.
+"""Tensors of layers as codes and scales, and GPTQ's and AWQ's in polyquant's packed layout and back, without rounding.
 
 GPTQ: words of qweight run down in_features, those of qzeros along out_features, lowest bits first. Its first version
 stores zero points less one. AWQ: all words run along out_features, and of eight codes in a word those of even columns
@@ -10,10 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyquant.errors import ModelError
+from polyquant.errors import Misfit, ModelError
+from polyquant.packed_weights.codes import WeightCodes
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
+from polyquant.plugin.codes import packed_bits
+from polyquant.plugin.floats import E2M1, E8M0_BIAS
 from polyquant.plugin.layouts import packed_group
+from polyquant.plugin.parts import MOST_EXPONENT
 
+E4M3_CODES = 127  # that are positive numbers, with 0
+LAST_BITS = 2**-22  # of a float32
+HALVES = (torch.float16, torch.bfloat16)
+"""What readers of GPTQ and AWQ have scales in."""
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Of eight columns in a word of AWQ's, the nibble that each one's code lies in."""
 
@@ -38,6 +46,117 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
 def unpacked_awq(words: Tensor) -> Tensor:
     """The 4-bit codes in AWQ's words along the last axis, in the order of columns: uint8 (rows, columns)."""
     return unpacked(words, 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2)
+
+
+def in_words(codes: Tensor, bits: int) -> Tensor:
+    """The twin of `unpacked`: uint8 codes (rows, columns) of 4 or 8 bits as int32 words along the last axis.
+
+    Raises Misfit where words do not come out whole.
+    """
+    if codes.shape[-1] % (32 // bits):
+        raise Misfit("size", f"{32 // bits} codes are a word, and {codes.shape[-1]} are no whole number of words")
+    return packed_bits(codes.to(torch.uint8), bits).contiguous().view(torch.int32)
+
+
+def in_awq_words(codes: Tensor) -> Tensor:
+    """The twin of `unpacked_awq`: uint8 codes (rows, columns) below 16 as AWQ's int32 words along the last axis."""
+    if codes.shape[-1] % 8:
+        raise Misfit("size", f"8 codes are a word, and {codes.shape[-1]} are no whole number of words")
+    nibbles = [AWQ_ORDER.index(place) for place in range(8)]
+    return in_words(codes.unflatten(-1, (-1, 8))[..., nibbles].flatten(-2), 4)
+
+
+def unpack_gptq(
+    weight: WeightCodes, bits: int, group_size: int, *, sym: bool, ordered: bool, less_one: bool
+) -> dict[str, Tensor]:
+    """The twin of `pack_gptq`: qweight, qzeros, scales and g_idx. Raises Misfit for what GPTQ has no place for."""
+    codes, zeros = _unsigned(weight, bits, group_size, sym=sym, least=int(less_one))
+    weight = (weight if ordered else weight.in_order()).in_groups(group_size)
+    in_turn = torch.arange(weight.shape[1], dtype=torch.int32) // weight.group_size
+    return {
+        "qweight": in_words(codes, bits).T.contiguous(),
+        "qzeros": in_words(zeros.T - int(less_one), bits),
+        "scales": weight.scales_as(*HALVES).T.contiguous(),
+        "g_idx": in_turn if weight.groups is None else weight.groups,
+    }
+
+
+def unpack_awq(weight: WeightCodes, group_size: int, *, sym: bool) -> dict[str, Tensor]:
+    """The twin of `pack_awq`: qweight, qzeros and scales. Raises Misfit for what AWQ has no place for."""
+    codes, zeros = _unsigned(weight, 4, group_size, sym=sym)
+    return {
+        "qweight": in_awq_words(codes.T), "qzeros": in_awq_words(zeros.T),
+        "scales": weight.in_order().in_groups(group_size).scales_as(*HALVES).T.contiguous(),
+    }  # fmt: skip
+
+
+def _unsigned(weight: WeightCodes, bits: int, group_size: int, *, sym: bool, least: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes (out_features, in_features) and zero points (out_features, groups) from 0 to below 2^bits.
+
+    least: of the zero points that are held. Raises Misfit.
+    """
+    middle = 1 << (bits - 1)
+    weight = weight.integers(bits).in_groups(group_size)
+    if sym:
+        weight.without_zero_points()
+    lifted = middle - weight.middle  # of 8 bits both are signed in the packed layout
+    zeros = weight.zero_points(least - lifted, 2 * middle - 1 - lifted) + lifted
+    return (weight.codes if bits == 4 else unsigned(weight.codes)), zeros
+
+
+def unsigned(codes: Tensor) -> Tensor:
+    """int8 codes from -128 as uint8 from 0."""
+    return codes.view(torch.uint8) ^ 128
+
+
+def fp4_codes(weight: WeightCodes, size: int) -> Tensor:
+    """Codes that are entries of E2M1's table, uint8 below 16, in order. Raises Misfit for others, and other groups.
+
+    size: columns that share a scale.
+    """
+    if weight.kind != "code book" or weight.table is None or weight.table.tolist() != list(E2M1):
+        raise Misfit("bits", f"its codes are {weight.kind} of {weight.bits} bits, and floats of 4 bits (E2M1) are held")
+    return weight.in_order().in_groups(size).codes
+
+
+def exponents(scales: Tensor) -> Tensor:
+    """Scales that are powers of two as E8M0: uint8, 127 more than the exponent. Raises Misfit for others.
+
+    0, of a block of zeros, becomes the smallest there is, 2^-127.
+    """
+    fraction, power = torch.frexp(scales.float())
+    stored = torch.where(scales == 0, 0, power.int() - 1 + E8M0_BIAS)
+    if not bool((((fraction == 0.5) | (scales == 0)) & (stored >= 0) & (stored <= MOST_EXPONENT)).all()):
+        raise Misfit("scale dtype", "its scales are no powers of two, and those held (E8M0) are")
+    return stored.to(torch.uint8)
+
+
+def e4m3_scales(scales: Tensor, *, divides: bool) -> tuple[Tensor, Tensor]:
+    """Scales as float8_e4m3fn, and a float32 (1,) for all by which they are multiplied, or with `divides` divided.
+
+    Where the source divides and the target multiplies, or the other way round, float32 may round the last bit or two
+    otherwise. Raises Misfit where there is no such factor.
+    """
+    wide = scales.float()
+    kinds = wide.unique()
+    largest, close = float(kinds.abs().max()), None
+    for code in range(E4M3_CODES - 1, 0, -1) if largest > 0 else ():  # what the largest scale may be
+        number = float(torch.tensor([code], dtype=torch.uint8).view(torch.float8_e4m3fn).float())
+        first = torch.tensor(number / largest if divides else largest / number)
+        for factor in (first, torch.nextafter(first, first * 2), torch.nextafter(first, first / 2)):
+            again = _in_e4m3(kinds, factor, divides=divides).float()
+            again = again / factor if divides else again * factor
+            if torch.equal(again, kinds):
+                return _in_e4m3(wide, factor, divides=divides), factor.reshape(1)
+            if close is None and bool(((again - kinds).abs() <= LAST_BITS * kinds.abs()).all()):
+                close = factor
+    if close is None:
+        raise Misfit("scale dtype", "its scales are no floats of 8 bits (E4M3) times one factor, and those held are")
+    return _in_e4m3(wide, close, divides=divides), close.reshape(1)
+
+
+def _in_e4m3(scales: Tensor, factor: Tensor, *, divides: bool) -> Tensor:
+    return (scales * factor if divides else scales / factor).to(torch.float8_e4m3fn)
 
 
 def pack_gptq(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,14 @@ class Backend:
     def pack(self, module: Any) -> Any:
         """The weight of a quantized module, as a `PackedWeight`."""
         return self._call("pack", module=module)
+
+    def unpack(self, weight: Any, config: BackendOptions) -> dict[str, Any]:
+        """The tensors of a linear layer, of a `WeightCodes`, under the format's names. Raises Misfit."""
+        return self._call("unpack", weight=weight, config=config)
+
+    def write_unpacked(self, loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, Any]]], out: Path) -> Path:
+        """Write converted layers as the format has them, into an empty folder."""
+        return self._call("write_unpacked", loaded=loaded, layers=layers, out=out)
 
     def save(
         self, loaded: LoadedModel, out: Path, *, overwrite: bool = False, accept: Callable[[Path], None] | None = None

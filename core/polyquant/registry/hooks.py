@@ -29,6 +29,8 @@ CURES: Mapping[str, str] = {
     "prepare_for_training": "return the model: polyquant.plugin.layers.prepare_for_training does for most",
     "save": "write the checkpoint into `out` and return `out`, a Path",
     "quantize_linear": "return the module that `load` puts in the place of a linear layer, and that `pack` takes",
+    "unpack": "return a dictionary of tensors under your format's names: polyquant.plugin.packing has the usual words",
+    "write_unpacked": "write the checkpoint into `out` and return `out`, a Path",
     "pack": "return a PackedWeight of the layout that was planned: polyquant.plugin.layers.pack_weight makes it",
 }
 """hook -> what it must do."""

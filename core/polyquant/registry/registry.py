@@ -46,8 +46,8 @@ RESULTS: Mapping[str, type] = {
     "load": LoadedModel,
     "describe_layers": list,
     "plan_layers": list,
-    "quantize": Path,
-    "save": Path,
+    "unpack": dict,
+    **dict.fromkeys(("quantize", "save", "write_unpacked"), Path),
     # models, modules and a PackedWeight, whose classes import torch
     **dict.fromkeys(("prepare_for_training", "pack", "quantize_linear"), object),
 }

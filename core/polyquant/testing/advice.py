@@ -87,6 +87,7 @@ CURES: Mapping[str, tuple[str, str]] = {
     ),
     "packed_layers_train": ("pack", "leave out what is no part of a plain linear layer: its plan then names no layout"),
     "packed_models_save_what_the_library_does": ("pack", "let load give the same weights each time"),
+    "converted_layers_are_the_same": ("unpack", "let it be the way back from pack: the tensors that load reads"),
     "load_leaves_global_state_alone": (
         "load", "put back what your library changes: polyquant.plugin.contained, torch.random.fork_rng",
     ),

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 import polyquant
-from polyquant.errors import ConfigError
+from polyquant.converting.convert import converted
+from polyquant.converting.source import of_loaded
+from polyquant.errors import ConfigError, ConversionRefused
 from polyquant.loaded import LoadedModel
 from polyquant.loading.dense import load_dense
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.memory.effective import effective_weight
 from polyquant.models.resolve import resolve_dense
-from polyquant.packable import QUANTIZE
+from polyquant.packable import KEEP, QUANTIZE
 from polyquant.testing.check import FIRST, NotApplicable, check, expect
 from polyquant.testing.checks_bytes import described_bytes_are_stored_bytes, plan_is_within_one_percent
 from polyquant.testing.checks_outputs import logits_are_whole
@@ -29,6 +31,7 @@ SAME_KL = 1e-5  # nats a token: the same weights, both computed in float32
 MORE_LOST = 1.1  # of what the library loses, where that rounds activations too
 SAME, CLOSE = 1e-4, 1e-2  # of the largest weight, where the library multiplies in float32, or in 16 bits
 HALF = 2**-11  # and where it takes float32, and multiplies with weights that it has rounded to float16
+ROUNDED = 2**-10  # of the largest weight: what a scale's or a minimum's dtype may round
 SMALL_SHARE = 0.5  # of the quantized layers may keep the library's kernel, as those of odd sizes do
 
 
@@ -122,6 +125,24 @@ def packed_models_save_what_the_library_does(subject: Subject, preset: str) -> N
         again = polyquant.load(saved[0], subject.backend, device=subject.runs_on, kernel="packed").logits(tokens)
     expect(bool((one == two).all()), "saved with the packed kernel, and loaded back, it gives other logits")
     expect(bool((again == loaded.logits(tokens)).all()), "loaded back with the packed kernel it gives other logits")
+
+
+@check()
+def converted_layers_are_the_same(subject: Subject, preset: str) -> None:
+    """`polyquant convert` writes its own format from the packed layout: each layer is read back as it was."""
+    if not subject.handle.can("unpack"):
+        raise NotApplicable(f"{subject.backend} does not declare a hook unpack")
+    loaded = subject.packed.load(preset, embeddings=KEEP, head=KEEP)
+    with TemporaryDirectory(dir=subject.folder) as folder:
+        try:
+            out = Path(folder)
+            made = converted(of_loaded(loaded), subject.handle, {}, out, progress=False, trusts={})
+        except ConversionRefused as refused:
+            expect(preset != next(iter(subject.info.presets)), f"its format does not hold its first preset: {refused}")
+            raise NotApplicable(str(refused)) from refused
+    expect(bool(made.layers), "no layer of it is in the packed layout")
+    wrong = [layer.name for layer in made.layers if layer.largest_difference > ROUNDED * layer.largest_weight]
+    expect(not wrong, f"{len(wrong)} of {len(made.layers)} layers are read back as others: {', '.join(wrong[:3])}")
 
 
 def _has_no_place(subject: Subject, preset: str, loaded: LoadedModel) -> bool:

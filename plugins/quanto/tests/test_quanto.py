@@ -13,7 +13,7 @@ from optimum.quanto import QLinear
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.testing.checkpoints import adapter_gradients, assert_verified
 from polyquant_quanto import _library
-from polyquant_quanto.planning import group_size
+from polyquant_quanto.options import group_size
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from bitsandbytes import nn as bnb
-from bitsandbytes.functional import dequantize_blockwise
+from bitsandbytes.functional import QuantState, dequantize_blockwise, get_4bit_type
+from polyquant.errors import Misfit
 from polyquant.plugin import LayerInfo, LoadedModel, group_of_runs
-from polyquant.plugin.layers import PackedWeight, Quantized, describe, pack_weight
+from polyquant.plugin.layers import PackedWeight, Quantized, WeightCodes, describe, pack_weight
 
 from polyquant_bitsandbytes._library import kernel
-from polyquant_bitsandbytes.options import BitsAndBytesOptions
+from polyquant_bitsandbytes.options import BLOCK, BitsAndBytesOptions
 
 LARGEST = 127  # of the 8-bit codes, to which a row's scale belongs
 
@@ -42,6 +43,34 @@ def pack(module: Any) -> PackedWeight:
     group = group_of_runs(state.blocksize, columns)
     scales = absmax.float().repeat_interleave(state.blocksize // group)[: rows * columns // group]
     return pack_weight(codes, scales.view(rows, -1), group, table=state.code)
+
+
+def unpack(weight: WeightCodes, config: BitsAndBytesOptions) -> dict[str, torch.Tensor]:
+    """4 bit: block scales in float32, not quantized again. 8 bit: the largest weight of each row."""
+    if config.bits == 8:
+        held = weight.integers(8).without_zero_points().in_order().in_groups(-1)
+        return {"weight": held.codes, "SCB": _times_largest(held.scales.float().flatten()),
+                "weight_format": torch.tensor(0, dtype=torch.uint8)}  # fmt: skip
+    if config.double_quant:
+        raise Misfit("double quantization", "its block scales would be rounded, and are held as they are alone")
+    held, table = weight.in_order().in_groups(BLOCK), get_4bit_type(config.quant_type, device="cpu")
+    if held.table is None or not torch.equal(held.table, table):
+        raise Misfit("bits", f"its codes are {held.kind} of {held.bits} bits, and {config.quant_type} is held")
+    pairs = held.codes.flatten()
+    state = QuantState(
+        absmax=held.scales.float().flatten(), shape=torch.Size(held.shape), code=table, blocksize=BLOCK,
+        quant_type=config.quant_type, dtype=torch.float32,
+    )  # fmt: skip
+    constants = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    return {"weight": (pairs[::2] << 4 | pairs[1::2])[:, None], **constants}
+
+
+def _times_largest(scales: torch.Tensor) -> torch.Tensor:
+    """float32 that are `scales` when divided by LARGEST, where there are such."""
+    products = scales * LARGEST
+    for near in (torch.nextafter(products, products * 2), torch.nextafter(products, products / 2)):
+        products = torch.where(products / LARGEST == scales, products, near)
+    return products
 
 
 def quantize_linear(linear: torch.nn.Linear, config: BitsAndBytesOptions) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import ExpertsOptions, NumberFormat
+from polyquant.errors import Misfit
+from polyquant.plugin import ExpertsOptions, HeldWeight, NumberFormat
+from polyquant.plugin.layouts import size_held
 
+BLOCK = 64  # weights a scale
 FOUR_BIT = {"quant_type": "nf4", "double_quant": False, "quant_storage": "uint8"}
 EIGHT_BIT = {"int8_threshold": 6.0}
 
@@ -67,14 +70,32 @@ class BitsAndBytesOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unkn
         }
         if self.bits == 8:
             return {"load_in_8bit": True, "llm_int8_threshold": self.int8_threshold, **common}
+        computed = {} if self.compute_dtype == "auto" else {"bnb_4bit_compute_dtype": self.compute_dtype}
         return {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_use_double_quant": self.double_quant,
             "bnb_4bit_quant_storage": self.quant_storage,
-            "bnb_4bit_compute_dtype": self.compute_dtype,
+            **computed,
             **common,
         }
+
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """NF4 and FP4 in blocks of 64, and int8 with a scale a row; their block scales are not quantized again."""
+        kinds = {(weight.kind, weight.bits, weight.table) for weight in weights}
+        kind, bits, table = kinds.pop()
+        if kinds or kind == "floats" or (kind == "integers" and bits == 4):
+            raise Misfit("bits", f"its codes are {kind} of {bits} bits, and NF4, FP4 and integers of 8 bits are held")
+        if any(weight.ordered for weight in weights):
+            raise Misfit("act-order", "its columns belong to groups in an order of their own, and those held follow")
+        if any(weight.zero_points != "middle" for weight in weights):
+            raise Misfit("zero points", "its codes of 8 bits have fitted zero points, and int8 has none")
+        if bits == 8:
+            size_held(weights, (-1,))
+            return {"bits": 8}
+        size_held(weights, (BLOCK,))
+        return {"bits": 4, "quant_type": "nf4" if table[0] == -1 else "fp4"}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

@@ -7,9 +7,9 @@ from math import ceil, prod
 
 from polyquant.plugin import BackendOptions, LayerPlan, PackedFormat, WeightInfo, group_of_runs, plan_linears
 
-from polyquant_bitsandbytes.options import BitsAndBytesOptions
+from polyquant_bitsandbytes.options import BLOCK, BitsAndBytesOptions
 
-BLOCK, NESTED_BLOCK = 64, 256  # weights a scale, scales a nested scale
+NESTED_BLOCK = 256  # scales a nested scale
 CODE_BYTES, NESTED_CODE_BYTES, OFFSET_BYTES = 16 * 4, 256 * 4, 4  # float32 code books and mean, one of each a tensor
 STORAGE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 

@@ -42,7 +42,7 @@ INFO = BackendInfo(
 )
 backend = PluginBackend(
     INFO,
-    ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"),
+    ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear", "unpack"),
     imports=(BITSANDBYTES,),
     native_problems=True,
 )

@@ -10,12 +10,11 @@ from functools import cache
 import torch
 from compressed_tensors.compressors.mx_utils import decompress_mx_scale
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from polyquant.plugin import E2M1
 
 from polyquant_compressed_tensors.formats import BLOCK
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP4 = (*E2M1, *(-each for each in E2M1))
 ZERO = 8  # the code of int4 that stands for 0
 INT_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,7 +75,7 @@ def _table(weights: str, dtype: torch.dtype, device: torch.device) -> torch.Tens
         if weights == "fp8":
             values = codes.view(torch.float8_e4m3fn).to(dtype).unsqueeze(1)
         else:
-            four_bit = torch.arange(16) - ZERO if weights == "int4" else torch.tensor(FP4)
+            four_bit = torch.arange(16) - ZERO if weights == "int4" else torch.tensor(E2M1)
             values = torch.stack((four_bit[codes.int() & 15], four_bit[codes.int() >> 4]), 1).to(dtype)
         whole = INT_OF_BYTES[values.element_size() * values.shape[1]]
         return values.contiguous().view(whole).flatten().to(device)

@@ -9,13 +9,15 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from polyquant.errors import ModelError, UnsupportedOperation
-from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.errors import Misfit, ModelError, UnsupportedOperation
+from polyquant.plugin import E2M1, LayerInfo, LoadedModel
+from polyquant.plugin.floats import pairs_of_codes
 from polyquant.plugin.layers import (
     PackedLinear,
     PackedWeight,
     Part,
     Quantized,
+    WeightCodes,
     describe,
     frozen_for_adapters,
     layer_tensors,
@@ -23,10 +25,10 @@ from polyquant.plugin.layers import (
     pack_weight,
 )
 from polyquant.plugin.layouts import packed_group
-from polyquant.plugin.packing import scales_of_rows, unpacked
+from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes, scales_of_rows, unpacked
 from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
-from polyquant_compressed_tensors._decode import FP4, ZERO, decode, group_scales, zero_points
+from polyquant_compressed_tensors._decode import ZERO, decode, group_scales, zero_points
 from polyquant_compressed_tensors._library import quantization_scheme
 from polyquant_compressed_tensors.formats import BLOCK, FIXED_GROUPS, group_of, is_ignored
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
@@ -132,8 +134,40 @@ def pack(module: CompressedLinear) -> PackedWeight:
     return pack_weight(
         codes, scales, packed_group(columns, columns_of_a_scale(options)), zero=zero,
         zeros=None if options.symmetric else zero_points(held["weight_zero_point"], scales) + zero,
-        table=torch.tensor(FP4) if options.weights in FIXED_GROUPS else None,
+        table=torch.tensor(E2M1) if options.weights in FIXED_GROUPS else None,
     )  # fmt: skip
+
+
+def unpack(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[str, torch.Tensor]:
+    """As `planning.checkpoint_tensors` names them, in the layout that llm-compressor writes: integers in words."""
+    config = config.of_module(weight.name)
+    size = columns_of_a_scale(config)
+    if config.weights in FIXED_GROUPS:
+        codes = fp4_codes(weight, size)
+        return {"weight_packed": pairs_of_codes(codes), **_fp4_scales(weight.in_groups(size), config)}
+    held = weight.in_order().in_groups(size)
+    scale = {"weight_scale": held.scales_as(torch.bfloat16, torch.float16, torch.float32)}
+    if config.weights == "fp8":
+        if weight.kind != "floats":
+            raise Misfit("bits", f"its codes are {weight.kind}, and floats of 8 bits (E4M3) are held")
+        return {"weight": held.codes, **scale}
+    bits, middle = int(config.weight_bits), held.middle
+    held.integers(bits)
+    tensors = {"weight_packed": pack_to_int32((held.codes.short() - middle).to(torch.int8), bits),
+               "weight_shape": torch.tensor(weight.shape), **scale}  # fmt: skip
+    if config.symmetric:
+        held.without_zero_points()
+        return tensors
+    low = 0 if bits == 4 else -128
+    zeros = (held.zero_points(low, low + (1 << bits) - 1) - middle).to(torch.int8)
+    return {**tensors, "weight_zero_point": pack_to_int32(zeros, bits, packed_dim=0)}
+
+
+def _fp4_scales(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[str, torch.Tensor]:
+    if config.weights == "mxfp4":
+        return {"weight_scale": exponents(weight.scales)}
+    scales, factor = e4m3_scales(weight.scales, divides=True)
+    return {"weight_scale": scales, "weight_global_scale": factor}
 
 
 def _range(name: str, config: CompressedTensorsOptions) -> tuple[float | None, float | None]:

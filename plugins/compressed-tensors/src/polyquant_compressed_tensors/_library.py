@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from loguru import logger
 from polyquant.plugin import Library, contained
 
-from polyquant_compressed_tensors.formats import BITS, BLOCK, LINEAR
+from polyquant_compressed_tensors.formats import LINEAR
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
 LLM_COMPRESSOR = Library(distribution="llmcompressor", versions=">=0.14,<0.15")
@@ -23,18 +23,14 @@ METRIC, METRIC_NUMBER = "METRIC", 38  # a level that it logs with, and registers
 
 def quantization_scheme(options: CompressedTensorsOptions, targets: Sequence[str] = (LINEAR,)) -> QuantizationScheme:
     """The scheme of the layers that `targets` names, in the format that `options` give all layers."""
-    kind = "int" if options.weights.startswith("int") else "float"
-    weights: dict[str, Any] = {"num_bits": BITS[options.weights], "type": kind, "symmetric": options.symmetric}
-    weights |= {"strategy": options.strategy, "group_size": options.group_size}
-    if options.strategy == "block":
-        weights["block_structure"] = list(BLOCK)
+    weights = options.weight_arguments
     if options.weights in ("mxfp4", "nvfp4"):
         weights["scale_dtype"] = torch.uint8 if options.weights == "mxfp4" else torch.float8_e4m3fn
         weights["zp_dtype"] = weights["scale_dtype"]
     activations = None
     if options.dynamic_activations:
         activations = QuantizationArgs(
-            num_bits=8, type=kind, symmetric=True, dynamic=True, observer=None, **_activations(options)
+            num_bits=8, type=weights["type"], symmetric=True, dynamic=True, observer=None, **_activations(options)
         )
     return QuantizationScheme(
         targets=list(targets), weights=QuantizationArgs(**weights), input_activations=activations,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, get_args
 
-from polyquant.errors import ModelError
+from polyquant.errors import Misfit, ModelError
 
 Weights = Literal["int4", "int8", "fp8", "mxfp4", "nvfp4"]
 Strategy = Literal["tensor", "channel", "group", "block", "tensor_group"]
@@ -167,6 +167,19 @@ def _names() -> Mapping[tuple[Any, ...], str]:
         own["strategy"], own["group_size"] = settled(own["weights"], own["strategy"], own["group_size"])
         found[tuple(own[each] for each in CHOICES)] = name
     return found
+
+
+def format_name(choices: Mapping[str, Any]) -> str:
+    """The format of single layers that some of CHOICES are, the others at their defaults. Raises Misfit for none."""
+    own = {"strategy": None, "group_size": None, "symmetric": True, "dynamic_activations": False, **choices}
+    own["strategy"], own["group_size"] = settled(own["weights"], own["strategy"], own["group_size"])
+    name = _names().get(tuple(own[each] for each in CHOICES))
+    if name is None:
+        said = ", ".join(f"{each} {own[each]}" for each in CHOICES if own[each] is not None)
+        raise Misfit(
+            "group size", f"it has {said} beside other layers, and single layers are held in {', '.join(NAMES)}"
+        )
+    return name
 
 
 def _mapping(holder: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.errors import ConfigError
+from polyquant.errors import ConfigError, Misfit
 from polyquant.plugin import (
+    E2M1,
+    HeldWeight,
     LayerFormats,
     MixableOptions,
     NumberFormat,
@@ -20,8 +23,10 @@ from polyquant.plugin import (
 
 from polyquant_compressed_tensors.formats import (
     BITS,
+    BLOCK,
     CHOICES,
     FIXED_GROUPS,
+    LINEAR,
     OWN_FIELDS,
     STRATEGIES,
     LayerFormat,
@@ -29,6 +34,7 @@ from polyquant_compressed_tensors.formats import (
     Weights,
     choices_of,
     first_fitting,
+    format_name,
     is_ignored,
     read_stored,
     settled,
@@ -155,8 +161,11 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     def format_of(self, weight: WeightInfo) -> str | None:
         """As of every backend that mixes formats; a checkpoint's targets may be patterns: `formats.first_fitting`."""
+        return self._format_of(module_of(weight))
+
+    def _format_of(self, module: str) -> str | None:
         named = dict(self.layers)
-        chosen = first_fitting(module_of(weight), named)
+        chosen = first_fitting(module, named)
         return named[chosen] if chosen is not None else None
 
     def skips(self, weight: WeightInfo) -> bool:
@@ -165,7 +174,11 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     def of(self, weight: WeightInfo) -> Self:
         """The options of one layer, as if all had its format; kernel 'decode' where torch's matmuls are not for it."""
-        named = self.format_of(weight)
+        return self.of_module(module_of(weight))
+
+    def of_module(self, module: str) -> Self:
+        """`of`, by the name of a module."""
+        named = self._format_of(module)
         own = self._in_format(named) if named is not None else msgspec.structs.replace(self, layers=())
         return msgspec.structs.replace(own, kernel="decode") if own.kernel == "pack_mm" and not own._fits_torch else own
 
@@ -207,6 +220,78 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
         """What compressed-tensors has no field for; a checkpoint's config has it under OWN."""
         return {name: getattr(self, name) for name in OWN_FIELDS}
 
+    @property
+    def weight_arguments(self) -> dict[str, Any]:
+        """What a quantization_config says of the weights of a config group."""
+        kind = "int" if self.weights.startswith("int") else "float"
+        blocks = {"block_structure": list(BLOCK)} if self.strategy == "block" else {}
+        return {
+            "num_bits": BITS[self.weights], "type": kind, "symmetric": self.symmetric, "strategy": self.strategy,
+            "group_size": self.group_size, **blocks,
+        }  # fmt: skip
+
+    def to_stored(self) -> dict[str, Any]:
+        """As compressed-tensors writes it; `skip`, by full names, is what it ignores.
+
+        Raises ConfigError for rounded activations: only llm-compressor writes those.
+        """
+        if self.rounds_activations:
+            raise ConfigError(
+                "a checkpoint whose activations are rounded is made by polyquant quantize, of a dense model"
+            )
+        schemes = {LINEAR: msgspec.structs.replace(self, layers=())} | self.formats()
+        groups = {
+            f"group_{number}": {
+                "targets": [LINEAR] if name == LINEAR else [module for module, own in self.layers if own == name],
+                "weights": scheme.weight_arguments, "input_activations": None, "output_activations": None,
+                "format": scheme.packed_format,
+            }
+            for number, (name, scheme) in enumerate(schemes.items())
+        }  # fmt: skip
+        formats = {group["format"] for group in groups.values()}
+        return {
+            "quant_method": "compressed-tensors", "quantization_status": "compressed", "config_groups": groups,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision", "ignore": list(self.skip),
+            "kv_cache_scheme": None, "global_compression_ratio": None,
+        }  # fmt: skip
+
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         return msgspec.convert(read_stored(stored), cls)
+
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """The format of most layers; the others have their own, where it has a name."""
+        own = {weight.name: _held(weight) for weight in weights}
+        names = Counter(map(str, own.values()))
+        most = names.most_common(1)[0][0]
+        base = next(options for options in own.values() if str(options) == most)
+        if len(names) == 1:
+            return base
+        return base | {
+            "layers": tuple((name, format_name(options)) for name, options in own.items() if options != base)
+        }
+
+
+def _held(weight: HeldWeight) -> dict[str, Any]:
+    """The format that holds one weight. Raises Misfit."""
+    if weight.ordered:
+        raise Misfit("act-order", "its columns belong to groups in an order of their own, and those held follow")
+    grouped = weight.columns_of_a_scale != -1
+    if weight.kind == "code book":
+        name = next((name for name, size in FIXED_GROUPS.items() if size == weight.group_size), None)
+        if name is None or weight.table != E2M1:
+            raise Misfit(
+                "bits", "its codes are entries of a code book, and of those E2M1's in groups of 16 or 32 are held"
+            )
+        return {"weights": name}
+    if weight.kind == "floats":
+        if grouped:
+            raise Misfit(
+                "group size", f"its scales are those of {weight.group_size} columns of a row, and fp8's of rows"
+            )
+        return {"weights": "fp8", "strategy": "channel"}
+    if weight.zero_points == "none":
+        raise Misfit("minima", "its minima are no whole multiples of its scales, and zero points are integers")
+    groups = {"strategy": "group", "group_size": weight.group_size} if grouped else {"strategy": "channel"}
+    return {"weights": f"int{weight.bits}", "symmetric": weight.zero_points == "middle", **groups}

@@ -32,5 +32,5 @@ INFO = BackendInfo(
     measured_kl={"int4": 0.399, "int8": 0.00417, "fp8": 0.0165, "int4-gptq": 0.162},
     compute_dtypes={"cpu": "bfloat16"},
 )
-HOOKS = ("plan_layers", "quantize", "save", "prepare_for_training", "pack")
+HOOKS = ("plan_layers", "quantize", "save", "prepare_for_training", "pack", "unpack")
 backend = PluginBackend(INFO, HOOKS, imports=(LIBRARY,))

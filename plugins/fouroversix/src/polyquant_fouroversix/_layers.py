@@ -21,12 +21,11 @@ from torch import Tensor
 
 from polyquant_fouroversix._library import quantize_config
 from polyquant_fouroversix._modules import FouroversixLinear
-from polyquant_fouroversix._pack import pack
-from polyquant_fouroversix.formats import SWIZZLED, padded
+from polyquant_fouroversix._pack import metadata, pack, unpack
 from polyquant_fouroversix.options import FouroversixOptions
 from polyquant_fouroversix.planning import METADATA, STORED_NAMES, layout
 
-__all__ = ["pack", "prepare_for_training"]  # freezing is all that adapters need
+__all__ = ["pack", "prepare_for_training", "unpack"]  # freezing is all that adapters need
 KERNEL = "torch dequantize and matmul"
 WITH_ACTIVATIONS = KERNEL + ", activations rounded to {}"
 
@@ -63,12 +62,6 @@ def stored_tensors(layer: FouroversixLinear) -> dict[str, Tensor]:
     """Codes, scales and sizes under the library's names."""
     tensors = {stored: getattr(layer, name) for name, stored in STORED_NAMES.items()}
     return {**tensors, METADATA: metadata((layer.out_features, layer.in_features), layer.config)}
-
-
-def metadata(shape: tuple[int, int], config: FouroversixOptions) -> Tensor:
-    """As planning.METADATA says, int32."""
-    numbers = [*shape, *padded(shape, config.dtype), 1, int(config.dtype in SWIZZLED)]
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:

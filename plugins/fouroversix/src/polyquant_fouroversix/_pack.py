@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import torch
-from polyquant.plugin.floats import E2M1, codes_of_pairs
-from polyquant.plugin.layers import PackedWeight, pack_weight
+from fouroversix.quantize.utils import to_blocked
+from polyquant.errors import Misfit
+from polyquant.plugin.floats import E2M1, codes_of_pairs, pairs_of_codes
+from polyquant.plugin.layers import PackedWeight, WeightCodes, pack_weight
+from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes
 from torch import Tensor
+from torch.nn import functional
 
 from polyquant_fouroversix._decode import INT_IN_IF4, TWOS_COMPLEMENT, block_factors
 from polyquant_fouroversix._modules import FouroversixLinear
-from polyquant_fouroversix.formats import BLOCK
-from polyquant_fouroversix.planning import LAYOUTS
+from polyquant_fouroversix.formats import BLOCK, SWIZZLED, largest, padded
+from polyquant_fouroversix.options import FouroversixOptions
+from polyquant_fouroversix.planning import LAYOUTS, METADATA, STORED_NAMES
 
 DOUBLED = [int(2 * number) for number in E2M1]
 
@@ -32,8 +37,43 @@ def pack(module: FouroversixLinear) -> PackedWeight:
     return pack_weight(codes[: shape[0], : shape[1]], scales, layout.group_size, table=table, zero=zero)
 
 
+def unpack(weight: WeightCodes, config: FouroversixOptions) -> dict[str, Tensor]:
+    """MXFP4 and NVFP4 under the library's names, padded as the library pads them."""
+    if config.dtype not in SWIZZLED:
+        raise Misfit("bits", f"{config.dtype} is made of dense weights alone")
+    block, (rows, columns) = BLOCK[config.dtype], padded(weight.shape, config.dtype)
+    codes = fp4_codes(weight, block)
+    whole = functional.pad(codes, (0, columns - codes.shape[1], 0, rows - codes.shape[0]))
+    scales, amax = _stored_scales(weight.in_groups(block).scales, config)
+    wide = functional.pad(scales, (0, columns // block - scales.shape[1], 0, rows - scales.shape[0]))
+    kind = torch.float8_e8m0fnu if config.dtype == "mxfp4" else torch.float8_e4m3fn
+    return {
+        STORED_NAMES["weight"]: pairs_of_codes(whole),
+        STORED_NAMES["scales"]: to_blocked(wide).contiguous().view(kind), STORED_NAMES["amax"]: amax,
+        METADATA: metadata(weight.shape, config),
+    }  # fmt: skip
+
+
+def _stored_scales(scales: Tensor, config: FouroversixOptions) -> tuple[Tensor, Tensor]:
+    """Scales as bytes, uint8 (rows, blocks), and amax (1,): the numbers of `_decode.block_factors`, bit for bit."""
+    if config.dtype == "mxfp4":
+        return exponents(scales), torch.ones(1)
+    small, factor = e4m3_scales(scales, divides=False)
+    most = largest(config.dtype, config.scale_rule)
+    amax = factor * most
+    for near in (torch.nextafter(amax, amax * 2), torch.nextafter(amax, amax / 2)):
+        amax = torch.where(amax / most == factor, amax, near)
+    return small.view(torch.uint8), amax
+
+
 def _as_integers(codes: Tensor, factors: Tensor, whole: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """IF4 has two code books, whose numbers are integers: FP4's when doubled. int8 like codes, and like factors."""
     books = torch.tensor([DOUBLED, TWOS_COMPLEMENT], dtype=torch.int8)
     integers = books[whole.repeat_interleave(block, 1).long(), codes.long()]
     return integers, torch.where(whole, factors * INT_IN_IF4, factors / 2)
+
+
+def metadata(shape: tuple[int, int], config: FouroversixOptions) -> Tensor:
+    """As planning.METADATA says, int32."""
+    numbers = [*shape, *padded(shape, config.dtype), 1, int(config.dtype in SWIZZLED)]
+    return torch.tensor(numbers, dtype=torch.int32)

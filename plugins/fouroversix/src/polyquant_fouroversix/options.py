@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import ExpertsOptions, NumberFormat, RoundingMethod
+from polyquant.errors import Misfit
+from polyquant.plugin import E2M1, ExpertsOptions, HeldWeight, NumberFormat, RoundingMethod
 
-from polyquant_fouroversix.formats import RULES, STATIC
+from polyquant_fouroversix.formats import BLOCK, RULES, STATIC, SWIZZLED
 
 OWN = {"compute_dtype", "quantize_activations", "skip_defaults"}
 """What polyquant adds to the library's settings."""
@@ -87,6 +88,16 @@ class FouroversixOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unkno
             "output_dtype": self.compute_dtype,
             **{name: getattr(self, name) for name in sorted(OWN)},
         }
+
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """MXFP4 and NVFP4, whose activations are left as they are."""
+        kinds = {(weight.table, weight.group_size) for weight in weights}
+        name = next((name for name in SWIZZLED if kinds == {(E2M1, BLOCK[name])}), None)
+        if name is None or any(weight.ordered for weight in weights):
+            own = " and ".join(sorted({f"{weight.kind} of {weight.bits} bits" for weight in weights}))
+            raise Misfit("bits", f"its codes are {own}, and E2M1 in groups of 32 (MXFP4) or 16 (NVFP4) is held")
+        return {"dtype": name, "scale_rule": "static_6", "quantize_activations": False}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

@@ -57,5 +57,5 @@ class FouroversixBackend(PluginBackend):
 
 
 backend = FouroversixBackend(
-    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"), imports=INFO.libraries
+    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear", "unpack"), imports=INFO.libraries
 )

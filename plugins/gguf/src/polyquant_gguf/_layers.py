@@ -11,12 +11,12 @@ from polyquant.plugin.layers import Quantized, describe, finite_weight
 
 from polyquant_gguf._load import KERNEL
 from polyquant_gguf._modules import Packed, PackedEmbedding, PackedLinear
-from polyquant_gguf._pack import pack
+from polyquant_gguf._pack import pack, unpack
 from polyquant_gguf._quantize import quantize
 from polyquant_gguf.options import GgufOptions
 from polyquant_gguf.planning import IN_FILE
 
-__all__ = ["describe_layers", "pack"]
+__all__ = ["describe_layers", "pack", "unpack"]
 GGUF_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 

@@ -14,12 +14,12 @@ from polyquant.plugin.layers import finite_weight
 from polyquant_gguf import _modules
 from polyquant_gguf._quantize import quantize
 from polyquant_gguf._read import build, tokenizer_of
-from polyquant_gguf._write import save
+from polyquant_gguf._write import save, write_unpacked
 from polyquant_gguf.names import rules_of
 from polyquant_gguf.options import GgufOptions
 from polyquant_gguf.planning import quantized_types
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "write_unpacked"]
 KERNEL = "torch dequantize"
 
 

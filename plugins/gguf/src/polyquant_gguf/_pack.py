@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from polyquant.plugin.layers import PackedWeight, pack_weight
+from polyquant.errors import Misfit
+from polyquant.plugin.gguf import TYPES
+from polyquant.plugin.layers import PackedWeight, WeightCodes, fits, pack_weight
+from polyquant.plugin.packing import exponents, fp4_codes
 from torch import Tensor
 
 from polyquant_gguf._bits import f16, nibbles, split, table
 from polyquant_gguf._codebooks import IQ4_LEVELS
 from polyquant_gguf._decode import FP4_LEVELS, five_bits, mxfp4_parts, nvfp4_parts, q4_k_parts, q5_k_parts, q6_k_parts
 from polyquant_gguf._modules import PackedLinear
+from polyquant_gguf.options import GgufOptions
 from polyquant_gguf.planning import LAYOUTS
 
 
@@ -42,6 +46,58 @@ def pack(module: PackedLinear) -> PackedWeight:
         outer_scales=None if parts.outer_scales is None else parts.outer_scales.reshape(rows, -1).half(),
         outer_minima=None if parts.outer_minima is None else parts.outer_minima.reshape(rows, -1).half(),
     )
+
+
+def unpack(weight: WeightCodes, config: GgufOptions) -> dict[str, Tensor]:
+    """Blocks of the layer's type: uint8 (rows, bytes a row)."""
+    name = dict(config.layers).get(weight.name, config.type)
+    if name not in BLOCKS:
+        raise Misfit("bits", f"blocks of {name} are made of dense weights alone, and of codes {', '.join(BLOCKS)} are")
+    block = TYPES[name]
+    if weight.shape[1] % block.elements:
+        raise Misfit("size", f"{name} blocks of {block.elements} weights do not divide its {weight.shape[1]} columns")
+    fields = BLOCKS[name](weight.in_order().in_groups(block.elements))
+    return {"weight": torch.cat([field.contiguous().view(torch.uint8) for field in fields], 2).flatten(1)}
+
+
+def _q4_0_blocks(weight: WeightCodes) -> tuple[Tensor, ...]:
+    return _d(weight.integers(4).without_zero_points().scales_as(torch.float16)), _halves(weight)
+
+
+def _q4_1_blocks(weight: WeightCodes) -> tuple[Tensor, ...]:
+    """Of zero points, the minimum is one times the scale, in float16."""
+    scales, least = weight.integers(4).scales_as(torch.float16), weight.minima
+    least = -weight.zero_points() * scales.float() if least is None else least
+    if not fits(least, least.half()):
+        raise Misfit("minima", f"its minima, to {least.abs().max():.3g}, have no place in float16")
+    return _d(scales), _d(least.half()), _halves(weight)
+
+
+def _q8_0_blocks(weight: WeightCodes) -> tuple[Tensor, ...]:
+    scales = weight.integers(8).without_zero_points().scales_as(torch.float16)
+    return _d(scales), weight.codes.unflatten(1, (-1, TYPES["Q8_0"].elements))
+
+
+def _mxfp4_blocks(weight: WeightCodes) -> tuple[Tensor, ...]:
+    fp4_codes(weight, TYPES["MXFP4"].elements)
+    return exponents(weight.scales)[..., None], _halves(weight)
+
+
+def _d(scales: Tensor) -> Tensor:
+    """One number a block: (rows, blocks, 1)."""
+    return scales[..., None]
+
+
+def _halves(weight: WeightCodes) -> Tensor:
+    """The twin of `nibbles`: of 32 codes of a block the first half in the low nibbles, (rows, blocks, 16)."""
+    low, high = weight.codes.unflatten(1, (-1, 2, weight.group_size // 2)).unbind(2)
+    return low | high << 4
+
+
+BLOCKS: Mapping[str, Callable[[WeightCodes], tuple[Tensor, ...]]] = {
+    "Q4_0": _q4_0_blocks, "Q4_1": _q4_1_blocks, "Q8_0": _q8_0_blocks, "MXFP4": _mxfp4_blocks,
+}  # fmt: skip
+"""Block type -> the fields of its blocks, in their order, each (rows, blocks, length)."""
 
 
 def _q4_0(blocks: Tensor) -> Parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from polyquant.errors import ModelError, SaveError
 from polyquant.plugin import LoadedModel, ModelSource, checkpoints
-from polyquant.plugin.gguf import FLOAT_DTYPES, read_header
+from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES, read_header
 from torch import Tensor
 
 from polyquant_gguf import _metadata
-from polyquant_gguf._modules import Packed
+from polyquant_gguf._modules import Packed, PackedLinear
 from polyquant_gguf._read import as_loaded, places_of, row_order
 from polyquant_gguf.names import Placed, Rules, gguf_names
 from polyquant_gguf.options import OPTIONS_KEY
@@ -68,6 +68,17 @@ def _as_stored(tensor: Tensor, placed: Placed) -> np.ndarray[Any, Any]:
             raise SaveError(f"{placed.entry.name} was changed, and lies in {placed.entry.type.name} blocks in the file")
         tensor = numbers.to(getattr(torch, dtype)).contiguous().view(torch.uint8)
     return tensor.contiguous().numpy()
+
+
+def write_unpacked(loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, Tensor]]], out: Path) -> Path:
+    """A new file, whose layers are `layers`."""
+    config: Any = loaded.config
+    for name, tensors in layers:
+        block = TYPES[dict(config.layers).get(name, config.type)]
+        bias = loaded.model.get_submodule(name).bias
+        loaded.model.set_submodule(name, PackedLinear(tensors["weight"], block, bias))
+    _write_new(loaded, out)
+    return out
 
 
 def _write_new(loaded: LoadedModel, out: Path) -> None:
@@ -136,8 +147,9 @@ def _new_tensors(
 def _check_written(loaded: LoadedModel, path: Path) -> None:
     """Raises SaveError where a tensor would load back otherwise, such as a norm that lost bits to its offset."""
     own = dict(loaded.model.named_parameters())
-    config: Any = loaded.config
+    config = msgspec.structs.replace(loaded.config, compute_dtype="float32")  # of what is written it may be open
     with path.open("rb") as file:
         for name, placed in places_of(loaded.model, read_header(path)).items():
-            if not torch.equal(own[name].detach().cpu(), as_loaded(file, placed, config)):
+            held = own[name].detach().cpu()
+            if not torch.equal(held, as_loaded(file, placed, config).to(held.dtype)):
                 raise SaveError(f"{name} does not survive GGUF's conventions bit for bit; nothing was written")

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, ExpertsOptions, LayerFormats, MixableOptions, NumberFormat
+from polyquant.errors import Misfit
+from polyquant.plugin import (
+    E2M1,
+    BackendOptions,
+    ExpertsOptions,
+    HeldWeight,
+    LayerFormats,
+    MixableOptions,
+    NumberFormat,
+)
 from polyquant.plugin.gguf import TYPES, read_header
+from polyquant.plugin.layouts import size_held
 
 OPTIONS_KEY = "polyquant.options"  # metadata of a GGUF that polyquant wrote: the options it was made with, as JSON
 Quantizable = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
@@ -80,6 +91,15 @@ class GgufOptions(MixableOptions, ExpertsOptions, frozen=True, kw_only=True, for
         return {name: value for name, value in msgspec.to_builtins(self).items() if name not in chosen}
 
     @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """The type of most layers; the others have their own."""
+        own = {weight.name: _held(weight) for weight in weights}
+        size_held(weights, (32,))
+        (most, _), *_ = Counter(own.values()).most_common(1)
+        others = tuple((name, chosen) for name, chosen in own.items() if chosen != most)
+        return {"type": most, **({"layers": others} if others else {})}
+
+    @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         """stored: {"gguf_file": its path} for a GGUF file, or what `to_stored` gives.
 
@@ -97,3 +117,19 @@ class GgufOptions(MixableOptions, ExpertsOptions, frozen=True, kw_only=True, for
             return msgspec.convert({"type": "file", **own}, cls)
         except (msgspec.MsgspecError, AttributeError) as error:
             raise ValueError(f"unreadable {OPTIONS_KEY}: {error}") from error
+
+
+def _held(weight: HeldWeight) -> Quantizable:
+    """The block type that holds a weight as it is. Raises Misfit."""
+    if weight.ordered:
+        raise Misfit("act-order", "its columns belong to groups in an order of their own, and those of blocks follow")
+    symmetric = weight.zero_points == "middle"
+    if weight.kind == "integers" and weight.bits == 4:
+        return "Q4_0" if symmetric else "Q4_1"
+    if weight.kind == "integers" and not symmetric:
+        raise Misfit("zero points", "its codes of 8 bits have fitted zero points, and those of Q8_0 have none")
+    if weight.kind == "integers":
+        return "Q8_0"
+    if weight.table != E2M1:
+        raise Misfit("bits", f"its codes are {weight.kind} of {weight.bits} bits, and integers or E2M1 are held")
+    return "MXFP4"

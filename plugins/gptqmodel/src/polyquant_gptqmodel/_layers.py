@@ -12,12 +12,13 @@ from polyquant.plugin import LayerInfo, LoadedModel, is_packed
 from polyquant.plugin.layers import (
     PackedWeight,
     Quantized,
+    WeightCodes,
     bias_as_parameter,
     describe,
     differentiable,
     frozen_for_adapters,
 )
-from polyquant.plugin.packing import pack_awq, pack_gptq
+from polyquant.plugin.packing import pack_awq, pack_gptq, unpack_awq, unpack_gptq
 
 from polyquant_gptqmodel._library import (
     AwqTorchLinear,
@@ -30,7 +31,7 @@ from polyquant_gptqmodel._library import (
     contained,
     hf_select_quant_linear_v2,
 )
-from polyquant_gptqmodel.options import Options
+from polyquant_gptqmodel.options import AwqOptions, Options
 from polyquant_gptqmodel.planning import ATEN_ROWS, AWQ_TORCH_GROUPS, OWN_CHOICE, why_not_on_cpu
 
 Layer = BaseQuantLinear
@@ -121,6 +122,15 @@ def pack(module: Any) -> PackedWeight:
     if isinstance(module, AWQuantLinear):
         return pack_awq(*parts, module.group_size, sym=module.sym)
     return pack_gptq(*parts, module.g_idx, module.bits, module.group_size, sym=module.sym, ordered=module.desc_act)
+
+
+def unpack(weight: WeightCodes, config: Options) -> dict[str, torch.Tensor]:
+    if isinstance(config, AwqOptions):
+        return unpack_awq(weight, config.group_size, sym=config.sym)
+    return unpack_gptq(
+        weight, config.bits, config.group_size, sym=config.sym, ordered=config.desc_act,
+        less_one=config.written_layout == "gptq",
+    )  # fmt: skip
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import NumberFormat
+from polyquant.plugin import HeldWeight, NumberFormat
 from polyquant.plugin.formats import GEMM, AwqFormat, GptqFormat, gptq_layout, has_zero_points
 
 LAYOUTS = ("gptq", "gptq_v2")
@@ -33,6 +33,9 @@ class GptqOptions(GptqFormat, frozen=True, kw_only=True, forbid_unknown_fields=T
     def written_layout(self) -> str:
         """The layout that is written: with fitted zero points, the one that can hold all of them."""
         return "gptq" if self.sym else "gptq_v2"
+
+    def to_stored(self) -> dict[str, Any]:
+        return super().to_stored() | {"checkpoint_format": self.written_layout}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
@@ -77,6 +80,10 @@ class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         config = super().from_stored(stored)
         _refuse_variants(stored, cls.per_layer)
         return msgspec.structs.replace(config, zero_point=has_zero_points(stored))
+
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        return super().holding(weights) | {"zero_point": any(weight.zero_points != "middle" for weight in weights)}
 
 
 Options = GptqOptions | AwqOptions

@@ -61,6 +61,6 @@ AWQ = BackendInfo(
     measured_kl={"int4": 0.147},
     compute_dtypes={"cpu": "bfloat16"},
 )
-HOOKS = ("plan_layers", "quantize", "prepare_for_training", "pack")
+HOOKS = ("plan_layers", "quantize", "prepare_for_training", "pack", "unpack")
 gptq = PluginBackend(GPTQ, HOOKS, imports=(GPTQMODEL,))
 awq = PluginBackend(AWQ, HOOKS, imports=(GPTQMODEL,))

@@ -7,21 +7,24 @@ from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear, Quantizer
+from polyquant.errors import Misfit
 from polyquant.plugin import LayerInfo, resolved_dtype
 from polyquant.plugin.layers import (
     PackedWeight,
     Quantized,
+    WeightCodes,
     bias_as_parameter,
     describe,
     layer_tensors,
     pack_weight,
     prepare_for_training,
 )
+from polyquant.plugin.packing import unsigned
 
 from polyquant_hqq.options import HqqOptions
-from polyquant_hqq.planning import packed_shape
+from polyquant_hqq.planning import KINDS, packed_shape
 
-__all__ = ["pack", "prepare_for_training"]  # freezing is all that adapters need
+__all__ = ["pack", "prepare_for_training", "unpack"]  # freezing is all that adapters need
 KERNEL = "hqq dequantize and torch matmul"
 HALF = 128  # what codes of 8 bits are made less by: the packed layout has them signed
 
@@ -80,6 +83,22 @@ def pack(module: HQQLinear) -> PackedWeight:
     if meta["nbits"] == 8:
         codes, least = (codes ^ HALF).view(torch.int8), least + HALF
     return pack_weight(codes, scales, meta["group_size"], minima=(least * scales.double()).float())
+
+
+def unpack(weight: WeightCodes, config: HqqOptions) -> dict[str, torch.Tensor]:
+    """Zero points that are no integers stand for minima: in float32, to its rounding."""
+    if config.axis == 0 or config.bits not in KINDS:
+        raise Misfit(
+            "bits", f"axis {config.axis} and {config.bits} bits are asked, and codes of rows in 4 or 8 there are"
+        )
+    held = weight.integers(config.bits).in_order().in_groups(config.group_size)
+    scales = held.scales
+    zeros = -(held.minima.double() / scales.double()).float() if held.zeros is None else held.zeros.to(scales.dtype)
+    codes = held.codes if config.bits == 4 else unsigned(held.codes)
+    if config.bits == 8:
+        zeros = zeros + HALF
+    packed = Quantizer.pack[Quantizer.bit_to_packing[config.bits]](codes.reshape(-1, config.group_size))
+    return {"W_q": packed, "scale": scales.reshape(-1, 1), "zero": zeros.reshape(-1, 1)}
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import gcd
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import ExpertsOptions, NumberFormat, RoundingMethod
+from polyquant.errors import Misfit
+from polyquant.plugin import ExpertsOptions, HeldWeight, NumberFormat, RoundingMethod
 
 
 class HqqOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +56,19 @@ class HqqOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_field
         """The `quantization_config` of a checkpoint, as transformers 4 wrote it, with full names of dense modules."""
         extra = {"compute_dtype": self.compute_dtype, "skip_defaults": self.skip_defaults}
         return {"quant_method": "hqq", "quant_config": self.quantize_config(), "skip_modules": list(self.skip), **extra}
+
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """Zero points are numbers: minima that are no multiples of the scales are held, too."""
+        bits = {weight.bits if weight.kind == "integers" else 0 for weight in weights}
+        if len(bits) > 1 or bits == {0}:
+            raise Misfit("bits", "its codes are no integers of one width, and integers of 4 or 8 bits are held")
+        if any(weight.ordered for weight in weights):
+            raise Misfit("act-order", "its columns belong to groups in an order of their own, and hqq's follow")
+        size = gcd(*(weight.group_size for weight in weights))
+        if size % 8:
+            raise Misfit("group size", f"its groups are of {size} columns, and multiples of 8 are held")
+        return {"bits": bits.pop(), "group_size": size}
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:

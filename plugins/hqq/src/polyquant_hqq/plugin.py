@@ -32,5 +32,5 @@ INFO = BackendInfo(
     compute_dtypes={"cpu": "float32"},
 )
 backend = PluginBackend(
-    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"), imports=(HQQ,)
+    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear", "unpack"), imports=(HQQ,)
 )

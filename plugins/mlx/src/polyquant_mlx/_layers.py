@@ -7,30 +7,33 @@ from typing import Any
 
 import msgspec
 import torch
-from polyquant.errors import ModelError
+from polyquant.errors import Misfit, ModelError
 from polyquant.plugin import LayerInfo, Role
-from polyquant.plugin.codes import unpacked_bits
+from polyquant.plugin.codes import packed_bits, unpacked_bits
 from polyquant.plugin.floats import E2M1
 from polyquant.plugin.layers import (
     LinearExperts,
     PackedWeight,
     Part,
     Quantized,
+    WeightCodes,
     describe,
     finite_weight,
+    fits,
     pack_weight,
     prepare_for_training,
     require_parts,
 )
+from polyquant.plugin.packing import exponents, fp4_codes, unsigned
 from torch import Tensor, nn
 
 from polyquant_mlx._decode import scale_numbers
 from polyquant_mlx._modules import PARTS, MlxEmbedding, MlxLinear
 from polyquant_mlx._quantize import encode
-from polyquant_mlx.formats import Format
+from polyquant_mlx.formats import FORMATS, Format
 from polyquant_mlx.options import OWN, MlxOptions
 
-__all__ = ["pack", "prepare_for_training"]  # freezing is all that adapters need
+__all__ = ["pack", "prepare_for_training", "unpack"]  # freezing is all that adapters need
 KERNEL = "torch decode and matmul"
 FLOAT8, BYTES = "float8_e4m3fn", torch.uint8
 MOST_EXPONENT = 254  # of E8M0; 255 is NaN
@@ -152,6 +155,42 @@ def pack(module: Any) -> PackedWeight:
     if form.bits > 4:
         numbers = numbers.view(torch.int8)
     return pack_weight(numbers, scales, form.group_size, minima=minima)
+
+
+def unpack(weight: WeightCodes, config: MlxOptions) -> dict[str, Tensor]:
+    """As `stored_parts` names them. A bias is a zero point times its scale, in the dtype of the scales."""
+    form = form_of(weight.name, config)
+    held = weight.in_order().in_groups(form.group_size)
+    if form.mode == "affine":
+        scales = held.integers(form.bits).scales_as(getattr(torch, config.scale_dtype))
+        least = -held.zero_points() * scales.float() if held.minima is None else held.minima
+        codes = held.codes
+        if form.bits == 8:
+            codes, least = unsigned(codes), least - MIDDLE * scales.float()
+        if not fits(least, biases := least.to(scales.dtype)):
+            raise Misfit("minima", f"its minima, to {least.abs().max():.3g}, have no place in {config.scale_dtype}")
+        return {"weight": _words(codes, form.bits), "scales": scales, "biases": biases}
+    if form.bits == 8:
+        if held.kind != "floats":
+            raise Misfit("bits", f"its codes are {held.kind}, and floats of 8 bits (E4M3) are held")
+        return {"weight": held.codes.view(torch.uint8).view(torch.uint32), "scales": exponents(held.scales)}
+    codes = fp4_codes(weight, form.group_size)
+    if form.mode == "mxfp4":
+        return {"weight": _words(codes, 4), "scales": exponents(held.scales)}
+    scales = held.scales.to(torch.float8_e4m3fn)
+    if not torch.equal(scales.float(), held.scales.float()):
+        raise Misfit("scale dtype", "its scales are E4M3 times a factor for all, which MLX's NVFP4 has not")
+    return {"weight": _words(codes, 4), "scales": scales.view(torch.uint8)}
+
+
+def form_of(module: str, config: MlxOptions) -> Format:
+    """The format that a module has with these options, by its full name."""
+    named = dict(config.layers).get(module)
+    return config.format if named is None else FORMATS[named]
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    return packed_bits(codes, bits).contiguous().view(torch.uint32)
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:

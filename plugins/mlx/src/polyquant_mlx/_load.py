@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from polyquant_mlx._layers import (
     KERNEL,
     checked,
     experts_from_tensors,
+    form_of,
     linear_from_tensors,
     quantize_embedding,
     quantize_experts,
@@ -148,6 +149,17 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     path = out / "config.json"
     path.write_text(json.dumps(for_mlx(json.loads(path.read_text(encoding="utf-8")), stored), indent=2) + "\n")
     return out
+
+
+def write_unpacked(loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, torch.Tensor]]], out: Path) -> Path:
+    """As `save`, of a model whose layers are `layers`."""
+    config: Any = loaded.config
+    for name, tensors in layers:
+        linear, form = loaded.model.get_submodule(name), form_of(name, config)
+        own = checked((linear.out_features, linear.in_features), form, tensors, bias=False)
+        bias = {} if linear.bias is None else {"bias": linear.bias.detach()}
+        loaded.model.set_submodule(name, MlxLinear(linear, form, {**own, **bias}))
+    return save(loaded, out)
 
 
 def _stacks(name: str, stack: LinearExperts, kind: str) -> dict[str, torch.Tensor]:

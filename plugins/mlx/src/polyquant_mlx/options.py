@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import LayerFormats, MixableOptions, NumberFormat, PackableOptions, WeightInfo
+from polyquant.errors import Misfit
+from polyquant.plugin import (
+    E2M1,
+    HeldWeight,
+    LayerFormats,
+    MixableOptions,
+    NumberFormat,
+    PackableOptions,
+    WeightInfo,
+)
+from polyquant.plugin.layouts import size_held
 
 from polyquant_mlx.formats import BITS, FLOATS, FORMATS, GROUPS, METAL_BITS, Bits, Format, FormatName, Group, Mode
 from polyquant_mlx.names import paths_in_mlx
@@ -149,6 +160,18 @@ class MlxOptions(MixableOptions, PackableOptions, frozen=True, kw_only=True, for
         )  # fmt: skip
 
     @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """The format of most layers; the others have their own. Embedding and head stay as they are."""
+        forms = {weight.name: _held(weight).name for weight in weights}
+        (most, _), *_ = Counter(forms.values()).most_common(1)
+        dtypes = {weight.scale_dtype for weight in weights}
+        return {
+            **cls.of_format(most), "vocabulary": "dense",
+            "scale_dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+            "layers": tuple((name, form) for name, form in forms.items() if form != most),
+        }  # fmt: skip
+
+    @classmethod
     def _from_metal(cls, stored: Mapping[str, Any], own: Mapping[str, Any]) -> Self:
         if unread := sorted(set(stored) - METAL_KEYS) or (["dequantize"] if stored.get("dequantize") else []):
             raise ValueError("; ".join(f"its {name} is {stored[name]!r}, which is not read" for name in unread))
@@ -156,6 +179,20 @@ class MlxOptions(MixableOptions, PackableOptions, frozen=True, kw_only=True, for
         skip = {} if dense is None else {"skip": tuple(dense), "skip_defaults": False}
         sizes = {key: stored[key] for key in ("bits", "group_size") if key in stored}
         return msgspec.convert({"layout": "metal", **sizes, **skip, **own}, cls)
+
+
+def _held(weight: HeldWeight) -> Format:
+    """The format that holds a weight as it is. Raises Misfit."""
+    if weight.ordered:
+        raise Misfit("act-order", "its columns belong to groups in an order of their own, and MLX's follow")
+    if weight.kind == "integers":
+        return FORMATS[f"affine{weight.bits}-g{size_held([weight], GROUPS)}"]
+    in_sixteens = weight.group_size == FLOATS["nvfp4"].group_size
+    mode = "mxfp8" if weight.kind == "floats" else "nvfp4" if in_sixteens else "mxfp4"
+    if weight.kind == "code book" and weight.table != E2M1:
+        raise Misfit("bits", "its codes are entries of a code book, and of those E2M1's are held")
+    size_held([weight], (FLOATS[mode].group_size,))
+    return FLOATS[mode]
 
 
 def _format(said: Mapping[str, Any], where: str) -> Format:

@@ -41,6 +41,5 @@ INFO = BackendInfo(
     also_called=("metal", "mlx-lm", "mlx_lm"),
     compute_dtypes={"cpu": "float32"},
 )  # fmt: skip
-backend = PluginBackend(
-    INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"), imports=INFO.libraries
-)
+HOOKS = ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear", "unpack", "write_unpacked")
+backend = PluginBackend(INFO, HOOKS, imports=INFO.libraries)

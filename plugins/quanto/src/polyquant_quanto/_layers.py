@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from optimum import quanto
 from optimum.quanto import QLinear, QTensor, WeightQBitsTensor
+from optimum.quanto.tensor.packed import PackedTensor
+from polyquant.errors import Misfit
 from polyquant.plugin import LayerInfo
-from polyquant.plugin.layers import PackedWeight, Quantized, describe, pack_weight, prepare_for_training
+from polyquant.plugin.layers import PackedWeight, Quantized, WeightCodes, describe, pack_weight, prepare_for_training
 
-from polyquant_quanto.options import QuantoOptions
-from polyquant_quanto.planning import group_size
+from polyquant_quanto.options import QuantoOptions, group_size
 
 # freezing is all that adapters need; PEFT's prepare_model_for_kbit_training casts every 16-bit parameter to float32,
 # which quanto's tensors refuse
-__all__ = ["pack", "prepare_for_training"]
+__all__ = ["pack", "prepare_for_training", "unpack"]
 QTYPES = {"int8": quanto.qint8, "int4": quanto.qint4, "int2": quanto.qint2, "float8": quanto.qfloat8}
 NAMES = {"qint8": "int8", "qint4": "int4", "qint2": "int2", "qfloat8_e4m3fn": "float8", "qfloat8": "float8"}
 
@@ -67,6 +68,29 @@ def pack(module: QLinear) -> PackedWeight:
     scales, shifts = (tensor.detach().view(shape[0], -1) for tensor in (plain._scale, plain._shift))
     size = group_size(shape[1]) or -1
     return pack_weight(plain._data.unpack().reshape(shape), scales, size, minima=-shifts)
+
+
+def unpack(weight: WeightCodes, config: QuantoOptions) -> dict[str, torch.Tensor]:
+    """8 bit: a scale for each row. 4 bit: shifts are zero points times scales, as exact as float32 is."""
+    rows, columns = weight.shape
+    ones = {"input_scale": torch.ones(()), "output_scale": torch.ones(())}
+    if config.weights in ("int8", "float8"):
+        held = weight.in_order().in_groups(-1)
+        if config.weights == "int8":
+            held.integers(8).without_zero_points()
+        elif held.kind != "floats":
+            raise Misfit("bits", f"its codes are {held.kind}, and floats of 8 bits (E4M3) are held")
+        return {"weight._data": held.codes, "weight._scale": held.scales.reshape(rows, 1), **ones}
+    if config.weights != "int4":
+        raise Misfit("bits", f"its codes are of {weight.bits} bits, and {config.weights} is asked")
+    size = group_size(columns) or columns
+    held = weight.integers(4).in_order().in_groups(size)
+    scales = held.scales.reshape(-1, 1)
+    shifts = -held.minima if held.minima is not None else held.zero_points().float() * held.scales.float()
+    return {
+        "weight._data._data": PackedTensor.pack(held.codes.reshape(-1, size), bits=4)._data,
+        "weight._scale": scales, "weight._shift": shifts.reshape(-1, 1), **ones,
+    }  # fmt: skip
 
 
 def quantize_linear(linear: torch.nn.Linear, config: QuantoOptions) -> QLinear:

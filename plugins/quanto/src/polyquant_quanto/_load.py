@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from optimum import quanto
 from polyquant.errors import ModelError
-from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
+from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype, unpacked
 from polyquant.plugin.layers import layer_tensors
 from polyquant.plugin.parts import layer_of
 
@@ -18,6 +19,7 @@ from polyquant_quanto._library import prepare_unpacking, quantize_config
 from polyquant_quanto.options import QuantoOptions
 from polyquant_quanto.planning import stored_parts
 
+QMAP = "quanto_qmap.json"
 PARTS = ("_data", "_scale", "_shift")
 """Of a quantized weight, in checkpoints."""
 
@@ -41,7 +43,23 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     """quanto's own format: its state dict in safetensors, its quantization map beside it."""
     checkpoints.save(loaded, out, dict(loaded.model.state_dict()), loaded.config.to_stored())
     quantization_map = quanto.quantization_map(loaded.model)
-    (out / "quanto_qmap.json").write_text(json.dumps(quantization_map, indent=4))
+    (out / QMAP).write_text(json.dumps(quantization_map, indent=4))
+    return out
+
+
+def write_unpacked(loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, torch.Tensor]]], out: Path) -> Path:
+    """As the core writes it, with the quantization map that quanto's own reader asks for."""
+    config: Any = loaded.config
+    names: list[str] = []
+
+    def named() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        for name, tensors in layers:
+            names.append(name)
+            yield name, tensors
+
+    unpacked.write(loaded, named(), out)
+    kinds = {"weights": QTYPES[config.weights].name, "activations": "none"}
+    (out / QMAP).write_text(json.dumps(dict.fromkeys(names, kinds), indent=4))
     return out
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import ExpertsOptions, NumberFormat
+from polyquant.errors import Misfit
+from polyquant.plugin import ExpertsOptions, HeldWeight, NumberFormat
 
 BITS = {"int8": 8, "float8": 8, "int4": 4, "int2": 2}
 
@@ -40,6 +41,26 @@ class QuantoOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fi
         }
 
     @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """int8 and float8 with a scale a row; int4 in the groups that quanto gives layers of that width."""
+        kinds = {(weight.kind, weight.bits) for weight in weights}
+        names = {("integers", 8): "int8", ("floats", 8): "float8", ("integers", 4): "int4"}
+        if len(kinds) > 1 or not kinds <= set(names):
+            raise Misfit("bits", "its codes are no integers of one width, nor floats of 8 bits, and those are held")
+        if any(weight.ordered for weight in weights):
+            raise Misfit("act-order", "its columns belong to groups in an order of their own, and quanto's follow")
+        name = names[kinds.pop()]
+        if name == "int8" and any(weight.zero_points != "middle" for weight in weights):
+            raise Misfit("zero points", "its codes of 8 bits have fitted zero points, and int8 has none")
+        for weight in weights:
+            size = (group_size(weight.shape[1]) if name == "int4" else None) or weight.shape[1]
+            if weight.group_size % size:
+                raise Misfit(
+                    "group size", f"its groups are of {weight.group_size} columns, and {name}'s of {size} here"
+                )
+        return {"weights": name}
+
+    @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         if stored.get("activations"):
             raise ValueError(f"activations are quantized to {stored['activations']}; only weight quantization is read")
@@ -51,3 +72,8 @@ class QuantoOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fi
             "skip_defaults": skip is None,
         }
         return msgspec.convert(values, cls)
+
+
+def group_size(in_features: int) -> int | None:
+    """The largest of 128, 96, 64 and 32 that divides in_features; None, one group a row, where none does."""
+    return next((size for size in (128, 96, 64, 32) if in_features > 128 and in_features % size == 0), None)

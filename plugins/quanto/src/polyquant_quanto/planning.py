@@ -8,7 +8,7 @@ from typing import Any
 
 from polyquant.plugin import DTYPE_BYTES, LayerPlan, PackedFormat, WeightInfo, plan_linears
 
-from polyquant_quanto.options import QuantoOptions
+from polyquant_quanto.options import QuantoOptions, group_size
 
 SIZES = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float": 4}
 """Bytes of an element; 'float': of the scales of activations, float32 scalars, unused but there."""
@@ -59,8 +59,3 @@ def stored_parts(shape: tuple[int, ...], weights: str) -> dict[str, tuple[tuple[
     packed = (ceil(rows / (4 if weights == "int2" else 2)), columns)
     floats = dict.fromkeys(("weight._scale", "weight._shift"), ((rows, 1), "float"))
     return {"weight._data._data": (packed, "uint8"), **floats, **activations}
-
-
-def group_size(in_features: int) -> int | None:
-    """The largest of 128, 96, 64 and 32 that divides in_features; None, one group a row, where none does."""
-    return next((size for size in (128, 96, 64, 32) if in_features > 128 and in_features % size == 0), None)

@@ -32,5 +32,5 @@ INFO = BackendInfo(
     measured_kl={"int8": 0.00261, "int4": 0.415, "float8": 0.0182},
     compute_dtypes={"cpu": "float32"},
 )
-HOOKS = ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear")
+HOOKS = ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear", "unpack", "write_unpacked")
 backend = PluginBackend(INFO, HOOKS, imports=(QUANTO,), native_problems=True)

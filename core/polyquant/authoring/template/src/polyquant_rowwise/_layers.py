@@ -10,6 +10,7 @@ from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import (
     PackedWeight,
     Quantized,
+    WeightCodes,
     describe,
     frozen_linear,
     layer_tensors,
@@ -75,6 +76,12 @@ def quantize_linear(linear: torch.nn.Linear, config: RowwiseOptions) -> RowwiseL
 def pack(module: RowwiseLinear) -> PackedWeight:
     """With kernel="packed": the same weight for polyquant's own kernels, nothing rounded."""
     return pack_weight(module.weight, module.scale)
+
+
+def unpack(weight: WeightCodes, config: RowwiseOptions) -> dict[str, torch.Tensor]:
+    """The way back, by which `polyquant convert` writes this format: the stored tensors, nothing rounded."""
+    rows = weight.integers(8).without_zero_points().in_order().in_groups(-1)
+    return {"weight": rows.codes, "scale": rows.scales_as(getattr(torch, config.scale_dtype))}
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:

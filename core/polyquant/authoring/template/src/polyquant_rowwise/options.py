@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import ExpertsOptions
+from polyquant.errors import Misfit
+from polyquant.plugin import ExpertsOptions, HeldWeight
 
 QUANT_METHOD = "rowwise"  # how config.json names the format
 
@@ -49,3 +50,12 @@ class RowwiseOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_f
             "skip_defaults": skip is None,
         }
         return msgspec.convert(values, cls)
+
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        """The options that hold weights of another format as they are, for `polyquant convert`."""
+        for weight in weights:
+            own = (weight.kind, weight.bits, weight.zero_points, weight.columns_of_a_scale, weight.ordered)
+            if own != ("integers", 8, "middle", -1, False):
+                raise Misfit("bits", "integers of 8 bits without zero points, with a scale a row, are held")
+        return {"scale_dtype": "bfloat16" if {weight.scale_dtype for weight in weights} == {"bfloat16"} else "float32"}

@@ -29,4 +29,4 @@ INFO = BackendInfo(
 )
 # Replace: the optional hooks that you have. A hook is the function of its name in `_load.py`, `_layers.py` or
 # `planning.py`; imports=INFO.libraries has `polyquant doctor` import your library, to see that it works.
-backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear"))
+backend = PluginBackend(INFO, ("plan_layers", "save", "prepare_for_training", "pack", "quantize_linear", "unpack"))

@@ -1,0 +1,41 @@
+"""`polyquant convert` to and from MLX: mlx's own functions and mlx-lm read what comes out."""
+
+import polyquant
+import pytest
+import torch
+from polyquant.measure.quality.divergence import kl_divergence
+from polyquant.testing.models import tiny_model
+from safetensors.torch import load_file
+
+pytest.importorskip("polyquant_gguf")
+pytest.importorskip("gguf")
+TOKENS = list(range(5, 37))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q8_0", 8)])
+def test_gguf_becomes_mlx_and_comes_back(tmp_path, kind, bits):
+    """Bit-equal both ways; mlx dequantizes the very numbers, and mlx-lm runs the folder."""
+    core = pytest.importorskip("mlx.core")
+    mlx_lm = pytest.importorskip("mlx_lm")
+    source = polyquant.quantize(tiny_model("llama", tmp_path), "gguf", tmp_path / "gguf", type=kind, device="cpu")
+    there = polyquant.convert(source, "mlx", tmp_path / "mlx")
+    assert there.exact and (there.options["bits"], there.options["group_size"]) == (bits, 32)
+    assert polyquant.convert(tmp_path / "mlx", f"gguf:type={kind}", tmp_path / "back").exact
+    before = polyquant.load(source, device="cpu", kernel="packed")
+    name = "model.layers.1.mlp.up_proj"
+    tensors = load_file(tmp_path / "mlx" / "model.safetensors")
+    parts = [core.array(tensors[f"{name}.{part}"].numpy()) for part in ("weight", "scales", "biases")]
+    scales = [part.astype(core.float32) for part in parts[1:]]
+    theirs = torch.tensor(core.dequantize(parts[0], *scales, group_size=32, bits=bits).tolist())
+    mine = before.model.get_submodule(name).dequantize()
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=float(mine.abs().max()) * 2**-21)
+    model, _ = mlx_lm.load(str(tmp_path / "mlx"))
+    found = torch.tensor(model(core.array([TOKENS]))[0].astype(core.float32).tolist())
+    assert float(kl_divergence(before.logits(TOKENS), found).mean()) < 1e-3
+
+
+def test_floats_of_four_bits(tmp_path):
+    source = polyquant.quantize(tiny_model("llama", tmp_path), "gguf", tmp_path / "gguf", type="MXFP4", device="cpu")
+    there = polyquant.convert(source, "mlx", tmp_path / "mlx")
+    assert there.exact and there.options["mode"] == "mxfp4"
+    assert polyquant.convert(tmp_path / "mlx", "gguf", tmp_path / "back").exact
