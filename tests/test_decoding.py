@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from polyquant.models import decoding
-from polyquant.packed_weights import step
+from polyquant.packed_weights import held, step
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from .test_packed_step import IDS, model_of
@@ -72,7 +72,7 @@ def test_the_tokens_are_those_of_transformers(how: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_cache_holds_everything_in_the_end(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "SPARE", 5)  # which the text outgrows, and a window of six
+    monkeypatch.setattr(held, "SPARE", 5)  # which the text outgrows, and a window of six
     model, caches = attached(family), [DynamicCache(config=model_of(family).config) for _ in range(3)]
     wanted = model.generate(**asked(past_key_values=caches[0]))[0, IDS.shape[1] :].tolist()
     assert made(model, asked(past_key_values=caches[1])) == wanted

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from polyquant.models.generation import new_cache
-from polyquant.packed_weights import step
+from polyquant.packed_weights import held, step
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.types import PackedFormat
 from transformers import DynamicCache
@@ -238,7 +238,7 @@ def test_a_cropped_cache_leaves_earlier_views_alone() -> None:
 
 
 def test_long_texts_outgrow_their_room(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "SPARE", 5)
+    monkeypatch.setattr(held, "SPARE", 5)
     model = model_of("gemma3")
     before = generated(model, IDS, 40)
     assert step.attach(model)
