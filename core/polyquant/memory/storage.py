@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,13 @@ class Stored(NamedTuple):
     device: str
 
 
-def walk(model: torch.nn.Module) -> Iterator[Stored]:
-    """Every storage of `model` once: parameters, buffers, tensor subclasses, and tensors in plain attributes."""
+def walk(model: torch.nn.Module, first: Collection[str] = ()) -> Iterator[Stored]:
+    """Every storage of `model` once: parameters, buffers, tensor subclasses, and tensors in plain attributes.
+
+    first: modules to which a storage belongs that others have too; else it belongs to the first in the model's order.
+    """
     seen: set[tuple[str, int]] = set()
-    for name, module in model.named_modules():
+    for name, module in sorted(model.named_modules(), key=lambda named: named[0] not in first):
         for attribute, tensor in _module_tensors(module):
             storage = tensor.untyped_storage()
             key = (str(tensor.device), storage.data_ptr())

@@ -129,10 +129,10 @@ def quantize_layers(
         _put(model, name, layer)
     if after is not None:
         after(model)
-    made = set(names)
-    for name, parameter in model.named_parameters():
-        owner, _, short = name.rpartition(".")
-        if name not in request.later and parameter.is_floating_point() and (owner not in made or short == "bias"):
+    made, named = set(names), list(model.named_parameters(remove_duplicate=False))
+    packed = {id(each) for name, each in named if name.rpartition(".")[0] in made and not name.endswith(".bias")}
+    for name, parameter in model.named_parameters():  # a tied head may come before the embedding that it shares with
+        if name not in request.later and parameter.is_floating_point() and id(parameter) not in packed:
             parameter.data = cast_dense(source, name, parameter.data, dtypes.get(name, wanted))
     model.config.dtype = wanted
     if on_cpu:

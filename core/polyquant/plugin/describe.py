@@ -41,10 +41,10 @@ def describe(
     """
     parts: dict[str, dict[str, int]] = {}
     devices: dict[str, str] = {}
-    for stored in walk(model):
+    head, tied = unwrapped(model.get_output_embeddings()), versions.tied_tensors(model)
+    for stored in walk(model, {origin.rpartition(".")[0] for origin in tied.values()}):
         parts.setdefault(stored.module, {})[stored.attribute] = stored.nbytes
         devices.setdefault(stored.module, stored.device)
-    head, tied = unwrapped(model.get_output_embeddings()), versions.tied_tensors(model)
     is_tower, layers = beside_the_language_model(model), list[LayerInfo]()
     for name, module in model.named_modules():
         remaining = parts.get(name, {})

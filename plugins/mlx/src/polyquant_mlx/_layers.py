@@ -205,11 +205,12 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 
 def _quantized(model: Any) -> Callable[[str, Any], Quantized | None]:
-    """What is known of a module. Each storage belongs to the first that has it: a tied head's is the embedding's."""
+    """What is known of a module. A tied head's storage is the embedding's."""
     first: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (MlxLinear, MlxEmbedding)):
-            first.setdefault(id(module.weight), name)
+    for kind in (MlxEmbedding, MlxLinear):
+        for name, module in model.named_modules():
+            if isinstance(module, kind):
+                first.setdefault(id(module.weight), name)
 
     def quantized(name: str, module: Any) -> Quantized | None:
         if isinstance(module, LinearExperts):

@@ -130,7 +130,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         home = name.rpartition(".")[0]
-        if home not in packed or (name.endswith(".bias") and home not in tied):
+        if home not in packed or name.endswith(".bias"):
             tensors[in_mlx(name, kind)] = tensor
     for name, module in packed.items():
         if isinstance(module, ExpertStack):
