@@ -16,6 +16,7 @@ from polyquant.testing.models import SIZES, tiny_model
 from safetensors.torch import load_file, save_file
 
 ON_THE_FLY = [name for name in polyquant.backends(on_the_fly=True).names if not polyquant.backend(name).problems("cpu")]
+DENSE = {"mlx": {"vocabulary": "dense"}}  # options of those that pack embeddings and heads unless they are told not to
 SAVING = [name for name in ON_THE_FLY if polyquant.backend(name).can("save") and name != "gguf"]  # a format of its own
 UP, NORM, HEAD = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
 BIAS, EMBEDDING = "model.layers.0.self_attn.q_proj.bias", "model.embed_tokens.weight"
@@ -86,8 +87,8 @@ def test_pickles_have_no_header_and_are_held_against_the_model_as_they_load(tmp_
 @pytest.mark.parametrize("backend", SAVING)
 @pytest.mark.parametrize("name", [NORM, HEAD, "model.layers.1.input_layernorm.weight"])
 def test_a_packed_checkpoint_without_a_dense_tensor(tmp_path, backend, name):
-    saved = polyquant.load(tiny_model("llama", tmp_path), backend, device="cpu").save(tmp_path / "saved")
-    broken = changed_copy(saved, tmp_path / "broken", without(name))
+    loaded = polyquant.load(tiny_model("llama", tmp_path), backend, device="cpu", **DENSE.get(backend, {}))
+    broken = changed_copy(loaded.save(tmp_path / "saved"), tmp_path / "broken", without(name))
     for broken_way in (polyquant.plan, polyquant.load):
         with pytest.raises(ModelError, match=name):
             broken_way(broken, backend, device="cpu")
@@ -147,7 +148,7 @@ def test_the_checkpoint_decides_what_is_tied_and_saving_keeps_it(tmp_path, backe
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": ties}))
 
-    loaded = polyquant.load(folder, backend, device="cpu", compute_dtype="float32")
+    loaded = polyquant.load(folder, backend, device="cpu", compute_dtype="float32", **DENSE.get(backend, {}))
     for name in stored:
         held = loaded.model.get_input_embeddings() if name == EMBEDDING else loaded.model.get_output_embeddings()
         assert torch.equal(held.weight.float(), tensors[name]), name

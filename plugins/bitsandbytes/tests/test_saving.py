@@ -68,7 +68,7 @@ def test_the_compute_dtype_of_a_quantized_checkpoint_can_be_chosen(saved):
     [
         ({"quant_method": "frob"}, UnknownBackend, "quantized with 'frob', which no polyquant backend reads; installed backends read .*bitsandbytes"),
         ({"bits": 4}, ModelError, "names no quant_method; it holds bits"),
-        ({"quant_method": "vptq"}, UnknownBackend, "quantized with 'vptq'"),
+        ({"quant_method": "quip"}, UnknownBackend, "QuIP#.*quip-sharp"),
     ],
 )  # fmt: skip
 def test_an_unknown_method_is_an_error_that_names_the_reader(saved, tmp_path, stored, error, message):
