@@ -84,7 +84,7 @@ def packed_weights_are_the_librarys(subject: Subject, preset: str, model: str) -
 
 def _require_same(name: str, weight: torch.Tensor, module: Any, computes_in: torch.dtype, tolerance: float) -> None:
     """Whether a packed weight is the one that the library's module multiplies with."""
-    is_table = not hasattr(module, "in_features")  # an embedding, whose rows are its answers
+    is_table = hasattr(module, "num_embeddings")  # an embedding, whose rows are its answers
     theirs = module.dequantize() if is_table else effective_weight(module, weight.shape[1], dtype=computes_in)
     share = float((theirs - weight).abs().max() / weight.abs().max())
     allowed = max(tolerance, HALF) if torch.equal(theirs.half().float(), theirs) else tolerance
