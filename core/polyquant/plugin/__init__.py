@@ -26,6 +26,7 @@ from polyquant.packable import ExpertsOptions, PackableOptions, is_packed
 from polyquant.packed_weights.format import E2M1, group_of_runs
 from polyquant.plugin.backend import PluginBackend
 from polyquant.plugin.planning import quantized_modules, repacked_modules, unfit
+from polyquant.plugin.settings import require_read, usual_options
 from polyquant.request import LoadRequest, ModelSource
 from polyquant.support.devices import device_problems
 from polyquant.support.libraries import contained, import_problems, library_problems, require_library
@@ -99,6 +100,8 @@ __all__ = [
     "refuse_experts",
     "repacked_modules",
     "require_library",
+    "require_read",
     "resolved_dtype",
     "unfit",
+    "usual_options",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
+from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod, require_read
 
 DEFAULTS: Mapping[str, int] = {"num_codebooks": 1, "nbits_per_codebook": 16, "in_group_size": 8, "out_group_size": 1}
 """What a checkpoint means that does not say."""
@@ -75,9 +75,7 @@ class AqlmOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        unread = sorted(name for name in set(stored) - READ if stored[name] is not None)
-        if unread:
-            raise ValueError(f"it has {', '.join(unread)}, which is not read")
+        require_read(stored, READ)
         values = {name: stored.get(name, default) for name, default in DEFAULTS.items()}
         dense = tuple(dict.fromkeys(name.removesuffix(".weight") for name in stored.get(DENSE) or ()))
         values |= {"compute_dtype": stored.get("compute_dtype", "auto"), "skip": dense, "skip_defaults": False}

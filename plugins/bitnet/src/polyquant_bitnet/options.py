@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions
+from polyquant.plugin import BackendOptions, require_read, usual_options
 
 OWN = ("linear_class", "quantization_mode", "use_rms_norm", "rms_norm_eps")
 READ = {"quant_method", "modules_to_not_convert", "compute_dtype", *OWN}
@@ -53,14 +53,6 @@ class BitnetOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fi
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        unread = sorted(name for name in set(stored) - READ if stored[name] is not None)
-        if unread:
-            raise ValueError(f"it has {', '.join(unread)}, which is not read")
-        dense = stored.get("modules_to_not_convert")
+        require_read(stored, READ)
         values = {name: stored[name] for name in OWN if stored.get(name) is not None}
-        values |= {
-            "compute_dtype": stored.get("compute_dtype", "auto"),
-            "skip": tuple(dense or ()),
-            "skip_defaults": dense is None,
-        }
-        return msgspec.convert(values, cls)
+        return msgspec.convert(values | usual_options(stored, stored.get("modules_to_not_convert")), cls)

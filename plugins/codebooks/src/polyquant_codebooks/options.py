@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod
+from polyquant.plugin import BackendOptions, NumberFormat, RoundingMethod, require_read, usual_options
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]
 """Name of a layer's tensor in a checkpoint -> its shape and dtype."""
@@ -40,18 +40,11 @@ class CodebookOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
         raise NotImplementedError
 
 
-def require_read(stored: Mapping[str, Any], *more: str) -> None:
-    """Raises ValueError for settings of a quantization_config that are not known."""
-    unread = sorted(name for name in set(stored) - COMMON - set(more) if stored[name] is not None)
-    if unread:
-        raise ValueError(f"it has {', '.join(unread)}, which is not read")
+def require_known(stored: Mapping[str, Any], *more: str) -> None:
+    """Raises ValueError for settings of a quantization_config that are neither COMMON nor one of these."""
+    require_read(stored, {*COMMON, *more})
 
 
 def common(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The options that every format has."""
-    dense = stored.get("skip_modules", stored.get("modules_to_not_convert"))
-    return {
-        "compute_dtype": stored.get("compute_dtype", "auto"),
-        "skip": tuple(dense or ()),
-        "skip_defaults": dense is None,
-    }
+    return usual_options(stored, stored.get("skip_modules", stored.get("modules_to_not_convert")))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import ExpertsOptions, NumberFormat
+from polyquant.plugin import ExpertsOptions, NumberFormat, require_read, usual_options
 
 BLOCK = (128, 128)
 Block = tuple[int, int] | None
@@ -106,7 +106,7 @@ class Fp8Options(Float8Options, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        _require_read(stored, READ)
+        require_read(stored, READ)
         for name, allowed in EXPECTED.items():
             if stored.get(name) is not None and stored[name] not in allowed:
                 raise ValueError(f"its {name} is {stored[name]!r}; {' or '.join(map(repr, allowed))} is read")
@@ -148,16 +148,9 @@ class FbgemmOptions(Float8Options, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        _require_read(stored, READ_FBGEMM)
+        require_read(stored, READ_FBGEMM)
         values = {"activation_scale_ub": float(stored.get("activation_scale_ub") or 1200.0)}
         return msgspec.convert(values | _common(stored), cls)
-
-
-def _require_read(stored: Mapping[str, Any], read: set[str]) -> None:
-    """Raises ValueError for settings that are not known."""
-    unread = sorted(name for name in set(stored) - read if stored[name] is not None)
-    if unread:
-        raise ValueError(f"it has {', '.join(unread)}, which is not read")
 
 
 def _common(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +158,4 @@ def _common(stored: Mapping[str, Any]) -> dict[str, Any]:
     dense = stored.get("modules_to_not_convert")
     dense = stored.get("ignored_layers") if dense is None else dense
     dense = stored.get("skip_modules", dense)  # polyquant's own, where a file holds more dense than was asked for
-    return {
-        "compute_dtype": stored.get("compute_dtype", "auto"),
-        "skip": tuple(dense or ()),
-        "skip_defaults": dense is None,
-    }
+    return usual_options(stored, dense)

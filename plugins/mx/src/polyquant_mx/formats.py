@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
-from polyquant.plugin import PackedFormat
+from polyquant.plugin import PackedFormat, require_read
 
 ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float32": 4}
 SCALE_DTYPES = {"e8m0": "uint8", "e4m3": "float8_e4m3fn", "float32": "float32"}
@@ -137,8 +137,7 @@ def skips(stored: Mapping[str, Any], dense: Any) -> dict[str, Any]:
 
 def require_known(stored: Mapping[str, Any], known: set[str], expected: Mapping[str, tuple[object, ...]]) -> None:
     """Raises ValueError for settings that are not read, or not at these values."""
-    if unread := sorted(name for name in set(stored) - known - set(expected) if stored[name] is not None):
-        raise ValueError(f"it has {', '.join(unread)}, which is not read")
+    require_read(stored, {*known, *expected})
     for name, allowed in expected.items():
         if stored.get(name) is not None and stored[name] not in allowed:
             raise ValueError(f"its {name} is {stored[name]!r}; {' or '.join(map(repr, allowed))} is read")

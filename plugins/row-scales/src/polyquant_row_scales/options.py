@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import BackendOptions, ExpertsOptions
+from polyquant.plugin import BackendOptions, ExpertsOptions, require_read, usual_options
 
 Bits = Literal[2, 4, 8]
 COMMON = {"quant_method", "compute_dtype", "modules_to_not_convert"}
@@ -39,8 +39,11 @@ class EetqOptions(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        _require_read(stored, {*COMMON, "weights"})
-        return msgspec.convert({"weights": stored.get("weights", "int8")} | _common(stored), cls)
+        require_read(stored, {*COMMON, "weights"})
+        return msgspec.convert(
+            {"weights": stored.get("weights", "int8")} | usual_options(stored, stored.get("modules_to_not_convert")),
+            cls,
+        )
 
 
 class GemmaOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,7 +93,7 @@ class GemmaOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        _require_read(stored, {*COMMON, "num_bits", "quantize_embeddings", "module_quant_configs"})
+        require_read(stored, {*COMMON, "num_bits", "quantize_embeddings", "module_quant_configs"})
         bits, modules = stored.get("num_bits", 4), stored.get("module_quant_configs") or {}
         for pattern, own in modules.items():
             if unread := sorted(set(own) - {"num_bits"}):
@@ -100,19 +103,4 @@ class GemmaOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_fie
             "modules": [(pattern, own.get("num_bits", bits)) for pattern, own in modules.items()],
             "quantize_embeddings": bool(stored.get("quantize_embeddings")),
         }
-        return msgspec.convert(values | _common(stored), cls)
-
-
-def _require_read(stored: Mapping[str, Any], read: set[str]) -> None:
-    unread = sorted(name for name in set(stored) - read if stored[name] is not None)
-    if unread:
-        raise ValueError(f"it has {', '.join(unread)}, which is not read")
-
-
-def _common(stored: Mapping[str, Any]) -> dict[str, Any]:
-    dense = stored.get("modules_to_not_convert")
-    return {
-        "compute_dtype": stored.get("compute_dtype", "auto"),
-        "skip": tuple(dense or ()),
-        "skip_defaults": dense is None,
-    }
+        return msgspec.convert(values | usual_options(stored, stored.get("modules_to_not_convert")), cls)

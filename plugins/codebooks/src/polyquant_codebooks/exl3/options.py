@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 import msgspec
 from msgspec import Meta
 
-from polyquant_codebooks.options import CodebookOptions, Layout, common, require_read
+from polyquant_codebooks.options import CodebookOptions, Layout, common, require_known
 
 TILE, BLOCK = 16, 128
 """Rows and columns of a tile of codes, and of a block that is rotated."""
@@ -62,7 +62,7 @@ class Exl3Options(CodebookOptions, frozen=True, kw_only=True, forbid_unknown_fie
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         """A head is quantized too, where its tensors say so."""
-        require_read(stored, "bits", "head_bits", "module_bits", *NO_MATTER)
+        require_known(stored, "bits", "head_bits", "module_bits", *NO_MATTER)
         values = {name: stored[name] for name in ("bits", "head_bits") if stored.get(name) is not None}
         modules = sorted((stored.get("module_bits") or {}).items())
         return msgspec.convert(values | {"module_bits": modules} | common(stored), cls)

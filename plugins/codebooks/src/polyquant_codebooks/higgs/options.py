@@ -11,7 +11,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 from polyquant.plugin import RoundingMethod
 
-from polyquant_codebooks.options import CodebookOptions, Layout, common, require_read
+from polyquant_codebooks.options import CodebookOptions, Layout, common, require_known
 
 WIDE = {
     2: {*range(4), *range(12, 16), *range(24, 28)}, 3: {*range(4), *range(12, 16), *range(24, 28)},
@@ -104,7 +104,7 @@ class HiggsOptions(CodebookOptions, frozen=True, kw_only=True, forbid_unknown_fi
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         own = ("bits", "p", "group_size", "hadamard_size")
-        require_read(stored, *own, "tune_metadata")
+        require_known(stored, *own, "tune_metadata")
         values: dict[str, Any] = {name: stored[name] for name in own if stored.get(name) is not None}
         tuned = stored.get("tune_metadata") or {}
         if not tuned:

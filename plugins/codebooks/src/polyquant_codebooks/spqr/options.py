@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from polyquant_codebooks.options import CodebookOptions, Layout, common, require_read
+from polyquant_codebooks.options import CodebookOptions, Layout, common, require_known
 
 TILE = 16
 """Rows and columns of a tile."""
@@ -67,7 +67,7 @@ class SpqrOptions(CodebookOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        require_read(stored, "bits", "beta1", "beta2", "shapes")
+        require_known(stored, "bits", "beta1", "beta2", "shapes")
         lengths = {name: value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
                    for name, value in (stored.get("shapes") or {}).items()}  # fmt: skip
         values = {name: stored[name] for name in ("bits", "beta1", "beta2") if stored.get(name) is not None}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 import msgspec
 from msgspec import Meta
 
-from polyquant_codebooks.options import CodebookOptions, Layout, common, require_read
+from polyquant_codebooks.options import CodebookOptions, Layout, common, require_known
 
 UNUSED = {"in_features", "out_features", "bias", "indices_as_float", "is_indice_packed", "vector_quant_dim"}
 """What a layer's settings repeat, or have one value of."""
@@ -127,7 +127,7 @@ class VptqOptions(CodebookOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        require_read(stored, "config_for_layers", "shared_layer_config", "enable_proxy_error")
+        require_known(stored, "config_for_layers", "shared_layer_config", "enable_proxy_error")
         layers = {**(stored.get("shared_layer_config") or {}), **(stored.get("config_for_layers") or {})}
         for name, own in layers.items():
             for setting, value in ONE_VALUE.items():
