@@ -12,7 +12,7 @@
 
 namespace PQ_SET {
 
-constexpr int64_t INPUT_BYTES = 1 << 18;
+constexpr int64_t INPUT_BYTES = 1 << 18;  // of inputs, which stay in a cache of a core while all rows are multiplied with them
 constexpr float MOST16 = 32767.0f, MOST8 = 127.0f;
 constexpr float MOST_LEVEL = 8191.0f;  // of a code book's levels as integers: 32 products with 8191 stay below 2^31
 
@@ -492,36 +492,29 @@ template <bool HALF> Floats load16(const uint16_t* from) {
   else return load_bf16(from);
 }
 
-// Two rows at a time, so that memory is read nearly as it lies, four ahead: a head is larger than any cache. As many sums as
-// there are registers for.
+// Row after row, as memory lies, four ahead: a head is larger than any cache, and two rows at once come half as fast. As many
+// sums as hide how long each takes.
 template <int COUNT, bool HALF> void dense16_exact(const pq_weight& w, int64_t block, const Inputs& in, Floats (&acc)[COUNT]) {
-  constexpr int ROWS = 1, PARTS = 4 / COUNT;
+  constexpr int PARTS = 4 / COUNT;
   float sums[COUNT][8];
-  for (int row = 0; row < 8; row += ROWS) {
-    const uint16_t* rows[ROWS];
-    Floats some[ROWS][PARTS][COUNT];
-    for (int r = 0; r < ROWS; r++) {
-      rows[r] = dense_row(w, block * 8 + row + r);
-      for (int part = 0; part < PARTS; part++)
-        for (int i = 0; i < COUNT; i++) some[r][part][i] = zero();
-    }
+  for (int row = 0; row < 8; row++) {
+    const uint16_t* weights = dense_row(w, block * 8 + row);
+    Floats some[PARTS][COUNT];
+    for (int part = 0; part < PARTS; part++)
+      for (int i = 0; i < COUNT; i++) some[part][i] = zero();
     for (int64_t column = 0; column < in.columns; column += 8 * PARTS) {
-      for (int r = 0; r < ROWS; r++) will_read(rows[r] + column + 4 * in.columns);
+      will_read(weights + column + 4 * in.columns);
       for (int part = 0; part < PARTS; part++) {
-        Floats x[COUNT];
-        for (int i = 0; i < COUNT; i++) x[i] = load(in.x + i * in.columns + column + 8 * part);
-        for (int r = 0; r < ROWS; r++) {
-          const Floats weights = load16<HALF>(rows[r] + column + 8 * part);
-          for (int i = 0; i < COUNT; i++) some[r][part][i] = fused(weights, x[i], some[r][part][i]);
-        }
+        const Floats eight = load16<HALF>(weights + column + 8 * part);
+        for (int i = 0; i < COUNT; i++)
+          some[part][i] = fused(eight, load(in.x + i * in.columns + column + 8 * part), some[part][i]);
       }
     }
-    for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < COUNT; i++) {
-        Floats whole = some[r][0][i];
-        for (int part = 1; part < PARTS; part++) whole = add(whole, some[r][part][i]);
-        sums[i][row + r] = sum(whole);
-      }
+    for (int i = 0; i < COUNT; i++) {
+      Floats whole = some[0][i];
+      for (int part = 1; part < PARTS; part++) whole = add(whole, some[part][i]);
+      sums[i][row] = sum(whole);
+    }
   }
   for (int i = 0; i < COUNT; i++) acc[i] = load(sums[i]);
 }
@@ -559,7 +552,7 @@ void tile(const pq_weight& w, int64_t block, const Inputs& in, float* y, int how
 
 template <int64_t BLOCK>
 void tiles(const pq_weight& w, const float* x, const Activations& a, int64_t count, int64_t first, int64_t last, float* y, int how) {
-  // of many inputs so many at once that they stay in a cache of a core for all rows, as integers or as floats
+  // of many inputs so many at once, as integers or as floats
   const int64_t held = std::max<int64_t>(4, INPUT_BYTES / (w.columns * (how == PQ_EXACT ? 4 : 2)) / 4 * 4);
   for (int64_t from = 0; from < count; from += held) {
     const int64_t to = std::min(count, from + held);
