@@ -275,12 +275,12 @@ def merge(
     overwrite: bool = False,
     **options: Any,
 ) -> Quality:
-    """Merge an adapter (folder, hub name) into `model`, and write it to `out` if it stays close to base and adapter.
+    """Merge an adapter (folder, hub name) into `model`; write it to `out`, and return how close it stays to both.
 
     into: `dense` (the dense model), `dequantized` (the dequantized base) or `requantized` (the dense model, quantized
         again); `polyquant.finetuning.merge_methods` says what each loses.
     backend, options: of the base, as `load` takes them; where left out, those on the adapter's card.
-    threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`. Returns that.
+    threshold: largest mean KL(base and adapter || merged) in nats; above, MergeRefused unless `force`.
     """
     from polyquant.finetuning.merge import merge as run
 

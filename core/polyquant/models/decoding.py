@@ -60,7 +60,7 @@ def _loop(
     model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **given: Any
 ) -> Iterator[Tensor]:
     """For `generate`'s custom_generate: judges at once, and makes tokens when they are asked for."""
-    asked = generation_config
+    asked, steps = generation_config, steps_of(model)
     cache: Any = given.get("past_key_values")
     is_plain = (
         len(input_ids) == 1
@@ -72,25 +72,25 @@ def _loop(
         and all(value is None or name in TAKEN for name, value in given.items())
         and not any((asked.return_dict_in_generate, asked.prefill_chunk_size, asked.token_healing, asked.stop_strings))
     )
-    if not is_plain:
+    if steps is None or not is_plain:
         raise _NotPlain
     more = {name: given[name] for name in ("logits_to_keep",) if name in given}
     tokens: Iterator[Tensor] = _tokens(
-        model, input_ids, cache, logits_processor, stopping_criteria, bool(asked.do_sample), more
+        model, steps, input_ids, cache, logits_processor, stopping_criteria, bool(asked.do_sample), more
     )
     return tokens
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _tokens(
-    model: Any, ids: Tensor, cache: Any, processors: Any, criteria: Any, samples: bool, more: Mapping[str, Any]
-) -> Iterator[Tensor]:
-    steps, feed = steps_of(model), ids
+    model: Any, steps: Steps, ids: Tensor, cache: Any, processors: Any, criteria: Any, samples: bool,
+    more: Mapping[str, Any],
+) -> Iterator[Tensor]:  # fmt: skip
+    feed = ids
+    steps.show_late(cache)
     try:
         while True:
             outputs = model(input_ids=feed, past_key_values=cache, use_cache=True, return_dict=True, **more)
-            if steps is not None:
-                steps.show_late(cache)
             scores = processors(ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
             if samples:
                 token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
@@ -102,5 +102,4 @@ def _tokens(
             if bool(criteria(ids, None).all()):
                 return
     finally:
-        if steps is not None:
-            steps.show(cache)
+        steps.show(cache)
