@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from time import sleep
+from typing import Any
 
 import msgspec
 import psutil
@@ -19,32 +20,104 @@ from polyquant.errors import BackendFailed
 from polyquant.support.processes import SHOWN_LINES, import_path
 
 BUILD_POLL_SECONDS = 0.5
+DONE = b"+"  # a job
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What a process is to do."""
+
+    folder: str  # to work in
+    environment: dict[str, str]  # all of it: it may have changed since the process was started
+    content: dict[str, Any]
+
+
+class _Worker:
+    """A process of a module, and what it has said."""
+
+    def __init__(self, module: str, environment: Mapping[str, str], *, shown: bool) -> None:
+        self._said = None if shown else TemporaryFile()  # noqa: SIM115 (`end` closes it)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "polyquant.plugin.jobs", module],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=dict(environment),
+        )  # fmt: skip
+
+    def does(self, job: Job) -> bool:
+        """Whether it has done a job; otherwise it has ended."""
+        assert self._process.stdin is not None  # both are pipes
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # it ended before it read the job: while it imported its library
+            self._process.stdin.write(msgspec.json.encode(job) + b"\n")
+            self._process.stdin.flush()
+        return self._process.stdout.read(len(DONE)) == DONE
+
+    def end(self, *, kill: bool = False) -> tuple[int, str]:
+        """Its exit code and the last lines that it printed, once it has done its jobs, or at once."""
+        if kill:
+            self._process.kill()
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+        if self._said is None:
+            return self._process.returncode, "see what it printed above"
+        with self._said as said:
+            said.seek(0)
+            lines = said.read().decode(errors="replace").replace("\r", "\n").splitlines()
+        return self._process.returncode, "\n  ".join(line.rstrip() for line in lines[-SHOWN_LINES:])
+
+
+_kept: list[dict[str, tuple[object, _Worker]]] = []
+"""Inside `kept_processes`, one entry: of each module what its process was started with, and that process."""
 
 
 def run_in_process(
     module: str, job: Mapping[str, object], *, shown: bool = False, environment: Mapping[str, str] | None = None
 ) -> None:
-    """`python -m module` in a fresh process with this one's import path; it reads `job` as JSON on its standard input.
+    """`main(job)` of a module in a fresh process with this one's import path; `job` goes there as JSON.
 
     It works in an empty folder that is then deleted, where libraries may leave what they like: paths in `job` must be
     absolute.
-    shown: let it print; otherwise what it prints is kept for the error. environment: variables set for it.
-    Raises BackendFailed, with the last lines it printed, where it does not end with code 0.
+    shown: let it print, to standard error; otherwise what it prints is kept for the error. environment: variables set
+    for it. Raises BackendFailed, with the last lines it printed, where it does not end with code 0.
     """
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        result = subprocess.run(
-            [sys.executable, "-m", module],
-            input=msgspec.json.encode(job),
-            stdout=None if shown else subprocess.PIPE,
-            stderr=None if shown else subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": import_path(), **(environment or {})},
-            cwd=folder,
-            check=False,
-        )
-    if result.returncode:
-        said = (result.stdout or b"").decode(errors="replace").replace("\r", "\n").splitlines()
-        last = "\n  ".join(line.rstrip() for line in said[-SHOWN_LINES:]) or "see what it printed above"
-        raise BackendFailed(f"{module} ended with code {result.returncode}:\n  {last}")
+    variables = {**os.environ, "PYTHONPATH": import_path(), **(environment or {})}
+    started_with = (shown, variables["PYTHONPATH"], dict(environment or {}))
+    waiting, ended, done = _kept[0] if _kept else {}, (0, ""), False
+    before, worker = waiting.pop(module, (started_with, None))
+    if worker is not None and before != started_with:
+        worker.end()
+        worker = None
+    worker = worker or _Worker(module, variables, shown=shown)
+    try:
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            done = worker.does(Job(folder, variables, dict(job)))
+        if done and _kept:
+            waiting[module] = (started_with, worker)
+        else:
+            ended = worker.end()
+    except BaseException:
+        worker.end(kill=True)
+        raise
+    code, said = ended
+    if code or not done:
+        raise BackendFailed(f"{module} ended with code {code}:\n  {said}")
+
+
+@contextmanager
+def kept_processes() -> Iterator[None]:
+    """Until it ends, jobs of one module go to one process, one after the other: it imports its library once.
+
+    That is for many jobs in a row: while it waits, such a process keeps its library in memory. Environment variables
+    that have changed meanwhile change there too, for what is not read during the import. It ends with the first job
+    that fails.
+    """
+    if _kept:
+        yield
+        return
+    _kept.append({})
+    try:
+        yield
+    finally:
+        for _, worker in _kept.pop().values():
+            worker.end()
 
 
 def wait_for_build(folder: Path) -> list[str]:

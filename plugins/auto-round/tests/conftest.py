@@ -2,7 +2,15 @@
 
 import polyquant
 import pytest
+from polyquant.plugin.process import kept_processes
 from polyquant.testing.models import tiny_model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_process():
+    """Checkpoints are made in one process, one after the other: its imports take most of the time."""
+    with kept_processes():
+        yield
 
 
 @pytest.fixture(scope="module")

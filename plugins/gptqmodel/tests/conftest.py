@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from polyquant.plugin.process import kept_processes
 from polyquant.testing.checkpoints import adapter_gradients
 from polyquant.testing.models import tiny_model
 from safetensors.torch import load_file, save_file
@@ -160,6 +161,13 @@ def assert_adapters_train_as_on(dense, loaded):
     for name, gradient in found.items():
         similarity = torch.cosine_similarity(gradient.flatten().float(), expected[name].flatten(), dim=0)
         assert similarity > 0.99, name
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_process():
+    """Checkpoints are made in one process, one after the other: its imports take most of the time."""
+    with kept_processes():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import msgspec
@@ -42,7 +41,3 @@ def main(job: dict[str, Any]) -> None:
         amp=False,  # bfloat16 would round the weights before they are quantized
     )
     rounding.quantize_and_save(job["out"], format=config.format)
-
-
-if __name__ == "__main__":
-    main(msgspec.json.decode(sys.stdin.buffer.read()))

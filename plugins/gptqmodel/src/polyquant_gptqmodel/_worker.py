@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import msgspec
@@ -19,7 +18,3 @@ def main(job: dict[str, Any]) -> None:
     model = GPTQModel.load(job["model"], quantize_config(config), **how)
     model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["windows"]], batch_size=1)
     model.save(job["out"])
-
-
-if __name__ == "__main__":
-    main(msgspec.json.decode(sys.stdin.buffer.read()))
