@@ -92,7 +92,7 @@ def chosen(session: nox.Session, marks: str = "not slow and not gpu") -> list[st
     session.env.setdefault("POLYQUANT_KERNEL", "library")  # tests of packed kernels ask for them
     session.env["PYTHONPATH"] = str(ROOT / "tests")  # a library's package `tests` hides the folder of that name
     given = [argument for argument in session.posargs if argument != COMMON]
-    shared = ["--numprocesses=2", "-p", "grouping", "--dist=loadscope", "--max-worker-restart=0"]
+    shared = ["--numprocesses=2", "-p", "grouping", "-p", "garbage", "--dist=loadscope", "--max-worker-restart=0"]
     return given or ["-m", marks, *shared]
 
 

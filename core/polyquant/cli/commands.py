@@ -102,6 +102,10 @@ def doctor(
         str | None, typer.Argument(help="One backend; all where left out.", autocompletion=complete_backend)
     ] = None,
     device: Annotated[str, typer.Option(help="The device to check for.")] = "auto",
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="How long each may take to answer; 60 unless told, 240 in its own environment."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check whether backends can run on this machine, with the command that fixes each problem.
@@ -110,7 +114,7 @@ def doctor(
     """
     from polyquant.cli import show
 
-    diagnoses = api.doctor(backend, device=device)
+    diagnoses = api.doctor(backend, device=device, seconds=seconds)
     show.records_json(diagnoses) if json else show.doctor(diagnoses)
     if not all(diagnosis.runs for diagnosis in diagnoses):
         raise typer.Exit(1)

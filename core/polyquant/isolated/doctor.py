@@ -25,15 +25,19 @@ class Diagnosis(Record, frozen=True):
         return not self.problems
 
 
-def doctor(name: str | None = None, *, device: str = "auto") -> list[Diagnosis]:
-    """Whether each installed backend, or one, can run here; every problem with the command that fixes it."""
+def doctor(name: str | None = None, *, device: str = "auto", seconds: float | None = None) -> list[Diagnosis]:
+    """Whether each installed backend, or one, can run here; every problem with the command that fixes it.
+
+    seconds: how long each may take to answer; None: 60, and 240 in an environment of its own. One that has not answered
+    by then is told with the line it is at.
+    """
     diagnoses = []
     for each in [name] if name else registry().names():
         where = ""
         try:
             handle = backend(each)
             chosen = choose_device(device, handle.capabilities)
-            problems, where = handle.problems_in_time(chosen), environment_name(handle)
+            problems, where = handle.problems_in_time(chosen, seconds), environment_name(handle)
         except (BrokenBackend, BackendFailed) as error:
             fix = f"update or uninstall {registry().origin(each)}, or set POLYQUANT_DISABLE={each}"
             chosen = device

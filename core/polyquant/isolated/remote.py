@@ -14,7 +14,7 @@ from polyquant.isolated.environments import card_in_this_process, environment_of
 from polyquant.isolated.worker import START_SECONDS, Worker
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.options import BackendOptions
-from polyquant.registry.backend import ANSWER_SECONDS, Backend
+from polyquant.registry.backend import Backend
 from polyquant.registry.observers import Call
 from polyquant.registry.registry import Registry
 from polyquant.support.files import atomic_folder
@@ -61,6 +61,8 @@ class RemoteModel(LoadedModel):
 class RemoteBackend(Backend):
     """A backend whose library is in another environment: what needs the library is done by a worker there."""
 
+    answer_seconds = START_SECONDS + Backend.answer_seconds
+
     def __init__(self, name: str, registry: Registry) -> None:
         super().__init__(name, registry)
         self.info = card_in_this_process(self.info)
@@ -83,9 +85,6 @@ class RemoteBackend(Backend):
         )
         self._idle = worker  # for the load that most often follows
         return msgspec.convert(found, list[Problem])
-
-    def problems_in_time(self, device: str = "cpu", seconds: float = START_SECONDS + ANSWER_SECONDS) -> list[Problem]:
-        return super().problems_in_time(device, seconds)
 
     def load(self, request: LoadRequest, settled: Settled) -> RemoteModel:
         from polyquant.models import hf

@@ -18,7 +18,6 @@ E2M1 = layout.E2M1
 MOST_E2M1, MOST_E4M3 = 6.0, 448.0
 """The largest numbers."""
 E8M0_BIAS, NAN_E8M0 = 127, 255
-_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbours of E2M1; ties go to the even code
 
 
 def codes_of_pairs(pairs: Tensor) -> Tensor:
@@ -45,13 +44,11 @@ def e2m1_codes(numbers: Tensor, ties: Literal["even", "zero"] = "even") -> Tenso
     ties: to the even code, as OCP has it, or towards zero, as MLX. The sign is kept where a number rounds to zero, as
     ModelOpt and OCP's reference keep it.
     """
-    sizes = numbers.abs().contiguous()
-    middles = torch.tensor(_MIDDLES, dtype=sizes.dtype, device=sizes.device)
-    codes = torch.searchsorted(middles, sizes, out_int32=True)  # of a tie the lower one
-    if ties == "zero":
-        return (codes + 8 * (numbers < 0).int()).to(torch.uint8)
-    odd_ties = (sizes == middles[1]) | (sizes == middles[3]) | (sizes == middles[5])
-    return (codes + odd_ties.int() + 8 * (numbers < 0).int()).to(torch.uint8)
+    sizes = numbers.abs()
+    steps = (sizes >= 2).to(sizes.dtype).add_(sizes >= 4)  # codes are 1/2 apart below 2, 1 below 4, 2 above
+    counts = torch.ldexp(sizes, 1 - steps)
+    codes = (counts.round_() if ties == "even" else counts.sub_(0.5).ceil_()).add_(steps, alpha=2)
+    return torch.fmin(codes, codes.new_tensor(7)).to(torch.uint8) | (numbers < 0).to(torch.uint8) << 3
 
 
 def e8m0_numbers(scales: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class _Worker:
 
 
 _kept: list[dict[str, tuple[object, _Worker]]] = []
-"""Inside `kept_processes`, one entry: of each module what its process was started with, and that process."""
+"""An entry inside each `kept_processes`: of each module what its process was started with, and that process."""
 
 
 def run_in_process(
@@ -80,7 +80,7 @@ def run_in_process(
     """
     variables = {**os.environ, "PYTHONPATH": import_path(), **(environment or {})}
     started_with = (shown, variables["PYTHONPATH"], dict(environment or {}))
-    waiting, ended, done = _kept[0] if _kept else {}, (0, ""), False
+    waiting, ended, done = _kept[-1] if _kept else {}, (0, ""), False
     before, worker = waiting.pop(module, (started_with, None))
     if worker is not None and before != started_with:
         worker.end()
@@ -109,9 +109,6 @@ def kept_processes() -> Iterator[None]:
     that have changed meanwhile change there too, for what is not read during the import. It ends with the first job
     that fails.
     """
-    if _kept:
-        yield
-        return
     _kept.append({})
     try:
         yield

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from polyquant.loading.settle import Settled
     from polyquant.request import LoadRequest
 
-ANSWER_SECONDS = 60.0  # for validate_environment, which imports libraries
-
 
 class Backend:
     """An installed backend. Raises UnknownBackend or BrokenBackend when made."""
+
+    answer_seconds = 60.0  # for validate_environment, which imports libraries
 
     def __init__(self, name: str, registry: Registry) -> None:
         self._registry = registry
@@ -63,8 +63,12 @@ class Backend:
         """Everything that stops it on this machine and device; empty where it can run."""
         return self._call("validate_environment", device=device)
 
-    def problems_in_time(self, device: str = "cpu", seconds: float = ANSWER_SECONDS) -> list[Problem]:
-        """`problems`, of a backend that may never answer. Raises BackendFailed after `seconds`, with where it is."""
+    def problems_in_time(self, device: str = "cpu", seconds: float | None = None) -> list[Problem]:
+        """`problems`, of a backend that may never answer.
+
+        seconds: how long it may take; None: `answer_seconds`. Raises BackendFailed after them, with where it is.
+        """
+        seconds = self.answer_seconds if seconds is None else seconds
         try:
             return within(seconds, lambda: self.problems(device))
         except Late as late:
