@@ -38,6 +38,7 @@ LIGHT_ROLES = {
     "plugin": "the card",
     "options": "the options, and how a checkpoint stores them",
     "planning": "bytes from shapes, and what is refused",
+    "arguments": "what a checkpoint's config says of weights and activations, read and written",
     "formats": "facts of the checkpoint format: block types, layouts, names of types",
     "names": "which tensor of a file is which of the model's",
 }

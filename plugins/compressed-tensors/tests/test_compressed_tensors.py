@@ -27,7 +27,13 @@ SCHEMES = {
     "fp8-dynamic": ({"weights": "fp8", "dynamic_activations": True}, "activations rounded by compressed-tensors"),
     "fp8-block": ({"weights": "fp8", "strategy": "block", "dynamic_activations": True}, "activations rounded"),
     "fp8-tensor": ({"weights": "fp8", "strategy": "tensor"}, "decode and torch matmul"),
+    "mxfp8": ({"weights": "mxfp8"}, "decode and torch matmul"),
+    "mxfp8-dynamic": ({"weights": "mxfp8", "dynamic_activations": True}, "activations rounded"),
     "mxfp4": ({"weights": "mxfp4"}, "decode and torch matmul"),
+    "mxfp4-dynamic": ({"weights": "mxfp4", "dynamic_activations": True}, "activations rounded"),
+    "nvfp4-dynamic": ({"weights": "nvfp4", "dynamic_activations": True}, "activations rounded"),
+    "fp8-static": ({"weights": "fp8", "strategy": "tensor", "static_activations": True}, "activations rounded"),
+    "int8-static": ({"weights": "int8", "static_activations": True}, "activations rounded"),
     "nvfp4": ({"weights": "nvfp4"}, "decode and torch matmul"),
 }
 
@@ -45,14 +51,16 @@ def changed(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"weights": "int3"}, "weights must be 'int4', 'int8', 'fp8', 'mxfp4' or 'nvfp4', got 'int3'"),
+        ({"weights": "int3"}, "weights must be 'int4', 'int8', 'fp8', 'mxfp8', 'mxfp4' or 'nvfp4', got 'int3'"),
         ({"scheme": "W4A16"}, "compressed-tensors has nothing with scheme=W4A16; .*schemes int4, int8"),
         ({"weights": "mxfp4", "group_size": 64}, "group_size 64 does not apply: mxfp4 has groups of 32"),
         ({"strategy": "channel", "group_size": 64}, "with strategy 'channel' has no groups"),
         ({"strategy": "block"}, "strategy 'block' does not go with int4; use group, channel"),
         ({"weights": "fp8", "symmetric": False}, "fp8 has no zero point"),
-        ({"dynamic_activations": True}, "dynamic_activations applies to symmetric int8 and fp8"),
-        ({"samples": 4}, "samples applies to method='gptq' only; 'rtn' uses no calibration text"),
+        ({"dynamic_activations": True}, "dynamic_activations applies to symmetric int8, fp8, mxfp8"),
+        ({"weights": "mxfp4", "static_activations": True}, "static_activations applies to symmetric int8 and fp8"),
+        ({"weights": "fp8", "static_activations": True, "dynamic_activations": True}, "exclude each other"),
+        ({"samples": 4}, "samples applies to method='gptq' and calibrated activations only; 'rtn' uses no"),
         ({"weights": "fp8", "method": "gptq"}, "method 'gptq' applies to int4 and int8 only"),
     ],
 )
@@ -176,8 +184,8 @@ def with_activations(**arguments):
         (lambda c: group(c)["weights"].update(actorder="group"), "orders weights by activation"),
         (lambda c: group(c)["weights"].update(dynamic=True), "weights are quantized dynamically"),
         (lambda c: group(c).update(output_activations={"num_bits": 8}), "output activations"),
-        (with_activations(dynamic=False, strategy="tensor"), r"activations to int8 with stored scales \(static or local\)"),
-        (with_activations(), "rounds activations to int8 .* for int4"),
+        (with_activations(dynamic=False, strategy="tensor"), r"activations to int8 \(tensor, dynamic False\) for int4 weights"),
+        (with_activations(symmetric=False), "with a zero point.* beside these none is run"),
         (lambda c: c.update(ignore=["re:("]), "is no regular expression"),
     ],
 )  # fmt: skip
@@ -209,7 +217,7 @@ def test_damaged_checkpoints_name_the_tensor(changed, damage, words):
 
 def test_training_with_rounded_activations_is_refused(checkpoint):
     loaded = load(checkpoint(weights="int8", dynamic_activations=True))
-    with pytest.raises(UnsupportedOperation, match="no gradient passes through dynamic_activations"):
+    with pytest.raises(UnsupportedOperation, match="no gradient passes through activations that are rounded"):
         loaded.backend.prepare_for_training(loaded)
 
 

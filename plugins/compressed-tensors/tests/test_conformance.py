@@ -20,5 +20,8 @@ class TestCompressedTensors(BackendConformance):
     def make_checkpoint(self, dense, preset, out):
         """Text goes to GPTQ only, rounding to nearest refuses it; for tiny models a little, else polyquant's prose."""
         options = self.options(preset)
-        text = CALIBRATION if options.get("method") == "gptq" and dense.exists() else None
+        asked = options.get("method") == "gptq" or options.get("static_activations") or (
+            options.get("weights") == "nvfp4" and options.get("dynamic_activations")
+        )  # fmt: skip
+        text = CALIBRATION if asked and dense.exists() else None
         polyquant.quantize(str(dense), self.backend, out, calibration=text, **options)

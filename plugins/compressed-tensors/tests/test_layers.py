@@ -4,9 +4,11 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from polyquant.errors import ConfigError
+from polyquant.plugin import E2M1
 from polyquant_compressed_tensors._kernels import Int4PackLinear
 from polyquant_compressed_tensors._layers import packed_linear
 from polyquant_compressed_tensors._library import quantization_scheme
+from polyquant_compressed_tensors.arguments import FIXED_GROUPS
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, held_tensors, quantized_bytes
 from polyquant.types import WeightInfo
@@ -23,6 +25,7 @@ LAYOUTS = {
     "fp8": {"weights": "fp8"},
     "fp8-tensor": {"weights": "fp8", "strategy": "tensor"},
     "fp8-block": {"weights": "fp8", "strategy": "block"},
+    "mxfp8": {"weights": "mxfp8"},
     "mxfp4": {"weights": "mxfp4"},
     "nvfp4": {"weights": "nvfp4"},
 }
@@ -62,7 +65,7 @@ def linear(shape, *, bias=False):
 
 
 def formats(options):
-    return {"int8": (True, False), "fp8": (True,)}.get(options.weights, (False,))
+    return {"int8": (True, False), "fp8": (True,), "mxfp8": (True,)}.get(options.weights, (False,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -72,10 +75,13 @@ def test_the_weight_is_what_compressed_tensors_decompresses(name, shape, dtype):
     for plain in formats(options):
         tensors = random_tensors(shape, options, dtype, plain)
         layer = packed_linear(linear(shape), options, dtype, tensors, plain=plain)
-        library = BaseCompressor.get_value_from_registry("naive-quantized" if plain else options.packed_format)
+        layout = "naive-quantized" if plain and name != "mxfp8" else options.packed_format
+        library = BaseCompressor.get_value_from_registry(layout)
         expected = library.decompress(tensors, quantization_scheme(options))["weight"]
         if name == "nvfp4" and dtype == torch.float16:  # the library goes through bfloat16
             torch.testing.assert_close(layer.dequantize().bfloat16(), expected, rtol=2**-7, atol=0)
+        elif name == "mxfp8" and dtype == torch.float16:  # which does not hold all of these products
+            torch.testing.assert_close(layer.dequantize().bfloat16(), expected, rtol=0, atol=2**-24)
         else:
             assert torch.equal(layer.dequantize().to(expected.dtype), expected)
         assert layer.dequantize().dtype == dtype
@@ -148,13 +154,63 @@ def test_kernels():
             CompressedTensorsOptions(kernel="pack_mm", **options).with_kernel("cpu", "bfloat16")
 
 
-def test_rounded_activations_are_those_of_compressed_tensors():
-    """Each token to 127 steps of its largest value, before the product."""
-    options, shape = CompressedTensorsOptions(weights="int8", dynamic_activations=True), (96, 256)
-    tensors = random_tensors(shape, options, torch.float32, True)
-    layer = packed_linear(linear(shape), options, torch.float32, tensors, plain=True)
+ROUNDED = {
+    "int8-dynamic": {"weights": "int8", "dynamic_activations": True},
+    "int8-static": {"weights": "int8", "static_activations": True},
+    "fp8-dynamic": {"weights": "fp8", "dynamic_activations": True},
+    "fp8-static": {"weights": "fp8", "strategy": "tensor", "static_activations": True},
+    "mxfp8-dynamic": {"weights": "mxfp8", "dynamic_activations": True},
+    "mxfp4-dynamic": {"weights": "mxfp4", "dynamic_activations": True},
+    "nvfp4-dynamic": {"weights": "nvfp4", "dynamic_activations": True},
+}
+
+
+def nearest(values, name):
+    """Each value to the nearest number of a type, all of them at most the largest: by search, ties to the even code."""
+    if name == "int8":
+        return values.round().clamp(-128, 127)
+    if name == "fp8":
+        return values.clamp(-448, 448).to(torch.float8_e4m3fn).to(values.dtype)
+    numbers = torch.tensor(E2M1[:8], dtype=values.dtype)
+    distance = (values.abs().unsqueeze(-1) - numbers).abs()
+    least = distance.amin(-1, keepdim=True)
+    tied = torch.where(distance == least, torch.tensor([0, 2, 0, 2, 0, 2, 0, 2]), 9)  # odd codes after even ones
+    return numbers[torch.where(tied == 0, 0, torch.where(tied == 2, 1, 9)).argmin(-1)] * values.sign()
+
+
+def rounded(inputs, name, stored):
+    """What a kernel multiplies with, from the formats' definitions. inputs: float64 (tokens, columns)."""
+    kind, way = name.split("-")
+    number = {"mxfp8": "fp8", "mxfp4": "fp4", "nvfp4": "fp4"}.get(kind, kind)
+    if way == "static":
+        return nearest(inputs / stored, number) * stored
+    if kind in ("int8", "fp8"):
+        step = inputs.abs().amax(-1, keepdim=True) / {"int8": 127.5, "fp8": 448}[kind]
+        return nearest(inputs / step, number) * step
+    groups = inputs.unflatten(-1, (-1, FIXED_GROUPS[kind]))
+    most = groups.abs().amax(-1, keepdim=True)
+    if kind == "nvfp4":
+        step = (most / 6 * stored).float().to(torch.float8_e4m3fn).double() / stored
+    else:  # a power of two, after the largest was rounded to one bit of mantissa
+        mantissa, exponent = torch.frexp(most)
+        exponent = exponent - 1 + (mantissa >= 0.875)
+        step = torch.ldexp(torch.ones_like(most), exponent - {"mxfp8": 8, "mxfp4": 2}[kind])
+    return (nearest(groups / step, number) * step).flatten(-2)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_activations_are_rounded_as_the_format_says(name):
+    options, shape = CompressedTensorsOptions(**ROUNDED[name]), (96, 256)
+    tensors = random_tensors(shape, options, torch.float32, options.weight_bits == 8)
+    stored = tensors.get("input_global_scale", tensors.get("input_scale"))
+    if "input_scale" in tensors:
+        stored = tensors["input_scale"] = torch.tensor([0.02])
+    layer = packed_linear(linear(shape), options, torch.float32, tensors, plain=options.weight_bits == 8)
     inputs = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(3))
-    step = inputs.abs().amax(-1, keepdim=True) / 127.5
-    rounded = (inputs / step).round().clamp(-128, 127) * step
-    torch.testing.assert_close(layer(inputs), rounded @ layer.dequantize().T, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(layer(inputs), inputs @ layer.dequantize().T, rtol=1e-4, atol=1e-4)
+    expected = rounded(inputs.double(), name, None if stored is None else stored.double())
+    found = layer._rounded(inputs).double()
+    wrong = (found - expected).abs() > 1e-5
+    assert wrong.double().mean() < 0.01  # a tie in float64 is none in float32
+    assert not torch.allclose(found, inputs.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(inputs), layer._rounded(inputs) @ layer.dequantize().T, rtol=1e-4, atol=1e-4)
+    assert layer._rounded(inputs[:, :0]).shape == (1, 0, 256)

@@ -1,5 +1,6 @@
 """kernel="packed": the same numbers in polyquant's own layout, whatever the scheme."""
 
+import polyquant
 import pytest
 import torch
 from polyquant.plugin import WeightInfo
@@ -9,6 +10,7 @@ from polyquant_compressed_tensors._kernels import Int4PackLinear
 from polyquant_compressed_tensors._layers import CompressedLinear, pack, packed_linear
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import packed_format
+from safetensors.torch import load_file
 
 from .conftest import load
 from .test_layers import LAYOUTS, formats, linear, random_tensors
@@ -41,7 +43,7 @@ def test_weights_bit_for_bit_with_the_scales_that_are_stored(name, shape, dtype)
         weight = pack(layer)
         stored = str(tensors["weight_scale"].dtype).removeprefix("torch.")
         assert weight.format == packed_format(weight_info(shape, stored, "float32"), options)
-        assert name in ("mxfp4", "nvfp4") or weight.format.scale_dtype == dtype
+        assert name in ("mxfp8", "mxfp4", "nvfp4") or weight.format.scale_dtype == dtype
         assert torch.equal(weight.decode(), layer.dequantize())
 
 
@@ -98,3 +100,12 @@ def test_what_has_no_place_stays(checkpoint, options):
     assert_verified(loaded)
     expected = load(checkpoint(**options), kernel="library", compute_dtype="float32").logits(TOKENS)
     assert torch.equal(loaded.logits(TOKENS), expected)
+
+
+def test_mxfp8_is_converted_as_it_is(checkpoint, tmp_path):
+    source = checkpoint(weights="mxfp8")
+    conversion = polyquant.convert(source, "compressed-tensors:weights=mxfp8", tmp_path / "out")
+    assert conversion.exact and conversion.options["weights"] == "mxfp8"
+    ours, theirs = (load_file(path / "model.safetensors") for path in (source, tmp_path / "out"))
+    for part in ("weight", "weight_scale"):
+        assert torch.equal(*(tensors[f"{UP}.{part}"].view(torch.uint8) for tensors in (ours, theirs)))

@@ -12,7 +12,8 @@ from compressed_tensors.compressors.mx_utils import decompress_mx_scale
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from polyquant.plugin import E2M1
 
-from polyquant_compressed_tensors.formats import BLOCK
+from polyquant_compressed_tensors.arguments import BLOCK
+from polyquant_compressed_tensors.formats import MX
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
 ZERO = 8  # the code of int4 that stands for 0
@@ -45,8 +46,8 @@ def decode(
 def group_scales(
     weights: str, scale: torch.Tensor, global_scale: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What the values of codes are multiplied with: of mxfp4 in `dtype`, of nvfp4 in float32, else as it is held."""
-    if weights == "mxfp4":
+    """What the values of codes are multiplied with: MX in `dtype`, of nvfp4 in float32, else as held."""
+    if weights in MX:
         return decompress_mx_scale(scale).to(dtype)
     return scale if global_scale is None else scale.float() / global_scale
 
@@ -72,7 +73,7 @@ def _table(weights: str, dtype: torch.dtype, device: torch.device) -> torch.Tens
     """The one or two values of each of 256 bytes, side by side in one integer; the lower half of a byte comes first."""
     codes = torch.arange(256, dtype=torch.uint8)
     with torch.inference_mode(mode=False):
-        if weights == "fp8":
+        if weights.endswith("fp8"):
             values = codes.view(torch.float8_e4m3fn).to(dtype).unsqueeze(1)
         else:
             four_bit = torch.arange(16) - ZERO if weights == "int4" else torch.tensor(E2M1)

@@ -30,7 +30,8 @@ from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
 from polyquant_compressed_tensors._decode import ZERO, decode, group_scales, zero_points
 from polyquant_compressed_tensors._library import quantization_scheme
-from polyquant_compressed_tensors.formats import BLOCK, FIXED_GROUPS, group_of, is_ignored
+from polyquant_compressed_tensors.arguments import BLOCK
+from polyquant_compressed_tensors.formats import FP4, MX, group_of, is_ignored
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import (
     SCALE,
@@ -41,7 +42,7 @@ from polyquant_compressed_tensors.planning import (
 )
 
 KERNEL = "decode and torch matmul"
-DYNAMIC_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
+ROUNDED_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
 INT8_KERNEL = f"torch._weight_int8pack_mm, above 8 rows {KERNEL}"
 INT8_ROWS = 8  # for more rows one decoding of the weight is faster
 
@@ -62,7 +63,7 @@ class CompressedLinear(PackedLinear):
         self.compute_dtype, self.options, self.scheme = dtype, config, quantization_scheme(config)
         self.packed_scale = packed_scale
         self.int8pack = uses_int8pack((self.out_features, self.in_features), config)
-        self.kernel = INT8_KERNEL if self.int8pack else DYNAMIC_KERNEL if config.dynamic_activations else KERNEL
+        self.kernel = INT8_KERNEL if self.int8pack else ROUNDED_KERNEL if config.rounds_activations else KERNEL
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -70,10 +71,7 @@ class CompressedLinear(PackedLinear):
         return self.weight_packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        arguments = self.scheme.input_activations
-        if arguments is not None and input.numel():
-            scale, zero_point = compute_dynamic_scales_and_zp(input, arguments, self)
-            input = fake_quantize(input, scale, zero_point, arguments).to(input.dtype)
+        input = self._rounded(input)
         rows = input.numel() // self.in_features
         if self.int8pack and 0 < rows <= INT8_ROWS and not needs_gradient(input):
             flat = input.reshape(rows, self.in_features).contiguous()
@@ -81,6 +79,18 @@ class CompressedLinear(PackedLinear):
             output = output if self.bias is None else output + self.bias
             return output.view(*input.shape[:-1], self.out_features)
         return super().forward(input)
+
+    def _rounded(self, input: torch.Tensor) -> torch.Tensor:
+        """Activations to the numbers of the checkpoint's type, where it asks for that; in their own dtype."""
+        arguments = self.scheme.input_activations
+        if arguments is None or not input.numel():
+            return input
+        whole = self._parameters.get("input_global_scale")
+        if arguments.dynamic:
+            scale, zero_point = compute_dynamic_scales_and_zp(input, arguments, self, global_scale=whole)
+        else:
+            scale, zero_point = self.input_scale, None
+        return fake_quantize(input, scale, zero_point, arguments, global_scale=whole).to(input.dtype)
 
     def dequantize(self) -> torch.Tensor:
         """The weight in the compute dtype, (out_features, in_features)."""
@@ -134,7 +144,7 @@ def pack(module: CompressedLinear) -> PackedWeight:
     return pack_weight(
         codes, scales, packed_group(columns, columns_of_a_scale(options)), zero=zero,
         zeros=None if options.symmetric else zero_points(held["weight_zero_point"], scales) + zero,
-        table=torch.tensor(E2M1) if options.weights in FIXED_GROUPS else None,
+        table=torch.tensor(E2M1) if options.weights in FP4 else None,
     )  # fmt: skip
 
 
@@ -142,15 +152,15 @@ def unpack(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[str, t
     """As `planning.checkpoint_tensors` names them, in the layout that llm-compressor writes: integers in words."""
     config = config.of_module(weight.name)
     size = columns_of_a_scale(config)
-    if config.weights in FIXED_GROUPS:
+    if config.weights in FP4:
         codes = fp4_codes(weight, size)
         return {"weight_packed": pairs_of_codes(codes), **_fp4_scales(weight.in_groups(size), config)}
     held = weight.in_order().in_groups(size)
+    if config.weights == "mxfp8":
+        return {"weight": _floats(held), "weight_scale": exponents(held.scales)}
     scale = {"weight_scale": held.scales_as(torch.bfloat16, torch.float16, torch.float32)}
     if config.weights == "fp8":
-        if weight.kind != "floats":
-            raise Misfit("bits", f"its codes are {weight.kind}, and floats of 8 bits (E4M3) are held")
-        return {"weight": held.codes, **scale}
+        return {"weight": _floats(held), **scale}
     bits, middle = int(config.weight_bits), held.middle
     held.integers(bits)
     tensors = {"weight_packed": pack_to_int32((held.codes.short() - middle).to(torch.int8), bits),
@@ -163,6 +173,12 @@ def unpack(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[str, t
     return {**tensors, "weight_zero_point": pack_to_int32(zeros, bits, packed_dim=0)}
 
 
+def _floats(weight: WeightCodes) -> torch.Tensor:
+    if weight.kind != "floats":
+        raise Misfit("bits", f"its codes are {weight.kind}, and floats of 8 bits (E4M3) are held")
+    return weight.codes
+
+
 def _fp4_scales(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[str, torch.Tensor]:
     if config.weights == "mxfp4":
         return {"weight_scale": exponents(weight.scales)}
@@ -172,9 +188,10 @@ def _fp4_scales(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[s
 
 def _range(name: str, config: CompressedTensorsOptions) -> tuple[float | None, float | None]:
     """Least and greatest value of a tensor, where not all that its dtype can hold are possible."""
-    if name == "weight_scale" and config.weights == "mxfp4":
+    if name == "weight_scale" and config.weights in MX:
         return 0, MOST_EXPONENT
-    return (torch.finfo(torch.float32).tiny, None) if name == "weight_global_scale" else (None, None)  # a divisor
+    divides = ("weight_global_scale", "input_global_scale", "input_scale")
+    return (torch.finfo(torch.float32).tiny, None) if name in divides else (None, None)
 
 
 def _held(
@@ -190,7 +207,7 @@ def _held(
             zeros = torch.Size((shape[0], held["weight_scale"].shape[1]))
             held["weight_zero_point"] = unpack_from_int32(held["weight_zero_point"], 8, zeros, packed_dim=0)
     floating = checkpoint_tensors(shape, config, plain=True)["weight_scale"].dtype == SCALE
-    cast = ("bias", "weight_scale") if floating else ("bias",)
+    cast = ("bias", "input_scale", *(["weight_scale"] if floating else []))
     return {name: (tensor.to(dtype) if name in cast else tensor).contiguous() for name, tensor in held.items()}
 
 
@@ -208,9 +225,10 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Raises UnsupportedOperation for rounded activations: no gradient passes through them to the adapters below."""
     layers = (module for module in loaded.model.modules() if isinstance(module, CompressedLinear))
-    if any(layer.options.dynamic_activations for layer in layers):
+    if any(layer.options.rounds_activations for layer in layers):
         raise UnsupportedOperation(
-            "no gradient passes through dynamic_activations; train on a checkpoint whose activations are not rounded"
+            "no gradient passes through activations that are rounded (dynamic_activations, static_activations); train "
+            "on a checkpoint whose activations are not"
         )
     return frozen_for_adapters(loaded.model)
 

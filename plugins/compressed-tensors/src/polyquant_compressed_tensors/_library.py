@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from loguru import logger
 from polyquant.plugin import Library, contained
 
+from polyquant_compressed_tensors.arguments import activation_arguments, weight_arguments
 from polyquant_compressed_tensors.formats import LINEAR
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
 LLM_COMPRESSOR = Library(distribution="llmcompressor", versions=">=0.14,<0.15")
+SCALE_DTYPES: Mapping[str, torch.dtype] = {
+    "mxfp4": torch.uint8, "mxfp8": torch.uint8, "nvfp4": torch.float8_e4m3fn
+}  # fmt: skip
+"""Weights -> the dtype of their scales, and of those of activations beside them, where it is not the model's."""
 NAMES = ("llmcompressor", "compressed_tensors")
 DISABLED = "LLM_COMPRESSOR_LOG_DISABLED"  # read at its import: it then leaves loguru's handlers alone
 METRIC, METRIC_NUMBER = "METRIC", 38  # a level that it logs with, and registers only where its log is not disabled
@@ -23,23 +27,19 @@ METRIC, METRIC_NUMBER = "METRIC", 38  # a level that it logs with, and registers
 
 def quantization_scheme(options: CompressedTensorsOptions, targets: Sequence[str] = (LINEAR,)) -> QuantizationScheme:
     """The scheme of the layers that `targets` names, in the format that `options` give all layers."""
-    weights = options.weight_arguments
-    if options.weights in ("mxfp4", "nvfp4"):
-        weights["scale_dtype"] = torch.uint8 if options.weights == "mxfp4" else torch.float8_e4m3fn
-        weights["zp_dtype"] = weights["scale_dtype"]
-    activations = None
-    if options.dynamic_activations:
+    weights = weight_arguments(options)
+    scale = SCALE_DTYPES.get(options.weights)
+    dtypes = {} if scale is None else {"scale_dtype": scale, "zp_dtype": scale}
+    activations, rounded = None, activation_arguments(options)
+    if rounded is not None:
+        observer = None if rounded["dynamic"] is True else "static_minmax"
         activations = QuantizationArgs(
-            num_bits=8, type=weights["type"], symmetric=True, dynamic=True, observer=None, **_activations(options)
+            num_bits=weights["num_bits"], type=weights["type"], symmetric=True, observer=observer, **rounded, **dtypes
         )
     return QuantizationScheme(
-        targets=list(targets), weights=QuantizationArgs(**weights), input_activations=activations,
+        targets=list(targets), weights=QuantizationArgs(**weights, **dtypes), input_activations=activations,
         format=options.packed_format,
     )  # fmt: skip
-
-
-def _activations(options: CompressedTensorsOptions) -> dict[str, Any]:
-    return {"strategy": "group", "group_size": 128} if options.strategy == "block" else {"strategy": "token"}
 
 
 @contextmanager

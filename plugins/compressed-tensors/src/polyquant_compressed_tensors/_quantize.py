@@ -23,7 +23,7 @@ def quantize(request: LoadRequest, config: CompressedTensorsOptions, calibration
     """Raises ConfigError for what makes no checkpoint, EnvironmentProblem where llm-compressor is not there."""
     if config.method == "unknown":
         raise ConfigError("method 'unknown' is for checkpoints that do not say theirs; quantize with 'rtn' or 'gptq'")
-    if config.method == "rtn" and calibration:
+    if calibration and not config.uses_text:
         raise ConfigError(
             "method 'rtn' rounds to nearest and uses no calibration text; leave calibration (--calibration) out, "
             "or choose method='gptq'"
@@ -31,7 +31,7 @@ def quantize(request: LoadRequest, config: CompressedTensorsOptions, calibration
     checkpoints.require_linears(request.weights, config)
     plan_layers(request.weights, config)  # both refuse what does not fit before a weight is read
     tokenizer = checkpoints.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
-    batches = _batches(tokenizer, config, calibration) if config.method == "gptq" else None
+    batches = _batches(tokenizer, config, calibration) if config.uses_text else None
     with quiet_llm_compressor(progress=request.progress):
         require_library(LLM_COMPRESSOR, "llm-compressor, which makes these checkpoints, cannot run")
         _run(request, config, tokenizer, batches, out)

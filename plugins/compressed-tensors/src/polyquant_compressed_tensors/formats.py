@@ -9,28 +9,31 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from polyquant.errors import Misfit, ModelError
+from polyquant.plugin import E2M1, HeldWeight
 
-Weights = Literal["int4", "int8", "fp8", "mxfp4", "nvfp4"]
+from polyquant_compressed_tensors.arguments import FIXED_GROUPS, Weights, read_way
+
 Strategy = Literal["tensor", "channel", "group", "block", "tensor_group"]
-BITS: Mapping[Weights, int] = {"int4": 4, "int8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
 STRATEGIES: Mapping[Weights, tuple[Strategy, ...]] = {  # the first is the default
     "int4": ("group", "channel"),
     "int8": ("channel", "group"),
     "fp8": ("channel", "block", "tensor"),
+    "mxfp8": ("group",),
     "mxfp4": ("group",),
     "nvfp4": ("tensor_group",),
 }
-FIXED_GROUPS: Mapping[Weights, int] = {"mxfp4": 32, "nvfp4": 16}
-DEFAULT_GROUP, BLOCK = 64, (128, 128)
+FP4, MX = ("mxfp4", "nvfp4"), ("mxfp4", "mxfp8")  # codes of 4 bits that are floats; scales that are powers of two
+DEFAULT_GROUP = 64
 
 OWN = "polyquant"  # key for what compressed-tensors has no field for
 OWN_FIELDS = ("method", "samples", "length", "compute_dtype")
-PLAIN = ("int-quantized", "float-quantized", "naive-quantized")  # weights a byte each
+NAIVE = ("int-quantized", "float-quantized", "naive-quantized")
+PLAIN = (*NAIVE, "mxfp8-quantized")  # weights a byte each
 UNREAD = {"kv_cache_scheme": "quantizes the key-value cache", "transform_config": "rotates activations"}
 FORMATS: Mapping[tuple[str, int], Mapping[str, tuple[str, ...]]] = {  # (type, bits) -> option -> its formats
     ("int", 4): {"int4": ("pack-quantized",)},
-    ("int", 8): {"int8": ("pack-quantized", *PLAIN)},
-    ("float", 8): {"fp8": PLAIN},
+    ("int", 8): {"int8": ("pack-quantized", *NAIVE)},
+    ("float", 8): {"fp8": NAIVE, "mxfp8": ("mxfp8-quantized",)},
     ("float", 4): {"mxfp4": ("mxfp4-pack-quantized",), "nvfp4": ("nvfp4-pack-quantized",)},
 }
 
@@ -38,13 +41,13 @@ LayerFormat = Literal[
     "int4", "int4-32", "int4-128", "int4-channel",
     "int4-asymmetric", "int4-32-asymmetric", "int4-128-asymmetric", "int4-channel-asymmetric",
     "int8", "int8-32", "int8-64", "int8-128",
-    "int8-asymmetric", "int8-32-asymmetric", "int8-64-asymmetric", "int8-128-asymmetric", "int8-dynamic",
+    "int8-asymmetric", "int8-32-asymmetric", "int8-64-asymmetric", "int8-128-asymmetric", "int8-dynamic", "int8-static",
     "fp8", "fp8-block", "fp8-tensor", "fp8-dynamic", "fp8-block-dynamic", "fp8-tensor-dynamic",
-    "mxfp4", "nvfp4",
+    "fp8-static", "fp8-tensor-static", "mxfp8", "mxfp8-dynamic", "mxfp4", "mxfp4-dynamic", "nvfp4", "nvfp4-dynamic",
 ]  # fmt: skip
 """The weights, then what differs from these weights' defaults: group size or strategy, a zero point, activations."""
 NAMES: tuple[str, ...] = get_args(LayerFormat)
-CHOICES = ("weights", "strategy", "group_size", "symmetric", "dynamic_activations")
+CHOICES = ("weights", "strategy", "group_size", "symmetric", "dynamic_activations", "static_activations")
 """The options that a name stands for."""
 SHARING = (
     ("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("w1", "w3"),
@@ -67,11 +70,12 @@ def choices_of(name: str) -> dict[str, Any]:
     weights, *words = name.split("-")
     found: dict[str, Any] = dict.fromkeys(CHOICES) | {
         "weights": weights, "symmetric": "asymmetric" not in words, "dynamic_activations": "dynamic" in words,
+        "static_activations": "static" in words,
     }  # fmt: skip
     for word in words:
         if word.isdigit():
             found["group_size"] = int(word)
-        elif word not in ("asymmetric", "dynamic"):
+        elif word not in ("asymmetric", "dynamic", "static"):
             found["strategy"] = word
     return found
 
@@ -144,8 +148,8 @@ def _choices(group: Mapping[str, Any], packed_format: str | None) -> dict[str, A
     if group.get("output_activations"):
         raise ValueError("it quantizes output activations (output_activations), which is not run")
     values = _weights(_mapping(group, "weights"), group.get("format") or packed_format)
-    activations = _mapping(group, "input_activations")
-    values["dynamic_activations"] = _activations(activations, values["weights"], values["strategy"])
+    way = read_way(_mapping(group, "input_activations"), values)
+    values |= {"dynamic_activations": way == "dynamic", "static_activations": way == "static"}
     return values
 
 
@@ -171,7 +175,7 @@ def _names() -> Mapping[tuple[Any, ...], str]:
 
 def format_name(choices: Mapping[str, Any]) -> str:
     """The format of single layers that some of CHOICES are, the others at their defaults. Raises Misfit for none."""
-    own = {"strategy": None, "group_size": None, "symmetric": True, "dynamic_activations": False, **choices}
+    own = {**dict.fromkeys(CHOICES), "symmetric": True, **dict.fromkeys(CHOICES[-2:], False), **choices}
     own["strategy"], own["group_size"] = settled(own["weights"], own["strategy"], own["group_size"])
     name = _names().get(tuple(own[each] for each in CHOICES))
     if name is None:
@@ -234,19 +238,27 @@ def _weights(arguments: Mapping[str, Any], packed_format: str | None) -> dict[st
     }  # fmt: skip
 
 
-def _activations(arguments: Mapping[str, Any], weights: str, strategy: str) -> bool:
-    """Whether activations are rounded while running. Raises ValueError for a way that is not run."""
-    if not arguments:
-        return False
-    kind = {"int": "int", "float": "fp"}.get(str(arguments.get("type", "int")), "?")
-    found = f"{kind}{arguments.get('num_bits', 8)}"
-    if arguments.get("dynamic") is not True:
-        raise ValueError(f"it quantizes activations to {found} with stored scales (static or local), which is not run")
-    how = (arguments.get("strategy"), arguments.get("group_size"), bool(arguments.get("symmetric", True)))
-    wanted = ("group", 128, True) if strategy == "block" else ("token", None, True)
-    if found != weights or how != wanted:
-        raise ValueError(
-            f"it rounds activations to {found} ({how[0]}, group {how[1]}, symmetric {how[2]}) for {weights}; "
-            f"{weights} ({wanted[0]}, group {wanted[1]}, symmetric) is run, for int8 and fp8"
-        )
-    return True
+def held(weight: HeldWeight) -> dict[str, Any]:
+    """The options of the format that holds one weight of another checkpoint as it is. Raises Misfit."""
+    if weight.ordered:
+        raise Misfit("act-order", "its columns belong to groups in an order of their own, and those held follow")
+    grouped = weight.columns_of_a_scale != -1
+    if weight.kind == "code book":
+        name = next((name for name in FP4 if FIXED_GROUPS[name] == weight.group_size), None)
+        if name is None or weight.table != E2M1:
+            raise Misfit(
+                "bits", "its codes are entries of a code book, and of those E2M1's in groups of 16 or 32 are held"
+            )
+        return {"weights": name}
+    if weight.kind == "floats":
+        if grouped and weight.group_size == FIXED_GROUPS["mxfp8"]:
+            return {"weights": "mxfp8"}  # where its scales are powers of two: `_layers.unpack`
+        if grouped:
+            raise Misfit(
+                "group size", f"its scales are those of {weight.group_size} columns of a row, and fp8's of rows"
+            )
+        return {"weights": "fp8", "strategy": "channel"}
+    if weight.zero_points == "none":
+        raise Misfit("minima", "its minima are no whole multiples of its scales, and zero points are integers")
+    groups = {"strategy": "group", "group_size": weight.group_size} if grouped else {"strategy": "channel"}
+    return {"weights": f"int{weight.bits}", "symmetric": weight.zero_points == "middle", **groups}

@@ -8,9 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.errors import ConfigError, Misfit
+from polyquant.errors import ConfigError
 from polyquant.plugin import (
-    E2M1,
     HeldWeight,
     LayerFormats,
     MixableOptions,
@@ -21,20 +20,19 @@ from polyquant.plugin import (
     module_of,
 )
 
+from polyquant_compressed_tensors.arguments import BITS, FIXED_GROUPS, Weights, ways, weight_arguments
 from polyquant_compressed_tensors.formats import (
-    BITS,
-    BLOCK,
     CHOICES,
-    FIXED_GROUPS,
+    FP4,
     LINEAR,
     OWN_FIELDS,
     STRATEGIES,
     LayerFormat,
     Strategy,
-    Weights,
     choices_of,
     first_fitting,
     format_name,
+    held,
     is_ignored,
     read_stored,
     settled,
@@ -50,7 +48,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     weights: Annotated[
         Weights,
-        Meta(description="type of a quantized weight: W4A16, W8A16 or W8A8, FP8, MXFP4A16, NVFP4A16 of llm-compressor"),
+        Meta(description="type of a quantized weight: W4A16, W8A16 or W8A8, FP8, MX, NVFP4 of llm-compressor"),
     ] = "int4"
     strategy: Annotated[
         Strategy | None,
@@ -58,21 +56,24 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
     ] = None
     group_size: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="strategy group: weights that share a scale, along in_features (64; mxfp4 32, nvfp4 16)"),
+        Meta(description="strategy group: weights that share a scale, along in_features (64; mx 32, nvfp4 16)"),
     ] = None
     symmetric: Annotated[bool, Meta(description="integers: without a zero point")] = True
     dynamic_activations: Annotated[
         bool,
         Meta(
-            description="int8, fp8: round activations to the same type too, token by token while running; not int8's "
-            "with kernel='packed'"
+            description="all but int4: round activations to the type of the weights too, token by token or group by "
+            "group while running; nvfp4 has a calibrated scale for them; not with kernel='packed'"
         ),
+    ] = False
+    static_activations: Annotated[
+        bool, Meta(description="int8, fp8: round activations to it with one calibrated scale a layer, as above")
     ] = False
     layers: Annotated[
         LayerFormats[LayerFormat],
         Meta(
             description="layers with a format of their own, by patterns as in skip: weights, then group size or "
-            "strategy, asymmetric, dynamic"
+            "strategy, asymmetric, dynamic, static"
         ),
     ] = ()
     kernel: Annotated[
@@ -89,11 +90,12 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
         Meta(description="how weights are rounded: to nearest, or by GPTQ; unknown: the checkpoint does not say"),
     ] = "rtn"
     samples: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description=f"gptq: windows of calibration text ({SAMPLES})")
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description=f"windows of text, of gptq and stored activation scales ({SAMPLES})"),
     ] = None
-    length: Annotated[
-        Annotated[int, Meta(ge=8)] | None, Meta(description=f"gptq: tokens of a window of text ({LENGTH})")
-    ] = None
+    length: Annotated[Annotated[int, Meta(ge=8)] | None, Meta(description=f"tokens of a window of text ({LENGTH})")] = (
+        None
+    )
 
     format_options: ClassVar[tuple[str, ...]] = CHOICES
     mixes: ClassVar[tuple[str, ...]] = ("linear", "head")
@@ -110,20 +112,44 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
             raise ValueError(f"group_size {self.group_size} does not apply: {self.weights} {has}")
         if not self.symmetric and not self.weights.startswith("int"):
             raise ValueError(f"symmetric=False applies to int4 and int8 only; {self.weights} has no zero point")
-        if self.dynamic_activations and (self.weights not in ("int8", "fp8") or not self.symmetric or grouped):
-            raise ValueError("dynamic_activations applies to symmetric int8 and fp8 without groups only")
+        self._require_way(strategy)
         for name in ("samples", "length"):
-            if getattr(self, name) is not None and self.method != "gptq":
-                raise ValueError(f"{name} applies to method='gptq' only; {self.method!r} uses no calibration text")
+            if getattr(self, name) is not None and not self.uses_text:
+                raise ValueError(
+                    f"{name} applies to method='gptq' and calibrated activations only; {self.method!r} uses no "
+                    "calibration text"
+                )
         if self.method == "gptq" and not self.weights.startswith("int"):
             raise ValueError(f"method 'gptq' applies to int4 and int8 only, not to {self.weights!r}")
         if self.method == "gptq" and (floats := [each for _, each in self.layers if not each.startswith("int")]):
             raise ValueError(f"method 'gptq' applies to int4 and int8 only, and layers has {floats[0]!r}")
         values: dict[str, object] = {"strategy": strategy, "group_size": group_size}
-        if self.method == "gptq":
+        if self.uses_text:
             values |= {"samples": self.samples or SAMPLES, "length": self.length or LENGTH}
         for name, value in values.items():
             msgspec.structs.force_setattr(self, name, value)
+
+    def _require_way(self, strategy: Strategy) -> None:
+        """Raises ValueError where activations cannot be rounded as asked beside such weights."""
+        if self.dynamic_activations and self.static_activations:
+            raise ValueError("dynamic_activations and static_activations exclude each other")
+        there = ways(self.weights, strategy, symmetric=self.symmetric)
+        if self.dynamic_activations and "dynamic" not in there:
+            raise ValueError("dynamic_activations applies to symmetric int8, fp8, mxfp8, mxfp4 and nvfp4 only, not to "
+                             "int8 in groups")  # fmt: skip
+        if self.static_activations and "static" not in there:
+            raise ValueError("static_activations applies to symmetric int8 and fp8 with a scale a row or a tensor only")
+
+    @property
+    def calibrates_activations(self) -> bool:
+        """Whether any layer has a stored scale for its activations, which text is needed for."""
+        own = (self.scheme, *(each for _, each in self.layers))
+        return any(each.endswith("-static") or each == "nvfp4-dynamic" for each in own)
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether such a checkpoint is made with calibration text."""
+        return self.method == "gptq" or (self.method == "rtn" and self.calibrates_activations)
 
     @property
     def rounding_method(self) -> RoundingMethod:
@@ -133,7 +159,8 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
     @property
     def rounds_activations(self) -> bool:
         """Of any layer."""
-        return self.dynamic_activations or any(each.endswith("dynamic") for _, each in self.layers)
+        own = (self.scheme, *(each for _, each in self.layers))
+        return any(each.endswith(("-dynamic", "-static")) for each in own)
 
     @property
     def number_format(self) -> NumberFormat:
@@ -147,17 +174,19 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     @property
     def scheme(self) -> str:
-        """The type of the weights, with -dynamic where activations are rounded too."""
-        return f"{self.weights}-dynamic" if self.dynamic_activations else self.weights
+        """The type of the weights, with -dynamic or -static where activations are rounded too."""
+        way = "-dynamic" if self.dynamic_activations else "-static" if self.static_activations else ""
+        return f"{self.weights}{way}"
 
     @property
     def packed_format(self) -> str:
         """What llm-compressor calls the layout that it writes for these options."""
         if self.weights in FIXED_GROUPS:
-            return f"{self.weights}-pack-quantized"
+            return f"{self.weights}-pack-quantized" if self.weights in FP4 else f"{self.weights}-quantized"
+        rounded = self.scheme != self.weights
         if self.weights == "fp8":
-            return "float-quantized" if self.dynamic_activations else "naive-quantized"
-        return "int-quantized" if self.dynamic_activations else "pack-quantized"
+            return "float-quantized" if rounded else "naive-quantized"
+        return "int-quantized" if rounded else "pack-quantized"
 
     def format_of(self, weight: WeightInfo) -> str | None:
         """As of every backend that mixes formats; a checkpoint's targets may be patterns: `formats.first_fitting`."""
@@ -201,7 +230,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
         """Whether torch has a matmul for such packed weights, on a CPU in bfloat16."""
         return self.symmetric and (
             (self.weights == "int4" and self.group_size in PACK_GROUPS)
-            or (self.weights == "int8" and self.strategy == "channel" and not self.dynamic_activations)
+            or (self.scheme == "int8" and self.strategy == "channel")
         )
 
     def with_kernel(self, device: str, compute_dtype: str) -> Self:
@@ -220,16 +249,6 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
         """What compressed-tensors has no field for; a checkpoint's config has it under OWN."""
         return {name: getattr(self, name) for name in OWN_FIELDS}
 
-    @property
-    def weight_arguments(self) -> dict[str, Any]:
-        """What a quantization_config says of the weights of a config group."""
-        kind = "int" if self.weights.startswith("int") else "float"
-        blocks = {"block_structure": list(BLOCK)} if self.strategy == "block" else {}
-        return {
-            "num_bits": BITS[self.weights], "type": kind, "symmetric": self.symmetric, "strategy": self.strategy,
-            "group_size": self.group_size, **blocks,
-        }  # fmt: skip
-
     def to_stored(self) -> dict[str, Any]:
         """As compressed-tensors writes it; `skip`, by full names, is what it ignores.
 
@@ -243,7 +262,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
         groups = {
             f"group_{number}": {
                 "targets": [LINEAR] if name == LINEAR else [module for module, own in self.layers if own == name],
-                "weights": scheme.weight_arguments, "input_activations": None, "output_activations": None,
+                "weights": weight_arguments(scheme), "input_activations": None, "output_activations": None,
                 "format": scheme.packed_format,
             }
             for number, (name, scheme) in enumerate(schemes.items())
@@ -262,7 +281,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
     @classmethod
     def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
         """The format of most layers; the others have their own, where it has a name."""
-        own = {weight.name: _held(weight) for weight in weights}
+        own = {weight.name: held(weight) for weight in weights}
         names = Counter(map(str, own.values()))
         most = names.most_common(1)[0][0]
         base = next(options for options in own.values() if str(options) == most)
@@ -271,27 +290,3 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
         return base | {
             "layers": tuple((name, format_name(options)) for name, options in own.items() if options != base)
         }
-
-
-def _held(weight: HeldWeight) -> dict[str, Any]:
-    """The format that holds one weight. Raises Misfit."""
-    if weight.ordered:
-        raise Misfit("act-order", "its columns belong to groups in an order of their own, and those held follow")
-    grouped = weight.columns_of_a_scale != -1
-    if weight.kind == "code book":
-        name = next((name for name, size in FIXED_GROUPS.items() if size == weight.group_size), None)
-        if name is None or weight.table != E2M1:
-            raise Misfit(
-                "bits", "its codes are entries of a code book, and of those E2M1's in groups of 16 or 32 are held"
-            )
-        return {"weights": name}
-    if weight.kind == "floats":
-        if grouped:
-            raise Misfit(
-                "group size", f"its scales are those of {weight.group_size} columns of a row, and fp8's of rows"
-            )
-        return {"weights": "fp8", "strategy": "channel"}
-    if weight.zero_points == "none":
-        raise Misfit("minima", "its minima are no whole multiples of its scales, and zero points are integers")
-    groups = {"strategy": "group", "group_size": weight.group_size} if grouped else {"strategy": "channel"}
-    return {"weights": f"int{weight.bits}", "symmetric": weight.zero_points == "middle", **groups}

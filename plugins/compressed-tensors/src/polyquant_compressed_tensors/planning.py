@@ -20,16 +20,17 @@ from polyquant.plugin import (
 )
 from polyquant.plugin.layouts import packed_group
 
-from polyquant_compressed_tensors.formats import BLOCK, SHARING, is_ignored
+from polyquant_compressed_tensors.arguments import BLOCK
+from polyquant_compressed_tensors.formats import SHARING, is_ignored
 from polyquant_compressed_tensors.options import OWN_CHOICE, CompressedTensorsOptions
 
 SCALE = "float"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
 WORD_BITS = 32
 KINDS: Mapping[str, Literal["affine4", "codebook4", "int8", "float8"]] = {
-    "int4": "affine4", "int8": "int8", "fp8": "float8", "mxfp4": "codebook4", "nvfp4": "codebook4"
+    "int4": "affine4", "int8": "int8", "fp8": "float8", "mxfp8": "float8", "mxfp4": "codebook4", "nvfp4": "codebook4"
 }  # fmt: skip
 """Weights -> what their codes are with kernel="packed"."""
-PACKED_SCALES = {"mxfp4": "bfloat16", "nvfp4": "float32"}
+PACKED_SCALES = {"mxfp4": "bfloat16", "mxfp8": "bfloat16", "nvfp4": "float32"}
 
 
 class Tensor(NamedTuple):
@@ -66,10 +67,10 @@ def _require_alike(schemes: Mapping[str, str]) -> None:
         together = next((names for names in SHARING if own in names), ())
         beside = [each for each in (f"{owner}.{other}" for other in together) if each in schemes]
         other = next((each for each in beside if schemes[each] != scheme), None)
-        if scheme == "nvfp4" and other is not None and len(beside) == len(together):
+        if scheme.startswith("nvfp4") and other is not None and len(beside) == len(together):
             raise ConfigError(
-                f"{name} is to be nvfp4 and {other} {schemes[other]}: {', '.join(together)} share one scale there, so "
-                "give all of them nvfp4 or none (layers, skip)"
+                f"{name} is to be {scheme} and {other} {schemes[other]}: {', '.join(together)} share one scale there, "
+                f"so give all of them {scheme} or none (layers, skip)"
             )
 
 
@@ -101,7 +102,7 @@ def columns_of_a_scale(config: CompressedTensorsOptions) -> int:
 def packed_scale(weights: str, stored: str, compute_dtype: str) -> str:
     """The dtype of scales with kernel="packed": the stored one, where the compute dtype holds all of its values.
 
-    mxfp4 has powers of two, nvfp4 quotients in float32.
+    mxfp4 and mxfp8 have powers of two, nvfp4 quotients in float32.
     """
     return PACKED_SCALES.get(weights) or (stored if compute_dtype == "float32" else compute_dtype)
 
@@ -157,11 +158,15 @@ def checkpoint_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions,
     """What a checkpoint stores of a layer. plain: 8-bit weights a byte each, not in words."""
     rows, columns = shape
     bits, scales = int(config.weight_bits), scale_shape(shape, config)
+    activations = {"input_scale": Tensor((1,), SCALE)} if config.static_activations else {}
     if config.weights == "mxfp4":
         return {"weight_packed": Tensor((rows, columns // 2), "uint8"), "weight_scale": Tensor(scales, "uint8")}
     if config.weights == "nvfp4":
         packed, scale = Tensor((rows, columns // 2), "uint8"), Tensor(scales, "float8_e4m3fn")
-        return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": Tensor((1,), "float32")}
+        whole = ["weight_global_scale", *(["input_global_scale"] if config.dynamic_activations else [])]
+        return {"weight_packed": packed, "weight_scale": scale, **dict.fromkeys(whole, Tensor((1,), "float32"))}
+    if config.weights == "mxfp8":
+        return {"weight": Tensor((rows, columns), "float8_e4m3fn"), "weight_scale": Tensor(scales, "uint8")}
     if plain:
         codes = {"weight": Tensor((rows, columns), "int8" if config.weights == "int8" else "float8_e4m3fn")}
         zeros = Tensor(scales, "int8")
@@ -170,7 +175,7 @@ def checkpoint_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions,
         codes = {"weight_packed": words, "weight_shape": Tensor((2,), "int64")}
         zeros = Tensor((ceil(rows * bits / WORD_BITS), scales[1]), "int32")
     symmetric = {} if config.symmetric else {"weight_zero_point": zeros}
-    return {**codes, "weight_scale": Tensor(scales, SCALE), **symmetric}
+    return {**codes, "weight_scale": Tensor(scales, SCALE), **symmetric, **activations}
 
 
 def scale_shape(shape: tuple[int, ...], config: CompressedTensorsOptions) -> tuple[int, ...]:
