@@ -98,7 +98,7 @@ def as_stored(loaded: LoadedModel, tensors: Mapping[str, Tensor]) -> dict[str, T
             taken.add(f"{part.stack}.{part.part}")
             rows = torch.atleast_1d(whole[part.expert]).chunk(count[part.stack, part.part])
             own = rows[part.place].clone()
-            apart[name] = own.reshape(()) if own.numel() == 1 else own  # one number for a matrix
+            apart[name] = own.reshape(()) if whole.dim() == 1 else own  # one number for a matrix
     return {name: tensor for name, tensor in tensors.items() if name not in taken} | apart
 
 

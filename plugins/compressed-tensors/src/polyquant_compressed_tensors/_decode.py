@@ -40,7 +40,8 @@ def decode(
     groups = (config.group_size or shape[1],)
     values = values.unflatten(1, (-1, *groups))
     values = values if zero_point is None else values - zero_point
-    return (values * (scale.unsqueeze(-1) if scale.dim() == 2 else scale)).flatten(1).to(dtype)
+    scale = scale if scale.dim() == 2 else of_rows(scale, shape[0])
+    return (values * scale.unsqueeze(-1)).flatten(1).to(dtype)
 
 
 def group_scales(
@@ -49,7 +50,12 @@ def group_scales(
     """What the values of codes are multiplied with: MX in `dtype`, of nvfp4 in float32, else as held."""
     if weights in MX:
         return decompress_mx_scale(scale).to(dtype)
-    return scale if global_scale is None else scale.float() / global_scale
+    return scale if global_scale is None else scale.float() / of_rows(global_scale, len(scale))
+
+
+def of_rows(numbers: torch.Tensor, rows: int) -> torch.Tensor:
+    """What each row is scaled with, (1, 1) or (rows, 1), of one number for each matrix in turn."""
+    return (numbers if len(numbers) == 1 else numbers.repeat_interleave(rows // len(numbers))).unsqueeze(1)
 
 
 def zero_points(zero_point: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

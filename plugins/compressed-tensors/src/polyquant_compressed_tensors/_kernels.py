@@ -9,7 +9,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from polyquant.plugin.layers import differentiable, weight_rows
 
 from polyquant_compressed_tensors._decode import ZERO, code_values
-from polyquant_compressed_tensors._layers import CompressedLinear
+from polyquant_compressed_tensors._layers import CompressedLinear, stored_shape
 
 KERNEL = "torch._weight_int4pack_mm_for_cpu"
 
@@ -30,7 +30,7 @@ class Int4PackLinear(CompressedLinear):
             "weight_packed": torch._convert_weight_to_int4pack_for_cpu(codes, 1),
             "weight_scale": torch.stack((scale, torch.zeros_like(scale)), -1).transpose(0, 1).contiguous(),
         }
-        super().__init__(layer, layer.options, layer.compute_dtype, tensors, layer.packed_scale)
+        super().__init__(layer, layer.options, layer.compute_dtype, tensors, layer.packed_scale, layer.matrices)
         self.kernel = KERNEL
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class Int4PackLinear(CompressedLinear):
         tensors = {name: tensor.detach() for name, tensor in self._tensors()}
         tensors["weight_packed"] = pack_to_int32(self._codes(), 4)
         tensors["weight_scale"] = tensors["weight_scale"][:, :, 0].T.contiguous()
-        return {**tensors, "weight_shape": torch.tensor([self.out_features, self.in_features])}
+        return {**tensors, "weight_shape": stored_shape(self)}
 
     def _codes(self) -> torch.Tensor:
         """The weights before scaling, int8: torch's order is its own affair, so they are multiplied out, exactly."""

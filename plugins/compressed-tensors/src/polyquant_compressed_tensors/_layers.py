@@ -13,6 +13,7 @@ from polyquant.errors import Misfit, ModelError, UnsupportedOperation
 from polyquant.plugin import E2M1, LayerInfo, LoadedModel
 from polyquant.plugin.floats import pairs_of_codes
 from polyquant.plugin.layers import (
+    LinearExperts,
     PackedLinear,
     PackedWeight,
     Part,
@@ -28,13 +29,14 @@ from polyquant.plugin.layouts import packed_group
 from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes, scales_of_rows, unpacked
 from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
-from polyquant_compressed_tensors._decode import ZERO, decode, group_scales, zero_points
+from polyquant_compressed_tensors._decode import ZERO, decode, group_scales, of_rows, zero_points
 from polyquant_compressed_tensors._library import quantization_scheme
 from polyquant_compressed_tensors.arguments import BLOCK
 from polyquant_compressed_tensors.formats import FP4, MX, group_of, is_ignored
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import (
     SCALE,
+    WORD_BITS,
     checkpoint_tensors,
     columns_of_a_scale,
     packed_scale,
@@ -56,12 +58,12 @@ class CompressedLinear(PackedLinear):
 
     def __init__(
         self, linear: Any, config: CompressedTensorsOptions, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor],
-        packed_scale: torch.dtype,
+        packed_scale: torch.dtype, matrices: int = 1,
     ) -> None:  # fmt: skip
-        """packed_scale: the dtype of its scales in polyquant's packed layout."""
+        """packed_scale: the dtype of its scales in polyquant's packed layout. matrices: how many its rows are."""
         super().__init__(linear, tensors)
         self.compute_dtype, self.options, self.scheme = dtype, config, quantization_scheme(config)
-        self.packed_scale = packed_scale
+        self.packed_scale, self.matrices = packed_scale, matrices
         self.int8pack = uses_int8pack((self.out_features, self.in_features), config)
         self.kernel = INT8_KERNEL if self.int8pack else ROUNDED_KERNEL if config.rounds_activations else KERNEL
 
@@ -85,11 +87,12 @@ class CompressedLinear(PackedLinear):
         arguments = self.scheme.input_activations
         if arguments is None or not input.numel():
             return input
-        whole = self._parameters.get("input_global_scale")
+        whole = self._parameters.get("input_global_scale")  # the same for all matrices
+        whole = None if whole is None else whole[:1]
         if arguments.dynamic:
             scale, zero_point = compute_dynamic_scales_and_zp(input, arguments, self, global_scale=whole)
         else:
-            scale, zero_point = self.input_scale, None
+            scale, zero_point = self.input_scale[:1], None
         return fake_quantize(input, scale, zero_point, arguments, global_scale=whole).to(input.dtype)
 
     def dequantize(self) -> torch.Tensor:
@@ -113,22 +116,53 @@ class CompressedLinear(PackedLinear):
             if "weight_zero_point" in tensors:
                 tensors["weight_zero_point"] = pack_to_int32(tensors["weight_zero_point"], 8, packed_dim=0)
         if not plain and self.options.weights.startswith("int"):
-            tensors["weight_shape"] = torch.tensor([self.out_features, self.in_features])
+            tensors["weight_shape"] = stored_shape(self)
         return tensors
 
 
 def packed_linear(
     linear: torch.nn.Linear, config: CompressedTensorsOptions, dtype: torch.dtype,
-    tensors: Mapping[str, torch.Tensor], *, plain: bool,
+    tensors: Mapping[str, torch.Tensor], *, plain: bool, matrices: int = 1,
 ) -> CompressedLinear:  # fmt: skip
-    """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen."""
+    """The layer that takes the place of `linear`. Raises ModelError where a tensor is missing, astray or misshapen.
+
+    matrices: as many of an expert follow each other in its rows.
+    """
     shape = (linear.out_features, linear.in_features)
-    expected = checkpoint_tensors(shape, config, plain=plain)
+    expected = checkpoint_tensors(shape, config, plain=plain, matrices=matrices)
+    if matrices > 1:
+        _require_joined(shape[0] // matrices, config, tensors, plain=plain)
     held = layer_tensors(linear, tensors, {name: Part(*part, *_range(name, config)) for name, part in expected.items()})
-    if "weight_shape" in held and held.pop("weight_shape").tolist() != list(shape):
-        raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {list(shape)}")
+    said = [shape[0] // matrices, shape[1]] * matrices
+    if "weight_shape" in held and held.pop("weight_shape").tolist() != said:
+        raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {said}")
     scale = packed_scale(config.weights, dtype_name(held["weight_scale"]), str(dtype).removeprefix("torch."))
-    return CompressedLinear(linear, config, dtype, _held(held, config, shape, dtype), getattr(torch, scale))
+    return CompressedLinear(linear, config, dtype, _held(held, config, shape, dtype), getattr(torch, scale), matrices)
+
+
+def stored_shape(layer: CompressedLinear) -> torch.Tensor:
+    """weight_shape of a layer, of each of its matrices."""
+    return torch.tensor([layer.out_features // layer.matrices, layer.in_features] * layer.matrices)
+
+
+def _require_joined(
+    rows: int, config: CompressedTensorsOptions, tensors: Mapping[str, torch.Tensor], *, plain: bool
+) -> None:
+    """Raises ModelError where matrices of so many rows cannot be multiplied as one: it is the experts' of a model."""
+    size = BLOCK[0] if config.strategy == "block" else 1
+    if not config.symmetric and not plain:
+        size = WORD_BITS // int(config.weight_bits)
+    if rows % size:
+        raise ModelError(
+            f"its experts have matrices of {rows} rows, which are multiplied together here, and scales or zero points "
+            f"of {size} rows in one; take the dense checkpoint"
+        )
+    for name in ("input_global_scale", "input_scale"):
+        if name in tensors and bool((tensors[name] != tensors[name].flatten()[0]).any()):
+            raise ModelError(
+                f"its two matrices have {name} {tensors[name].flatten().tolist()}, and are multiplied together here, "
+                "with activations that are rounded once; take the dense checkpoint"
+            )
 
 
 def pack(module: CompressedLinear) -> PackedWeight:
@@ -138,6 +172,7 @@ def pack(module: CompressedLinear) -> PackedWeight:
     scales = group_scales(
         options.weights, held["weight_scale"], held.get("weight_global_scale"), module.packed_scale
     ).to(module.packed_scale)
+    scales = of_rows(scales, module.out_features) if scales.dim() == 1 else scales
     scales = scales_of_rows(scales, module.out_features, BLOCK[0] if options.strategy == "block" else 1)
     codes = held["weight"] if options.weight_bits == 8 else unpacked(held["weight_packed"], 4)[:, :columns]
     zero = ZERO if options.weights == "int4" else 0
@@ -224,7 +259,8 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 def prepare_for_training(loaded: LoadedModel) -> Any:
     """Raises UnsupportedOperation for rounded activations: no gradient passes through them to the adapters below."""
-    layers = (module for module in loaded.model.modules() if isinstance(module, CompressedLinear))
+    modules = (getattr(module, "like", module) for module in loaded.model.modules())
+    layers = (module for module in modules if isinstance(module, CompressedLinear))
     if any(layer.options.rounds_activations for layer in layers):
         raise UnsupportedOperation(
             "no gradient passes through activations that are rounded (dynamic_activations, static_activations); train "
@@ -234,6 +270,11 @@ def prepare_for_training(loaded: LoadedModel) -> Any:
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:
+    if isinstance(module, LinearExperts):
+        like = module.like
+        return Quantized(
+            module.dense_shape, like.options.weight_bits, like.options.scheme, like.kernel, tensor="", role="experts"
+        )  # fmt: skip
     if not isinstance(module, CompressedLinear):
         return None
     options = module.options

@@ -96,6 +96,17 @@ def first_fitting(module: str, targets: Iterable[str]) -> str | None:
     return found[0] if found else LINEAR if LINEAR in targets else None
 
 
+def joined_matrices(stack: str) -> int:
+    """How many matrices of an expert are one tensor of the model. stack: its name."""
+    return 2 if stack.endswith("gate_up_proj") else 1
+
+
+def stored_expert(stack: str) -> str:
+    """The first matrix of the first expert of a stack, as a checkpoint names it: what targets are held against."""
+    owner, _, name = stack.rpartition(".")
+    return f"{owner}.0.{name.replace('gate_up_proj', 'gate_proj')}"
+
+
 def group_of(module: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The config group that a Linear module belongs to; None where none targets it."""
     by_target = {target: group for group in groups.values() for target in group["targets"]}

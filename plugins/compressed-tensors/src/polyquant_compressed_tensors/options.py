@@ -36,6 +36,7 @@ from polyquant_compressed_tensors.formats import (
     is_ignored,
     read_stored,
     settled,
+    stored_expert,
 )
 
 PACK_GROUPS = (32, 64, 128, 256)  # that torch's int4 matmul has
@@ -190,7 +191,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     def format_of(self, weight: WeightInfo) -> str | None:
         """As of every backend that mixes formats; a checkpoint's targets may be patterns: `formats.first_fitting`."""
-        return self._format_of(module_of(weight))
+        return self._format_of(_targeted(weight))
 
     def _format_of(self, module: str) -> str | None:
         named = dict(self.layers)
@@ -203,7 +204,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     def of(self, weight: WeightInfo) -> Self:
         """The options of one layer, as if all had its format; kernel 'decode' where torch's matmuls are not for it."""
-        return self.of_module(module_of(weight))
+        return self.of_module(_targeted(weight))
 
     def of_module(self, module: str) -> Self:
         """`of`, by the name of a module."""
@@ -290,3 +291,8 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
         return base | {
             "layers": tuple((name, format_name(options)) for name, options in own.items() if options != base)
         }
+
+
+def _targeted(weight: WeightInfo) -> str:
+    """The module whose name a checkpoint's targets are held against."""
+    return stored_expert(weight.name) if weight.role == "experts" else module_of(weight)

@@ -15,13 +15,14 @@ from polyquant.plugin import (
     WeightInfo,
     is_linear,
     module_of,
+    one_expert,
     plan_linears,
     unfit,
 )
 from polyquant.plugin.layouts import packed_group
 
 from polyquant_compressed_tensors.arguments import BLOCK
-from polyquant_compressed_tensors.formats import SHARING, is_ignored
+from polyquant_compressed_tensors.formats import SHARING, is_ignored, joined_matrices
 from polyquant_compressed_tensors.options import OWN_CHOICE, CompressedTensorsOptions
 
 SCALE = "float"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
@@ -41,18 +42,22 @@ class Tensor(NamedTuple):
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: CompressedTensorsOptions) -> list[LayerPlan]:
-    """Where the kernel is left open, for the CPU. Raises ConfigError where groups do not fit, or experts are fused."""
+    """Where the kernel is left open, for the CPU. Raises ConfigError where groups do not fit.
+
+    And where experts are fused: in a dense checkpoint, or packed otherwise than one by one.
+    """
     config = config.with_kernel("cpu", config.compute_dtype) if config.kernel in OWN_CHOICE else config
     names = dict.fromkeys(module_of(weight) for weight in weights)
     config = msgspec.structs.replace(config, skip=tuple(name for name in names if is_ignored(name, config.skip)))
-    fused = next((weight.name for weight in weights if weight.role == "experts"), None)
-    if fused:
+    dense = not any(weight.parts for weight in weights)  # a model, from which a checkpoint is to be made
+    fused = (weight for weight in weights if weight.role == "experts" and not is_stack(weight))
+    if found := next((weight.name for weight in fused if dense or weight.parts), None):
         raise ConfigError(
-            f"{fused} holds fused experts, which compressed-tensors has no layout for here; "
+            f"{found} holds fused experts, which compressed-tensors has no layout for here; "
             "choose a model without experts, or a backend that leaves them dense (polyquant backends)"
         )
     plans = [_plan(weight, config) for weight in weights]
-    if not any(weight.parts for weight in weights):  # of a dense model, from which a checkpoint is to be made
+    if dense:
         _require_alike({module_of(plan): plan.scheme for plan in plans if plan.role == "linear"})
     return plans
 
@@ -74,12 +79,26 @@ def _require_alike(schemes: Mapping[str, str]) -> None:
             )
 
 
+def is_stack(weight: WeightInfo) -> bool:
+    """Whether it is experts that the checkpoint holds one by one, packed, and each can be multiplied alone."""
+    return weight.stacked == "out_in" and "weight_scale" in _own_parts(weight)
+
+
+def _own_parts(weight: WeightInfo) -> dict[str, str]:
+    """What the file holds of each expert of a stack -> dtype; `parts` has that of all experts of their layer."""
+    own = f"{weight.name.rpartition('.')[2]}."
+    return {name.removeprefix(own): dtype for name, dtype in weight.parts.items() if name.startswith(own)}
+
+
 def _plan(weight: WeightInfo, config: CompressedTensorsOptions) -> LayerPlan:
     """Of one tensor, in its own format."""
-    own = config.of(weight)
+    own, stack = config.of(weight), is_stack(weight)
+    one = msgspec.structs.replace(one_expert(weight), parts=_own_parts(weight)) if stack else weight
+    count, matrices = (weight.shape[0], joined_matrices(weight.name)) if stack else (1, 1)
+    named = config.format_of(weight)
     (plan,) = plan_linears(
-        [weight], own, own.scheme, lambda weight: quantized_bytes(weight, own, named=config.format_of(weight)),
-        takes=lambda weight, _: is_linear(weight, config), packed=lambda weight: packed_format(weight, own),
+        [weight], own, own.scheme, lambda _: count * quantized_bytes(one, own, named=named, matrices=matrices),
+        takes=lambda weight, _: stack or is_linear(weight, config), packed=lambda _: packed_format(one, own),
     )  # fmt: skip
     return plan
 
@@ -107,14 +126,18 @@ def packed_scale(weights: str, stored: str, compute_dtype: str) -> str:
     return PACKED_SCALES.get(weights) or (stored if compute_dtype == "float32" else compute_dtype)
 
 
-def quantized_bytes(weight: WeightInfo, config: CompressedTensorsOptions, *, named: str | None = None) -> int:
-    """Bytes in memory, with scales and zero points. named: its own format, if any.
+def quantized_bytes(
+    weight: WeightInfo, config: CompressedTensorsOptions, *, named: str | None = None, matrices: int = 1
+) -> int:  # fmt: skip
+    """Bytes in memory, with scales and zero points. named: its own format, if any; matrices: as `checkpoint_tensors`.
 
     Raises ConfigError where the groups do not fit.
     """
     _require_fit(weight, config, named)
     sizes = {**DTYPE_BYTES, "float8_e4m3fn": 1, SCALE: DTYPE_BYTES[weight.dtype]}
-    return sum(prod(tensor.shape) * sizes[tensor.dtype] for tensor in held_tensors(weight.shape, config).values())
+    return sum(
+        prod(tensor.shape) * sizes[tensor.dtype] for tensor in held_tensors(weight.shape, config, matrices).values()
+    )
 
 
 def _require_fit(weight: WeightInfo, config: CompressedTensorsOptions, named: str | None) -> None:
@@ -131,7 +154,7 @@ def _require_fit(weight: WeightInfo, config: CompressedTensorsOptions, named: st
     raise unfit(weight, f"groups of {size} do not divide in_features {columns}", fixes)
 
 
-def held_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions) -> dict[str, Tensor]:
+def held_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions, matrices: int = 1) -> dict[str, Tensor]:
     """What a layer holds in memory: 8-bit weights a byte each, 4-bit ones as the checkpoint or torch's matmul has them.
 
     shape: (out_features, in_features).
@@ -139,7 +162,7 @@ def held_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions) -> di
     if uses_int4pack(shape, config):
         packed, scales = Tensor((shape[0], shape[1] // 2), "uint8"), scale_shape(shape, config)
         return {"weight_packed": packed, "weight_scale": Tensor((scales[1], scales[0], 2), SCALE)}
-    tensors = checkpoint_tensors(shape, config, plain=config.weight_bits == 8)
+    tensors = checkpoint_tensors(shape, config, plain=config.weight_bits == 8, matrices=matrices)
     codes = tensors.pop("weight", None) or tensors["weight_packed"]
     return {**{name: tensor for name, tensor in tensors.items() if name != "weight_shape"}, "weight_packed": codes}
 
@@ -154,17 +177,23 @@ def uses_int8pack(shape: tuple[int, ...], config: CompressedTensorsOptions) -> b
     return config.kernel == "pack_mm" and config.weights == "int8" and shape[1] % 64 == 0
 
 
-def checkpoint_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions, *, plain: bool) -> dict[str, Tensor]:
-    """What a checkpoint stores of a layer. plain: 8-bit weights a byte each, not in words."""
+def checkpoint_tensors(
+    shape: tuple[int, ...], config: CompressedTensorsOptions, *, plain: bool, matrices: int = 1
+) -> dict[str, Tensor]:  # fmt: skip
+    """What a checkpoint stores of a layer. plain: 8-bit weights a byte each, not in words.
+
+    matrices: as many matrices of an expert, of the same size, one's rows after the other's; a number for a whole
+    matrix is there as often.
+    """
     rows, columns = shape
-    bits, scales = int(config.weight_bits), scale_shape(shape, config)
-    activations = {"input_scale": Tensor((1,), SCALE)} if config.static_activations else {}
+    bits, scales = int(config.weight_bits), scale_shape(shape, config, matrices)
+    activations = {"input_scale": Tensor((matrices,), SCALE)} if config.static_activations else {}
     if config.weights == "mxfp4":
         return {"weight_packed": Tensor((rows, columns // 2), "uint8"), "weight_scale": Tensor(scales, "uint8")}
     if config.weights == "nvfp4":
         packed, scale = Tensor((rows, columns // 2), "uint8"), Tensor(scales, "float8_e4m3fn")
         whole = ["weight_global_scale", *(["input_global_scale"] if config.dynamic_activations else [])]
-        return {"weight_packed": packed, "weight_scale": scale, **dict.fromkeys(whole, Tensor((1,), "float32"))}
+        return {"weight_packed": packed, "weight_scale": scale, **dict.fromkeys(whole, Tensor((matrices,), "float32"))}
     if config.weights == "mxfp8":
         return {"weight": Tensor((rows, columns), "float8_e4m3fn"), "weight_scale": Tensor(scales, "uint8")}
     if plain:
@@ -172,17 +201,17 @@ def checkpoint_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions,
         zeros = Tensor(scales, "int8")
     else:
         words = Tensor((rows, ceil(columns * bits / WORD_BITS)), "int32")
-        codes = {"weight_packed": words, "weight_shape": Tensor((2,), "int64")}
+        codes = {"weight_packed": words, "weight_shape": Tensor((2 * matrices,), "int64")}
         zeros = Tensor((ceil(rows * bits / WORD_BITS), scales[1]), "int32")
     symmetric = {} if config.symmetric else {"weight_zero_point": zeros}
     return {**codes, "weight_scale": Tensor(scales, SCALE), **symmetric, **activations}
 
 
-def scale_shape(shape: tuple[int, ...], config: CompressedTensorsOptions) -> tuple[int, ...]:
-    """Shape of weight_scale."""
+def scale_shape(shape: tuple[int, ...], config: CompressedTensorsOptions, matrices: int = 1) -> tuple[int, ...]:
+    """Shape of weight_scale. matrices: as `checkpoint_tensors`."""
     rows, columns = shape
     if config.strategy == "tensor":
-        return (1,)
+        return (matrices,)
     if config.strategy == "block":
         return ceil(rows / BLOCK[0]), ceil(columns / BLOCK[1])
     return rows, columns // config.group_size if config.group_size else 1
