@@ -236,6 +236,23 @@ def test_indexes_are_passed_on_to_uv_and_pip(isolated_rowwise):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("uv", ["/usr/bin/uv", ""], ids=["uv", "pip"])
+def test_the_commands_leave_imports_as_they_are(run_python, uv):
+    """Libraries that import setuptools later, such as gptqmodel, did not import any more."""
+    code = f"""
+from pathlib import Path
+from polyquant.isolated.environments import Environment
+from polyquant.isolated.installer import Index, commands
+from polyquant.types import Isolated
+isolated = Isolated(reason="a test", requirements=("acme==1",))
+commands(Environment(backend="acme", isolated=isolated, installs=(), folder=Path("acme-0")), Index(), uv={uv!r})
+import setuptools, distutils.core
+assert "_distutils" in distutils.core.__file__
+"""
+    done = run_python(code=code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_core_comes_from_where_it_is_here():
     words = arguments_for("polyquant")
     assert words[-1] == f"polyquant=={installed_version('polyquant')}" or os.path.isdir(words[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from polyquant.isolated.environments import Environment
 from polyquant.isolated.installing import Command
+from polyquant.support.libraries import installed_version
 from polyquant.types import Record
 
 PASSED_ON = ("index-url", "extra-index-url", "find-links", "constraint")
@@ -47,7 +47,8 @@ def commands(environment: Environment, index: Index, *, uv: str | None = None) -
         install = [uv, "pip", "install", "--python", python, "--index-strategy", "unsafe-best-match"]
         install += from_variables(os.environ)
     else:
-        ours = importlib.util.find_spec("pip") is not None  # newer than the one that venv would bring
+        # newer than the one that venv would bring; no `find_spec`: it makes setuptools leave distutils alone from then on
+        ours = installed_version("pip") is not None
         make = (sys.executable, "-m", "venv", *(["--without-pip"] if ours else []), made)
         pip = [sys.executable, "-m", "pip", "--python", python] if ours else [python, "-m", "pip"]
         install = [*pip, "install", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
