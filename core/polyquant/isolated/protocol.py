@@ -4,14 +4,13 @@ so, one tensor as safetensors bytes. Nothing is ever executed or unpickled; size
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import msgspec
 
-from polyquant.isolated import pipes
-from polyquant.isolated.memory import Blocks
 from polyquant.types import UNREADABLE
 
 Kept = TypeVar("Kept")
@@ -35,14 +34,16 @@ def send(pipe: int, message: Mapping[str, Any], tensor: Any = None) -> None:
         raise ProtocolError(f"a message of {max(len(line), nbytes)} bytes; at most {LINE_BYTES} go in a line, and "
                             f"{TENSOR_BYTES} in a tensor")  # fmt: skip
     for part in (memoryview(line), memoryview(header), content):
-        pipes.write(pipe, part)
+        _write(pipe, part)
 
 
-def receive(pipe: IO[bytes], blocks: Blocks | None = None) -> tuple[dict[str, Any], Any]:
-    """The next message and its tensor, or None. blocks: where the tensor's memory comes from.
+def _write(pipe: int, content: memoryview) -> None:
+    while content.nbytes:
+        content = content[os.write(pipe, content) :]
 
-    Raises EOFError where there is none more, else ProtocolError.
-    """
+
+def receive(pipe: IO[bytes]) -> tuple[dict[str, Any], Any]:
+    """The next message and its tensor, or None. Raises EOFError where there is none more, else ProtocolError."""
     line = pipe.readline(LINE_BYTES + 1)
     if not line:
         raise EOFError
@@ -54,7 +55,7 @@ def receive(pipe: IO[bytes], blocks: Blocks | None = None) -> tuple[dict[str, An
         nbytes = msgspec.convert(message.pop("tensor_bytes", None), int | None)
     except (msgspec.ValidationError, *UNREADABLE) as error:
         raise ProtocolError(f"a message is no JSON object ({error}): {line[:100]!r}") from error
-    return message, None if nbytes is None else _unpack(pipe, nbytes, blocks or Blocks())
+    return message, None if nbytes is None else _unpack(pipe, nbytes)
 
 
 def record(kind: type[Kept], value: Any) -> Kept:
@@ -88,8 +89,10 @@ def _pack(tensor: Any) -> tuple[bytes, memoryview]:
     return len(header).to_bytes(8, "little") + header, memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _unpack(pipe: IO[bytes], nbytes: int, blocks: Blocks) -> Any:
+def _unpack(pipe: IO[bytes], nbytes: int) -> Any:
     """The tensor of the next `nbytes`, read into its own memory."""
+    import torch
+
     if not 8 < nbytes <= TENSOR_BYTES:
         raise ProtocolError(f"a tensor of {nbytes} bytes; at most {TENSOR_BYTES} are taken")
     length = int.from_bytes(_exactly(pipe, 8), "little")
@@ -98,7 +101,7 @@ def _unpack(pipe: IO[bytes], nbytes: int, blocks: Blocks) -> Any:
     try:
         entry = msgspec.json.decode(_exactly(pipe, length), type=dict[str, dict[str, Any]])["tensor"]
         dtype, shape = _names()[entry["dtype"]], msgspec.convert(entry["shape"], list[int])
-        content = blocks.take(nbytes - 8 - length)
+        content = torch.empty(nbytes - 8 - length, dtype=torch.uint8)
         _read_into(pipe, memoryview(content.numpy()))
         return content.view(dtype).reshape(shape)
     except (KeyError, RuntimeError, msgspec.ValidationError, *UNREADABLE) as error:
@@ -112,5 +115,8 @@ def _exactly(pipe: IO[bytes], count: int) -> bytes:
 
 
 def _read_into(pipe: IO[bytes], place: memoryview) -> None:
-    if (filled := pipes.read_into(pipe, place)) < place.nbytes:
+    filled = 0
+    while filled < place.nbytes and (count := pipe.readinto(place[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    if filled < place.nbytes:
         raise ProtocolError(f"a tensor was cut short: {filled} of {place.nbytes} bytes came")

@@ -15,9 +15,8 @@ import msgspec
 
 from polyquant import errors
 from polyquant.errors import BackendFailed, ConfigError, EnvironmentProblem, PolyquantError
-from polyquant.isolated import pipes, protocol
+from polyquant.isolated import protocol
 from polyquant.isolated.environments import Environment
-from polyquant.isolated.memory import Blocks
 from polyquant.support.libraries import installed_version
 from polyquant.support.processes import SHOWN_LINES, Child, explain
 from polyquant.types import HookRecord
@@ -46,7 +45,6 @@ class Worker:
         self.environment, self.shown = environment, shown
         self._said: deque[bytes] = deque(maxlen=400)
         self._lock, self._sending, self._forgotten = RLock(), Lock(), list[int]()
-        self._blocks = Blocks()
         self.records: list[HookRecord] = []  # of the hooks that the last call had called there
         self._stream: _Pieces | None = None
         kept = {name: value for name, value in os.environ.items() if name not in UNSET} | kernels.lent()
@@ -131,7 +129,6 @@ class Worker:
                 f"the environment {environment.name} has polyquant {theirs[1]} (protocol {theirs[0]}), and this is "
                 f"{ours} (protocol {protocol.VERSION})\n  fix: {environment.command} --again"
             )
-        pipes.widen(self._pipe)
 
     def _exchange(self, what: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         with self._lock:
@@ -177,7 +174,7 @@ class Worker:
 
     def _receive(self) -> tuple[dict[str, Any], Any]:
         try:
-            return protocol.receive(self._answers, self._blocks)
+            return protocol.receive(self._answers)
         except (EOFError, OSError, protocol.ProtocolError) as error:
             raise self._ended(error if isinstance(error, protocol.ProtocolError) else None) from error
         except BaseException:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from polyquant.isolated import pipes, protocol
+from polyquant.isolated import protocol
 from polyquant.support.libraries import installed_version
 
 if TYPE_CHECKING:
@@ -156,7 +156,6 @@ def main() -> None:
     """Answer one call after the other."""
     incoming, outgoing = _take_over()
     stopped, calls = Event(), SimpleQueue[Mapping[str, Any]]()
-    pipes.widen(outgoing)
     protocol.send(outgoing, {"protocol": protocol.VERSION, "polyquant": installed_version("polyquant")})
     Thread(target=_listen, args=(incoming, calls, stopped), daemon=True).start()
     server = Server(sys.argv[1], stopped)
