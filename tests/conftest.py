@@ -14,6 +14,7 @@ import polyquant
 import pytest
 from hypothesis import settings
 from polyquant.authoring.new import new_backend
+from polyquant.testing import warm
 
 from .installing import importable, write_metadata
 from .isolating import environment, isolated_rowwise
@@ -83,11 +84,20 @@ def make_plugin(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run code, or `python -m polyquant` with arguments, in a process of its own."""
+    """Run code, or `python -m polyquant` with arguments, in a process of its own.
 
-    def run(*arguments: str, code: str | None = None, **more: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code] if code is not None else [sys.executable, "-m", "polyquant", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **more)  # type: ignore[call-overload,no-any-return]
+    It may have imported torch and transformers; `fresh`: it has not.
+    """
+
+    def run(
+        *arguments: str, code: str | None = None, env: dict[str, str] | None = None, cwd: Path | None = None,
+        fresh: bool = False,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        command = ["-m", "polyquant", *arguments] if code is None else ["-c", code]
+        if fresh:
+            command = [sys.executable, *command]
+            return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=cwd)
+        return warm.run(command, seconds=300, environment=env, folder=cwd)
 
     return run
 

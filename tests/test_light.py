@@ -17,5 +17,7 @@ HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes", "peft", "numpy",
     ids=["list", "query", "configure", "command line", "help"],
 )
 def test_nothing_heavy_is_imported(run_python, code):
-    result = run_python(code=f"{code}\nimport sys; print('heavy:', [name for name in {HEAVY} if name in sys.modules])")
+    result = run_python(
+        code=f"{code}\nimport sys; print('heavy:', [name for name in {HEAVY} if name in sys.modules])", fresh=True
+    )
     assert result.stdout.rstrip().endswith("heavy: []"), result.stdout[-300:] + result.stderr

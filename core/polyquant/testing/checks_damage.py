@@ -49,7 +49,7 @@ def wrong_tensors_are_refused(subject: Subject) -> None:
     with TemporaryDirectory(dir=subject.folder) as folder:
         attacks = _attacks(subject, Path(folder))
         paths = [path for path, _, _ in attacks]
-        outcomes = run_python(LOADS, subject.backend, subject.runs_on, *map(str, paths))
+        outcomes = run_python(LOADS, subject.backend, subject.runs_on, *map(str, paths), imported=True)
     for (path, module, part), (kind, message) in zip(attacks, outcomes, strict=True):
         if not part:
             expect(kind == "loaded", f"the undamaged checkpoint of {path.parent.name} does not load: {message}")

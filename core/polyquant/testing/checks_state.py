@@ -28,6 +28,8 @@ print(json.dumps(found))
 def load_leaves_global_state_alone(subject: Subject) -> None:
     """In a fresh process no load changes a default, a random state, the environment, a flag or a filter."""
     loads = [(preset, *subject.source(preset, "llama")) for preset in subject.info.presets]
-    found = run_python(LOADS, json.dumps([subject.backend, subject.runs_on, subject.dense("llama"), loads]))
+    found = run_python(
+        LOADS, json.dumps([subject.backend, subject.runs_on, subject.dense("llama"), loads]), imported=True
+    )
     for preset, changed in found.items():
         expect(not changed, f"loading {preset} changes " + "; ".join(changed[:5]))

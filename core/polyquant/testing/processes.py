@@ -8,19 +8,26 @@ import subprocess
 import sys
 from typing import Any
 
+from polyquant.testing import warm
 from polyquant.testing.check import CheckFailed
 
 LIMIT_SECONDS = 600
-ENVIRONMENT = dict(os.environ)  # as it was before any backend was loaded here
 
 
-def run_python(code: str, *arguments: str) -> Any:
-    """The JSON in the last line that `code` prints, run with this process's import path. Raises CheckFailed."""
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", code, *arguments]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False, env=environment
-    )
+def run_python(code: str, *arguments: str, imported: bool = False) -> Any:
+    """The JSON in the last line that `code` prints, run with this process's import path. Raises CheckFailed.
+
+    imported: torch and transformers may have been imported when it starts, which spares their time.
+    """
+    environment = {**warm.ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = ["-c", code, *arguments]
+    if imported:
+        result = warm.run(command, seconds=LIMIT_SECONDS, environment=environment)
+    else:
+        result = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
+            env=environment,
+        )  # fmt: skip
     lines = result.stdout.splitlines()
     if result.returncode or not lines:
         raise CheckFailed(f"a fresh process ended with code {result.returncode}: {result.stderr.strip()[-1500:]}")
