@@ -36,7 +36,7 @@ def test_every_instruction_set_multiplies_right(target: str, tmp_path: Path) -> 
         subprocess.run([compiler, *WARNINGS, *flags, "-c", str(source), "-o", str(objects[-1])], check=True)
 
     for name, flags in sets.items():
-        for file in ("products", "steps"):
+        for file in ("products", "panels", "steps"):
             compile_one(f"src/{file}.cpp", f"{name}-{file}", f"-DPQ_SET={name}", *flags)
     for file in ("dispatch", "product", "step", "threads"):
         compile_one(f"src/{file}.cpp", file, "-O2", f"-D{macro}")

@@ -51,6 +51,7 @@ using Floats = __m256;
 inline Ints ints_zero() { return _mm256_setzero_si256(); }
 inline Ints ints_all(int32_t value) { return _mm256_set1_epi32(value); }
 inline Ints ints_load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline void ints_store(void* to, Ints value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
 inline Ints ints_add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints ints_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 template <int BITS> inline Ints ints_right(Ints a) { return _mm256_srli_epi32(a, BITS); }
@@ -113,11 +114,15 @@ inline Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats minimum(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 // eight floats, each at most 32767 in magnitude, rounded to nearest even
-inline void store_halves(int16_t* to, Floats v) {
+inline __m128i halves_of(Floats v) {
   const __m256i wide = _mm256_cvtps_epi32(v);
-  _mm_storeu_si128(
-      reinterpret_cast<__m128i*>(to),
-      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+  return _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+inline void store_halves(int16_t* to, Floats v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves_of(v)); }
+// the same in the order 0, 2, 1, 3, 4, 6, 5, 7: in pairs as a shift and a mask leave the codes of a lane
+inline void store_pairs(int16_t* to, Floats v) {
+  const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(halves_of(v), order));
 }
 
 struct Table {  // sixteen floats, by the lowest four bits of a lane
@@ -140,6 +145,10 @@ inline Ints ints_all(int32_t value) { return {vdupq_n_s32(value), vdupq_n_s32(va
 inline Ints ints_load(const void* from) {
   const auto* at = static_cast<const int32_t*>(from);
   return {vld1q_s32(at), vld1q_s32(at + 4)};
+}
+inline void ints_store(void* to, Ints x) {
+  vst1q_s32(static_cast<int32_t*>(to), x.a);
+  vst1q_s32(static_cast<int32_t*>(to) + 4, x.b);
 }
 inline Ints ints_add(Ints x, Ints y) { return {vaddq_s32(x.a, y.a), vaddq_s32(x.b, y.b)}; }
 inline Ints ints_and(Ints x, Ints y) { return {vandq_s32(x.a, y.a), vandq_s32(x.b, y.b)}; }
@@ -215,6 +224,13 @@ inline Floats divide(Floats x, Floats y) { return {vdivq_f32(x.a, y.a), vdivq_f3
 inline void store_halves(int16_t* to, Floats v) {
   vst1q_s16(to, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(v.a)), vqmovn_s32(vcvtnq_s32_f32(v.b))));
 }
+// in the order 0, 2, 1, 3, 4, 6, 5, 7: in pairs as a shift and a mask leave the codes of a lane
+inline void store_pairs(int16_t* to, Floats v) {
+  const int16x4_t low = vqmovn_s32(vcvtnq_s32_f32(v.a)), high = vqmovn_s32(vcvtnq_s32_f32(v.b));
+  const int16x4_t evens = vuzp1_s16(low, high), odds = vuzp2_s16(low, high);  // 0, 2, 4, 6 and 1, 3, 5, 7
+  const int32x2_t e = vreinterpret_s32_s16(evens), o = vreinterpret_s32_s16(odds);
+  vst1q_s16(to, vreinterpretq_s16_s32(vcombine_s32(vzip1_s32(e, o), vzip2_s32(e, o))));
+}
 
 struct Table {
   uint8x16x4_t bytes;  // the sixteen floats
@@ -249,6 +265,7 @@ inline int32_t high_half(int32_t x) { return x >> 16; }
 inline Ints ints_zero() { return {}; }
 inline Ints ints_all(int32_t value) { PQ_EACH(Ints, value); }
 inline Ints ints_load(const void* from) { Ints out; std::memcpy(out.v, from, 32); return out; }
+inline void ints_store(void* to, Ints a) { std::memcpy(to, a.v, 32); }
 inline Ints ints_add(Ints a, Ints b) { PQ_EACH(Ints, a.v[i] + b.v[i]); }
 inline Ints ints_and(Ints a, Ints b) { PQ_EACH(Ints, a.v[i] & b.v[i]); }
 template <int BITS> inline Ints ints_right(Ints a) { PQ_EACH(Ints, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> BITS)); }
@@ -304,6 +321,11 @@ inline Floats minimum(Floats a, Floats b) { PQ_EACH(Floats, a.v[i] < b.v[i] ? a.
 inline Floats divide(Floats a, Floats b) { PQ_EACH(Floats, a.v[i] / b.v[i]); }
 inline void store_halves(int16_t* to, Floats v) {
   for (int i = 0; i < 8; i++) to[i] = static_cast<int16_t>(std::nearbyint(v.v[i]));
+}
+// in the order 0, 2, 1, 3, 4, 6, 5, 7: in pairs as a shift and a mask leave the codes of a lane
+inline void store_pairs(int16_t* to, Floats v) {
+  const int order[8] = {0, 2, 1, 3, 4, 6, 5, 7};
+  for (int i = 0; i < 8; i++) to[i] = static_cast<int16_t>(std::nearbyint(v.v[order[i]]));
 }
 
 struct Table {

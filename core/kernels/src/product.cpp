@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int64_t WORTH_SHARING = 131072;  // multiplications in a piece: below, waking a thread costs more than it brings
+constexpr int64_t WHOLE = 4;              // blocks of rows that many inputs are multiplied with together
 constexpr int64_t PIECES_EACH = 4;        // pieces for each thread: one that is late leaves its pieces to the others
 
 // how a weight is really multiplied: only codes from 0 to 15 have products of 8 bits, and code books none of blocks of 16
@@ -64,7 +65,8 @@ void multiply(
     const int64_t least = std::max<int64_t>(1, WORTH_SHARING / (8 * first.columns * count));
     int64_t pieces = std::clamp<int64_t>(blocks / least, 1, threads * PIECES_EACH);
     if (pieces > threads) pieces -= pieces % threads;  // as many for each thread
-    const int64_t each = (blocks + pieces - 1) / pieces;
+    int64_t each = (blocks + pieces - 1) / pieces;
+    if (count > 4) each = (each + WHOLE - 1) / WHOLE * WHOLE;
     share((blocks + each - 1) / each, threads, [&](int64_t piece) {
       int64_t from = piece * each, to = std::min(blocks, from + each);
       for (int i = 0; i < together && to > 0; i++) {

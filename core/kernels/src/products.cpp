@@ -1,9 +1,6 @@
 // Products of packed weights with activations, and decoding: compiled once for each instruction set.
-#include <algorithm>
-#include <type_traits>
-
-#include "lanes.h"
-#include "sets.h"
+#include "panels.h"
+#include "weights.h"
 
 #define PQ_TEXT_OF(name) #name
 #define PQ_TEXT(name) PQ_TEXT_OF(name)
@@ -14,89 +11,8 @@ namespace PQ_SET {
 
 constexpr int64_t INPUT_BYTES = 1 << 18;  // of inputs, which stay in a cache of a core while all rows are multiplied with them
 constexpr float MOST16 = 32767.0f, MOST8 = 127.0f;
-constexpr float MOST_LEVEL = 8191.0f;  // of a code book's levels as integers: 32 products with 8191 stay below 2^31
-
-#if defined(__AVX512BW__)
-constexpr bool BOOK_IN_PAIRS = true;  // whether activations of code books lie as those of other codes
-#else
-constexpr bool BOOK_IN_PAIRS = false;
-#endif
 
 // BLOCK, below: how many neighbouring activations share a scale; 32, or 16 where the weight's groups ask for it.
-
-inline bool is_wide(const pq_weight& w) { return w.kind == PQ_INT8 || w.kind == PQ_FLOAT8; }  // codes of 8 bits
-
-// ---- scales and what stands beside them: of eight rows at once
-
-struct Group {
-  Floats scale, minimum;
-};
-
-struct Groups {  // of one block of eight rows
-  const void* scales;
-  const int8_t* zeros;
-  const void* minima;
-  const uint16_t *outer_scales, *outer_minima;
-  int64_t inner;  // groups that share an outer scale
-  int32_t type;
-  float zero;
-
-  template <bool OFFSETS> Group of(int64_t group) const {
-    if constexpr (OFFSETS) return at(group);
-    else return {scale(group), PQ_SET::zero()};
-  }
-
-  Groups(const pq_weight& w, int64_t block) : type(w.scale_type), zero(w.zero) {
-    const int64_t before = block * (w.columns / w.group) * 8;
-    const bool nested = type == PQ_NESTED;
-    scales = w.scales ? static_cast<const char*>(w.scales) + before * (nested ? 1 : type == PQ_FLOAT32 ? 4 : 2) : nullptr;
-    zeros = w.zeros ? w.zeros + before : nullptr;
-    minima = w.minima ? static_cast<const char*>(w.minima) + before * (nested ? 1 : 4) : nullptr;
-    inner = nested ? w.outer_group / w.group : 1;
-    const int64_t outer = nested ? block * (w.columns / w.outer_group) * 8 : 0;
-    outer_scales = w.outer_scales ? w.outer_scales + outer : nullptr;
-    outer_minima = w.outer_minima ? w.outer_minima + outer : nullptr;
-  }
-  Floats of_outer(const void* bytes, const uint16_t* halves, int64_t group) const {
-    const auto outer = static_cast<uint32_t>(group) / static_cast<uint32_t>(inner);  // half the time of 64 bits
-    return multiply(load_i8(static_cast<const int8_t*>(bytes) + group * 8), load_f16(halves + int64_t{outer} * 8));
-  }
-  Floats minimum(int64_t group) const {
-    return outer_minima ? of_outer(minima, outer_minima, group) : load(static_cast<const float*>(minima) + group * 8);
-  }
-  Floats scale(int64_t group) const {
-    if (type == PQ_NESTED) return of_outer(scales, outer_scales, group);
-    if (type == PQ_FLOAT32) return load(static_cast<const float*>(scales) + group * 8);
-    const auto* halves = static_cast<const uint16_t*>(scales) + group * 8;
-    return type == PQ_FLOAT16 ? load_f16(halves) : load_bf16(halves);
-  }
-  Floats zero_point(int64_t group) const { return zeros ? load_i8(zeros + group * 8) : all(zero); }
-  Group at(int64_t group) const {
-    const Floats own = scale(group);
-    if (minima) return {own, minimum(group)};
-    return {own, multiply(own, subtract(PQ_SET::zero(), zero_point(group)))};
-  }
-  // the weights of codes, as the format defines them: each in at most two roundings
-  Floats weights(int64_t group, Floats codes) const {
-    if (minima) return fused(scale(group), codes, minimum(group));
-    return multiply(scale(group), subtract(codes, zero_point(group)));
-  }
-};
-
-// calls one(integral constant) for the codes of a lane
-template <int COUNT, class One> void each_code(const One& one) {
-  one(std::integral_constant<int, 0>()), one(std::integral_constant<int, 1>());
-  if constexpr (COUNT > 2) one(std::integral_constant<int, 2>()), one(std::integral_constant<int, 3>());
-  if constexpr (COUNT == 8) {
-    one(std::integral_constant<int, 4>()), one(std::integral_constant<int, 5>());
-    one(std::integral_constant<int, 6>()), one(std::integral_constant<int, 7>());
-  }
-}
-
-template <int T> Ints nibble(Ints lanes) {
-  constexpr int SHIFT = (T % 4) * 8 + (T / 4) * 4;
-  return ints_right<SHIFT>(lanes);
-}
 
 // ---- activations
 
@@ -108,7 +24,6 @@ template <int64_t BLOCK> float sum_of(const float* x) {
 
 template <int64_t BLOCK>
 void quantize_row16(const float* x, int64_t columns, float most, bool interleaved, int16_t* to, float* scales, float* sums) {
-  int16_t plain[BLOCK];
   for (int64_t block = 0; block < columns / BLOCK; block++) {
     const float* from = x + block * BLOCK;
     Floats tops = zero();
@@ -117,15 +32,12 @@ void quantize_row16(const float* x, int64_t columns, float most, bool interleave
     const Floats factor = all(top > 0 ? most / top : 0.0f);
     scales[block] = top / most;
     sums[block] = sum_of<BLOCK>(from);
-    int16_t* out = interleaved ? plain : to + block * BLOCK;
-    for (int64_t eight = 0; eight < BLOCK; eight += 8) store_halves(out + eight, multiply(load(from + eight), factor));
-    if (!interleaved) continue;
-    int16_t* pairs = to + block * BLOCK;  // (0, 2), (1, 3), (4, 6), (5, 7): as a shift and a mask leave the codes of a lane
-    for (int64_t eight = 0; eight < BLOCK; eight += 8)
-      for (int64_t half = eight; half < eight + 8; half += 4) {
-        pairs[half] = plain[half], pairs[half + 1] = plain[half + 2];
-        pairs[half + 2] = plain[half + 1], pairs[half + 3] = plain[half + 3];
-      }
+    int16_t* out = to + block * BLOCK;
+    for (int64_t eight = 0; eight < BLOCK; eight += 8) {
+      const Floats scaled = multiply(load(from + eight), factor);
+      if (interleaved) store_pairs(out + eight, scaled);
+      else store_halves(out + eight, scaled);
+    }
   }
 }
 
@@ -220,25 +132,14 @@ template <int64_t LANES> void will_need(const uint32_t* from) {
 // the sums of a block's integers, with what scales them; OFFSETS: whether groups have zero points or minima
 template <int COUNT, bool OFFSETS>
 void add_block(
-    const Totals<COUNT>& total, const Group& group, float unit, const Inputs& in, int64_t block, int64_t blocks,
+    const Totals<COUNT>& total, const Group& group, const Inputs& in, int64_t block, int64_t blocks,
     Floats (&acc)[COUNT]) {
   for (int i = 0; i < COUNT; i++) {
     const int64_t at = i * blocks + block;
-    acc[i] = fused(to_floats(total.of(i)), multiply(group.scale, all(in.scales[at] * unit)), acc[i]);
+    acc[i] = fused(to_floats(total.of(i)), multiply(group.scale, all(in.scales[at])), acc[i]);
     if constexpr (OFFSETS) acc[i] = fused(group.minimum, all(in.sums[at]), acc[i]);
   }
 }
-
-// two codes of each lane in its halves: number 0 to 3 are codes 0 and 2, 1 and 3, 4 and 6, 5 and 7
-struct Codes {
-  Ints mask = ints_all(0x000f000f);
-  template <int NUMBER> Ints pair(Ints lanes) const {
-    if constexpr (NUMBER == 0) return ints_and(lanes, mask);
-    else if constexpr (NUMBER == 1) return ints_and(halves_right<8>(lanes), mask);
-    else if constexpr (NUMBER == 2) return ints_and(halves_right<4>(lanes), mask);
-    else return halves_right<12>(lanes);
-  }
-};
 
 // pairs: what two codes of a lane stand for, as Codes gives them; unit: what those are multiplied by
 template <int COUNT, int64_t BLOCK, bool OFFSETS, class Pairs>
@@ -246,7 +147,8 @@ void four_bits_int16(
     const uint32_t* codes, const Groups& groups, int64_t per, const Pairs& pairs, float unit, const Inputs& in, Floats (&acc)[COUNT]) {
   const int64_t blocks = in.columns / BLOCK;
   for (int64_t block = 0, at_group = 0; block < blocks; at_group++) {
-    const Group group = groups.of<OFFSETS>(at_group);
+    Group group = groups.of<OFFSETS>(at_group);
+    if constexpr (!OFFSETS) group.scale = multiply(group.scale, all(unit));
     for (const int64_t end = block + per; block < end; block++) {
       Totals<COUNT> total;
       if constexpr (COUNT == 1) will_need<BLOCK / 8>(codes + block * BLOCK);
@@ -260,7 +162,7 @@ void four_bits_int16(
           total.template add_halves<2>(i, q2, x + 4), total.template add_halves<3>(i, q3, x + 6);
         }
       }
-      add_block<COUNT, OFFSETS>(total, group, unit, in, block, blocks, acc);
+      add_block<COUNT, OFFSETS>(total, group, in, block, blocks, acc);
     }
   }
 }
@@ -282,7 +184,7 @@ void affine4_int8(const uint32_t* codes, const Groups& groups, int64_t per, cons
           total.template add_bytes<0>(i, q0, x), total.template add_bytes<1>(i, q1, x + 4);
         }
       }
-      add_block<COUNT, true>(total, group, 1.0f, in, block, blocks, acc);
+      add_block<COUNT, true>(total, group, in, block, blocks, acc);
     }
   }
 }
@@ -353,32 +255,7 @@ void codebook4_exact(
   }
 }
 
-
-#if defined(__AVX2__)
-// Levels of 14 bits times activations of 14 bits: the sums are exact.
-struct Levels {
-  int16_t of[16];
-  float unit;
-
-  explicit Levels(const float* levels) {
-    float top = 0;
-    for (int i = 0; i < 16; i++) top = std::max(top, std::fabs(levels[i]));
-    unit = top > 0 ? top / MOST_LEVEL : 1.0f;
-    for (int i = 0; i < 16; i++) of[i] = static_cast<int16_t>(std::nearbyint(levels[i] / unit));
-  }
-};
-#endif
-
 #if defined(__AVX512BW__)
-struct BookCodes {  // as Codes; a shuffle of halves looks sixteen levels up, by the lowest four bits of each
-  __m256i levels;
-  explicit BookCodes(const Levels& of) : levels(ints_load(of.of)) {}
-  template <int NUMBER> Ints pair(Ints lanes) const {
-    if constexpr (NUMBER == 0) return _mm256_permutexvar_epi16(lanes, levels);
-    else return _mm256_permutexvar_epi16(halves_right<NUMBER == 1 ? 8 : NUMBER == 2 ? 4 : 12>(lanes), levels);
-  }
-};
-
 template <int COUNT, int64_t BLOCK>
 void codebook4_int16(
     const uint32_t* codes, const Groups& groups, int64_t per, const float* table, const Inputs& in, Floats (&acc)[COUNT]) {
@@ -386,29 +263,21 @@ void codebook4_int16(
   four_bits_int16<COUNT, BLOCK, false>(codes, groups, per, BookCodes(levels), levels.unit, in, acc);
 }
 #elif defined(__AVX2__)
-// two shuffles of bytes look sixteen levels up
 template <int COUNT, int64_t BLOCK>
 void codebook4_int16(
     const uint32_t* codes, const Groups& groups, int64_t per, const float* table, const Inputs& in, Floats (&acc)[COUNT]) {
   const Levels levels(table);
-  alignas(32) uint8_t low[32], high[32];
-  for (int i = 0; i < 32; i++) {
-    const auto level = static_cast<uint16_t>(levels.of[i % 16]);
-    low[i] = static_cast<uint8_t>(level & 255), high[i] = static_cast<uint8_t>(level >> 8);
-  }
-  const Ints lows = ints_load(low), highs = ints_load(high), mask = ints_all(0x0f0f0f0f);
+  const BookBytes book(levels);
   const int64_t blocks = in.columns / BLOCK;
   for (int64_t block = 0, at_group = 0; block < blocks; at_group++) {
-    const Group group = groups.of<false>(at_group);
+    const Floats scale = multiply(groups.scale(at_group), all(levels.unit));
     for (const int64_t end = block + per; block < end; block++) {
       Totals<COUNT> first, second;
       for (int64_t j = 0; j < BLOCK / 8; j++) {
         const Ints lanes = ints_load(codes + (block * (BLOCK / 8) + j) * 8);
         each_code<2>([&](auto number) {
           constexpr int HALF = decltype(number)::value;
-          const Ints index = ints_and(HALF ? halves_right<4>(lanes) : lanes, mask);
-          const Ints l = _mm256_shuffle_epi8(lows, index), h = _mm256_shuffle_epi8(highs, index);
-          const Ints some = _mm256_unpacklo_epi8(l, h), others = _mm256_unpackhi_epi8(l, h);
+          const auto [some, others] = book.fours<HALF>(lanes);
           for (int i = 0; i < COUNT; i++) {
             long long four;
             std::memcpy(&four, in.halves + i * in.columns + block * BLOCK + j * 8 + HALF * 4, 8);
@@ -421,7 +290,7 @@ void codebook4_int16(
       for (int i = 0; i < COUNT; i++)  // first: rows 0, 0, 1, 1 | 4, 4, 5, 5; second: 2, 2, 3, 3 | 6, 6, 7, 7
         acc[i] = fused(
             to_floats(_mm256_hadd_epi32(first.of(i), second.of(i))),
-            multiply(group.scale, all(in.scales[i * blocks + block] * levels.unit)), acc[i]);
+            multiply(scale, all(in.scales[i * blocks + block])), acc[i]);
     }
   }
 }
@@ -438,20 +307,17 @@ void int8_int16(const uint32_t* codes, const Groups& groups, int64_t per, const 
       for (int64_t j = 0; j < BLOCK / 4; j += 2) {
         const uint32_t* at = codes + (block * (BLOCK / 4) + j) * 8;
         const Ints lanes = ints_load(at), more = ints_load(at + 8);
-        const Ints q0 = halves_right_signed<8>(halves_left<8>(lanes)), q1 = halves_right_signed<8>(lanes);
-        const Ints q2 = halves_right_signed<8>(halves_left<8>(more)), q3 = halves_right_signed<8>(more);
+        const Ints q0 = even_bytes(lanes), q1 = odd_bytes(lanes), q2 = even_bytes(more), q3 = odd_bytes(more);
         for (int i = 0; i < COUNT; i++) {
           const int16_t* x = in.halves + i * in.columns + block * BLOCK + j * 4;  // (0, 2), (1, 3), (4, 6), (5, 7)
           total.template add_halves<0>(i, q0, x), total.template add_halves<1>(i, q1, x + 2);
           total.template add_halves<2>(i, q2, x + 4), total.template add_halves<3>(i, q3, x + 6);
         }
       }
-      add_block<COUNT, true>(total, group, 1.0f, in, block, blocks, acc);
+      add_block<COUNT, true>(total, group, in, block, blocks, acc);
     }
   }
 }
-
-template <int T> Ints byte_of(Ints lanes) { return ints_right_signed<24>(ints_left<24 - 8 * T>(lanes)); }
 
 // the floats of bytes, whose signs are extended: their bits are those of a float32, but for the exponent's bias
 inline Floats float8(Ints bytes) {
@@ -480,11 +346,6 @@ void bytes_exact(
       add_floats<COUNT, OFFSETS>(even, odd, group, in, block, blocks, acc);
     }
   }
-}
-
-// a row of a weight that lies row after row
-inline const uint16_t* dense_row(const pq_weight& w, int64_t row) {
-  return reinterpret_cast<const uint16_t*>(w.codes) + row * w.columns;
 }
 
 template <bool HALF> Floats load16(const uint16_t* from) {
@@ -570,6 +431,7 @@ void tiles(const pq_weight& w, const float* x, const Activations& a, int64_t cou
 
 void multiply_all(
     const pq_weight& w, const float* x, const Activations& a, int64_t count, int64_t first, int64_t last, float* y, int how) {
+  if (count >= MANY && multiply_by_panels(w, a, count, first, last, y, how)) return;
   if (block_of(w) == 32) tiles<32>(w, x, a, count, first, last, y, how);
   else tiles<16>(w, x, a, count, first, last, y, how);
 }

@@ -129,7 +129,7 @@ void check(const char* set, const Made& m) {
   for (int64_t i = 0; i < 3; i++)
     expect(std::memcmp(&rows[static_cast<size_t>(i * m.columns)], &decoded[static_cast<size_t>(index[i] * m.columns)],
                        static_cast<size_t>(m.columns) * 4) == 0, set, "a row is not the decoded one", static_cast<double>(i));
-  for (int64_t count : {1, 3, 6}) {
+  for (int64_t count : {1, 3, 23}) {
     std::vector<float> x(static_cast<size_t>(count * m.columns)), y(static_cast<size_t>(count * m.rows));
     for (float& each : x) each = uniform(-2, 2);
     for (int32_t how : {PQ_EXACT, PQ_INT16, PQ_INT8_ACTIVATIONS}) {
@@ -147,6 +147,14 @@ void check(const char* set, const Made& m) {
         }
       const double bounds[] = {3e-6, 5e-4, 5e-2};
       expect(std::sqrt(off / whole) <= bounds[how], set, "a product's relative error", std::sqrt(off / whole));
+      const bool codes = m.weight.kind == PQ_AFFINE4 || m.weight.kind == PQ_CODEBOOK4 || m.weight.kind == PQ_INT8;
+      if (how != PQ_INT16 || !codes) continue;
+      std::vector<float> alone(static_cast<size_t>(m.rows));
+      for (int64_t input = 0; input < count; input++) {
+        pq_linear(&m.weight, &x[static_cast<size_t>(input * m.columns)], PQ_FLOAT32, 1, alone.data(), PQ_FLOAT32, nullptr, how, 1);
+        expect(std::memcmp(alone.data(), &y[static_cast<size_t>(input * m.rows)], alone.size() * 4) == 0, set,
+               "an input has another product alone than among others", static_cast<double>(input));
+      }
     }
   }
 }
@@ -164,6 +172,8 @@ int main() {
             if (kind == PQ_DENSE16 ? scale_type == PQ_FLOAT16 || scale_type == PQ_BFLOAT16
                 : scale_type == PQ_NESTED ? kind == PQ_AFFINE4 || kind == PQ_INT8 : scale_type != PQ_FLOAT16)
               check(set.c_str(), make(kind, offsets, scale_type, 24, 256, group, group == 32));
+    for (int32_t kind : {PQ_AFFINE4, PQ_CODEBOOK4, PQ_INT8})  // more rows and columns than are multiplied together
+      check(set.c_str(), make(kind, 2, PQ_FLOAT32, 72, 2080, kind == PQ_INT8 ? 16 : 32, false));
     std::printf("%s: %s\n", set.c_str(), wrong ? "wrong" : "as it should be");
   }
   return wrong ? 1 : 0;
