@@ -47,7 +47,7 @@ def commands(environment: Environment, index: Index, *, uv: str | None = None) -
         install = [uv, "pip", "install", "--python", python, "--index-strategy", "unsafe-best-match"]
         install += from_variables(os.environ)
     else:
-        # newer than the one that venv would bring; no `find_spec`: it makes setuptools leave distutils alone from then on
+        # newer than the one that venv would bring; `find_spec` would make setuptools leave distutils alone from then on
         ours = installed_version("pip") is not None
         make = (sys.executable, "-m", "venv", *(["--without-pip"] if ours else []), made)
         pip = [sys.executable, "-m", "pip", "--python", python] if ours else [python, "-m", "pip"]
