@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from polyquant.errors import PolyquantError, UnsupportedOperation
+from polyquant.support.shown import Look, Looked
+from polyquant.support.sizes import size
 
 if TYPE_CHECKING:
     from polyquant.loading.settle import Settled
@@ -37,8 +39,8 @@ class Owner(Protocol):
     def own_fault(self, error: BaseException) -> PolyquantError | None: ...
 
 
-@dataclass(kw_only=True)
-class LoadedModel:
+@dataclass(kw_only=True, repr=False)
+class LoadedModel(Looked):
     """A model with its tokenizer and everything known about how it was loaded.
 
     A backend whose runtime is not torch subclasses this and overrides `logits`, `stream` and `session`.
@@ -78,6 +80,21 @@ class LoadedModel:
 
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         return base_names(self.backend.describe_layers(base))
+
+    def look(self) -> Look:
+        """As it was loaded: a forward pass is not in it."""
+        layers = self.initial_layers
+        schemes = ", ".join(sorted({layer.scheme for layer in layers if layer.quantized})) or "nothing quantized"
+        name = self.request.source.name if self.request is not None else type(self.model).__name__
+        by = f" with {self._backend.name}" if self._backend is not None else ""
+        on = f" on {self.settled.device}" if self.settled is not None else ""
+        adapter = f", adapter {self.adapter}" if self.adapter else ""
+        return Look(
+            f"{name}{by} ({self.kernel}), {self.config.compute_dtype}{on}{adapter}: "
+            f"{size(sum(layer.stored_bytes for layer in layers))}, {sum(layer.quantized for layer in layers)} of "
+            f"{len(layers)} tensors in {schemes}",
+            notes=self.notes,
+        )
 
     def generate(self, prompt: Prompt, **parameters: Any) -> str:
         """The text that follows `prompt`.

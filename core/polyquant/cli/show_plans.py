@@ -13,7 +13,7 @@ from polyquant.cli.show import _notes, _pairs, console, print_json
 from polyquant.cli.terminal import styled
 from polyquant.loading.options import LoadOptions
 from polyquant.planning.bars import COLOURS, PARTS, Bar, bars_of
-from polyquant.planning.records import Plan, Plans, Recommendation
+from polyquant.planning.records import SHOWN, Plan, Plans, Recommendation
 from polyquant.support.sizes import size
 
 LOAD_OPTIONS = frozenset(LoadOptions.__struct_fields__)
@@ -194,12 +194,12 @@ def recommendation(found: Recommendation) -> None:
     console.print(styled("[bold]{}[/], goal {}: {}", found.model, found.goal, found.reason))
     for advice in found.advice:
         console.print(f"  {advice}")
-    for index, choice in enumerate(found.choices[:8], start=1):
+    for index, choice in enumerate(found.choices[:SHOWN], start=1):
         told = (index, choice.candidate.name, size(choice.needed_bytes), choice.reason)
         console.print(styled("{}. [bold]{}[/] {}: {}", *told))
         console.print(f"   {choice.command}", soft_wrap=True)
-    if len(found.choices) > 8:
-        console.print(f"and {len(found.choices) - 8} more (--json)")
+    if len(found.choices) > SHOWN:
+        console.print(f"and {len(found.choices) - SHOWN} more (--json)")
     if found.excluded:
         console.print("out:")
     for name, why in found.excluded.items():

@@ -9,16 +9,18 @@ import msgspec
 
 from polyquant.comparison.choice import CONTEXT_TOKENS, best
 from polyquant.comparison.records import Goal, Row, Run
-from polyquant.comparison.report.columns import columns_of
+from polyquant.comparison.report import measured_on
+from polyquant.comparison.report.columns import COLUMNS, columns_of, shown
 from polyquant.comparison.report.page import write_report
-from polyquant.comparison.report.rows import plain_rows
+from polyquant.comparison.report.rows import by_quality, first_line, plain_rows
 from polyquant.errors import ConfigError, SaveError
+from polyquant.support.shown import Look, Looked
 from polyquant.types import UNREADABLE
 
 FILE = "comparison.json"  # in the folder of a comparison
 
 
-class Comparison(Run, frozen=True):
+class Comparison(Looked, Run, frozen=True):
     """A whole comparison: its rows, what they were measured on, and what can be made of them."""
 
     def to_pandas(self) -> Any:
@@ -26,6 +28,16 @@ class Comparison(Run, frozen=True):
         import pandas as pd
 
         return pd.DataFrame(plain_rows(self), columns=[column.key for column in columns_of(self)])
+
+    def look(self) -> Look:
+        columns = shown(columns_of(self), "terminal")
+        rows = [
+            (values["candidate"], *(column.text(values) for column in columns),
+             "" if values["status"] == "done" else f"{values['status']}: {first_line(values['reason'])}")
+            for values in by_quality(plain_rows(self))
+        ]  # fmt: skip
+        headings = [f"{column.heading} ({column.unit})" if column.unit else column.heading for column in columns]
+        return Look(measured_on.one_line(self), (COLUMNS[0].heading, *headings, ""), rows, self.notes)
 
     def best(
         self, goal: Goal = "quality", *, memory: int | str | None = None, kl: float | None = None,

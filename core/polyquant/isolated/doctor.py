@@ -6,6 +6,7 @@ from polyquant.errors import BackendFailed, BrokenBackend
 from polyquant.isolated.handles import backend, environment_name
 from polyquant.registry.installed import registry
 from polyquant.support.devices import choose_device
+from polyquant.support.shown import Look, Looked
 from polyquant.types import Problem, Record
 
 
@@ -25,13 +26,27 @@ class Diagnosis(Record, frozen=True):
         return not self.problems
 
 
-def doctor(name: str | None = None, *, device: str = "auto", seconds: float | None = None) -> list[Diagnosis]:
+class Diagnoses(Looked, list[Diagnosis]):
+    """What `doctor` found, a backend each."""
+
+    def look(self) -> Look:
+        rows = [
+            (each.backend, "runs" if each.runs else "does not run", each.device, problem.what, problem.fix)
+            for each in self
+            for problem in each.problems or [Problem(what="", fix="")]
+        ]
+        notes = [f"{each.backend} {note}" for each in self for note in each.notes]
+        running = sum(each.runs for each in self)
+        return Look(f"{running} of {len(self)} backends run here", ("backend", "", "on", "problem", "fix"), rows, notes)
+
+
+def doctor(name: str | None = None, *, device: str = "auto", seconds: float | None = None) -> Diagnoses:
     """Whether each installed backend, or one, can run here; every problem with the command that fixes it.
 
     seconds: how long each may take to answer; None: 60, and 240 in an environment of its own. One that has not answered
     by then is told with the line it is at.
     """
-    diagnoses = []
+    diagnoses = Diagnoses()
     for each in [name] if name else registry().names():
         where = ""
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from polyquant.support.shown import Look, Looked
+from polyquant.support.sizes import size
 from polyquant.types import LayerInfo, LayerPlan, Record
 
 DENSE_ROLES = ("embedding", "head", "convolution", "custom", "vector", "buffer", "adapter", "tower")
@@ -69,7 +71,7 @@ class Sample(Record, frozen=True):
     tokens_per_second: float  # prompt included: a first impression, not a benchmark
 
 
-class Verification(Record, frozen=True):
+class Verification(Looked, Record, frozen=True):
     """What a load gave."""
 
     model: str
@@ -93,6 +95,18 @@ class Verification(Record, frozen=True):
     def failures(self) -> list[Check]:
         """The checks that did not pass."""
         return [check for check in self.checks if not check.passed]
+
+    def look(self) -> Look:
+        what = f"{self.model} with {self.backend} ({self.kernel}), {self.compute_dtype} on {self.device}"
+        checks = [
+            ("pass" if check.passed else "FAIL", check.name, check.found, "" if check.passed else check.expected)
+            for check in self.checks
+        ]
+        return Look(
+            f"{what}: {size(self.memory.weights_stored_bytes)}, {self.memory.ratio_to_bfloat16:.2f}x bfloat16, "
+            f"{'verified' if self.passed else 'verification failed'}",
+            ("", "check", "found", "expected"), checks, self.notes,
+        )  # fmt: skip
 
 
 def total(layers: Sequence[LayerInfo] | Sequence[LayerPlan]) -> int:

@@ -22,6 +22,7 @@ from polyquant.options import BackendOptions, Dtype, pairs_of
 from polyquant.packable import is_packed, packs_any
 from polyquant.registry.catalogue import maker_of
 from polyquant.request import ModelSource
+from polyquant.support.shown import Look, Looked
 from polyquant.types import BackendInfo, LayerPlan, Record, WeightInfo
 
 Route = Literal["as stored", "on the fly", "dense first", "make first"]
@@ -41,7 +42,7 @@ class Quantizer(Protocol):
     def plan_layers(self, weights: Sequence[WeightInfo], config: BackendOptions) -> list[LayerPlan]: ...
 
 
-class Settled(Record, frozen=True):
+class Settled(Looked, Record, frozen=True):
     """A load, with every question answered that does not depend on the machine's free memory."""
 
     route: Route
@@ -51,6 +52,10 @@ class Settled(Record, frozen=True):
     weights: tuple[WeightInfo, ...]  # of the model by its architecture, as they are held; none for a runtime of GGUFs
     checkpoint: Checkpoint  # the files that the load reads, when those come first that have to
     notes: tuple[str, ...] = ()
+
+    def look(self) -> Look:
+        what = f"{self.route}, {self.dtype} on {self.device}, {len(self.weights)} tensors"
+        return Look(f"{what}, {self.options}", notes=self.notes)
 
 
 def route_of(source: ModelSource, backend: Quantizer, *, to_quantize: bool = False) -> Route:

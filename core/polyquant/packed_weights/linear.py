@@ -29,8 +29,8 @@ MOST_INPUTS = 96
 MANY_AS_INTEGERS = ("avx512", "avx2")
 """Instruction sets with which that is not so for 16-bit integers, however many the inputs.
 
-Of 512, on a core of an EPYC of the fourth generation, a billion multiplications a second in layers of SmolLM2-135M and of
-3072 to 8192 rows: 91 and 93 with AVX-512 in NF4, 56 and 54 with AVX2; torch without the decoding 43 and 42.
+Of 512, on a core of an EPYC of the fourth generation, a billion multiplications a second in layers of SmolLM2-135M and
+of 3072 to 8192 rows: 91 and 93 with AVX-512 in NF4, 56 and 54 with AVX2; torch without the decoding 43 and 42.
 """
 
 

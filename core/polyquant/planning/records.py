@@ -8,8 +8,11 @@ from typing import Any, Literal
 from polyquant.comparison.candidates import Candidate
 from polyquant.options import NumberFormat, RoundingMethod
 from polyquant.request import KvCache
+from polyquant.support.shown import Look, Looked
+from polyquant.support.sizes import size
 from polyquant.types import DeviceMap, LayerPlan, Record
 
+SHOWN = 8  # choices that people are shown
 Status = Literal["fits", "too big", "does not run", "not planned", "left out"]
 
 
@@ -29,7 +32,7 @@ class Placed(Record, frozen=True):
     modules: tuple[str, ...]
 
 
-class Plan(Record, frozen=True):
+class Plan(Looked, Record, frozen=True):
     """What a model takes with a backend, before anything of its weights is read; docs/explanation/memory.md."""
 
     model: str
@@ -76,6 +79,15 @@ class Plan(Record, frozen=True):
         """Whether the budget suffices."""
         return self.needed_bytes <= self.memory_bytes
 
+    def look(self) -> Look:
+        what = f"{self.model} with {self.backend} on {self.device}, {self.compute_dtype}"
+        fits = "fits" if self.fits and not self.spilled else "does not fit"
+        return Look(
+            f"{what}: {size(self.weights_planned_bytes)} of weights, {self.ratio:.2f}x bfloat16; needs "
+            f"{size(self.needed_bytes)} of {size(self.memory_bytes)}: {fits}",
+            notes=self.notes,
+        )
+
 
 class PlannedRow(Record, frozen=True):
     """One candidate of a table."""
@@ -94,7 +106,7 @@ class Absent(Record, frozen=True):
     command: str
 
 
-class Plans(Record, frozen=True):
+class Plans(Looked, Record, frozen=True):
     """Every installed backend's presets on one model: what fits comes first, the least lossy before it."""
 
     model: str
@@ -115,6 +127,22 @@ class Plans(Record, frozen=True):
         planned = [row for row in self.rows if row.plan is not None and row.status in ("fits", "too big")]
         return min(planned, key=lambda row: row.plan.needed_bytes if row.plan else 0, default=None)
 
+    def look(self) -> Look:
+        rows = [
+            (row.candidate.name, row.status, *_figures(row.plan), "" if row.status == "fits" else row.reason)
+            for row in self.rows
+        ]
+        return Look(
+            f"{self.model} on {self.device}: {len(self.fitting)} of {len(rows)} fit {size(self.memory_bytes)}",
+            ("candidate", "", "weights", "of bfloat16", "needed", "why not"), rows, self.notes,
+        )  # fmt: skip
+
+
+def _figures(plan: Plan | None) -> tuple[str, str, str]:
+    if plan is None:
+        return ("", "", "")
+    return (size(plan.weights_planned_bytes), f"{plan.ratio:.2f}x", size(plan.needed_bytes))
+
 
 class Choice(Record, frozen=True):
     """A candidate in the order of a recommendation."""
@@ -126,7 +154,7 @@ class Choice(Record, frozen=True):
     command: str  # loads it
 
 
-class Recommendation(Record, frozen=True):
+class Recommendation(Looked, Record, frozen=True):
     """The candidates that fit, best first, and why the others are out."""
 
     model: str
@@ -141,6 +169,14 @@ class Recommendation(Record, frozen=True):
     def best(self) -> Choice | None:
         """The first; None where nothing fits."""
         return self.choices[0] if self.choices else None
+
+    def look(self) -> Look:
+        rows = [(each.candidate.name, size(each.needed_bytes), each.reason) for each in self.choices[:SHOWN]]
+        more = [f"{len(self.choices) - SHOWN} more are in `choices`"] if len(self.choices) > SHOWN else []
+        return Look(
+            f"{self.model}, goal {self.goal}: {self.reason}", ("candidate", "needs", "why"), rows,
+            [*self.advice, *more],
+        )  # fmt: skip
 
 
 def total(tensors: Sequence[LayerPlan]) -> int:

@@ -8,6 +8,7 @@ from typing import overload
 import msgspec
 
 from polyquant.errors import ConfigError, did_you_mean
+from polyquant.support.shown import Look, Looked
 from polyquant.types import BackendInfo, Capabilities, Record
 
 PLURAL = {"scheme": "schemes", "device": "devices", "quant_method": "loads_prequantized"}
@@ -21,7 +22,7 @@ class Miss(Record, frozen=True):
     broken: bool = False
 
 
-class Selection(Sequence[BackendInfo]):
+class Selection(Looked, Sequence[BackendInfo]):
     """The backends that satisfy a query; `misses` are the others, nearest first, each with its reasons."""
 
     def __init__(self, found: Iterable[BackendInfo], misses: Iterable[Miss]) -> None:
@@ -51,6 +52,14 @@ class Selection(Sequence[BackendInfo]):
             return f"Selection({', '.join(self.names)})"
         misses = "; ".join(f"{miss.name}: {', '.join(miss.reasons)}" for miss in self.misses)
         return f"Selection(none; nearest: {misses or 'no backend is installed'})"
+
+    def look(self) -> Look:
+        if not self._found:
+            return Look(repr(self))
+        rows = [(info.name, info.summary, ", ".join(info.presets), ", ".join(info.capabilities.loads_prequantized))
+                for info in self._found]  # fmt: skip
+        broken = [f"{miss.name}: {'; '.join(miss.reasons)}" for miss in self.misses if miss.broken]
+        return Look(f"{len(rows)} backends", ("backend", "", "presets", "reads"), rows, broken)
 
 
 def select(cards: Iterable[BackendInfo], query: Mapping[str, object], broken: Iterable[Miss] = ()) -> Selection:
