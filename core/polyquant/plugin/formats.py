@@ -6,7 +6,7 @@ A backend derives its options from one of these records, adds its own, and refus
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import msgspec
 from msgspec import Meta
@@ -81,6 +81,9 @@ class AwqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_field
     bits: Annotated[Literal[4], Meta(description="bits of a quantized weight")] = 4
     group_size: Annotated[AwqGroup, Meta(description=GROUP)] = 128
 
+    versions: ClassVar[tuple[str, ...]] = (GEMM,)
+    """Those that the backend reads."""
+
     @property
     def rounding_method(self) -> RoundingMethod:
         return "calibrated"
@@ -109,11 +112,10 @@ class AwqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_field
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         """Reads what autoawq (w_bit, q_group_size, version), transformers, gptqmodel and polyquant write.
 
-        Raises ValueError for weights in another order than GEMM's.
+        Raises ValueError for weights in an order that is none of `versions`.
         """
-        version = stored.get("version") or stored.get("checkpoint_format") or stored.get("format") or GEMM
-        if str(version).lower() != GEMM:
-            raise ValueError(f"its version is {version!r}, and {GEMM!r} is read")
+        if (version := awq_version(stored)) not in cls.versions:
+            raise ValueError(f"its version is {version!r}, and {', '.join(map(repr, cls.versions))} is read")
         if stored.get("backend") == "llm-awq":
             raise ValueError(f"it was written by llm-awq, in an order of its own; only {GEMM!r} is read")
         values = {
@@ -134,6 +136,11 @@ class AwqFormat(PackableOptions, frozen=True, kw_only=True, forbid_unknown_field
 def gptq_layout(stored: Mapping[str, Any]) -> str:
     """The layout that a quantization_config names; auto-gptq names none. Zero points are stored less one in 'gptq'."""
     return str(stored.get("checkpoint_format") or stored.get("format") or "gptq").lower()
+
+
+def awq_version(stored: Mapping[str, Any]) -> str:
+    """The version of AWQ that a quantization_config names: the order of its weights."""
+    return str(stored.get("version") or stored.get("checkpoint_format") or stored.get("format") or GEMM).lower()
 
 
 def has_zero_points(stored: Mapping[str, Any]) -> bool:

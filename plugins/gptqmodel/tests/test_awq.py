@@ -78,8 +78,8 @@ def test_autoawq_checkpoints(checkpoint, copy, packing):
     [
         ({"bits": 8}, "Invalid enum value 8"),
         ({"group_size": 48}, "Invalid enum value 48"),
-        ({"version": "gemv"}, "its version is 'gemv', and 'gemm' is read"),
-        ({"version": "gemv_fast"}, "its version is 'gemv_fast', and 'gemm' is read"),
+        ({"version": "marlin"}, "its version is 'marlin', and 'gemm', 'gemv', 'gemv_fast' is read"),
+        ({"version": "gemv"}, r"qweight of a layer \(256, 512\) should be \(256, 64\) int32, and is \(512, 32\) int32"),
         ({"backend": "llm-awq"}, "was written by llm-awq"),
         ({"dynamic": {".*up_proj": {"group_size": 32}}}, r"gives layers different options \(.*up_proj\)"),
     ],

@@ -106,8 +106,9 @@ def test_a_bias_that_is_not_zero_has_no_place(copy, packing):
     [
         ({"bits": 5}, "Invalid enum value 5"),
         ({"group_size": 48}, "Invalid enum value 48"),
-        ({"checkpoint_format": "marlin"}, "its format is 'marlin', and gptq and gptq_v2 are read"),
-        ({"is_marlin_format": True}, "uses is_marlin_format, which is not read"),
+        ({"checkpoint_format": "bitblas"}, "its format is 'bitblas', and gptq, gptq_v2, marlin are read"),
+        ({"is_marlin_format": True, "sym": False}, "its format is 'marlin', which has symmetric 4-bit weights"),
+        ({"is_marlin_format": True}, "cannot be read: B, s is missing; it has g_idx, qweight, qzeros, scales"),
         ({"pack_dtype": "int16"}, "packed in int16"),
         ({"dynamic": {".*up_proj": {"bits": 8}}}, r"gives layers different options \(.*up_proj\)"),
     ],

@@ -14,15 +14,19 @@ from polyquant.plugin import (
     repacked_modules,
     resolved_dtype,
 )
-from polyquant.plugin.formats import gptq_layout
+from polyquant.plugin.formats import GEMM, awq_version
 from polyquant.plugin.layers import bias_as_parameter, fill_empty, gptq_tensors, layer_tensors, parts_of
 
 from polyquant_gptqmodel._layers import Layer, empty_layer, kernel_name, select_kernel, settle
 from polyquant_gptqmodel._library import contained, hf_convert_gptq_v1_to_v2_format, hf_gptqmodel_post_init
-from polyquant_gptqmodel.options import GptqOptions, Options
+from polyquant_gptqmodel._read import ordinary
+from polyquant_gptqmodel.options import GEMV, GEMV_FAST, MARLIN, GptqOptions, Options, stored_layout
 from polyquant_gptqmodel.planning import OWN_CHOICE, cpu_kernel, plan_layers
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = ("qweight", "qzeros", "scales", "g_idx", "B")
+
+MADE = {MARLIN: "gptq_v2", GEMV: GEMM, GEMV_FAST: GEMM}
+"""Layout of another kernel -> the one that it is brought into."""
 
 
 def load(request: LoadRequest, config: Options) -> LoadedModel:
@@ -35,11 +39,16 @@ def load(request: LoadRequest, config: Options) -> LoadedModel:
     names = sorted(quantized_modules(plans))
     repacked = repacked_modules(plans, config)
     is_gptq = isinstance(config, GptqOptions)
-    layout = gptq_layout(source.stored_quantization) if is_gptq else config.written_layout
+    stored = source.stored_quantization
+    found = stored_layout(stored) if is_gptq else awq_version(stored)
+    layout = MADE.get(found, found)
     kernel = select_kernel(config, layout, request.device)
+    if layout != found:
+        notes.append(f"stored for the kernel {found}: weights are put into the order of {layout} while reading")
 
     def read(name: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Layer:
         layer = empty_layer(linear, kernel, config, name)
+        tensors = ordinary(found, linear, tensors, config.group_size)
         if is_gptq:
             tensors = gptq_tensors(linear, tensors, config.group_size, in_order=not config.desc_act)
         keeps_scales = is_gptq and on_cpu and dtype != torch.float32

@@ -10,8 +10,9 @@ from msgspec import Meta
 from polyquant.plugin import HeldWeight, NumberFormat
 from polyquant.plugin.formats import GEMM, AwqFormat, GptqFormat, gptq_layout, has_zero_points
 
-LAYOUTS = ("gptq", "gptq_v2")
-UNREAD = ("activation", "adapter", "rotation", "is_marlin_format")
+MARLIN, GEMV, GEMV_FAST = "marlin", "gemv", "gemv_fast"
+LAYOUTS = ("gptq", "gptq_v2", MARLIN)
+UNREAD = ("activation", "adapter", "rotation")
 KERNEL = Meta(
     description="what multiplies: packed: polyquant's own layout and kernels, on a CPU; library: torch_aten or torch "
     "on a CPU, gptqmodel's choice elsewhere; auto: packed where polyquant-kernels is installed, in float32"
@@ -40,12 +41,17 @@ class GptqOptions(GptqFormat, frozen=True, kw_only=True, forbid_unknown_fields=T
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
         """Raises ValueError for a layout or a variant that the kernels here do not read."""
-        if (layout := gptq_layout(stored)) not in LAYOUTS:
-            raise ValueError(f"its format is {layout!r}, and {' and '.join(LAYOUTS)} are read")
+        if (layout := stored_layout(stored)) not in LAYOUTS:
+            raise ValueError(f"its format is {layout!r}, and {', '.join(LAYOUTS)} are read")
         if unread := [name for name in UNREAD if stored.get(name)]:
             raise ValueError(f"it uses {', '.join(unread)}, which is not read")
         _refuse_variants(stored, cls.per_layer)
-        return super().from_stored(stored)
+        config = super().from_stored(stored)
+        if layout == MARLIN and (config.bits != 4 or not config.sym or config.desc_act):
+            raise ValueError(
+                "its format is 'marlin', which has symmetric 4-bit weights, in order, and its config denies it"
+            )
+        return config
 
 
 class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +67,7 @@ class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     per_layer: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "zero_point")
     desc_act: ClassVar[bool] = False
     written_layout: ClassVar[str] = GEMM
+    versions: ClassVar[tuple[str, ...]] = (GEMM, GEMV, GEMV_FAST)
 
     @property
     def sym(self) -> bool:
@@ -87,6 +94,11 @@ class AwqOptions(AwqFormat, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 Options = GptqOptions | AwqOptions
+
+
+def stored_layout(stored: Mapping[str, Any]) -> str:
+    """The layout that a GPTQ checkpoint names; older ones have a mark of their own for marlin."""
+    return MARLIN if stored.get("is_marlin_format") else gptq_layout(stored)
 
 
 def _refuse_variants(stored: Mapping[str, Any], per_layer: tuple[str, ...]) -> None:
