@@ -17,7 +17,7 @@ from .test_fit import ON_THE_FLY, SAVING
 
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 MIXTURE = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
-NO_EXPERTS = ("fp8", "gguf", "fouroversix", "eetq", "fbgemm-fp8", "fp-quant", "gemma", "higgs", "mlx")
+NO_EXPERTS = ("fp8", "fouroversix", "eetq", "fbgemm-fp8", "fp-quant", "gemma", "higgs", "mlx")
 """Backends that refuse the fused experts of one of these models, by their library's kernel."""
 ODD = {  # layers of DeepseekV3 whose sizes do not fit one
     "eetq": ("kv_a_proj_with_mqa",),

@@ -63,6 +63,11 @@ def _convert(source: ModelSource, out: Path, *, progress: bool) -> None:
     from polyquant.models.gguf_header import read_header
 
     read_header(source.path / source.gguf_file)  # before transformers reads the file: it trusts what it reads
+    if len(source.weight_files) > 1:
+        raise ModelError(
+            f"{source.name} lies in {len(source.weight_files)} parts, and a dense checkpoint is made of one file: load "
+            "it with the gguf backend, or join them first (llama-gguf-split --merge FIRST_PART OUT)"
+        )
     tokenizer = hf.load_tokenizer(source)
     with versions.progress_bars(progress):
         try:

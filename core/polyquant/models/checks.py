@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from polyquant.errors import ModelError
 from polyquant.models import marks
+from polyquant.models.gguf_header import parts_of
 from polyquant.models.headers import small_header, stored_headers
 from polyquant.models.patterns import unbounded
 from polyquant.request import ModelSource
@@ -25,12 +26,13 @@ MOST_EXPERTS = 50_000  # of all layers
 
 
 def check_gguf(path: Path, name: str) -> ModelSource:
-    """A single weights file. Raises ModelError where it is not a GGUF."""
+    """A single weights file, or the first of its parts. Raises ModelError where it is not a GGUF."""
     with path.open("rb") as file:
         magic = file.read(len(GGUF_MAGIC))
     if magic != GGUF_MAGIC:
         raise ModelError(f"{name} is not a GGUF file (it starts with {magic!r}); give the model's folder instead")
-    return ModelSource(name=name, path=path.parent, gguf_file=path.name, weight_files=(path.name,))
+    parts = tuple(part.name for part in parts_of(path))
+    return ModelSource(name=name, path=path.parent, gguf_file=path.name, weight_files=parts)
 
 
 def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelSource:
@@ -40,7 +42,7 @@ def check_folder(path: Path, name: str, *, allow_pickle: bool = False) -> ModelS
         raise ModelError(f"{name}: the folder is empty; a model folder has config.json and *.safetensors")
     if "config.json" not in files:
         gguf = [file for file in files if file.endswith(".gguf")]
-        if len(gguf) == 1:
+        if gguf and gguf == [part.name for part in parts_of(path / gguf[0])]:
             return check_gguf(path / gguf[0], name)
         hint = f"it has several GGUF files, name the one to load: {path / gguf[0]}" if gguf else "is it a model folder?"
         raise ModelError(f"{name}: no config.json among {_shown(files)}; {hint}")

@@ -1,12 +1,19 @@
-"""Whether the config that transformers makes of a GGUF says what the file says: what it does not read, it guesses."""
+"""The config of a GGUF: transformers', or made here, and whether it says what the file says.
+
+What transformers does not read of a file, it guesses. Imports transformers.
+"""
 
 from __future__ import annotations
 
 from math import isclose
+from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from polyquant.errors import ModelError
-from polyquant.models.gguf_header import Header
+from polyquant.models.gguf_fields import config_fields, described, rope_of, rope_scaling
+from polyquant.models.gguf_header import Header, read_header
 
 MEANT = {  # key of the file, less its architecture -> what transformers' configs call it, one or another
     "block_count": ("num_hidden_layers",),
@@ -31,6 +38,33 @@ MEANT = {  # key of the file, less its architecture -> what transformers' config
 }
 
 
+def config_of(path: Path) -> Any:
+    """The config of a file. Raises ModelError as `gguf_fields`, and whatever transformers raises."""
+    header = read_header(path)
+    scaling = rope_scaling(header)
+    if model_type := described(header):
+        config = AutoConfig.for_model(model_type, **config_fields(header, model_type), rope_scaling=scaling)
+        config._name_or_path = str(path.parent)
+        return config
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    if "split.count" in header.metadata:  # it looks for the output head in the first part
+        config.get_text_config().tie_word_embeddings = "output.weight" not in header.tensors
+    if scaling is not None:
+        _scale_rope(config.get_text_config(), scaling)
+    return config
+
+
+def _scale_rope(config: Any, scaling: dict[str, Any]) -> None:
+    """Of several kinds of attention, llama.cpp scales the positions of the full one."""
+    if rope := getattr(config, "rope_parameters", None):  # transformers 5
+        if "full_attention" in rope:
+            config.rope_parameters = {**rope, "full_attention": {**rope["full_attention"], **scaling}}
+        else:
+            config.rope_parameters = {**rope, **scaling}
+    else:
+        config.rope_scaling = scaling
+
+
 def require_as_stated(name: str, header: Header, config: Any) -> None:
     """Raises ModelError where a number of the file is another in `config`, which transformers read from it.
 
@@ -43,12 +77,6 @@ def require_as_stated(name: str, header: Header, config: Any) -> None:
             continue  # absent, or one for each layer
         if not isclose(stated, taken, rel_tol=1e-4):
             raise _otherwise(name, f"{header.architecture}.{key}", stated, taken)
-    rope = _rope(text)
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
-        for word, usual in (("rope.scaling.type", "none"), ("rope.scale_linear", 1.0)):
-            key = f"{header.architecture}.{word}"
-            if (scaling := header.metadata.get(key, usual)) != usual:
-                raise _otherwise(name, key, scaling, usual)
 
 
 def _taken(config: Any, words: tuple[str, ...]) -> float | None:
@@ -56,17 +84,12 @@ def _taken(config: Any, words: tuple[str, ...]) -> float | None:
     for word in words:
         found = getattr(config, word, None)
         if word == "rope_theta" and found is None:
-            found = _rope(config).get("rope_theta")
+            found = rope_of(config).get("rope_theta")
         if word == "head_dim" and found is None and getattr(config, "num_attention_heads", None):
             found = config.hidden_size // config.num_attention_heads
         if isinstance(found, (int, float)):
             return found
     return None
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """Of transformers 5 the one, before it the other."""
-    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
 
 def _otherwise(name: str, key: str, stated: object, taken: object) -> ModelError:

@@ -1,12 +1,13 @@
 """Reads the header of a GGUF file without trusting it: every count, length and offset is held against the file's size.
 
 Format: ggml's docs/gguf.md, versions 2 and 3, little-endian. Nothing is allocated from a number in the file before it
-is known to fit, so a lying header costs no memory.
+is known to fit, so a lying header costs no memory. A model may lie in several files, whose tensors are read as one's.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
@@ -27,6 +28,10 @@ MOST_STRINGS = 2_000_000  # of all arrays: vocabularies and merges
 MAX_TEXT_BYTES = 16 * 2**20  # of a string in the metadata, such as a chat template
 
 
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MOST_PARTS = 1000
+
+
 class Entry(NamedTuple):
     """Where one tensor lies in the file, and how it is stored."""
 
@@ -35,12 +40,13 @@ class Entry(NamedTuple):
     type: BlockType
     start: int  # bytes from the start of the file
     nbytes: int
+    path: Path  # the file
 
 
 class Header(NamedTuple):
     """A GGUF file without its weights. An array in `metadata` is a `range` of its length."""
 
-    path: Path
+    path: Path  # of several parts, the first
     metadata: dict[str, Any]
     tensors: dict[str, Entry]
     string_arrays: dict[str, int]  # key -> where the first string lies, bytes from the start of the file
@@ -56,12 +62,61 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The checked header. Raises ModelError for a file that is truncated, damaged, crafted or of an unknown type."""
+    """The checked header, of all parts of a split file by the first one.
+
+    Raises ModelError for a file that is truncated, damaged, crafted or of an unknown type, and where a part is missing.
+    """
     try:
-        stat = path.stat()
+        stats = [(part, part.stat()) for part in parts_of(path)]
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
-    return _read(path, stat.st_size, stat.st_mtime_ns)
+    return _whole(tuple((part, stat.st_size, stat.st_mtime_ns) for part, stat in stats))
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model by the path of its first one: by their names, which llama.cpp goes by too.
+
+    Raises ModelError for a later part, and where one is missing.
+    """
+    named = _PART.fullmatch(path.name)
+    if named is None:
+        return [path]
+    count = int(named["count"])
+    names = [f"{named['stem']}-{number:05}-of-{named['count']}.gguf" for number in range(1, min(count, MOST_PARTS) + 1)]
+    if path.name != names[0]:
+        raise ModelError(f"{path.name} is one of {count} parts: give the first, {path.with_name(names[0])}")
+    parts = [path.with_name(name) for name in names]
+    if missing := [part.name for part in parts if not part.exists()]:
+        raise ModelError(
+            f"{path.name} is one of {count} parts, and {len(missing)} of them are not beside it: "
+            f"{', '.join(missing[:3])}; fetch all of them"
+        )
+    return parts
+
+
+@lru_cache(maxsize=4)
+def _whole(parts: tuple[tuple[Path, int, int], ...]) -> Header:
+    """Of parts that are those of one file: (path, size, time) of each."""
+    first, *others = (_read(*part) for part in parts)
+    tensors = dict(first.tensors)
+    for number, part in enumerate((first, *others)):
+        said = part.metadata.get("split.count", 0), part.metadata.get("split.no", 0)
+        if said != ((len(parts), number) if said[0] or others else (0, 0)):
+            raise ModelError(
+                f"{part.path.name} says that it is part {said[1]} of {said[0]}, and its name that it is {number} of "
+                f"{len(parts)}, both from 0; fetch the parts under their own names, such as MODEL-00001-of-00003.gguf"
+            )
+        if number and (twice := sorted(set(tensors) & set(part.tensors))):
+            raise ModelError(f"{part.path.name}: the tensor {twice[0]} is in another part already; fetch it again")
+        tensors |= part.tensors
+    if not isinstance(first.metadata.get("general.architecture"), str):
+        raise ModelError(
+            f"{first.path.name} is not a GGUF file that can be read: its metadata has no general.architecture; "
+            "fetch or write it again"
+        )
+    if (total := first.metadata.get("split.tensors.count", len(tensors))) != len(tensors):
+        raise ModelError(f"{first.path.name}: its parts hold {len(tensors)} tensors of {total}; fetch them again")
+    return first._replace(tensors=tensors)
 
 
 def read_strings(header: Header, key: str) -> Iterator[bytes]:
@@ -73,7 +128,6 @@ def read_strings(header: Header, key: str) -> Iterator[bytes]:
                 yield file.read(int.from_bytes(file.read(8), "little"))
 
 
-@lru_cache(maxsize=4)
 def _read(path: Path, size: int, mtime_ns: int) -> Header:
     if size == 0:
         raise ModelError(f"{path.name} is empty; fetch it again")
@@ -102,14 +156,6 @@ class _Cursor:
             raise self.fail(f"its version is {version}{big}, 2 and 3 little-endian are supported")
         tensors, pairs = self.count("tensors", 25, MOST_TENSORS), self.count("metadata keys", 13, MOST_PAIRS)
         metadata = self.metadata(pairs)
-        architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str):
-            raise self.fail("its metadata has no general.architecture")
-        parts = metadata.get("split.count", 0)
-        if isinstance(parts, int) and parts > 1:
-            raise ModelError(
-                f"{self.path.name} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST_PART OUT"
-            )
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment > 2**20 or alignment & (alignment - 1):
             raise self.fail(f"its alignment is {alignment!r}, it must be a power of two")
@@ -204,7 +250,7 @@ class _Cursor:
                 raise self.fail(
                     f"{name} should have {nbytes} bytes at {begin + offset}, and the file has {self.size} bytes"
                 )
-            found[name] = Entry(name, shape, block, begin + offset, nbytes)
+            found[name] = Entry(name, shape, block, begin + offset, nbytes, self.path)
         ordered = sorted(found.values(), key=lambda entry: entry.start)
         for one, next_one in pairwise(ordered):
             if one.start + one.nbytes > next_one.start:

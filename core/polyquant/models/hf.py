@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from polyquant.errors import ConfigError, ModelError
 from polyquant.models import versions
 from polyquant.models.fit import reporting, require_fit
-from polyquant.models.gguf_config import require_as_stated
+from polyquant.models.gguf_config import config_of, require_as_stated
+from polyquant.models.gguf_fields import described
 from polyquant.models.gguf_header import read_header
 from polyquant.models.headers import stored_tensors
 from polyquant.options import Dtype
@@ -44,6 +45,8 @@ def read_config(source: ModelSource, *, trust_remote_code: bool = False, stored:
         lone = source.path.is_file()  # a config.json without a model
         file = (source.path if lone else source.path / (source.gguf_file or "config.json")).stat()
         config = deepcopy(_config(source.path, source.gguf_file, trust_remote_code, file.st_size, file.st_mtime_ns))
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{source.name}: transformers cannot read its config: {error}") from error
     config = versions.choosing_attention(config)
@@ -92,8 +95,9 @@ def _untie_two(config: Any, model_class: Any, stored: Collection[str]) -> None:
 @lru_cache(maxsize=4)
 def _config(path: Path, gguf_file: str, trust_remote_code: bool, size: int, mtime_ns: int) -> Any:
     """size, mtime_ns: of the file, so that one that was changed is read again. Reading a GGUF's takes seconds."""
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **gguf)
+    if gguf_file:
+        return config_of(path / gguf_file)
+    return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
 
 
 def ignored_tensors(source: ModelSource) -> list[str]:
@@ -170,6 +174,8 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     source = versions.readable(source)
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
+        if source.gguf_file and described(read_header(source.path / source.gguf_file)):
+            return PreTrainedTokenizerFast.from_pretrained(str(source.path), **gguf)  # the other reads the config first
         return AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:
         raise ModelError(f"{source.name}: no tokenizer that transformers can read ({error})") from error

@@ -38,9 +38,9 @@ from polyquant.types import WeightInfo
 
 __all__ = [
     "MODEL", "OWN_FORMAT", "as_packed", "complete", "dense_dtypes", "empty_causal_lm", "fill", "load_causal_lm",
-    "load_tokenizer",
-    "packed_modules", "place", "quantize_layers", "read_config", "read_layers", "require_linears", "require_packed",
-    "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors", "with_stored_skips",
+    "load_tokenizer", "packed_modules", "place", "put", "quantize_layers", "read_config", "read_layers",
+    "require_linears", "require_packed", "save", "save_pretrained", "single_device", "stored_dtype", "tied_tensors",
+    "with_stored_skips",
 ]  # fmt: skip
 Options = TypeVar("Options", bound=BackendOptions)
 OWN_FORMAT, MODEL = "packed", "model"
@@ -94,7 +94,7 @@ def read_layers(
             layer = make(name, _dense(model, name), layers.pop(name, {}))
         except (AttributeError, ModelError) as error:
             raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
-        _put(model, name, layer)
+        put(model, name, layer)
     fill(model, dense, source)
     place(model, request)
     return model
@@ -126,7 +126,7 @@ def quantize_layers(
             layer = make(name, _dense(model, name))
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be quantized: {error}") from error
-        _put(model, name, layer)
+        put(model, name, layer)
     if after is not None:
         after(model)
     made, named = set(names), list(model.named_parameters(remove_duplicate=False))
@@ -146,7 +146,7 @@ def _dense(model: Any, name: str) -> Any:
     return getattr(model.get_submodule(owner), short)
 
 
-def _put(model: Any, name: str, layer: Any) -> None:
+def put(model: Any, name: str, layer: Any) -> None:
     """Put a quantized module in the place of a dense one, or a stack in that of a tensor of fused experts."""
     if isinstance(layer, ExpertStack):
         owner, _, short = name.rpartition(".")

@@ -22,14 +22,22 @@ SIZES = {
 CLASSES = {
     "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "starcoder2": "Starcoder2",
     "stablelm": "StableLm", "gemma2": "Gemma2", "gemma3": "Gemma3", "nemotron": "Nemotron",
+    "mixtral": "Mixtral", "qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe", "gpt-oss": "GptOss",
 }  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4}, "gpt-oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2moe": {"num_experts": 4, "shared_expert_intermediate_size": 160, **EXPERTS},
+    "qwen3moe": {"num_experts": 4, "norm_topk_prob": True, **EXPERTS},
+}  # fmt: skip
+"""Sizes of mixtures, with two experts for a token. GGUF calls Mixtral llama."""
 
 
 def tiny(architecture: str, **more: object) -> torch.nn.Module:
     """A dense float32 model with random weights, norms that are not ones and biases that are not zero."""
     name = CLASSES[architecture]
     config_name = "Gemma3TextConfig" if architecture == "gemma3" else f"{name}Config"
-    config = getattr(transformers, config_name)(**{**SIZES, **more})
+    config = getattr(transformers, config_name)(**{**SIZES, **MIXTURES.get(architecture, {}), **more})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
@@ -39,21 +47,27 @@ def tiny(architecture: str, **more: object) -> torch.nn.Module:
     return model
 
 
-def as_llama_cpp(name: str, tensor: torch.Tensor, architecture: str, config: object) -> torch.Tensor:
-    """What convert_hf_to_gguf.py does to a tensor: LlamaModel.permute, Gemma's and Nemotron's norms plus one."""
-    if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+def as_llama_cpp(name: str, tensor: torch.Tensor, architecture: str, config: object) -> list[torch.Tensor]:
+    """What convert_hf_to_gguf.py does to a tensor: LlamaModel.permute, Gemma's and Nemotron's norms plus one, gates of
+    experts apart from ups (GptOssModel has them in turn, Qwen2MoeModel's shared gate is a vector)."""
+    if architecture in ("llama", "mixtral") and (".q_proj." in name or ".k_proj." in name):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         shape = tensor.shape
-        return tensor.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+        return [tensor.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)]
     if architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
-        return tensor + 1
-    return tensor
+        return [tensor + 1]
+    if architecture == "gpt-oss" and ".experts." in name and not name.endswith("bias"):
+        tensor = tensor.transpose(-1, -2)
+    if ".experts.gate_up_proj" in name:
+        return [tensor[:, ::2], tensor[:, 1::2]] if architecture == "gpt-oss" else list(tensor.chunk(2, dim=1))
+    return [tensor.squeeze(0) if name.endswith("shared_expert_gate.weight") else tensor]
 
 
 def write_gguf(
     path: Path, model: torch.nn.Module, architecture: str, kind: str = "F32", more: dict = {}, **extra: object
 ) -> Path:
     """kind: type of the matrices whose rows are whole blocks; vectors are F32. more: keys; extra: tensors to add."""
+    made, architecture = architecture, "llama" if architecture == "mixtral" else architecture
     writer = GGUFWriter(path, architecture)
     keys = _metadata.model_keys(model.config, architecture) | _metadata.token_ids(model.config)
     if "vocab_size" not in _metadata.model_keys(model.config, architecture):
@@ -62,14 +76,20 @@ def write_gguf(
     alphabet = [chr(code) for code in range(33, 127)] + ["!!", "Ġ"]
     keys |= tokens | {"tokenizer.ggml.tokens": alphabet[: model.config.vocab_size]}
     for key, value in (keys | more).items():
-        _metadata.add(writer, key, value)
+        if value is not None:
+            _metadata.add(writer, key, value)
     tied = set(model.all_tied_weights_keys)
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if name not in tied}
     names = gguf_names(architecture, model.config.num_hidden_layers, tensors)
-    stored = {names[name]: as_llama_cpp(name, tensor, architecture, model.config) for name, tensor in tensors.items()}
+    stored = {
+        short: part
+        for name, tensor in tensors.items()
+        for short, part in zip(names[name], as_llama_cpp(name, tensor, made, model.config), strict=True)
+    }
     stored |= {name.replace("__", "."): tensor for name, tensor in extra.items()}
     for name, tensor in stored.items():
-        chosen = kind if tensor.dim() == 2 and tensor.shape[1] % TYPES[kind].elements == 0 else "F32"
+        is_plain = tensor.dim() == 1 or "ffn_gate_inp" in name or name.endswith(".bias")
+        chosen = "F32" if is_plain or tensor.shape[-1] % TYPES[kind].elements else kind
         numbers = tensor.contiguous().numpy()
         writer.add_tensor(
             name, quants.quantize(numbers, GGMLQuantizationType[chosen]), raw_dtype=GGMLQuantizationType[chosen]

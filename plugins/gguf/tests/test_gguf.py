@@ -4,10 +4,11 @@ import re
 import polyquant
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType, quants
 from polyquant.plugin import WeightInfo, layers
-from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError, SaveError
-from polyquant.testing.models import tiny_model
+from polyquant.errors import CheckpointConflict, ConfigError, DenseModelError, ModelError, SaveError
+from polyquant.testing.models import SIZES, tiny_model
 from polyquant_gguf import _modules
 from polyquant.plugin.gguf import TYPES
 from polyquant_gguf.names import ARCHITECTURES
@@ -64,6 +65,33 @@ def test_llama_3_rope_factors_scale_the_rotary_frequencies(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", dense, "llama", "Q8_0", rope_freqs__weight=factors)
     loaded = polyquant.load(path, "gguf")
     torch.testing.assert_close(loaded.model.model.rotary_emb.inv_freq, dense.model.rotary_emb.inv_freq)
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("keys", ["scaling", "scale_linear"])
+def test_linear_rotary_scaling(architecture, keys, tmp_path):
+    """Of Gemma 3 it is that of full attention alone, as llama.cpp computes."""
+    sizes = PARTICULARS.get(architecture, {})
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    kinds = {"full_attention": LINEAR, "sliding_attention": plain}
+    layers = {"layer_types": ["sliding_attention", "full_attention"]} if architecture == "gemma3" else {}
+    rope = kinds if architecture == "gemma3" else LINEAR
+    dense = tiny(architecture, tie_word_embeddings=False, rope_parameters=rope, **sizes, **layers)
+    scaling = {"rope.scaling.type": None, "rope.scaling.factor": None, "rope.scale_linear": 4.0}
+    more = {f"{architecture}.{key}": value for key, value in scaling.items()} if keys == "scale_linear" else {}
+    path = write_gguf(tmp_path / "model.gguf", dense, architecture, more=more)
+    loaded = polyquant.load(path, "gguf", allow_dequantize=True)
+    if architecture != "gemma3":  # whose two layers would both slide, by the reader's default pattern
+        torch.testing.assert_close(logits(loaded.model), logits(dense), rtol=1e-5, atol=1e-5)
+    found = loaded.model.config.rope_parameters
+    assert found.get("full_attention", found) == LINEAR
+    assert found.get("sliding_attention", plain)["rope_type"] == "default"
+    with pytest.raises(ModelError, match="has the factor 0.0"):
+        broken = {**more, f"{architecture}.rope.scaling.type": "linear", f"{architecture}.rope.scaling.factor": 0.0}
+        polyquant.load(write_gguf(tmp_path / "broken.gguf", dense, architecture, more=broken), "gguf")
 
 
 def test_types_that_are_no_blocks_stay_as_they_are(llama, tmp_path):
@@ -175,8 +203,12 @@ def test_what_would_fit_instead_is_said(role, module, fix):
 
 
 def test_models_without_a_gguf_form_are_not_written(tmp_path):
-    loaded = polyquant.load(tiny_model("mixtral", tmp_path), "gguf", type="Q4_0")
-    with pytest.raises(SaveError, match="no GGUF can be written for 'mixtral'"):
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes))
+    model.save_pretrained(tmp_path / "granite")
+    transformers.AutoTokenizer.from_pretrained(tiny_model("llama", tmp_path)).save_pretrained(tmp_path / "granite")
+    loaded = polyquant.load(tmp_path / "granite", "gguf", type="Q4_0")
+    with pytest.raises(SaveError, match="no GGUF can be written for 'granite'"):
         loaded.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -12,6 +12,21 @@ pytest.importorskip("llama_cpp")
 TOKENS = list(range(5, 37))
 
 
+def test_linear_rotary_scaling(tmp_path):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    config = transformers.LlamaConfig(**SIZES, rope_parameters=rope)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).float().save_pretrained(tmp_path / "dense")
+    transformers.AutoTokenizer.from_pretrained(tiny_model("llama", tmp_path)).save_pretrained(tmp_path / "dense")
+    skip = ("layers", "lm_head")
+    loaded = polyquant.load(tmp_path / "dense", "gguf", device="cpu", skip=skip, allow_dequantize=True)
+    path = next(loaded.save(tmp_path / "out").glob("*.gguf"))
+    theirs = polyquant.load(path, "llama-cpp", kv_cache_type="F32", flash_attention="off", allow_dequantize=True)
+    expected, again = loaded.logits(TOKENS), polyquant.load(path, allow_dequantize=True)
+    assert torch.equal(again.logits(TOKENS), expected)
+    assert (torch.as_tensor(theirs.logits(TOKENS)) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize(("kind", "width"), [("Llama", 32), ("Qwen3", 128), ("Gemma2", 256), ("Gemma3Text", 256)])
 def test_heads_of_a_width_of_their_own(tmp_path, kind, width):
     sizes = {**SIZES, "head_dim": width, "tie_word_embeddings": True}

@@ -6,14 +6,12 @@ from typing import Any
 
 import msgspec
 from polyquant.plugin import TIED, LayerInfo, Role
-from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES
-from polyquant.plugin.layers import Quantized, describe, finite_weight
+from polyquant.plugin.gguf import FLOAT_DTYPES
+from polyquant.plugin.layers import LinearExperts, Quantized, describe
 
 from polyquant_gguf._load import KERNEL
-from polyquant_gguf._modules import Packed, PackedEmbedding, PackedLinear
+from polyquant_gguf._modules import Packed, PackedEmbedding
 from polyquant_gguf._pack import pack, unpack
-from polyquant_gguf._quantize import quantize
-from polyquant_gguf.options import GgufOptions
 from polyquant_gguf.planning import IN_FILE
 
 __all__ = ["describe_layers", "pack", "unpack"]
@@ -30,11 +28,6 @@ def describe_layers(model: Any) -> list[LayerInfo]:
     return [_with_reason(layer) for layer in refined] if from_file else refined
 
 
-def quantize_linear(linear: Any, config: GgufOptions) -> PackedLinear:
-    block = TYPES[config.type]
-    return PackedLinear(quantize(finite_weight(linear), block), block, linear.bias)
-
-
 def _quantized(model: Any) -> Any:
     """Each storage belongs to the first module that has it: a head tied to the embedding is the embedding's."""
     first: dict[int, str] = {}
@@ -43,6 +36,9 @@ def _quantized(model: Any) -> Any:
             first.setdefault(id(module.weight), name)
 
     def quantized(name: str, module: Any) -> Quantized | None:
+        if isinstance(module, LinearExperts):
+            block = module.like.block
+            return Quantized(module.dense_shape, block.bits, block.name, KERNEL, tensor="", role="experts")
         if not isinstance(module, Packed) or not module.block.packed or first[id(module.weight)] != name:
             return None
         return Quantized(

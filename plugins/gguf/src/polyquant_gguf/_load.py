@@ -8,8 +8,8 @@ import msgspec
 import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
-from polyquant.plugin.gguf import read_header
-from polyquant.plugin.layers import finite_weight
+from polyquant.plugin.gguf import BlockType, read_header
+from polyquant.plugin.layers import LinearExperts, finite_weight
 
 from polyquant_gguf import _modules
 from polyquant_gguf._quantize import quantize
@@ -50,13 +50,25 @@ def _on_the_fly(request: LoadRequest, config: GgufOptions) -> Any:
     """Quantized from the dtype the checkpoint is stored in."""
     wanted = resolved_dtype(config)
     dtype, types = getattr(torch, wanted), quantized_types(request.weights, config)
+    transposed = {weight.name: weight.stacked == "in_out" for weight in request.weights if weight.stacked}
 
-    def pack(name: str, module: Any) -> _modules.Packed:
+    def pack(name: str, dense: Any) -> Any:
+        if isinstance(dense, torch.Tensor):
+            return _experts(dense, types[name], transposed=transposed[name])
         block = types[f"{name}.weight"]
-        return _modules.packed_like(module, quantize(finite_weight(module), block), block, dtype)
+        return _modules.packed_like(dense, quantize(finite_weight(dense), block), block, dtype)
 
     def share(model: Any) -> None:
         _modules.share_tied(model, checkpoints.tied_tensors(model), dtype)
 
     names = [name.removesuffix(".weight") for name in types]
     return checkpoints.quantize_layers(request, wanted, names, pack, after=share).eval()
+
+
+def _experts(dense: torch.Tensor, block: BlockType, *, transposed: bool) -> LinearExperts:
+    """dense: (experts, out_features, in_features), the last two the other way round where transposed."""
+    rows = dense.detach().transpose(1, 2) if transposed else dense.detach()
+    if not bool(torch.isfinite(dense).all()):
+        raise ModelError("an expert holds NaN or infinity; the checkpoint is damaged")
+    packed = torch.stack([quantize(matrix, block) for matrix in rows])
+    return _modules.experts_of(packed, block, transposed=transposed)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter
 from polyquant.errors import SaveError
+from polyquant.plugin.gguf import keys_of, rope_keys
 
-from polyquant_gguf.names import ARCHITECTURES, Rules
+from polyquant_gguf.names import ARCHITECTURES, MIXTURES, Rules, rules_for
 
 GENERATION_CONFIG = "generation_config.json"
 NOT_COMPARED = {
@@ -28,6 +29,9 @@ NOT_COMPARED = {
     "quantization_config",
     "initializer_range",
     "attention_dropout",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "output_router_logits",
     "use_cache",
     "pretraining_tp",
     "model_type",
@@ -51,10 +55,10 @@ SAMPLES = (
 
 def architecture_of(config: Any) -> tuple[str, Rules]:
     """GGUF's name of the architecture. Raises SaveError for one that this backend cannot write."""
-    found = {rules.model_type: (name, rules) for name, rules in ARCHITECTURES.items()}
-    if config.model_type not in found:
-        raise SaveError(f"no GGUF can be written for {config.model_type!r} models; only for {', '.join(found)}")
-    return found[config.model_type]
+    if (found := rules_for(config.model_type)) is None:
+        known = ", ".join(rules.model_type for table in (ARCHITECTURES, MIXTURES) for rules in table.values())
+        raise SaveError(f"no GGUF can be written for {config.model_type!r} models; only for {known}")
+    return found
 
 
 def model_keys(config: Any, architecture: str) -> dict[str, Any]:
@@ -65,14 +69,17 @@ def model_keys(config: Any, architecture: str) -> dict[str, Any]:
         "general.name": Path(config._name_or_path or architecture).name,
         "general.quantization_version": 2,
     }
-    for key, field in GGUF_CONFIG_MAPPING[architecture].items():
-        value = _rope_theta(config) if field == "rope_theta" else getattr(config, field or "", None)
-        if value is not None:
-            keys[f"{architecture}.{key}"] = value
+    if own := keys_of(config):
+        keys |= own | {f"{architecture}.rope.freq_base": _rope_theta(config)}
+    else:
+        for key, field in GGUF_CONFIG_MAPPING[architecture].items():
+            value = _rope_theta(config) if field == "rope_theta" else getattr(config, field or "", None)
+            if value is not None:
+                keys[f"{architecture}.{key}"] = value
     width = getattr(config, "head_dim", None)
     if width and width != config.hidden_size // config.num_attention_heads:  # what llama.cpp takes where nobody says
         keys |= {f"{architecture}.attention.{name}_length": width for name in ("key", "value")}
-    return keys
+    return keys | rope_keys(config, architecture)
 
 
 def token_ids(config: Any) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""A linear layer and an embedding whose weights stay blocks; each forward pass dequantizes what it uses."""
+"""A linear layer, an embedding and experts whose weights stay blocks; each forward pass dequantizes what it uses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from polyquant.plugin.gguf import BlockType
-from polyquant.plugin.layers import frozen_linear, rows_at_a_time
+from polyquant.plugin.layers import LinearExperts, frozen_linear, rows_at_a_time
 from torch import Tensor, nn
 
 from polyquant_gguf._decode import dequantize
@@ -49,7 +49,7 @@ class PackedLinear(Packed):
     def __init__(self, weight: Tensor | nn.Parameter, block: BlockType, bias: nn.Parameter | None = None) -> None:
         super().__init__(weight, block)
         self.out_features, self.in_features = self.logical_shape
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, partial(self._pieces, x.dtype), self.bias)
@@ -78,6 +78,39 @@ class PackedEmbedding(Packed):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, type={self.block.name}"
+
+
+def experts_of(weight: Tensor, block: BlockType, *, transposed: bool) -> LinearExperts:
+    """A matrix of each expert. weight: uint8 (experts, out_features, bytes a row).
+
+    transposed: whether it stands for a tensor (experts, in_features, out_features).
+    """
+    return LinearExperts(PackedLinear(weight[0].to("meta"), block), {"weight": weight}, transposed=transposed)
+
+
+class Held(NamedTuple):
+    """A tensor of a model: the parameter, the shape that it stands for, and its blocks; None: it is dense."""
+
+    parameter: Tensor
+    shape: tuple[int, ...]
+    block: BlockType | None
+
+
+def held_tensors(model: Any, without: dict[str, str]) -> dict[str, Held]:
+    """The tensors of a model, by the names that dense ones have. without: names that are left out."""
+    held = dict[str, Held]()
+    for name, parameter in model.named_parameters():
+        home = name.rpartition(".")[0]
+        owner = model.get_submodule(home)
+        if name in without:
+            continue
+        if isinstance(owner, LinearExperts):
+            held[home] = Held(parameter.detach(), owner.dense_shape, owner.like.block)
+        elif isinstance(owner, Packed) and parameter is owner.weight:
+            held[name] = Held(parameter.detach(), owner.logical_shape, owner.block)
+        else:
+            held[name] = Held(parameter.detach(), tuple(parameter.shape), None)
+    return held
 
 
 def packed_like(module: nn.Module, weight: Tensor | nn.Parameter, block: BlockType, dtype: torch.dtype) -> Packed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import torch
@@ -42,24 +42,18 @@ def build(request: LoadRequest, header: Header, config: GgufOptions) -> Any:
     tied, places = checkpoints.tied_tensors(model), places_of(model, header)
     if config.type != "file":
         _check_types(request.weights, header, places, config)
-    with header.path.open("rb") as file:
-        for name, placed in places.items():
-            _put(model, name, as_loaded(file, placed, config).to(_device(name, request)), placed, dtype)
-        if ROPE_FACTORS in header.tensors:
-            _scale_rotary(model, dense_of(file, Placed(header.tensors[ROPE_FACTORS])), header)
+    for name, placed in places.items():
+        _put(model, name, as_loaded(placed, config).to(_device(name, request)), placed, dtype)
+    if factors := header.tensors.get(ROPE_FACTORS):
+        _scale_rotary(model, dense_of(Placed((factors,), factors.shape)), header)
     _modules.share_tied(model, tied, dtype)
     return model
 
 
 def places_of(model: Any, header: Header) -> dict[str, Placed]:
-    """The file's tensor for each parameter of `model`, dense or packed."""
-    tied, shapes = checkpoints.tied_tensors(model), {}
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        packed = isinstance(owner, _modules.Packed) and parameter is owner.weight
-        if name not in tied:
-            shapes[name] = owner.logical_shape if packed else tuple(parameter.shape)
-    return place(header, shapes)
+    """The file's tensors for each parameter of `model`, dense or packed."""
+    held = _modules.held_tensors(model, checkpoints.tied_tensors(model))
+    return place(header, {name: each.shape for name, each in held.items()})
 
 
 def tokenizer_of(request: LoadRequest, header: Header) -> Any:
@@ -72,48 +66,59 @@ def tokenizer_of(request: LoadRequest, header: Header) -> Any:
 
 def is_kept(placed: Placed, config: GgufOptions) -> bool:
     """Whether a tensor stays as the file has it: blocks, and in a file that polyquant did not write every matrix."""
-    return len(placed.shape) > 1 and (placed.entry.type.packed or config.type == "file")
+    as_in_file = config.type == "file" and not placed.is_stack  # experts without blocks are a plain tensor
+    return placed.holds_blocks and (placed.type.packed or as_in_file)
 
 
-def as_loaded(file: BinaryIO, placed: Placed, config: GgufOptions) -> Tensor:
+def as_loaded(placed: Placed, config: GgufOptions) -> Tensor:
     """A tensor of the file exactly as the model has it after loading."""
     if is_kept(placed, config):
-        return weight_of(file, placed)
-    return dense_of(file, placed).to(getattr(torch, resolved_dtype(config)))
+        return weight_of(placed)
+    return dense_of(placed).to(getattr(torch, resolved_dtype(config)))
 
 
-def weight_of(file: BinaryIO, placed: Placed) -> Tensor:
-    """A tensor as it is stored, in the model's row order: uint8 (rows, bytes a row) for blocks, else its numbers."""
-    entry = placed.entry
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-    file.seek(entry.start)
-    if file.readinto(memoryview(raw.numpy())) != entry.nbytes:  # type: ignore[attr-defined]
-        raise ModelError(f"{entry.name} ends early: the file became shorter while it was read")
-    if entry.type.packed:
-        tensor = raw.view(*entry.shape[:-1], entry.type.row_bytes(entry.shape[-1]))
-    else:
-        tensor = raw.view(getattr(torch, FLOAT_DTYPES[entry.type.name])).view(entry.shape)
-    return tensor if placed.heads == 0 else tensor[row_order(entry, placed.heads)]
+def weight_of(placed: Placed) -> Tensor:
+    """A tensor as stored, in the model's row order: uint8 (..., rows, bytes a row) for blocks, else its numbers."""
+    parts = [_stored(entry) for entry in placed.entries]
+    if placed.heads:
+        parts = [part[row_order(len(part), placed.heads)] for part in parts]
+    if len(parts) > 1:
+        parts = [torch.stack(parts, 2).flatten(1, 2) if placed.alternates else torch.cat(parts, 1)]
+    if placed.type.packed:
+        return parts[0]
+    return parts[0].transpose(1, 2).contiguous() if placed.is_transposed else parts[0].view(placed.shape)
 
 
-def dense_of(file: BinaryIO, placed: Placed) -> Tensor:
+def dense_of(placed: Placed) -> Tensor:
     """A tensor's numbers in float32, as the model has them."""
-    raw, entry = weight_of(file, placed), placed.entry
-    if entry.type.packed:
-        raw = dequantize(raw.view(-1, raw.shape[-1]), entry.type, torch.float32).view(entry.shape)
+    raw = weight_of(placed)
+    if placed.type.packed:
+        raw = dequantize(raw.view(-1, raw.shape[-1]), placed.type, torch.float32).view(*raw.shape[:-1], -1)
     return raw.float() - placed.offset if placed.offset else raw.float()
 
 
-def row_order(entry: Entry, heads: int) -> Tensor:
+def _stored(entry: Entry) -> Tensor:
+    """uint8 (..., rows, bytes a row) for blocks, else numbers of the entry's shape."""
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        if file.readinto(memoryview(raw.numpy())) != entry.nbytes:
+            raise ModelError(f"{entry.name} ends early: the file became shorter while it was read")
+    if entry.type.packed:
+        return raw.view(*entry.shape[:-1], entry.type.row_bytes(entry.shape[-1]))
+    return raw.view(getattr(torch, FLOAT_DTYPES[entry.type.name])).view(entry.shape)
+
+
+def row_order(rows: int, heads: int) -> Tensor:
     """Row i of transformers' q or k is row order[i] of llama.cpp's: the halves of each head are interleaved there."""
-    return torch.arange(entry.shape[0]).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
 def _check_types(weights: Sequence[WeightInfo], header: Header, places: dict[str, Placed], config: GgufOptions) -> None:
     """Raises ModelError where the tensors' types are not what the options stored in the file say."""
     promised = quantized_types(weights, config)
     for name, placed in places.items():
-        found = placed.entry.type
+        found = placed.type
         if promised.get(name, found) != found or (name not in promised and found.packed):
             raise ModelError(
                 f"{header.path.name}: {placed.entry.name} has the type {found.name}, which contradicts the "
@@ -123,11 +128,15 @@ def _check_types(weights: Sequence[WeightInfo], header: Header, places: dict[str
 
 def _put(model: nn.Module, name: str, tensor: Tensor, placed: Placed, dtype: torch.dtype) -> None:
     owner, _, short = name.rpartition(".")
-    if len(placed.shape) == 1 or (tensor.dtype == dtype and not placed.entry.type.packed):
+    if len(placed.shape) == 1 or (tensor.dtype == dtype and not placed.type.packed):
         setattr(model.get_submodule(owner), short, nn.Parameter(tensor))
         return
+    if placed.is_stack:
+        stack = _modules.experts_of(tensor, placed.type, transposed=placed.is_transposed)
+        checkpoints.put(model, name, stack)
+        return
     try:
-        _modules.replace(model, name, tensor, placed.entry.type, dtype)
+        _modules.replace(model, name, tensor, placed.type, dtype)
     except TypeError as error:
         raise ModelError(f"{placed.entry.name}: {error}") from error
 

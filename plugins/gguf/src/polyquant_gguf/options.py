@@ -13,11 +13,11 @@ from polyquant.errors import Misfit
 from polyquant.plugin import (
     E2M1,
     BackendOptions,
-    ExpertsOptions,
     HeldWeight,
     LayerFormats,
     MixableOptions,
     NumberFormat,
+    PackableOptions,
 )
 from polyquant.plugin.gguf import TYPES, read_header
 from polyquant.plugin.layouts import size_held
@@ -27,7 +27,7 @@ Quantizable = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", 
 """The types the gguf package quantizes to; the others only llama.cpp does."""
 
 
-class GgufOptions(MixableOptions, ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GgufOptions(MixableOptions, PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A block type for a dense checkpoint; for a GGUF file `type` is 'file': each tensor keeps its own."""
 
     type: Annotated[
@@ -44,6 +44,12 @@ class GgufOptions(MixableOptions, ExpertsOptions, frozen=True, kw_only=True, for
     ] = ()
     file: Annotated[str, Meta(description="the GGUF whose types apply; filled in when one is loaded")] = ""
 
+    split_mib: Annotated[
+        int,
+        Meta(ge=0, description="most MiB of tensors in a file that is written, which then are several; 0: one file"),
+    ] = 0
+
+    load_time: ClassVar[frozenset[str]] = PackableOptions.load_time | {"split_mib"}
     format_options: ClassVar[tuple[str, ...]] = ("type", "embedding_type")
 
     def __post_init__(self) -> None:
@@ -86,8 +92,8 @@ class GgufOptions(MixableOptions, ExpertsOptions, frozen=True, kw_only=True, for
         return {"quant_method": "gguf", **self.to_written()}
 
     def to_written(self) -> dict[str, Any]:
-        """What a file that polyquant writes holds of them: all but what multiplies, which whoever loads it chooses."""
-        chosen = ExpertsOptions.load_time - BackendOptions.load_time
+        """What a file that polyquant writes holds of them: all but what its reader chooses, such as the kernel."""
+        chosen = self.load_time - BackendOptions.load_time
         return {name: value for name, value in msgspec.to_builtins(self).items() if name not in chosen}
 
     @classmethod

@@ -11,7 +11,7 @@ from polyquant.errors import ConfigError
 from polyquant.plugin import LayerPlan, PackedFormat, WeightInfo, module_of, plan_dense, unfit
 from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES, BlockType, read_header
 
-from polyquant_gguf.names import place
+from polyquant_gguf.names import SHARED_GATE, place
 from polyquant_gguf.options import GgufOptions
 
 IN_FILE = "the file holds it as {}, no blocks"
@@ -45,7 +45,11 @@ def file_types(weights: Sequence[WeightInfo], config: GgufOptions) -> dict[str, 
         raise ConfigError("type 'file' takes its types from a GGUF: give one as the model, or name it with file=")
     shapes = {weight.name: weight.shape for weight in weights if weight.role != "buffer" and not weight.tied_to}
     placed = place(read_header(Path(config.file)), shapes)
-    return {name: found.entry.type for name, found in placed.items() if len(found.shape) > 1}
+    return {
+        name: found.type
+        for name, found in placed.items()
+        if found.holds_blocks and (found.type.packed or not found.is_stack)  # experts without blocks are a plain tensor
+    }
 
 
 def quantized_types(weights: Sequence[WeightInfo], config: GgufOptions) -> dict[str, BlockType]:
@@ -58,25 +62,29 @@ def quantized_types(weights: Sequence[WeightInfo], config: GgufOptions) -> dict[
         if chosen is None:
             continue
         block = TYPES[chosen]
-        if weight.shape[-1] % block.elements:
+        if _columns(weight) % block.elements:
             raise _unfit(weight, block, config)
         types[weight.name] = block
     return types
 
 
 def _unfit(weight: WeightInfo, block: BlockType, config: GgufOptions) -> ConfigError:
-    what = f"{block.name} blocks of {block.elements} weights do not divide in_features {weight.shape[-1]}"
+    what = f"{block.name} blocks of {block.elements} weights do not divide in_features {_columns(weight)}"
     if config.format_of(weight) is not None:
         return unfit(weight, what, ["another type for it in layers"])
     if weight.role == "embedding":
         return ConfigError(f"{what} in {weight.name} {weight.shape}; use embedding_type='dense'")
-    smaller = [f"type={name!r}" for name in ("Q4_0", "Q8_0") if weight.shape[-1] % TYPES[name].elements == 0]
+    smaller = [f"type={name!r}" for name in ("Q4_0", "Q8_0") if _columns(weight) % TYPES[name].elements == 0]
     return unfit(weight, what, smaller)
 
 
 def _chosen(weight: WeightInfo, config: GgufOptions) -> str | None:
     """The type for a weight, or None where it stays dense."""
-    if weight.tied_to or len(weight.shape) != 2:
+    if weight.tied_to or weight.name.endswith(SHARED_GATE):
+        return None
+    if weight.stacked:
+        return None if config.skips(weight) else config.type
+    if len(weight.shape) != 2:
         return None
     if (named := config.format_of(weight)) is not None:
         if not (weight.module == "Linear" or _is_embedding(weight)):
@@ -93,8 +101,13 @@ def _is_embedding(weight: WeightInfo) -> bool:
     return weight.module == "Embedding" or weight.module.endswith("ScaledWordEmbedding")
 
 
+def _columns(weight: WeightInfo) -> int:
+    """in_features of a matrix, or of those of experts."""
+    return weight.shape[1] if weight.stacked == "in_out" else weight.shape[-1]
+
+
 def _plan(weight: WeightInfo, block: BlockType, config: GgufOptions) -> LayerPlan:
-    rows = prod(weight.shape[:-1])
+    rows = prod(weight.shape) // _columns(weight)
     if not block.packed:
         dense = plan_dense(msgspec.structs.replace(weight, dtype=FLOAT_DTYPES[block.name]), config)
         return msgspec.structs.replace(dense, reason=IN_FILE.format(block.name))
@@ -102,7 +115,7 @@ def _plan(weight: WeightInfo, block: BlockType, config: GgufOptions) -> LayerPla
         name=weight.name,
         shape=weight.shape,
         role=weight.role,
-        stored_bytes=rows * block.row_bytes(weight.shape[-1]),
+        stored_bytes=rows * block.row_bytes(_columns(weight)),
         bits=block.bits,
         scheme=block.name,
         quantized=True,

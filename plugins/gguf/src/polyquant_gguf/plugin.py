@@ -27,6 +27,4 @@ INFO = BackendInfo(
     measured_kl={"Q4_0": 0.299, "Q5_0": 0.0682, "Q5_1": 0.121, "Q8_0": 0.00111},
     compute_dtypes={"cpu": "float32"},
 )
-backend = PluginBackend(
-    INFO, ("plan_layers", "save", "pack", "quantize_linear", "unpack", "write_unpacked"), imports=(GGUF,)
-)
+backend = PluginBackend(INFO, ("plan_layers", "save", "pack", "unpack", "write_unpacked"), imports=(GGUF,))
