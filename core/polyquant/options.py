@@ -47,6 +47,9 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         bool, Meta(description="keep the backend's default dense modules (the output head) dense too")
     ] = True
 
+    takes_experts: ClassVar[bool] = False
+    """Whether the hook `write_unpacked` takes fused experts: under their tensor's name, what `unpack` gave of each
+    stacked along a new first axis."""
     load_time: ClassVar[frozenset[str]] = frozenset({"compute_dtype"})
     """Options that apply to a checkpoint that is quantized already; all others are stored in it."""
 

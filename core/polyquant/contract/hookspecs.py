@@ -128,6 +128,7 @@ class QuantBackend:
 
         Without this hook the core writes safetensors under the layers' names, and `to_stored()` in config.json.
         loaded: the model, dense but for the layers, with the options to be written; layers: the name of a module, and
-        what `unpack` gave for it, one after the other; a bias is in the module.
+        what `unpack` gave for it, one after the other; a bias is in the module. Of options with `takes_experts` fused
+        experts too: the name of their tensor, and what `unpack` gave of each, stacked along a new first axis.
         """
         raise NotImplementedError

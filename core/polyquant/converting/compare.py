@@ -15,6 +15,7 @@ from polyquant.errors import SaveError
 from polyquant.loading.load import load
 from polyquant.memory.effective import effective_weight
 from polyquant.packable import KEEP, PACKED
+from polyquant.packed_weights.experts import RepackedExperts
 from polyquant.packed_weights.format import ROWS
 from polyquant.packed_weights.frozen import rows_at_a_time
 from polyquant.packed_weights.linear import RepackedLinear
@@ -33,23 +34,25 @@ def compared(
     dense = {name: KEEP for name in ("embeddings", "head", "experts") if name in fields}
     back = load(out, target.name, **how, **dense, kernel=PACKED, device="cpu", compute_dtype="float32")
     _require_same_dense(source, back.model)
-    found = []
-    for name, layer in tqdm(source.layers.items(), desc="Comparing", unit="layer", disable=not progress):
+    found, every = [], {**source.layers, **source.stacks}
+    for name, layer in tqdm(every.items(), desc="Comparing", unit="layer", disable=not progress):
         largest, weight = 0.0, 0.0
         for mine, theirs in _pieces(layer, back.model.get_submodule(name)):
             largest = max(largest, float((mine - theirs).abs().max()))
             weight = max(weight, float(mine.abs().max()))
-        shape = (layer.out_features, layer.in_features)
         found.append(
             ConvertedLayer(
-                name=name, shape=shape, scheme=layer.scheme, largest_difference=largest, largest_weight=weight
+                name=name, shape=layer.shape, scheme=layer.scheme, largest_difference=largest, largest_weight=weight
             )
         )
     return found
 
 
-def _pieces(one: RepackedLinear, other: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The weights of two layers, some rows at a time, float32."""
+def _pieces(one: RepackedLinear | RepackedExperts, other: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The weights of two layers, some rows at a time, or those of experts one by one, float32."""
+    if isinstance(one, RepackedExperts):
+        yield from zip(one.expert_weights(), other.expert_weights(), strict=True)
+        return
     if not isinstance(other, RepackedLinear):
         yield one.packed.decode(), effective_weight(other, one.in_features)
         return
@@ -63,7 +66,7 @@ def _require_same_dense(source: Source, theirs: Any) -> None:
     tied = checkpoints.tied_tensors(mine)
     for name, tensor in mine.named_parameters():
         owner, _, short = name.rpartition(".")
-        if name in tied or (owner in source.layers and short != "bias"):
+        if name in tied or owner in source.stacks or (owner in source.layers and short != "bias"):
             continue
         if name not in back or not torch.equal(tensor.float(), back[name].float()):
             raise SaveError(f"{name} is not read back as it was written; nothing was written: please report this")

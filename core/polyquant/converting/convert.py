@@ -79,6 +79,7 @@ def converted(
     source: Source, target: Backend, given: Mapping[str, object], out: Path, *, progress: bool, trusts: dict[str, Any]
 ) -> Conversion:
     """Write the source in the target's format, and read it back. Raises ConversionRefused."""
+    import torch
     from tqdm import tqdm
 
     from polyquant.converting.compare import compared
@@ -91,19 +92,26 @@ def converted(
     assert loaded.settled is not None
     for name, layer in source.left.items():
         misfits.add(name, Misfit("bits", f"{layer.scheme} has no place in polyquant's packed layout"))
-    held = list[HeldWeight]()
-    for name, module in source.layers.items():
+    if not target.info.options.takes_experts:
+        for name in source.stacks:
+            misfits.add(name, Misfit("experts", "it holds the experts of a layer, which this format is not given"))
+    found: dict[str, HeldWeight] = {}
+    for name, weight in source.weights():
         with misfits.of(name):
-            held.append(codes_of(name, module.packed).held)
+            own = codes_of(name, weight).held
+            found[name] = found[name].with_all_of(own) if name in found else own
     misfits.refuse()
-    linear = (weight for weight in loaded.settled.weights if weight.role in ("linear", "head"))
-    dense = tuple(name for name in map(module_of, linear) if name not in source.layers)  # what a reader knows by name
-    config = msgspec.structs.replace(_options(target, held, given, misfits), skip=dense, skip_defaults=False)
+    held = list(found.values())
+    config = msgspec.structs.replace(_options(target, held, given, misfits), skip=_dense(source), skip_defaults=False)
 
     def layers() -> Iterator[tuple[str, dict[str, Any]]]:
         for name, module in tqdm(source.layers.items(), desc="Converting", unit="layer", disable=not progress):
             with misfits.of(name):
                 yield name, target.unpack(codes_of(name, module.packed), config)
+        for name, stack in tqdm(source.stacks.items(), desc="Converting", unit="stack", disable=not progress):
+            with misfits.of(name):
+                each = [target.unpack(codes_of(name, weight), config) for weight in stack.packed]
+                yield name, {part: torch.stack([tensors[part] for tensors in each]) for part in each[0]}
         misfits.refuse(held)
 
     plain = msgspec.structs.replace(loaded.request, source=msgspec.structs.replace(loaded.request.source, gguf_file=""))
@@ -121,6 +129,14 @@ def converted(
         options=_shown(config), out=str(out), layers=tuple(rows), notes=(*source.notes, *written.notes),
         checkpoint_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
     )  # fmt: skip
+
+
+def _dense(source: Source) -> tuple[str, ...]:
+    """Modules that stay dense, which readers know by name."""
+    assert source.loaded.settled is not None
+    taken = {*source.layers, *(name.rpartition(".")[0] for name in source.stacks)}
+    matrices = (each for each in source.loaded.settled.weights if each.role in ("linear", "head", "experts"))
+    return tuple(name for name in dict.fromkeys(map(module_of, matrices)) if name not in taken)
 
 
 def _options(

@@ -10,8 +10,8 @@ from polyquant.types import Record
 class ConvertedLayer(Record, frozen=True):
     """One layer, as the target's own reader reads it back, beside what it was."""
 
-    name: str  # of the module
-    shape: tuple[int, int]  # out_features, in_features
+    name: str  # of the module, or of the tensor of fused experts
+    shape: tuple[int, int]  # out_features, in_features; of experts, those of one
     scheme: str  # what the source calls its weights
     largest_difference: float  # between two weights, in float32; 0: bit-equal
     largest_weight: float  # of the source, which the difference is to be seen beside

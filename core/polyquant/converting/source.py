@@ -17,8 +17,10 @@ from polyquant.loading.load import load, reader_for
 from polyquant.models.model import Model
 from polyquant.modules import module_of
 from polyquant.packable import KEEP, PACKED, PackableOptions
+from polyquant.packed_weights.experts import RepackedExperts
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding
+from polyquant.packed_weights.weight import PackedWeight
 from polyquant.plugin import checkpoints
 from polyquant.types import LayerInfo
 
@@ -28,6 +30,7 @@ class Source(NamedTuple):
 
     loaded: LoadedModel
     layers: Mapping[str, RepackedLinear]  # by the names of their modules
+    stacks: Mapping[str, RepackedExperts]  # by the names of the tensors that they stand for
     left: Mapping[str, LayerInfo]  # modules that are quantized, and have no place in the packed layout
     notes: tuple[str, ...]
 
@@ -37,8 +40,16 @@ class Source(NamedTuple):
         try:
             yield
         finally:
-            for name, module in self.layers.items():
+            for name, module in (*self.layers.items(), *self.stacks.items()):
                 self.loaded.model.set_submodule(name, module)
+
+    def weights(self) -> Iterator[tuple[str, PackedWeight]]:
+        """The packed weights, of experts each under its stack's name, one after the other."""
+        for name, layer in self.layers.items():
+            yield name, layer.packed
+        for name, stack in self.stacks.items():
+            for weight in stack.packed:
+                yield name, weight
 
 
 def read(model: str | Path, backend: str | None, options: Mapping[str, Any]) -> Source:
@@ -74,9 +85,14 @@ def of_loaded(loaded: LoadedModel) -> Source:
         for name, module in loaded.model.named_modules()
         if isinstance(module, RepackedLinear) and not module.is_tied
     }
-    quantized = {module_of(layer): layer for layer in loaded.initial_layers if layer.quantized}
-    left = {name: layer for name, layer in quantized.items() if name not in layers and layer.role != "embedding"}
-    return Source(loaded, layers, left, tuple(_without_packed_vocabulary(loaded)))
+    stacks = {name: module for name, module in loaded.model.named_modules() if isinstance(module, RepackedExperts)}
+    quantized = {
+        layer.name if layer.role == "experts" else module_of(layer): layer
+        for layer in loaded.initial_layers
+        if layer.quantized and layer.role != "embedding"
+    }
+    left = {name: layer for name, layer in quantized.items() if name not in layers and name not in stacks}
+    return Source(loaded, layers, stacks, left, tuple(_without_packed_vocabulary(loaded)))
 
 
 def _without_packed_vocabulary(loaded: LoadedModel) -> list[str]:
@@ -113,7 +129,7 @@ def narrow(loaded: LoadedModel) -> Iterator[None]:
     narrow: dict[int, nn.Parameter] = {}  # what is tied stays so
     for module in loaded.model.modules():
         for name, tensor in list(module._parameters.items()):
-            is_part = isinstance(module, RepackedLinear) and name != "bias"
+            is_part = isinstance(module, (RepackedLinear, RepackedExperts)) and name != "bias"
             if tensor is None or is_part or tensor.dtype != torch.float32:
                 continue
             if id(tensor) not in narrow:

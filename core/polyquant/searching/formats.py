@@ -94,8 +94,9 @@ class Formats:
                 self.notes.append(f"{name} is not tried: {error.unfit}")
         if not self.uniform:
             raise ConfigError(f"no format of {backend.name} fits {self.name}: {'; '.join(self.notes)}")
-        self.searched: list[str] = [module_of(plan) for plan in next(iter(self.uniform.values())).plans
-                                    if plan.quantized and module_of(plan) not in fixed]  # fmt: skip
+        plans = next(iter(self.uniform.values())).plans
+        quantized = dict.fromkeys(module_of(plan) for plan in plans if plan.quantized)  # experts have two matrices
+        self.searched: list[str] = [name for name in quantized if name not in fixed]
         if not self.searched:
             raise ConfigError(f"nothing of {self.name} is left to be searched: take skip and layers back")
         self._bytes = {name: planned.by_module() for name, planned in self.uniform.items()}

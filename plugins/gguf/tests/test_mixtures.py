@@ -115,6 +115,34 @@ def test_a_dense_mixture_is_what_llama_cpps_layout_says(tmp_path):
     assert divergence(expected, answers) < 0.05
 
 
+@pytest.mark.parametrize("dense", ["gpt-oss"], indirect=True)
+def test_gpt_oss_in_mxfp4_becomes_a_gguf(dense, tmp_path):
+    """Attention stays dense, as it is there; experts keep their codes, whose order in a block is another."""
+    pytest.importorskip("polyquant_mx")
+    source = polyquant.quantize(dense, "mxfp4", tmp_path / "mxfp4", device="cpu")
+    before = polyquant.load(source, kernel="library", device="cpu", compute_dtype="float32")
+    conversion = polyquant.convert(source, "gguf", tmp_path / "out")
+    assert conversion.exact
+    assert conversion.options["type"] == "MXFP4"
+    after = polyquant.load(tmp_path / "out", kernel="library", device="cpu")
+    assert read_header(tmp_path / "out" / "model.gguf").tensors["blk.0.ffn_up_exps.weight"].type.name == "MXFP4"
+    assert divergence(before.logits(IDS), after.logits(IDS)) < 1e-6
+    pytest.importorskip("llama_cpp")
+    assert divergence(after.logits(IDS), torch.as_tensor(in_llama_cpp(tmp_path / "out").logits(IDS))) < 1e-3
+
+
+@pytest.mark.parametrize("dense", ["qwen3moe"], indirect=True)
+def test_experts_may_have_a_type_of_their_own(dense, tmp_path):
+    loaded = polyquant.load(
+        dense, "gguf", type="Q8_0", layers={"layers.*.mlp.experts": "Q4_0"}, kernel="library", device="cpu"
+    )
+    assert polyquant.verify(loaded).passed
+    out = loaded.save(tmp_path / "out")
+    types = {name: entry.type.name for name, entry in read_header(out / "model.gguf").tensors.items()}
+    assert (types["blk.0.ffn_down_exps.weight"], types["blk.0.attn_q.weight"]) == ("Q4_0", "Q8_0")
+    assert torch.equal(polyquant.load(out, kernel="library").logits(IDS), loaded.logits(IDS))
+
+
 @pytest.mark.parametrize(
     ("changes", "kinds", "message"),
     [

@@ -3,6 +3,7 @@
 import polyquant
 import pytest
 import torch
+from polyquant.errors import ConversionRefused
 from polyquant.measure.quality.divergence import kl_divergence
 from polyquant.testing.models import tiny_model
 from safetensors.torch import load_file
@@ -39,3 +40,21 @@ def test_floats_of_four_bits(tmp_path):
     there = polyquant.convert(source, "mlx", tmp_path / "mlx")
     assert there.exact and there.options["mode"] == "mxfp4"
     assert polyquant.convert(tmp_path / "mlx", "gguf", tmp_path / "back").exact
+
+
+def test_the_experts_of_a_mixture_go_with_it(tmp_path):
+    """To GGUF and back, bit-equal; mlx-lm, and llama.cpp where it is here, run what was written."""
+    core, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
+    source = polyquant.quantize(tiny_model("mixtral", tmp_path), "gguf", tmp_path / "gguf", type="Q4_1", device="cpu")
+    there = polyquant.convert(source, "mlx", tmp_path / "mlx")
+    assert there.exact
+    assert {layer.shape for layer in there.layers if ".experts." in layer.name} == {(1024, 256), (256, 512)}
+    expected = polyquant.load(source, kernel="library", device="cpu").logits(TOKENS)
+    model, _ = mlx_lm.load(str(tmp_path / "mlx"))
+    found = torch.tensor(model(core.array([TOKENS]))[0].astype(core.float32).tolist())
+    assert float(kl_divergence(expected, found).mean()) < 1e-3
+    assert polyquant.convert(tmp_path / "mlx", "gguf", tmp_path / "back").exact
+    again = polyquant.load(tmp_path / "back", kernel="library", device="cpu")
+    assert torch.equal(again.logits(TOKENS), expected)
+    with pytest.raises(ConversionRefused, match="experts of 4 layers .*: it holds the experts of a layer"):
+        polyquant.convert(tmp_path / "mlx", "hqq", tmp_path / "out")

@@ -14,10 +14,11 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from polyquant.errors import ModelError, SaveError
 from polyquant.plugin import LoadedModel, ModelSource, checkpoints
 from polyquant.plugin.gguf import FLOAT_DTYPES, TYPES, Entry, read_header
+from polyquant.plugin.layers import ExpertStack
 from torch import Tensor
 
 from polyquant_gguf import _metadata
-from polyquant_gguf._modules import Held, PackedLinear, held_tensors
+from polyquant_gguf._modules import Held, PackedLinear, experts_of, held_tensors
 from polyquant_gguf._read import as_loaded, places_of, row_order
 from polyquant_gguf.names import Placed, Rules, gguf_names, is_permuted, put
 from polyquant_gguf.options import OPTIONS_KEY, GgufOptions
@@ -96,9 +97,11 @@ def write_unpacked(loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, Te
     """A new file, whose layers are `layers`."""
     config: Any = loaded.config
     for name, tensors in layers:
-        block = TYPES[dict(config.layers).get(name, config.type)]
-        bias = loaded.model.get_submodule(name).bias
-        loaded.model.set_submodule(name, PackedLinear(tensors["weight"], block, bias))
+        block, module = TYPES[dict(config.layers).get(name, config.type)], loaded.model.get_submodule(name)
+        if isinstance(module, ExpertStack):
+            checkpoints.put(loaded.model, name, experts_of(tensors["weight"], block, transposed=module.transposed))
+        else:
+            loaded.model.set_submodule(name, PackedLinear(tensors["weight"], block, module.bias))
     _write_new(loaded, out)
     return out
 

@@ -40,7 +40,9 @@ class GgufOptions(MixableOptions, PackableOptions, frozen=True, kw_only=True, fo
     ] = None
     layers: Annotated[
         LayerFormats[Quantizable],
-        Meta(description="layers with a block type of their own, embedding and head too, by patterns as in skip"),
+        Meta(
+            description="layers with a block type of their own (embedding, head, experts too), by patterns as in skip"
+        ),
     ] = ()
     file: Annotated[str, Meta(description="the GGUF whose types apply; filled in when one is loaded")] = ""
 
@@ -51,6 +53,8 @@ class GgufOptions(MixableOptions, PackableOptions, frozen=True, kw_only=True, fo
 
     load_time: ClassVar[frozenset[str]] = PackableOptions.load_time | {"split_mib"}
     format_options: ClassVar[tuple[str, ...]] = ("type", "embedding_type")
+    mixes: ClassVar[tuple[str, ...]] = (*MixableOptions.mixes, "experts")
+    takes_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.embedding_type is None:

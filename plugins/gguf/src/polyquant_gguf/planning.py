@@ -82,8 +82,9 @@ def _chosen(weight: WeightInfo, config: GgufOptions) -> str | None:
     """The type for a weight, or None where it stays dense."""
     if weight.tied_to or weight.name.endswith(SHARED_GATE):
         return None
-    if weight.stacked:
-        return None if config.skips(weight) else config.type
+    if weight.stacked:  # a file may have a type for each of a layer's two
+        named = dict(config.layers).get(weight.name, config.format_of(weight))
+        return named or (None if config.skips(weight) else config.type)
     if len(weight.shape) != 2:
         return None
     if (named := config.format_of(weight)) is not None:

@@ -129,7 +129,12 @@ def experts_from_tensors(dense: Tensor, form: Format, tensors: Mapping[str, Tens
         inside = {name.removeprefix(begin): each for name, each in tensors.items() if name.startswith(begin)}
         found.append(checked(shape, form, inside, bias=False))
     whole = {name: torch.cat([each[name] for each in found], 1) for name in found[0]}
-    return LinearExperts(MlxLinear(_linear((rows, columns)), form, {}), whole)
+    return LinearExperts(MlxLinear(_linear(dense.shape), form, {}), whole)
+
+
+def stack_of(shape: tuple[int, int, int], form: Format, tensors: Mapping[str, Tensor]) -> LinearExperts:
+    """Experts (experts, out_features, in_features) of PARTS of all of them. Raises ModelError as `checked`."""
+    return LinearExperts(MlxLinear(_linear(shape), form, {}), checked(shape, form, tensors, bias=False))
 
 
 def stored_tensors(module: Any, *, metal: bool = False) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from polyquant_mlx._layers import (
     quantize_embedding,
     quantize_experts,
     quantize_linear,
+    stack_of,
     stored_tensors,
 )
 from polyquant_mlx._modules import MlxEmbedding, MlxLinear, share_tied
@@ -156,6 +157,9 @@ def write_unpacked(loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, to
     config: Any = loaded.config
     for name, tensors in layers:
         linear, form = loaded.model.get_submodule(name), form_of(name, config)
+        if isinstance(linear, ExpertStack):
+            checkpoints.put(loaded.model, name, stack_of((linear.count, *linear.shape), form, tensors))
+            continue
         own = checked((linear.out_features, linear.in_features), form, tensors, bias=False)
         bias = {} if linear.bias is None else {"bias": linear.bias.detach()}
         loaded.model.set_submodule(name, MlxLinear(linear, form, {**own, **bias}))
