@@ -37,12 +37,21 @@ class Described(NamedTuple):
     """An architecture of this table."""
 
     architecture: str  # GGUF's
-    fields: Mapping[str, str]  # beside the common ones
+    fields: Mapping[str, str]  # beside the common ones; "" takes one of those back
     fixed: Mapping[str, Any] = {}  # fields that no key states, as llama.cpp computes
+    present: Mapping[str, str] = {}  # fields that say whether there is a tensor -> its name
     has_experts: bool = False
     yarn: Mapping[str, Any] | None = None  # what no key states of YaRN; None: it is not read
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Key -> field."""
+        return {key: field for key, field in {**COMMON, **self.fields}.items() if field}
 
+
+FLOATS = ("epsilon", "scale")
+"""How keys end whose numbers are floats, whatever a config has there."""
+BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 DESCRIBED: Mapping[str, Described] = {
     "mixtral": Described(
         "llama",
@@ -81,6 +90,38 @@ DESCRIBED: Mapping[str, Described] = {
         has_experts=True,
         yarn={"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
     ),
+    "olmoe": Described(
+        "olmoe",
+        {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        {"norm_topk_prob": False},
+        BIAS,
+        has_experts=True,
+    ),
+    "olmo2": Described("olmo2", {}, present=BIAS),
+    "granite": Described(
+        "granite",
+        {
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+        present=BIAS | {"mlp_bias": "blk.0.ffn_up.bias"},
+    ),
+    "cohere": Described(
+        "command-r",
+        {
+            "attention.layer_norm_rms_epsilon": "",
+            "attention.layer_norm_epsilon": "layer_norm_eps",
+            "logit_scale": "logit_scale",
+        },
+        present=BIAS | {"use_qk_norm": "blk.0.attn_q_norm.weight"},
+    ),
+    "gemma": Described("gemma", {}, present=BIAS),
+    "smollm3": Described("smollm3", {}, present=BIAS),
+    "ernie4_5": Described("ernie4_5", {}, present={"use_bias": "blk.0.attn_q.bias"}),
+    "seed_oss": Described("seed_oss", {}, present=BIAS),
+    "arcee": Described("arcee", {}, present=BIAS),
 }
 """transformers' model_type -> how GGUF files describe such models."""
 
@@ -97,7 +138,7 @@ def described(header: Header) -> str | None:
 def config_fields(header: Header, model_type: str) -> dict[str, Any]:
     """The fields of the config that the file's keys state. Raises ModelError where one is missing or no number."""
     own, fields = DESCRIBED[model_type], dict[str, Any]()
-    for key, field in {**COMMON, **own.fields}.items():
+    for key, field in own.keys.items():
         whole = f"{header.architecture}.{key}"
         value = header.metadata.get(whole, WITHOUT.get(key))
         if value is None and key in WITHOUT:
@@ -116,17 +157,17 @@ def config_fields(header: Header, model_type: str) -> dict[str, Any]:
     fields["tie_word_embeddings"] = "output.weight" not in header.tensors
     for word, field in TOKEN_IDS.items():
         fields[field] = header.metadata.get(f"tokenizer.ggml.{word}_token_id")
-    return fields | dict(own.fixed)
+    there = {field: tensor in header.tensors for field, tensor in own.present.items()}
+    return {**fields, **own.fixed, **there}
 
 
 def keys_of(config: Any) -> dict[str, Any] | None:
     """The keys, with the architecture, of a config of the table; None for one that is not in it."""
     if (own := DESCRIBED.get(config.model_type)) is None:
         return None
-    keys = {
-        key: getattr(config, field, None) for key, field in {**COMMON, **own.fields}.items() if field != "rope_theta"
-    }
+    keys = {key: getattr(config, field, None) for key, field in own.keys.items() if field != "rope_theta"}
     keys["vocab_size"] = config.vocab_size
+    keys |= {key: float(value) for key, value in keys.items() if value is not None and key.endswith(FLOATS)}
     return {f"{own.architecture}.{key}": value for key, value in keys.items() if value is not None}
 
 

@@ -22,13 +22,15 @@ SIZES = {
 CLASSES = {
     "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "starcoder2": "Starcoder2",
     "stablelm": "StableLm", "gemma2": "Gemma2", "gemma3": "Gemma3", "nemotron": "Nemotron",
-    "mixtral": "Mixtral", "qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe", "gpt-oss": "GptOss",
+    "olmo2": "Olmo2", "granite": "Granite", "command-r": "Cohere", "gemma": "Gemma", "smollm3": "SmolLM3",
+    "ernie4_5": "Ernie4_5", "seed_oss": "SeedOss", "arcee": "Arcee", "olmoe": "Olmoe", "mixtral": "Mixtral", "qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe", "gpt-oss": "GptOss",
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
 MIXTURES = {
     "mixtral": {"num_local_experts": 4}, "gpt-oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2moe": {"num_experts": 4, "shared_expert_intermediate_size": 160, **EXPERTS},
     "qwen3moe": {"num_experts": 4, "norm_topk_prob": True, **EXPERTS},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},  # as llama.cpp has it
 }  # fmt: skip
 """Sizes of mixtures, with two experts for a token. GGUF calls Mixtral llama."""
 
@@ -36,6 +38,8 @@ MIXTURES = {
 def tiny(architecture: str, **more: object) -> torch.nn.Module:
     """A dense float32 model with random weights, norms that are not ones and biases that are not zero."""
     name = CLASSES[architecture]
+    if not hasattr(transformers, f"{name}ForCausalLM"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     config_name = "Gemma3TextConfig" if architecture == "gemma3" else f"{name}Config"
     config = getattr(transformers, config_name)(**{**SIZES, **MIXTURES.get(architecture, {}), **more})
     with torch.random.fork_rng(devices=[]):
@@ -50,11 +54,13 @@ def tiny(architecture: str, **more: object) -> torch.nn.Module:
 def as_llama_cpp(name: str, tensor: torch.Tensor, architecture: str, config: object) -> list[torch.Tensor]:
     """What convert_hf_to_gguf.py does to a tensor: LlamaModel.permute, Gemma's and Nemotron's norms plus one, gates of
     experts apart from ups (GptOssModel has them in turn, Qwen2MoeModel's shared gate is a vector)."""
-    if architecture in ("llama", "mixtral") and (".q_proj." in name or ".k_proj." in name):
+    if architecture in ("llama", "mixtral", "granite", "smollm3", "arcee") and (
+        ".q_proj." in name or ".k_proj." in name
+    ):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         shape = tensor.shape
         return [tensor.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)]
-    if architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
+    if architecture in ("gemma", "gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
         return [tensor + 1]
     if architecture == "gpt-oss" and ".experts." in name and not name.endswith("bias"):
         tensor = tensor.transpose(-1, -2)

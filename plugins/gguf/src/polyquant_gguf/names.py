@@ -35,12 +35,21 @@ ARCHITECTURES = {
     "gemma2": Rules("gemma2", norm_offset=1.0),
     "gemma3": Rules("gemma3_text", norm_offset=1.0),
     "nemotron": Rules("nemotron", norm_offset=1.0),
+    "olmo2": Rules("olmo2"),
+    "granite": Rules("granite", permutes=True),
+    "command-r": Rules("cohere"),
+    "gemma": Rules("gemma", norm_offset=1.0),
+    "smollm3": Rules("smollm3", permutes=True),
+    "ernie4_5": Rules("ernie4_5"),
+    "seed_oss": Rules("seed_oss"),
+    "arcee": Rules("arcee", permutes=True),
 }
 MIXTURES = {
     "llama": Rules("mixtral", permutes=True),
     "qwen2moe": Rules("qwen2_moe"),
     "qwen3moe": Rules("qwen3_moe"),
     "gpt-oss": Rules("gpt_oss", alternates=True),
+    "olmoe": Rules("olmoe"),
 }
 """Architectures of files with experts."""
 ROPE_FACTORS = "rope_freqs.weight"
@@ -80,7 +89,8 @@ class Placed(NamedTuple):
     @property
     def holds_blocks(self) -> bool:
         """Whether it can be blocks in the model; else it is numbers, such as a vector or a router."""
-        return len(self.shape) > 1 and ROUTERS not in self.entry.name and not self.entry.name.endswith(".bias")
+        is_plain = ROUTERS in self.entry.name or self.entry.name.endswith((".bias", "norm.weight"))
+        return len(self.shape) > 1 and not is_plain
 
     @property
     def shape_in_file(self) -> tuple[int, ...]:

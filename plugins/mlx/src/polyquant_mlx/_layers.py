@@ -55,10 +55,12 @@ def quantize_embedding(embedding: Any, form: Format, config: MlxOptions, dtype: 
     return MlxEmbedding(embedding, form, encoded(finite_weight(embedding), form, config), dtype)
 
 
-def quantize_experts(stack: Tensor, form: Format, config: MlxOptions) -> LinearExperts:
-    """The experts of a dense tensor (experts, out_features, in_features). Raises ModelError as for a layer."""
-    each = (quantize_linear(_linear(matrix.shape, matrix), config, form) for matrix in stack.detach())
-    return LinearExperts.of(each, len(stack))
+def quantize_experts(stack: Tensor, form: Format, config: MlxOptions, *, transposed: bool) -> LinearExperts:
+    """The experts of a dense tensor (experts, out_features, in_features), the last two the other way round where
+    transposed. Raises ModelError as for a layer."""
+    matrices = stack.detach().transpose(1, 2) if transposed else stack.detach()
+    each = (quantize_linear(_linear(matrix.shape, matrix), config, form) for matrix in matrices)
+    return LinearExperts.of(each, len(stack), transposed=transposed)
 
 
 def encoded(weight: Tensor, form: Format, config: MlxOptions) -> dict[str, Tensor]:

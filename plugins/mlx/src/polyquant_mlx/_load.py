@@ -67,7 +67,8 @@ def _quantize(request: LoadRequest, config: MlxOptions, forms: Mapping[str, Form
 
     def make(name: str, dense: Any) -> Any:
         if isinstance(dense, torch.Tensor):
-            return quantize_experts(dense, forms[name], config)
+            is_turned = _weight(request.weights, name).stacked == "in_out"
+            return quantize_experts(dense, forms[name], config, transposed=is_turned)
         if isinstance(dense, nn.Embedding):
             return quantize_embedding(dense, forms[name], config, getattr(torch, wanted))
         return quantize_linear(dense, config, forms[name])

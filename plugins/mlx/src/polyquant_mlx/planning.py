@@ -35,7 +35,7 @@ def takes(weight: WeightInfo, config: MlxOptions) -> bool:
         named = config.format_of(weight) is not None
         return is_embedding(weight) and (named or config.vocabulary == "quantize")
     if weight.role == "experts":
-        return weight.stacked == "out_in" and config.layout == "mlx" and not config.skips(weight)
+        return bool(weight.stacked) and config.layout == "mlx" and not config.skips(weight)
     return weight.role in ("linear", "head") and "Linear" in weight.module and not config.skips(weight)
 
 
@@ -80,7 +80,7 @@ def quantized_bytes(weight: WeightInfo, form: Format, config: MlxOptions) -> int
 
 
 def _require_fit(weight: WeightInfo, form: Format, config: MlxOptions) -> None:
-    columns = weight.shape[-1]
+    columns = weight.shape[1] if weight.stacked == "in_out" else weight.shape[-1]
     if columns % max(form.group_size, 32) == 0:
         return
     what = f"groups of {form.group_size} do not divide in_features {columns}"
