@@ -1,6 +1,9 @@
 """GGUF files: loaded as the dense model they were made of, packed; saved byte for byte; refused where they lie."""
 
+import json
 import re
+import shutil
+
 import polyquant
 import pytest
 import torch
@@ -214,6 +217,30 @@ def test_models_without_a_gguf_form_are_not_written(tmp_path):
     with pytest.raises(SaveError, match="no GGUF can be written for 'helium'"):
         loaded.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _with_config(folder, out, **changes):
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | changes))
+    return out
+
+
+def test_words_of_a_config_that_no_model_reads_do_not_matter(tmp_path):
+    """As checkpoints of the hub have them; Qwen2's window layers count where there is a window."""
+    words = {"max_window_layers": 21, "transformers.js_config": {"dtype": "q4"}, "is_llama_config": True}
+    folder = _with_config(tiny_model("qwen2", tmp_path), tmp_path / "words", **words)
+    loaded = polyquant.load(folder, "gguf", type="Q4_0", kernel="library")
+    assert torch.equal(polyquant.load(loaded.save(tmp_path / "out"), kernel="library").logits(IDS), loaded.logits(IDS))
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": 64}, {"hidden_act": "gelu"}])
+def test_what_a_model_reads_and_a_gguf_does_not_say_is_refused(tmp_path, changes):
+    folder = _with_config(tiny_model("mixtral", tmp_path), tmp_path / "other", **changes)
+    loaded = polyquant.load(folder, "gguf", type="Q4_0")
+    (name,) = changes
+    with pytest.raises(SaveError, match=f"GGUF metadata cannot express this model for transformers: {name}"):
+        loaded.save(tmp_path / "out")
 
 
 def test_types_are_the_files(llama):

@@ -106,7 +106,8 @@ def add(writer: GGUFWriter, key: str, value: Any) -> None:
 def require_same_config(config: Any, read: Any) -> None:
     """Raises SaveError where the config that transformers reads from the written file differs from the model's."""
     before, after = _described(config), _described(read)
-    fields = (set(before) | set(after)) - NOT_COMPARED
+    known = {*type(config)().to_dict(), "head_dim"}  # other words of a config.json are read by no model's code
+    fields = ((set(before) | set(after)) & known) - NOT_COMPARED
     changed = [name for name in sorted(fields) if not _equal(before.get(name), after.get(name))]
     if changed:
         shown = "; ".join(f"{name}: {before.get(name)!r} would be read as {after.get(name)!r}" for name in changed[:3])
@@ -151,8 +152,11 @@ def same_tokenizer(one: Any, other: Any) -> bool:
 
 
 def _described(config: Any) -> dict[str, Any]:
-    """The config's fields; a head size that is left out is the one that follows from the others."""
+    """The config's fields; a head size that is left out is the one that follows from the others, and what is said of
+    windows says nothing where there are none."""
     fields = dict(config.to_dict())
+    if fields.get("use_sliding_window") is False:
+        fields.pop("max_window_layers", None)
     if fields.get("head_dim") is None:
         fields["head_dim"] = config.hidden_size // config.num_attention_heads
     return fields
