@@ -238,12 +238,6 @@ class HeldWeight(Record, frozen=True):
     ordered: bool = False  # whether columns belong to groups in an order of their own: act-order
     table: tuple[float, ...] = ()  # of a code book
 
-    def with_all_of(self, other: HeldWeight) -> HeldWeight:
-        """What a place for both has to have, of two experts in one format."""
-        order = ("middle", "whole", "none")
-        points = max(self.zero_points, other.zero_points, key=order.index)
-        return msgspec.structs.replace(self, zero_points=points, ordered=self.ordered or other.ordered)
-
     @property
     def columns_of_a_scale(self) -> int:
         """`group_size`, -1 for all of a row."""

@@ -99,7 +99,7 @@ def converted(
     for name, weight in source.weights():
         with misfits.of(name):
             own = codes_of(name, weight).held
-            found[name] = found[name].with_all_of(own) if name in found else own
+            found[name] = _place_for_both(found[name], own) if name in found else own
     misfits.refuse()
     held = list(found.values())
     config = msgspec.structs.replace(_options(target, held, given, misfits), skip=_dense(source), skip_defaults=False)
@@ -129,6 +129,12 @@ def converted(
         options=_shown(config), out=str(out), layers=tuple(rows), notes=(*source.notes, *written.notes),
         checkpoint_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
     )  # fmt: skip
+
+
+def _place_for_both(one: HeldWeight, other: HeldWeight) -> HeldWeight:
+    """What a place for two experts of a stack has to have."""
+    points = max(one.zero_points, other.zero_points, key=("middle", "whole", "none").index)
+    return msgspec.structs.replace(one, zero_points=points, ordered=one.ordered or other.ordered)
 
 
 def _dense(source: Source) -> tuple[str, ...]:
