@@ -51,7 +51,10 @@ def changed(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"weights": "int3"}, "weights must be 'int4', 'int8', 'fp8', 'mxfp8', 'mxfp4' or 'nvfp4', got 'int3'"),
+        (
+            {"weights": "int3"},
+            "weights must be 'int4', 'int8', 'fp8', 'mxfp8', 'mxfp4', 'nvfp4' or 'sparse', got 'int3'",
+        ),
         ({"scheme": "W4A16"}, "compressed-tensors has nothing with scheme=W4A16; .*schemes int4, int8"),
         ({"weights": "mxfp4", "group_size": 64}, "group_size 64 does not apply: mxfp4 has groups of 32"),
         ({"strategy": "channel", "group_size": 64}, "with strategy 'channel' has no groups"),
@@ -171,7 +174,7 @@ def with_activations(**arguments):
     [
         (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), r"quantizes the key-value cache \(kv_cache_scheme\)"),
         (lambda c: c.update(transform_config={"config_groups": {}}), "rotates activations"),
-        (lambda c: c.update(sparsity_config={"format": "sparse-24-bitmask"}), "its weights are sparse"),
+        (lambda c: c.update(sparsity_config={"format": "sparse-bitmask"}), "its weights are sparse"),
         (lambda c: c["config_groups"].update(group_1=group(c)), r"several of its config_groups \(group_0, group_1\) target 'Lin"),
         (lambda c: c.update(config_groups=[]), "has no config_groups"),
         (lambda c: c.update(config_groups=["W4A16"]), "no mapping"),

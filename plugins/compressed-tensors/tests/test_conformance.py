@@ -6,6 +6,8 @@ import polyquant
 from polyquant.testing import BackendConformance, Floor
 from polyquant.testing.texts import CALIBRATION
 
+from .sparsity import write_sparse
+
 
 class TestCompressedTensors(BackendConformance):
     backend = "compressed-tensors"
@@ -20,6 +22,9 @@ class TestCompressedTensors(BackendConformance):
     def make_checkpoint(self, dense, preset, out):
         """Text goes to GPTQ only, rounding to nearest refuses it; for tiny models a little, else polyquant's prose."""
         options = self.options(preset)
+        if options.get("weights") == "sparse":
+            write_sparse(dense, out)
+            return
         asked = options.get("method") == "gptq" or options.get("static_activations") or (
             options.get("weights") == "nvfp4" and options.get("dynamic_activations")
         )  # fmt: skip

@@ -11,13 +11,14 @@ import torch
 from compressed_tensors.compressors.mx_utils import decompress_mx_scale
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from polyquant.plugin import E2M1
+from polyquant.plugin.codes import unpacked_bits
 
 from polyquant_compressed_tensors.arguments import BLOCK
 from polyquant_compressed_tensors.formats import MX
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
 ZERO = 8  # the code of int4 that stands for 0
-INT_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INT_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def decode(
@@ -29,6 +30,8 @@ def decode(
     codes: as `planning.held_tensors` has them. Each weight is (code - zero point) * scale, computed in `dtype`; with
     global_scale the scales are divided by it, in float32.
     """
+    if config.weights == "sparse":
+        return codes.to(dtype)
     between = torch.float32 if global_scale is not None else dtype
     values = code_values(config.weights, codes, between)[:, : shape[1]]
     scale = group_scales(config.weights, scale, global_scale, dtype)
@@ -42,6 +45,16 @@ def decode(
     values = values if zero_point is None else values - zero_point
     scale = scale if scale.dim() == 2 else of_rows(scale, shape[0])
     return (values * scale.unsqueeze(-1)).flatten(1).to(dtype)
+
+
+def spread(codes: torch.Tensor, bitmask: torch.Tensor, columns: int) -> torch.Tensor:
+    """Codes of all weights, 0 where there is none: (rows, columns) like `codes`, which has half of each row.
+
+    bitmask: a bit for each weight, lowest first, uint8 (rows, columns / 8).
+    """
+    whole = torch.zeros(len(codes), columns, dtype=INT_OF_BYTES[codes.element_size()], device=codes.device)
+    whole[unpacked_bits(bitmask, 1)[:, :columns].bool()] = codes.view(whole.dtype).flatten()
+    return whole.view(codes.dtype)
 
 
 def group_scales(

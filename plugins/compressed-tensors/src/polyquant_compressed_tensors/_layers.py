@@ -9,40 +9,36 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from polyquant.errors import Misfit, ModelError, UnsupportedOperation
-from polyquant.plugin import E2M1, LayerInfo, LoadedModel
-from polyquant.plugin.floats import pairs_of_codes
+from polyquant.errors import ModelError, UnsupportedOperation
+from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.plugin.codes import unpacked_bits
 from polyquant.plugin.layers import (
     LinearExperts,
     PackedLinear,
-    PackedWeight,
     Part,
     Quantized,
-    WeightCodes,
     describe,
     frozen_for_adapters,
     layer_tensors,
     needs_gradient,
-    pack_weight,
 )
-from polyquant.plugin.layouts import packed_group
-from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes, scales_of_rows, unpacked
 from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
-from polyquant_compressed_tensors._decode import ZERO, decode, group_scales, of_rows, zero_points
+from polyquant_compressed_tensors._decode import decode, spread
 from polyquant_compressed_tensors._library import quantization_scheme
+from polyquant_compressed_tensors._pack import pack, unpack
 from polyquant_compressed_tensors.arguments import BLOCK
-from polyquant_compressed_tensors.formats import FP4, MX, group_of, is_ignored
+from polyquant_compressed_tensors.formats import MX, group_of, is_ignored
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import (
     SCALE,
     WORD_BITS,
     checkpoint_tensors,
-    columns_of_a_scale,
     packed_scale,
     uses_int8pack,
 )
 
+__all__ = ["pack", "unpack"]
 KERNEL = "decode and torch matmul"
 ROUNDED_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
 INT8_KERNEL = f"torch._weight_int8pack_mm, above 8 rows {KERNEL}"
@@ -64,7 +60,8 @@ class CompressedLinear(PackedLinear):
         super().__init__(linear, tensors)
         self.compute_dtype, self.options, self.scheme = dtype, config, quantization_scheme(config)
         self.packed_scale, self.matrices = packed_scale, matrices
-        self.int8pack = uses_int8pack((self.out_features, self.in_features), config)
+        self.sparse = "bitmask" in tensors
+        self.int8pack = uses_int8pack((self.out_features, self.in_features), config) and not self.sparse
         self.kernel = INT8_KERNEL if self.int8pack else ROUNDED_KERNEL if config.rounds_activations else KERNEL
 
     @property
@@ -98,8 +95,9 @@ class CompressedLinear(PackedLinear):
     def dequantize(self) -> torch.Tensor:
         """The weight in the compute dtype, (out_features, in_features)."""
         held = {name.removeprefix("weight_"): tensor.detach() for name, tensor in self._tensors() if name != "bias"}
+        codes = spread(held["packed"], held["bitmask"], self.in_features) if self.sparse else held["packed"]
         return decode(
-            self.options, (self.out_features, self.in_features), self.compute_dtype, held["packed"], held["scale"],
+            self.options, (self.out_features, self.in_features), self.compute_dtype, codes, held.get("scale"),
             held.get("zero_point"), held.get("global_scale"),
         )  # fmt: skip
 
@@ -109,6 +107,9 @@ class CompressedLinear(PackedLinear):
     def checkpoint_tensors(self, *, plain: bool) -> dict[str, torch.Tensor]:
         """Tensors as a checkpoint stores them. plain: 8-bit weights a byte each, not in words."""
         tensors = {name: tensor.detach() for name, tensor in self._tensors()}
+        if self.sparse:
+            tensors["compressed"] = tensors.pop("weight_packed")
+            return {**tensors, "shape": torch.tensor([[self.out_features], [self.in_features]])}
         if plain:
             tensors["weight"] = tensors.pop("weight_packed")
         elif self.options.weights == "int8":
@@ -129,15 +130,33 @@ def packed_linear(
     matrices: as many of an expert follow each other in its rows.
     """
     shape = (linear.out_features, linear.in_features)
-    expected = checkpoint_tensors(shape, config, plain=plain, matrices=matrices)
+    sparse = "compressed" in tensors or config.weights == "sparse"
+    expected = checkpoint_tensors(shape, config, plain=plain, matrices=matrices, sparse=sparse)
     if matrices > 1:
         _require_joined(shape[0] // matrices, config, tensors, plain=plain)
     held = layer_tensors(linear, tensors, {name: Part(*part, *_range(name, config)) for name, part in expected.items()})
     said = [shape[0] // matrices, shape[1]] * matrices
     if "weight_shape" in held and held.pop("weight_shape").tolist() != said:
         raise ModelError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model has {said}")
-    scale = packed_scale(config.weights, dtype_name(held["weight_scale"]), str(dtype).removeprefix("torch."))
+    if sparse:
+        _require_half(held, shape)
+        held["weight_packed"] = held.pop("compressed")
+        del held["shape"]
+    stored = held.get("weight_scale", held.get("weight_packed"))
+    scale = packed_scale(config.weights, dtype_name(stored), str(dtype).removeprefix("torch."))
     return CompressedLinear(linear, config, dtype, _held(held, config, shape, dtype), getattr(torch, scale), matrices)
+
+
+def _require_half(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> None:
+    """Raises ModelError where a mask does not choose half of each row."""
+    if (said := tensors["shape"].flatten().tolist()) != list(shape):
+        raise ModelError(f"shape says {said}, the model has {list(shape)}")
+    chosen = unpacked_bits(tensors["bitmask"], 1).sum(1)
+    if bool((chosen != shape[1] // 2).any()):
+        raise ModelError(
+            f"bitmask chooses {int(chosen.min())} to {int(chosen.max())} of the {shape[1]} weights of a row, and "
+            f"{shape[1] // 2} are stored; the checkpoint is damaged"
+        )
 
 
 def stored_shape(layer: CompressedLinear) -> torch.Tensor:
@@ -165,62 +184,6 @@ def _require_joined(
             )
 
 
-def pack(module: CompressedLinear) -> PackedWeight:
-    """Of a layer with any kernel. Raises ModelError for fp8 weights that are NaN."""
-    options, columns = module.options, module.in_features
-    held = module.checkpoint_tensors(plain=options.weight_bits == 8)
-    scales = group_scales(
-        options.weights, held["weight_scale"], held.get("weight_global_scale"), module.packed_scale
-    ).to(module.packed_scale)
-    scales = of_rows(scales, module.out_features) if scales.dim() == 1 else scales
-    scales = scales_of_rows(scales, module.out_features, BLOCK[0] if options.strategy == "block" else 1)
-    codes = held["weight"] if options.weight_bits == 8 else unpacked(held["weight_packed"], 4)[:, :columns]
-    zero = ZERO if options.weights == "int4" else 0
-    return pack_weight(
-        codes, scales, packed_group(columns, columns_of_a_scale(options)), zero=zero,
-        zeros=None if options.symmetric else zero_points(held["weight_zero_point"], scales) + zero,
-        table=torch.tensor(E2M1) if options.weights in FP4 else None,
-    )  # fmt: skip
-
-
-def unpack(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[str, torch.Tensor]:
-    """As `planning.checkpoint_tensors` names them, in the layout that llm-compressor writes: integers in words."""
-    config = config.of_module(weight.name)
-    size = columns_of_a_scale(config)
-    if config.weights in FP4:
-        codes = fp4_codes(weight, size)
-        return {"weight_packed": pairs_of_codes(codes), **_fp4_scales(weight.in_groups(size), config)}
-    held = weight.in_order().in_groups(size)
-    if config.weights == "mxfp8":
-        return {"weight": _floats(held), "weight_scale": exponents(held.scales)}
-    scale = {"weight_scale": held.scales_as(torch.bfloat16, torch.float16, torch.float32)}
-    if config.weights == "fp8":
-        return {"weight": _floats(held), **scale}
-    bits, middle = int(config.weight_bits), held.middle
-    held.integers(bits)
-    tensors = {"weight_packed": pack_to_int32((held.codes.short() - middle).to(torch.int8), bits),
-               "weight_shape": torch.tensor(weight.shape), **scale}  # fmt: skip
-    if config.symmetric:
-        held.without_zero_points()
-        return tensors
-    low = 0 if bits == 4 else -128
-    zeros = (held.zero_points(low, low + (1 << bits) - 1) - middle).to(torch.int8)
-    return {**tensors, "weight_zero_point": pack_to_int32(zeros, bits, packed_dim=0)}
-
-
-def _floats(weight: WeightCodes) -> torch.Tensor:
-    if weight.kind != "floats":
-        raise Misfit("bits", f"its codes are {weight.kind}, and floats of 8 bits (E4M3) are held")
-    return weight.codes
-
-
-def _fp4_scales(weight: WeightCodes, config: CompressedTensorsOptions) -> dict[str, torch.Tensor]:
-    if config.weights == "mxfp4":
-        return {"weight_scale": exponents(weight.scales)}
-    scales, factor = e4m3_scales(weight.scales, divides=True)
-    return {"weight_scale": scales, "weight_global_scale": factor}
-
-
 def _range(name: str, config: CompressedTensorsOptions) -> tuple[float | None, float | None]:
     """Least and greatest value of a tensor, where not all that its dtype can hold are possible."""
     if name == "weight_scale" and config.weights in MX:
@@ -236,11 +199,13 @@ def _held(
     held = dict(tensors)
     if "weight" in held:
         held["weight_packed"] = held.pop("weight")
-    elif config.weights == "int8":
+    elif config.weights == "int8" and "bitmask" not in held:
         held["weight_packed"] = unpack_from_int32(held["weight_packed"], 8, torch.Size(shape))
         if "weight_zero_point" in held:
             zeros = torch.Size((shape[0], held["weight_scale"].shape[1]))
             held["weight_zero_point"] = unpack_from_int32(held["weight_zero_point"], 8, zeros, packed_dim=0)
+    if config.weights == "sparse":
+        return {name: (each if name == "bitmask" else each.to(dtype)).contiguous() for name, each in held.items()}
     floating = checkpoint_tensors(shape, config, plain=True)["weight_scale"].dtype == SCALE
     cast = ("bias", "input_scale", *(["weight_scale"] if floating else []))
     return {name: (tensor.to(dtype) if name in cast else tensor).contiguous() for name, tensor in held.items()}
@@ -248,7 +213,9 @@ def _held(
 
 def describe_layers(model: Any) -> list[LayerInfo]:
     stored, head = model.config.quantization_config, model.get_output_embeddings()
-    ignore, groups = stored.get("ignore") or (), stored["config_groups"]
+    ignore, groups = stored.get("ignore") or (), stored.get("config_groups")
+    if not groups:  # sparse alone
+        return describe(model, _quantized, skipped=stored["sparsity_config"].get("ignore") or ())
     skipped = [
         name
         for name, module in model.named_modules()

@@ -36,7 +36,8 @@ def load(request: LoadRequest, config: CompressedTensorsOptions) -> LoadedModel:
 
     def make(name: str, dense: Any, tensors: dict[str, torch.Tensor]) -> Any:
         stack, options = isinstance(dense, torch.Tensor), own[name]
-        plain = plain_format(stored, stored_expert(name) if stack else name)
+        sparse = options.weights == "sparse" or "compressed" in tensors
+        plain = sparse or plain_format(stored, stored_expert(name) if stack else name)
         matrices = joined_matrices(name) if stack else 1
 
         def of_one(linear: Any, tensors: dict[str, torch.Tensor]) -> CompressedLinear:
@@ -59,9 +60,11 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     Experts one by one, as they were.
     """
     stored, tensors = dict(loaded.model.config.quantization_config), dict(loaded.model.state_dict())
+    named = checkpoints.MODEL  # what is sparse transformers does not read: its library has lost it
     for name, module in loaded.model.named_modules():
         if isinstance(module, CompressedLinear):
-            own = module.checkpoint_tensors(plain=plain_format(stored, name))
+            own = module.checkpoint_tensors(plain=module.sparse or plain_format(stored, name))
+            named = checkpoints.OWN_FORMAT if module.sparse else named
         elif isinstance(module, LinearExperts):
             own = _of_all(module, plain=plain_format(stored, stored_expert(name)))
         else:
@@ -69,7 +72,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
         for key in module.state_dict():
             del tensors[f"{name}.{key}"]
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
-    return checkpoints.save(loaded, out, experts.as_stored(loaded, tensors), stored)
+    return checkpoints.save(loaded, out, experts.as_stored(loaded, tensors), stored, named=named)
 
 
 def _of_all(stack: LinearExperts, *, plain: bool) -> dict[str, torch.Tensor]:

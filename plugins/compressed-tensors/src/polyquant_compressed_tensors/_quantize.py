@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader
 
 from polyquant_compressed_tensors._library import LLM_COMPRESSOR, quantization_scheme, quiet_llm_compressor
 from polyquant_compressed_tensors.formats import OWN
-from polyquant_compressed_tensors.options import CompressedTensorsOptions
+from polyquant_compressed_tensors.options import READ_ONLY, CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import plan_layers
 
 
 def quantize(request: LoadRequest, config: CompressedTensorsOptions, calibration: Sequence[str], out: Path) -> Path:
     """Raises ConfigError for what makes no checkpoint, EnvironmentProblem where llm-compressor is not there."""
+    if config.weights == "sparse":
+        raise ConfigError(READ_ONLY)
     if config.method == "unknown":
         raise ConfigError("method 'unknown' is for checkpoints that do not say theirs; quantize with 'rtn' or 'gptq'")
     if calibration and not config.uses_text:

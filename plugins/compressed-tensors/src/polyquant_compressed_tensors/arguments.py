@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
-Weights = Literal["int4", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4"]
-BITS: Mapping[Weights, int] = {"int4": 4, "int8": 8, "fp8": 8, "mxfp8": 8, "mxfp4": 4, "nvfp4": 4}
+Weights = Literal["int4", "int8", "fp8", "mxfp8", "mxfp4", "nvfp4", "sparse"]
+"""Of weights. sparse: half of them, in 16 bits, and a mask that says which."""
+BITS: Mapping[Weights, int] = {"int4": 4, "int8": 8, "fp8": 8, "mxfp8": 8, "mxfp4": 4, "nvfp4": 4, "sparse": 8}
 BLOCK = (128, 128)
 Way = Literal["", "dynamic", "static"]
 """Scales of activations. dynamic: found while running, of nvfp4 below a stored one for the whole tensor. static: one

@@ -21,10 +21,12 @@ STRATEGIES: Mapping[Weights, tuple[Strategy, ...]] = {  # the first is the defau
     "mxfp8": ("group",),
     "mxfp4": ("group",),
     "nvfp4": ("tensor_group",),
+    "sparse": ("tensor",),
 }
 FP4, MX = ("mxfp4", "nvfp4"), ("mxfp4", "mxfp8")  # codes of 4 bits that are floats; scales that are powers of two
 DEFAULT_GROUP = 64
 
+SPARSE = "sparse-24-bitmask"
 OWN = "polyquant"  # key for what compressed-tensors has no field for
 OWN_FIELDS = ("method", "samples", "length", "compute_dtype")
 NAIVE = ("int-quantized", "float-quantized", "naive-quantized")
@@ -123,9 +125,15 @@ def read_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
     for name, what in UNREAD.items():
         if stored.get(name):
             raise ValueError(f"it {what} ({name}), which is not run")
-    sparse = _mapping(stored, "sparsity_config").get("format", "dense")
-    if sparse != "dense":
-        raise ValueError(f"its weights are sparse ({sparse}), which is not read")
+    sparsity = _mapping(stored, "sparsity_config")
+    sparse = sparsity.get("format", "dense")
+    if sparse not in ("dense", SPARSE):
+        raise ValueError(f"its weights are sparse ({sparse}); {SPARSE} is read")
+    noted = _mapping(stored, OWN) or {"method": "unknown"}
+    own = {name: noted[name] for name in OWN_FIELDS if name in noted}
+    if not groups and sparse == SPARSE:
+        skip = _patterns(sparsity.get("ignore") or (), "sparsity_config's ignore")
+        return {"weights": "sparse", **own, "skip": skip, "skip_defaults": False}
     if not groups:
         raise ValueError("it has no config_groups, so that nothing in it is quantized")
     targets = {name: _targets(name, _mapping(groups, name)) for name in groups}
@@ -138,8 +146,6 @@ def read_stored(stored: Mapping[str, Any]) -> dict[str, Any]:
         (target, _named(name, chosen[name]))
         for name in groups if len(groups) > 1 for target in targets[name] if target != LINEAR
     ]  # fmt: skip
-    noted = _mapping(stored, OWN) or {"method": "unknown"}
-    own = {name: noted[name] for name in OWN_FIELDS if name in noted}
     skip = _patterns(stored.get("ignore") or (), "ignore")
     return {**chosen[base], **own, "layers": layers, "skip": skip, "skip_defaults": False}
 
@@ -249,8 +255,21 @@ def _weights(arguments: Mapping[str, Any], packed_format: str | None) -> dict[st
     }  # fmt: skip
 
 
-def held(weight: HeldWeight) -> dict[str, Any]:
-    """The options of the format that holds one weight of another checkpoint as it is. Raises Misfit."""
+def held_formats(weights: Sequence[HeldWeight]) -> dict[str, Any]:
+    """The options of a checkpoint that holds weights of another as they are: the format of most layers, and `layers`.
+
+    Raises Misfit.
+    """
+    own = {weight.name: _held(weight) for weight in weights}
+    names = Counter(map(str, own.values()))
+    most = names.most_common(1)[0][0]
+    base = next(options for options in own.values() if str(options) == most)
+    others = tuple((name, format_name(options)) for name, options in own.items() if options != base)
+    return base | {"layers": others} if others else base
+
+
+def _held(weight: HeldWeight) -> dict[str, Any]:
+    """The options of one weight's format. Raises Misfit."""
     if weight.ordered:
         raise Misfit("act-order", "its columns belong to groups in an order of their own, and those held follow")
     grouped = weight.columns_of_a_scale != -1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -31,8 +30,7 @@ from polyquant_compressed_tensors.formats import (
     Strategy,
     choices_of,
     first_fitting,
-    format_name,
-    held,
+    held_formats,
     is_ignored,
     read_stored,
     settled,
@@ -41,6 +39,7 @@ from polyquant_compressed_tensors.formats import (
 
 PACK_GROUPS = (32, 64, 128, 256)  # that torch's int4 matmul has
 SAMPLES, LENGTH = 64, 512
+READ_ONLY = "sparse checkpoints (weights='sparse') are read and saved here, and not made of a dense model"
 OWN_CHOICE = ("auto", "library")  # kernel options that leave the choice to this package
 
 
@@ -49,7 +48,10 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     weights: Annotated[
         Weights,
-        Meta(description="type of a quantized weight: W4A16, W8A16 or W8A8, FP8, MX, NVFP4 of llm-compressor"),
+        Meta(
+            description="type of a quantized weight: W4A16, W8A16 or W8A8, FP8, MX, NVFP4 of llm-compressor; sparse: "
+            "half of the weights, in 16 bits, from checkpoints alone"
+        ),
     ] = "int4"
     strategy: Annotated[
         Strategy | None,
@@ -255,6 +257,8 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
         Raises ConfigError for rounded activations: only llm-compressor writes those.
         """
+        if self.weights == "sparse":
+            raise ConfigError(READ_ONLY)
         if self.rounds_activations:
             raise ConfigError(
                 "a checkpoint whose activations are rounded is made by polyquant quantize, of a dense model"
@@ -282,15 +286,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
     @classmethod
     def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
         """The format of most layers; the others have their own, where it has a name."""
-        own = {weight.name: held(weight) for weight in weights}
-        names = Counter(map(str, own.values()))
-        most = names.most_common(1)[0][0]
-        base = next(options for options in own.values() if str(options) == most)
-        if len(names) == 1:
-            return base
-        return base | {
-            "layers": tuple((name, format_name(options)) for name, options in own.items() if options != base)
-        }
+        return held_formats(weights)
 
 
 def _targeted(weight: WeightInfo) -> str:

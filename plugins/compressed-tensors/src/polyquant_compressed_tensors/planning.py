@@ -26,7 +26,7 @@ from polyquant_compressed_tensors.formats import SHARING, is_ignored, joined_mat
 from polyquant_compressed_tensors.options import OWN_CHOICE, CompressedTensorsOptions
 
 SCALE = "float"  # dtype of a scale in floating point: the compute dtype in memory, any in a checkpoint
-WORD_BITS = 32
+WORD_BITS, BYTE_BITS = 32, 8
 KINDS: Mapping[str, Literal["affine4", "codebook4", "int8", "float8"]] = {
     "int4": "affine4", "int8": "int8", "fp8": "float8", "mxfp8": "float8", "mxfp4": "codebook4", "nvfp4": "codebook4"
 }  # fmt: skip
@@ -84,6 +84,11 @@ def is_stack(weight: WeightInfo) -> bool:
     return weight.stacked == "out_in" and "weight_scale" in _own_parts(weight)
 
 
+def is_sparse(weight: WeightInfo, config: CompressedTensorsOptions) -> bool:
+    """Whether the checkpoint holds half of a layer's weights, with a mask; or the options say so."""
+    return "compressed" in weight.parts or config.weights == "sparse"
+
+
 def _own_parts(weight: WeightInfo) -> dict[str, str]:
     """What the file holds of each expert of a stack -> dtype; `parts` has that of all experts of their layer."""
     own = f"{weight.name.rpartition('.')[2]}."
@@ -98,7 +103,8 @@ def _plan(weight: WeightInfo, config: CompressedTensorsOptions) -> LayerPlan:
     named = config.format_of(weight)
     (plan,) = plan_linears(
         [weight], own, own.scheme, lambda _: count * quantized_bytes(one, own, named=named, matrices=matrices),
-        takes=lambda weight, _: stack or is_linear(weight, config), packed=lambda _: packed_format(one, own),
+        takes=lambda weight, _: stack or is_linear(weight, config),
+        packed=lambda _: None if is_sparse(weight, own) else packed_format(one, own),
     )  # fmt: skip
     return plan
 
@@ -136,7 +142,8 @@ def quantized_bytes(
     _require_fit(weight, config, named)
     sizes = {**DTYPE_BYTES, "float8_e4m3fn": 1, SCALE: DTYPE_BYTES[weight.dtype]}
     return sum(
-        prod(tensor.shape) * sizes[tensor.dtype] for tensor in held_tensors(weight.shape, config, matrices).values()
+        prod(tensor.shape) * sizes[tensor.dtype]
+        for tensor in held_tensors(weight.shape, config, matrices, sparse=is_sparse(weight, config)).values()
     )
 
 
@@ -154,11 +161,18 @@ def _require_fit(weight: WeightInfo, config: CompressedTensorsOptions, named: st
     raise unfit(weight, f"groups of {size} do not divide in_features {columns}", fixes)
 
 
-def held_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions, matrices: int = 1) -> dict[str, Tensor]:
+def held_tensors(
+    shape: tuple[int, ...], config: CompressedTensorsOptions, matrices: int = 1, *, sparse: bool = False
+) -> dict[str, Tensor]:  # fmt: skip
     """What a layer holds in memory: 8-bit weights a byte each, 4-bit ones as the checkpoint or torch's matmul has them.
 
     shape: (out_features, in_features).
     """
+    if sparse:
+        tensors = checkpoint_tensors(shape, config, plain=True, sparse=True)
+        del tensors["shape"]
+        half = tensors.pop("compressed")
+        return {**tensors, "weight_packed": half}
     if uses_int4pack(shape, config):
         packed, scales = Tensor((shape[0], shape[1] // 2), "uint8"), scale_shape(shape, config)
         return {"weight_packed": packed, "weight_scale": Tensor((scales[1], scales[0], 2), SCALE)}
@@ -178,14 +192,16 @@ def uses_int8pack(shape: tuple[int, ...], config: CompressedTensorsOptions) -> b
 
 
 def checkpoint_tensors(
-    shape: tuple[int, ...], config: CompressedTensorsOptions, *, plain: bool, matrices: int = 1
+    shape: tuple[int, ...], config: CompressedTensorsOptions, *, plain: bool, matrices: int = 1, sparse: bool = False
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What a checkpoint stores of a layer. plain: 8-bit weights a byte each, not in words.
+    """What a checkpoint stores of a layer. plain: 8-bit weights a byte each, not in words; sparse: half of them.
 
     matrices: as many matrices of an expert, of the same size, one's rows after the other's; a number for a whole
     matrix is there as often.
     """
     rows, columns = shape
+    if sparse:
+        return _sparse_tensors(shape, config)
     bits, scales = int(config.weight_bits), scale_shape(shape, config, matrices)
     activations = {"input_scale": Tensor((matrices,), SCALE)} if config.static_activations else {}
     if config.weights == "mxfp4":
@@ -205,6 +221,16 @@ def checkpoint_tensors(
         zeros = Tensor((ceil(rows * bits / WORD_BITS), scales[1]), "int32")
     symmetric = {} if config.symmetric else {"weight_zero_point": zeros}
     return {**codes, "weight_scale": Tensor(scales, SCALE), **symmetric, **activations}
+
+
+def _sparse_tensors(shape: tuple[int, ...], config: CompressedTensorsOptions) -> dict[str, Tensor]:
+    """Half of each row, a bit for each weight, and what else there is of a layer that is not sparse."""
+    rows, columns = shape
+    quantized = config.weights != "sparse"
+    dense = checkpoint_tensors(shape, config, plain=True) if quantized else {"weight": Tensor(shape, SCALE)}
+    half = Tensor((rows, columns // 2), dense.pop("weight").dtype)
+    mask = Tensor((rows, ceil(columns / BYTE_BITS)), "uint8")
+    return {**dense, "compressed": half, "bitmask": mask, "shape": Tensor((2,), "int64")}
 
 
 def scale_shape(shape: tuple[int, ...], config: CompressedTensorsOptions, matrices: int = 1) -> tuple[int, ...]:

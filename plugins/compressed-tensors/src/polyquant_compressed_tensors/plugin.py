@@ -9,11 +9,11 @@ from polyquant_compressed_tensors.options import CompressedTensorsOptions
 LIBRARY = Library(distribution="compressed-tensors", versions=">=0.19,<0.20", module="compressed_tensors")
 SCHEMES = (
     "int4", "int8", "int8-dynamic", "int8-static", "fp8", "fp8-dynamic", "fp8-static", "mxfp8", "mxfp8-dynamic",
-    "mxfp4", "mxfp4-dynamic", "nvfp4", "nvfp4-dynamic",
+    "mxfp4", "mxfp4-dynamic", "nvfp4", "nvfp4-dynamic", "sparse",
 )  # fmt: skip
 INFO = BackendInfo(
     name="compressed-tensors",
-    summary="checkpoints of llm-compressor, as vLLM serves them: int4, int8, fp8, mxfp8, mxfp4, nvfp4",
+    summary="checkpoints of llm-compressor, as vLLM serves them: int4, int8, fp8, mxfp8, mxfp4, nvfp4, 2:4 sparse",
     capabilities=Capabilities(
         bits=(4, 8),
         schemes=SCHEMES,
