@@ -53,6 +53,7 @@ def load(
     kv_cache: KvCache = "keep",
     adapter: str | Path | Sequence[str | Path] = (),
     return_freed_memory: bool = False,
+    cache: bool = True,
     progress: bool = False,
     **options: Any,
 ) -> LoadedModel:
@@ -70,6 +71,8 @@ def load(
     adapter: a LoRA adapter of PEFT's to put on the model, by its folder or hub name; of several the products are added.
     return_freed_memory: give memory that is freed while loading on a CPU back at once: a lower peak, a slower load, and
         glibc's own adjustment of its thresholds is off from then on.
+    cache: whether weights that polyquant's packed runtime multiplies with are kept, quantized, for the next load of the
+        same, which maps them; of checkpoints from 64 MiB on. `polyquant cache list` shows them.
 
     >>> loaded = polyquant.load("builtin:smollm2", backend="bitsandbytes", bits=4, quant_type="nf4")
     >>> loaded.generate("The capital of France is", max_new_tokens=8)
@@ -82,7 +85,7 @@ def load(
         model, backend, revision=revision, device=device, device_map=device_map, max_memory=max_memory,
         offload=offload, allow_dequantize=allow_dequantize, trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle, attention=attention, kv_cache=kv_cache, adapter=adapter,
-        return_freed_memory=return_freed_memory, progress=progress, **options,
+        return_freed_memory=return_freed_memory, cache=cache, progress=progress, **options,
     )  # fmt: skip
 
 

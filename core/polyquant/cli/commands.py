@@ -11,7 +11,7 @@ import typer
 
 import polyquant
 from polyquant import api
-from polyquant.cli import authoring, environments
+from polyquant.cli import authoring, caching, environments
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
 from polyquant.cli.converting import convert
@@ -56,6 +56,7 @@ def build(backend: str | None) -> typer.Typer:
     app.command()(convert)
     authoring.register(app)
     environments.register(app)
+    caching.register(app)
     app.command()(recommend)
     for command in (plan, load, verify, run, chat, quantize, finetune, merge):
         app.command()(loads_models(command, backend))

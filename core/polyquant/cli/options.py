@@ -52,6 +52,8 @@ def _shared() -> list[inspect.Parameter]:
         option("revision", str | None, None, "Branch, tag or commit of a hub repository."),
         option("allow_dequantize", bool, False, "Accept a model that ends up dense.", "--allow-dequantize"),
         option("allow_pickle", bool, False, "Read pickle weights, which can run any code.", "--allow-pickle"),
+        option("cache", bool, True, "Keep quantized weights for the next load of the same, and take them from there.",
+               "--cache/--no-cache"),
         option("trust_remote_code", bool, False, "Run the repository's own Python code.", "--trust-remote-code"),
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ import msgspec
 from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, DenseModelError, ModelError
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
-from polyquant.loading import adapter, kernel
+from polyquant.loading import adapter, kernel, quantized_cache
 from polyquant.loading.cache import require_cache
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
@@ -94,11 +94,12 @@ def load_model(
     adapters = adapter.require(how.adapter, backend.capabilities)  # before the weights are read
     request, settled = prepare(model, backend, config, given, how, route)
     with giving_back(settled) if how.return_freed_memory else nullcontext():
-        loaded, failed = _tried(backend, request, settled, chosen=kernel.is_chosen(config, settled.options))
+        chosen = kernel.is_chosen(config, settled.options)
+        loaded, failed = _tried(backend, request, settled, chosen=chosen, cached=how.cache)
         if loaded is None:
             library = kernel.with_library(config)
             request, settled = prepare(model, backend, library, {**given, "kernel": LIBRARY}, how, route)
-            loaded = load_settled(backend, request, settled)
+            loaded = load_settled(backend, request, settled, cached=how.cache)
             loaded.notes.append(f"the library multiplies, since the model does not run with packed kernels: {failed}")
     loaded.requested = config
     loaded.notes[:0] = settled.notes
@@ -110,19 +111,22 @@ def load_model(
     return loaded
 
 
-def _tried(backend: Backend, request: LoadRequest, settled: Settled, *, chosen: bool) -> tuple[LoadedModel | None, str]:
+def _tried(
+    backend: Backend, request: LoadRequest, settled: Settled, *, chosen: bool, cached: bool
+) -> tuple[LoadedModel | None, str]:
     """A load; or, where the packed runtime was `chosen` for it, None and why it cannot run with that."""
     try:
-        return load_settled(backend, request, settled), ""
+        return load_settled(backend, request, settled, cached=cached), ""
     except (ConfigError, ModelError) as error:
         if not chosen:
             raise
         return None, str(error)
 
 
-def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> LoadedModel:
+def load_settled(backend: Backend, request: LoadRequest, settled: Settled, *, cached: bool = False) -> LoadedModel:
     """What the backend loads, finished: with its tokenizer, the options as a checkpoint stores them, and its layers.
 
+    cached: whether quantized weights are taken from the cache, and kept there.
     Raises ConfigError, with what to skip, for a model that cannot run as it is quantized.
     """
     tokenizer = None
@@ -131,8 +135,12 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
 
         # before the weights: reading it takes more memory for a moment than it keeps
         tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
+    place = None
+    if cached and quantized_cache.is_kept(backend, request, settled):
+        place = quantized_cache.place_of(backend, request, settled)
+    restored = quantized_cache.restore(place, backend, request, settled) if place is not None else None
     with as_stored(settled, request.source.name, backend.name):
-        loaded = backend.load(request, settled)
+        loaded = restored or backend.load(request, settled)
     if loaded.tokenizer is None:
         loaded.tokenizer = tokenizer
     if loaded.tokenizer is None:
@@ -140,7 +148,8 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
     if backend.capabilities.runs_on_torch:
         from polyquant.registry import repacked
 
-        repacked.finish(loaded, backend)
+        if restored is None:
+            repacked.finish(loaded, backend)
         loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
     loaded.initial_layers = loaded.layers
     if backend.capabilities.runs_on_torch:
@@ -152,6 +161,8 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled) -> Lo
         require_running(loaded)
         require_keeping(loaded)
         loaded.tried_bytes = total(loaded.layers)
+    if place is not None and restored is None:
+        quantized_cache.keep(place, loaded, backend)
     return loaded
 
 

@@ -26,6 +26,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kv_cache: KvCache = "keep"
     adapter: tuple[str, ...] = ()
     return_freed_memory: bool = False
+    cache: bool = True
     progress: bool = False
 
 

@@ -119,6 +119,15 @@ class RepackedExperts(Holding, ExpertStack):
         self.count, self.transposed, self.activations = count, transposed, "int16"
         self.eval()
 
+    @classmethod
+    def of_parts(cls, parts: PackedWeight, scheme: str, bits: float, *, transposed: bool = False) -> RepackedExperts:
+        """parts: of all experts, each tensor with one more axis before the others; they become the module's own."""
+        stack = cls((), len(parts.codes), scheme, bits, transposed=transposed)
+        for name, part in named(parts).items():
+            stack.register_parameter(name, torch.nn.Parameter(part, requires_grad=False))
+        stack._hold(parts, scheme, bits)
+        return stack
+
     @property
     def packed(self) -> list[PackedWeight]:
         """The weight of each expert, (out_features, in_features), whose tensors are views of the module's own."""

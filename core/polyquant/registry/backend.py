@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from polyquant.errors import BackendFailed
 from polyquant.memory.experts import with_experts
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
     from polyquant.loading.settle import Settled
     from polyquant.request import LoadRequest
+
+Answer = TypeVar("Answer")
 
 
 class Backend:
@@ -86,7 +88,22 @@ class Backend:
 
     def load(self, request: LoadRequest, settled: Settled) -> LoadedModel:
         """Load what is settled; time and peak memory are recorded in the result."""
-        loaded, recorder = self._recorded("load", request=request, config=settled.options)
+        return self._completed(lambda: self._call("load", request=request, config=settled.options), request, settled)
+
+    def take(self, restore: Callable[[], LoadedModel], request: LoadRequest, settled: Settled) -> LoadedModel:
+        """What `restore` gives in place of the backend's own `load`: observers see it as that, and it is recorded."""
+        arguments = {"request": request, "config": settled.options}
+
+        def load() -> LoadedModel:
+            taken: LoadedModel = self._registry.observed(
+                self.name, "load", lambda call: restore(), elsewhere=False, **arguments
+            )
+            return taken
+
+        return self._completed(load, request, settled)
+
+    def _completed(self, load: Callable[[], LoadedModel], request: LoadRequest, settled: Settled) -> LoadedModel:
+        loaded, recorder = self._recorded(load)
         loaded._backend, loaded.request, loaded.settled = self, request, settled
         loaded.records += recorder.records
         return loaded
@@ -147,7 +164,7 @@ class Backend:
         """Write a checkpoint into a folder that is there. Raises SaveError."""
         own = self._as_its_own(loaded)
         known = len(own.notes)
-        _, recorder = self._recorded("save", loaded=own, out=out)
+        _, recorder = self._recorded(lambda: self._call("save", loaded=own, out=out))
         loaded.records += recorder.records
         if own is not loaded:
             loaded.notes += own.notes[known:]
@@ -203,10 +220,11 @@ class Backend:
     def _call(self, hook: str, **arguments: Any) -> Any:
         return self._registry.call(self.name, hook, **arguments)
 
-    def _recorded(self, hook: str, **arguments: Any) -> tuple[Any, Recorder]:
+    def _recorded(self, call: Callable[[], Answer]) -> tuple[Answer, Recorder]:
+        """What a call of a hook answers, and its records."""
         recorder = Recorder(self.name)
         self._registry.add_observer(recorder)
         try:
-            return self._call(hook, **arguments), recorder
+            return call(), recorder
         finally:
             self._registry.remove_observer(recorder)

@@ -118,12 +118,14 @@ class Registry:
         """Undo `add_observer`."""
         self._manager.unregister(observer)
 
-    def observed(self, name: str, hook: str, answer: Callable[[Call], Any], **arguments: Any) -> Any:
-        """What `answer` gives in place of the backend's own hook, in another process; observers see it as a call.
+    def observed(
+        self, name: str, hook: str, answer: Callable[[Call], Any], *, elsewhere: bool = True, **arguments: Any
+    ) -> Any:
+        """What `answer` gives in place of the backend's own hook; observers see it as a call.
 
-        arguments: the hook's, for observers that ask for them.
+        elsewhere: whether another process answers. arguments: the hook's, for observers that ask for them.
         """
-        call = Call(name, elsewhere=True)
+        call = Call(name, elsewhere=elsewhere)
         caller = self._manager.subset_hook_caller(hook, remove_plugins=list(self._plugins.values()))
         with calling(call):
             return caller.call_extra([lambda: answer(call)], arguments)

@@ -112,8 +112,8 @@ def _pack_quantized(
         weight = _packed(module, plan, shapes[layer.name], backend)
         if plan.role == "embedding":
             dtype = getattr(torch, loaded.config.compute_dtype)
-            embedding = RepackedEmbedding(weight, dtype, layer.scheme, layer.bits, _scale(module))
-            _put_embedding(loaded.model, name, embedding, partial(tied_head, embedding))
+            embedding = RepackedEmbedding(weight, dtype, layer.scheme, layer.bits, scale_of(module))
+            put_embedding(loaded.model, name, embedding, partial(tied_head, embedding))
             continue
         bias = getattr(module, "bias", None)
         loaded.model.set_submodule(name, RepackedLinear(weight, bias, layer.scheme, layer.bits))
@@ -194,8 +194,8 @@ def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
     if plan.role == "head":
         model.set_submodule(name, RepackedLinear(weight, module.bias, plan.scheme, plan.bits))
         return
-    embedding = RepackedEmbedding(weight, module.weight.dtype, plan.scheme, plan.bits, _scale(module))
-    _put_embedding(model, name, embedding, partial(tied_head, embedding))
+    embedding = RepackedEmbedding(weight, module.weight.dtype, plan.scheme, plan.bits, scale_of(module))
+    put_embedding(model, name, embedding, partial(tied_head, embedding))
 
 
 def _halve(loaded: LoadedModel, weight: WeightInfo) -> None:
@@ -211,8 +211,8 @@ def _halve(loaded: LoadedModel, weight: WeightInfo) -> None:
     if weight.role == "head":
         model.set_submodule(name, HalfLinear(half, module.bias))
         return
-    embedding = HalfEmbedding(half, getattr(torch, loaded.config.compute_dtype), module.padding_idx, _scale(module))
-    _put_embedding(model, name, embedding, partial(HalfLinear, half))
+    embedding = HalfEmbedding(half, getattr(torch, loaded.config.compute_dtype), module.padding_idx, scale_of(module))
+    put_embedding(model, name, embedding, partial(HalfLinear, half))
 
 
 def _that_does_no_more(model: Any, name: str, role: str) -> Any:
@@ -225,12 +225,12 @@ def _that_does_no_more(model: Any, name: str, role: str) -> Any:
     return module
 
 
-def _scale(embedding: Any) -> torch.Tensor | None:
+def scale_of(embedding: Any) -> torch.Tensor | None:
     """Gemma's factor of an embedding."""
     return getattr(embedding, "embed_scale", None)
 
 
-def _put_embedding(model: Any, name: str, embedding: Any, head_of: Callable[[torch.Tensor | None], Any]) -> None:
+def put_embedding(model: Any, name: str, embedding: Any, head_of: Callable[[torch.Tensor | None], Any]) -> None:
     """Put an embedding in the place of a model's own, and in that of a head that is tied to it.
 
     head_of: a bias, or None -> the head.

@@ -32,7 +32,7 @@ class Loader:
         formats, name = self._formats, self._formats.backend.name
         options = formats.options(own)
         if not formats.made_first:
-            return load(formats.path, name, **self._shared, **{**options, **formats.load_options})
+            return load(formats.path, name, cache=False, **self._shared, **{**options, **formats.load_options})
         made = out or self._folder
         load_time = formats.backend.info.options.load_time - {KEPT}
         stored = {option: value for option, value in options.items() if option not in load_time}

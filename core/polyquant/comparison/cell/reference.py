@@ -71,7 +71,7 @@ def _loaded(job: ReferenceJob) -> LoadedModel:
     candidate = job.candidate
     if candidate.backend != DENSE:
         backend = candidate.backend or None
-        return load(candidate.model or job.model, backend, device=job.device, **candidate.options)
+        return load(candidate.model or job.model, backend, device=job.device, cache=False, **candidate.options)
     source, dtype = resolve_dense(job.model), candidate.options["compute_dtype"]
     return dense.as_loaded(dense.load_dense(source, dtype, job.device), source, dtype)
 

@@ -76,7 +76,7 @@ def _conditions(job: Job) -> dict[str, Any]:
 def _load(job: Job, measured: dict[str, Any]) -> LoadedModel:
     if job.backend == DENSE:
         return _dense(job, measured)
-    return load(job.model, job.backend or None, device=job.device, return_freed_memory=True, **job.options)
+    return load(job.model, job.backend or None, device=job.device, return_freed_memory=True, cache=False, **job.options)
 
 
 def _dense(job: Job, measured: dict[str, Any]) -> LoadedModel:
