@@ -18,7 +18,8 @@ from polyquant.errors import BackendFailed, BrokenBackend, PolyquantError, Unsup
 from polyquant.contract.hookspecs import QuantBackend
 from polyquant.contract.markers import hookspec
 from polyquant.plugin.backend import FILES
-from polyquant.registry.registry import ITEMS, Registry
+from polyquant.registry.answers import ITEMS
+from polyquant.registry.registry import Registry
 from polyquant.testing.catalog import ALL
 from polyquant.testing.running import run_checks
 from polyquant.testing.subject import Subject
@@ -396,8 +397,7 @@ def test_doctor_has_a_row_for_a_backend_that_raises(package, monkeypatch):
         if node.name == "validate_environment":
             node.body = ast.parse("raise RuntimeError('broken')").body
 
-    registry = package(change)
-    monkeypatch.setattr(api, "registry", lambda: registry)
+    package(change)
     (row,) = api.doctor("acme", device="cpu")
     assert not row.runs
     assert (
@@ -429,8 +429,7 @@ def test_a_check_names_file_hook_and_cure(package, monkeypatch, tmp_path_factory
         if node.name == hook:
             node.body = ast.parse(WAYS[way]).body
 
-    registry = package(change)
-    monkeypatch.setattr(api, "registry", lambda: registry)
+    package(change)
     subject = Subject("acme", tmp_path_factory.getbasetemp() / "hooks", floors=None)
     subject.folder.mkdir(exist_ok=True)
     without = {each.name for each in ALL} - {check}

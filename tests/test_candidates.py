@@ -4,7 +4,7 @@ import re
 
 import polyquant
 import pytest
-from polyquant.api import registry
+from polyquant.registry.installed import registry
 from polyquant.comparison.candidates import Candidate, parse, presets_of
 from polyquant.errors import CheckpointConflict, ConfigError, UnknownBackend
 from polyquant.registry.written import resolved

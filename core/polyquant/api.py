@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,7 +11,7 @@ from polyquant.isolated.doctor import Diagnosis, doctor
 from polyquant.isolated.handles import backend, backends
 from polyquant.loaded import SAMPLE_PROMPT
 from polyquant.options import BackendOptions
-from polyquant.registry.installed import registry
+from polyquant.registry.installed import observing
 from polyquant.request import KvCache, MaxMemory, Offload
 from polyquant.searching.search import search
 
@@ -288,16 +287,3 @@ def merge(
     from polyquant.finetuning.merge import merge as run
 
     return run(model, adapter, Path(out), into, backend, options, threshold, force=force, overwrite=overwrite)
-
-
-@contextmanager
-def observing(observer: object) -> Iterator[None]:
-    """Within the block, `observer` sees every addressed hook call: its methods are `hookimpl(wrapper=True)` hooks.
-
-    `polyquant.registry.observers.Recorder`, which records time and peak memory, is one.
-    """
-    registry().add_observer(observer)
-    try:
-        yield
-    finally:
-        registry().remove_observer(observer)

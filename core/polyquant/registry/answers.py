@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint
+from pathlib import Path
+
+from polyquant.loaded import LoadedModel
+from polyquant.options import BackendOptions
+from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
+
+RESULTS: Mapping[str, type] = {
+    "backend_info": BackendInfo,
+    "validate_environment": list,
+    "build_config": BackendOptions,
+    "load": LoadedModel,
+    "describe_layers": list,
+    "plan_layers": list,
+    "unpack": dict,
+    **dict.fromkeys(("quantize", "save", "write_unpacked"), Path),
+    # models, modules and a PackedWeight, whose classes import torch
+    **dict.fromkeys(("prepare_for_training", "pack", "quantize_linear"), object),
+}
+ITEMS: Mapping[str, type] = {
+    "validate_environment": Problem,
+    "describe_layers": LayerInfo,
+    "plan_layers": LayerPlan,
+}
+"""hook -> what its answer is, and what the items of a list are."""
 
 
 def wrong_answer(result: object, wanted: type, item: type | None) -> str:

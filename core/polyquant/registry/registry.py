@@ -10,10 +10,9 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -30,32 +29,13 @@ from polyquant.errors import (
     UnsupportedOperation,
     did_you_mean,
 )
-from polyquant.loaded import LoadedModel
-from polyquant.options import BackendOptions
 from polyquant.registry import hooks
-from polyquant.registry.answers import cure_of_import, wrong_answer
+from polyquant.registry.answers import ITEMS, RESULTS, cure_of_import, wrong_answer
 from polyquant.registry.catalogue import hint
 from polyquant.registry.observers import Call, Trace, calling
 from polyquant.support.containing import output_to
-from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
+from polyquant.types import BackendInfo
 
-RESULTS: Mapping[str, type] = {
-    "backend_info": BackendInfo,
-    "validate_environment": list,
-    "build_config": BackendOptions,
-    "load": LoadedModel,
-    "describe_layers": list,
-    "plan_layers": list,
-    "unpack": dict,
-    **dict.fromkeys(("quantize", "save", "write_unpacked"), Path),
-    # models, modules and a PackedWeight, whose classes import torch
-    **dict.fromkeys(("prepare_for_training", "pack", "quantize_linear"), object),
-}
-ITEMS: Mapping[str, type] = {
-    "validate_environment": Problem,
-    "describe_layers": LayerInfo,
-    "plan_layers": LayerPlan,
-}
 SLOW_SECONDS = 3.0  # of importing a plugin, which imports nothing heavy
 
 

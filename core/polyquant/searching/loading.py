@@ -25,14 +25,15 @@ class Loader:
     """
 
     def __init__(self, formats: Formats, shared: Mapping[str, Any], texts: Sequence[str], folder: Path) -> None:
-        self._formats, self._shared, self._texts, self._folder = formats, shared, texts, folder
+        self._formats, self._texts, self._folder = formats, texts, folder
+        self._shared = {**shared, "cache": False}  # hundreds of formats, each for one measurement
 
     def load(self, own: Mapping[str, Any], out: Path | None = None, *, overwrite: bool = False) -> LoadedModel:
         """out: where the checkpoint stays that is made first; the backend quantizes as it loads where it makes none."""
         formats, name = self._formats, self._formats.backend.name
         options = formats.options(own)
         if not formats.made_first:
-            return load(formats.path, name, cache=False, **self._shared, **{**options, **formats.load_options})
+            return load(formats.path, name, **self._shared, **{**options, **formats.load_options})
         made = out or self._folder
         load_time = formats.backend.info.options.load_time - {KEPT}
         stored = {option: value for option, value in options.items() if option not in load_time}
