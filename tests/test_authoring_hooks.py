@@ -392,7 +392,7 @@ def test_a_plugin_that_cannot_be_imported(package, old, new, message):
         registry.info("acme")
 
 
-def test_doctor_has_a_row_for_a_backend_that_raises(package, monkeypatch):
+def test_doctor_has_a_row_for_a_backend_that_raises(package):
     def change(node):
         if node.name == "validate_environment":
             node.body = ast.parse("raise RuntimeError('broken')").body
@@ -424,7 +424,7 @@ def test_doctor_has_a_row_for_a_backend_that_raises(package, monkeypatch):
         ("prepare_for_training", "answers nothing", "adapters_train_on_the_frozen_base"),
     ],
 )
-def test_a_check_names_file_hook_and_cure(package, monkeypatch, tmp_path_factory, hook, way, check):
+def test_a_check_names_file_hook_and_cure(package, tmp_path_factory, hook, way, check):
     def change(node):
         if node.name == hook:
             node.body = ast.parse(WAYS[way]).body
