@@ -149,9 +149,12 @@ def test_a_cache_that_shows_late_is_shown_before_it_goes_another_way() -> None:
     with torch.inference_mode():
         caches = [each(IDS).past_key_values for each in (model, plain)]
         steps.show_late(caches[0])
-        for ids in (IDS[:, :1], IDS[:, 1:2], IDS[:, 2:5], IDS[:, 5:6]):
+        embedded = model.get_input_embeddings()(IDS[:, 2:5])  # goes the usual way
+        for given in (
+            {"input_ids": IDS[:, :1]}, {"input_ids": IDS[:, 1:2]}, {"inputs_embeds": embedded}, {"input_ids": IDS[:, 5:6]}
+        ):  # fmt: skip
             one, two = (
-                each(ids, past_key_values=cache).logits for each, cache in zip((model, plain), caches, strict=True)
+                each(**given, past_key_values=cache).logits for each, cache in zip((model, plain), caches, strict=True)
             )
             assert torch.allclose(one, two, atol=1e-2)
         assert caches[0].get_seq_length() == 13  # the last step is not shown yet

@@ -74,7 +74,7 @@ def generated(model: Any, ids: torch.Tensor, tokens: int = 12, **more: Any) -> A
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens at once each step was for."""
+    """For how many texts each call of the kernels was."""
     steps: list[int] = []
     answer = step.DecodeStep.answer
 
@@ -100,9 +100,69 @@ def test_every_family_is_generated_with_as_before(family: str, texts: int, count
     assert step.attach(model), family
     counted.clear()
     after = generated(model, ids)
-    assert counted == [texts] * 11
+    assert counted == [texts] * 12
     for one, two in zip(before.logits, after.logits, strict=True):
         assert torch.allclose(one, two, atol=2e-3 * one.abs().max()), (one - two).abs().max()
+    assert torch.equal(before.sequences, after.sequences)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_reads_prompts_as_before(
+    family: str, texts: int, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two parts, with more tokens than go through the layers at once, and than a window has."""
+    monkeypatch.setattr(step, "AT_ONCE", 17)
+    model = model_of(family)
+    ids = torch.arange(5, 5 + 45 * texts).reshape(texts, 45)
+    parts = (ids[:, :40], ids[:, 40:])
+
+    def read() -> Any:
+        answers, cache = [], None
+        with torch.inference_mode():
+            for part in parts:
+                answers.append(model(part, past_key_values=cache, use_cache=True))
+                cache = answers[-1].past_key_values
+        return answers, cache
+
+    before, their_cache = read()
+    assert step.attach(model), family
+    counted.clear()
+    after, cache = read()
+    assert counted == [texts] * 2
+    for one, two in zip(before, after, strict=True):
+        assert torch.allclose(one.logits, two.logits, atol=2e-3 * one.logits.abs().max())
+    assert type(cache) is type(their_cache) and cache.get_seq_length() == their_cache.get_seq_length() == 45
+    for theirs, mine in zip(their_cache.layers, cache.layers, strict=True):
+        assert type(mine) is type(theirs)
+        for one, two in ((theirs.keys, mine.keys), (theirs.values, mine.values)):
+            assert one.shape == two.shape and torch.allclose(one, two, atol=2e-3 * one.abs().max())
+
+
+def test_long_prompts_are_read_as_before(counted: list[int]) -> None:
+    """More keys than are scored together, and than go through the layers at once."""
+    ids = torch.randint(0, 320, (1, step.AT_ONCE + 77), generator=torch.Generator().manual_seed(0))
+    for family in ("llama", "gemma2"):
+        model = model_of(family)
+        with torch.inference_mode():
+            before = model(ids).logits
+            assert step.attach(model)
+            counted.clear()
+            after = model(ids).logits
+        assert counted == [1]
+        assert torch.allclose(before, after, atol=5e-3 * before.abs().max()), (before - after).abs().max()
+
+
+def test_prompts_of_odd_heads_go_the_usual_way(counted: list[int]) -> None:
+    """Heads of 12 columns are no whole registers; their single tokens are the kernels' all the same."""
+    sizes = {"hidden_size": 96, "num_attention_heads": 8, "head_dim": 12}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **sizes})).float().eval()
+    pack_linears(model)
+    before = generated(model, IDS)
+    assert step.attach(model)
+    counted.clear()
+    after = generated(model, IDS)
+    assert counted == [1] * 11
     assert torch.equal(before.sequences, after.sequences)
 
 
@@ -128,7 +188,7 @@ def test_columns_with_scales_of_their_own(counted: list[int]) -> None:
     before = generated(model, IDS)
     assert step.attach(model)
     after = generated(model, IDS)
-    assert counted == [1] * 12
+    assert counted == [1] * 14  # two of them where it was asked whether both ways agree
     for one, two in zip(before.logits, after.logits, strict=True):
         assert torch.allclose(one, two, atol=2e-3 * one.abs().max()), (one - two).abs().max()
     assert torch.equal(before.sequences, after.sequences)
@@ -163,12 +223,15 @@ def test_what_is_not_the_plain_case_goes_the_usual_way(counted: list[int]) -> No
 
     assert asked()[1] == 1
     assert asked(attention_mask=torch.ones(1, 9, dtype=torch.long))[1] == 1
+    assert asked(input_ids=IDS[:, :2])[1] == 1
+    assert asked(input_ids=IDS[:, :2], position_ids=torch.tensor([[8, 9]]))[1] == 1
+    assert asked(input_ids=IDS[:, :2], position_ids=torch.tensor([[0, 1]]))[1] == 0
+    assert asked(past_key_values=None)[1] == 1
     mask = torch.ones(1, 9, dtype=torch.long)
     mask[0, 0] = 0
     assert asked(attention_mask=mask)[1] == 0
     assert asked(output_hidden_states=True)[1] == 0
     assert asked(output_attentions=True)[1] == 0
-    assert asked(input_ids=IDS[:, :2])[1] == 0
     assert asked(use_cache=False)[1] == 0
     assert asked(past_key_values=transformers.StaticCache(model.config, max_cache_len=32))[1] == 0
     assert asked(past_key_values=new_cache(model, "int8"))[1] == 0
@@ -244,15 +307,15 @@ def test_long_texts_outgrow_their_room(counted: list[int], monkeypatch: pytest.M
     assert step.attach(model)
     counted.clear()
     assert torch.equal(generated(model, IDS, 40).sequences, before.sequences)
-    assert len(counted) == 39
+    assert len(counted) == 40
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"num_return_sequences": 1}])
 def test_ways_of_generating(how: dict[str, Any], counted: list[int]) -> None:
-    model = model_of("qwen3")
-    before = generated(model, IDS, 20, **how).sequences
+    model, ids = model_of("qwen3"), IDS + 5  # at IDS itself beams are too close to each other
+    before = generated(model, ids, 20, **how).sequences
     assert step.attach(model)
-    assert torch.equal(generated(model, IDS, 20, **how).sequences, before)
+    assert torch.equal(generated(model, ids, 20, **how).sequences, before)
 
 
 def test_left_padded_texts_go_the_usual_way(counted: list[int]) -> None:

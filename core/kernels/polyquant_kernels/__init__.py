@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 __version__ = "0.1.0"
-INTERFACE = 6
+INTERFACE = 7
 """Of src/polyquant_kernels.h: the library of another number is not called."""
 FLOAT32, FLOAT16, BFLOAT16, NESTED = range(4)
 AFFINE4, CODEBOOK4, INT8, FLOAT8, DENSE16 = range(5)
@@ -83,7 +83,7 @@ def library() -> ctypes.CDLL:
     loaded.pq_linear.argtypes = [address, address, word, count, address, word, address, word, word]
     loaded.pq_decode.argtypes = [address, count, count, address, word, word]
     loaded.pq_rows.argtypes = [address, address, count, address, word]
-    loaded.pq_step.argtypes = [address, address, address, count, address, address, word, word]
+    loaded.pq_step.argtypes = [address, address, address, count, count, address, address, word, word]
     loaded.pq_borrow.argtypes, loaded.pq_borrow.restype = [address], None
     if (other := loaded.pq_interface()) != INTERFACE:
         raise OSError(f"{found} has interface {other}, and {INTERFACE} is called; install polyquant-kernels anew")

@@ -84,7 +84,7 @@ int32_t linear(
 
 extern "C" {
 
-int32_t pq_interface(void) { return 6; }
+int32_t pq_interface(void) { return 7; }
 
 const char* pq_available(void) {
   static const std::string names = [] {

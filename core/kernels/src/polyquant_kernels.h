@@ -80,7 +80,7 @@ PQ_PUBLIC int32_t pq_decode(
 // the caller has checked.
 PQ_PUBLIC int32_t pq_rows(const pq_weight* weight, const int64_t* index, int64_t count, void* out, int32_t out_type);
 
-// ---- one token of a decoder of Llama's shape
+// ---- tokens of a decoder of Llama's shape
 
 enum pq_activation { PQ_SILU = 0, PQ_GELU_TANH = 1 };
 
@@ -118,15 +118,16 @@ typedef struct {
 } pq_model;
 
 typedef struct {         // of one layer
-  float *keys, *values;  // (batch, key_heads, room, width), with what is held; this token's are written behind it
-  int64_t room, held;    // positions: there is memory for, less than which are held
+  float *keys, *values;  // (batch, key_heads, room, width), with what is held; new ones are written behind it
+  int64_t room, held;    // positions: there is memory for, and are held
 } pq_cache;
 
-// One token for each of `batch` texts of one length. hidden: (batch, hidden), embedded and scaled, is used up; cosines and
-// sines: (rotations, batch, rotated). `hidden` has the last norm's output after the call, which the head multiplies.
+// The next `tokens` of each of `batch` texts of one length; of several, each sees those before it. hidden: (batch, tokens,
+// hidden), embedded and scaled, is used up; cosines and sines: (rotations, batch, tokens, rotated). `hidden` has the last
+// norm's output after the call, which the head multiplies. Several tokens need a width that is a multiple of 8.
 PQ_PUBLIC int32_t pq_step(
-    const pq_model* model, const pq_cache* caches, float* hidden, int64_t batch, const float* cosines, const float* sines,
-    int32_t activations, int32_t threads);
+    const pq_model* model, const pq_cache* caches, float* hidden, int64_t batch, int64_t tokens, const float* cosines,
+    const float* sines, int32_t activations, int32_t threads);
 
 #ifdef __cplusplus
 }

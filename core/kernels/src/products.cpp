@@ -545,10 +545,13 @@ namespace PQ_SET {  // steps.cpp
 void normalize(const pq_norm&, const float*, int64_t, float*);
 void activate(float*, const float*, int64_t, int);
 void attend(const float*, const float*, const float*, int64_t, int64_t, int64_t, float, float, const float*, float*, float*);
+void turn(const float*, int64_t, int64_t, float*, int64_t);
+void attend_all(const Queries&, const float*, int64_t, const float*, int64_t, int64_t, float, float, const float*);
 }  // namespace PQ_SET
 
 extern const Set PQ_JOIN(PQ_SET, _set);
 const Set PQ_JOIN(PQ_SET, _set) = {
     PQ_TEXT(PQ_SET), PQ_SET::quantize, PQ_SET::multiply_all, PQ_SET::decode_block,
     PQ_SET::decode_row, PQ_SET::to_float32, PQ_SET::from_float32, PQ_SET::normalize, PQ_SET::activate, PQ_SET::attend,
+    PQ_SET::turn, PQ_SET::attend_all,
 };

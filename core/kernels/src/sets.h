@@ -12,6 +12,15 @@ struct Activations {  // one product's, in blocks of `block_of` columns
   float* sums;        // (count, columns / block): of what is multiplied
 };
 
+constexpr int64_t KEYS = 16;  // that are scored together: turned keys are padded to a multiple of these
+
+struct Queries {  // of one head
+  const float* from;
+  float* to;
+  int64_t stride, count;  // from one query to the next, of both
+  int64_t before;         // positions before the first one; the others follow
+};
+
 struct Set {
   const char* name;
   void (*quantize)(const pq_weight&, const float* x, int64_t first, int64_t last, const Activations&, int how);
@@ -29,6 +38,12 @@ struct Set {
   void (*attend)(
       const float* query, const float* keys, const float* values, int64_t first, int64_t count, int64_t width, float scale,
       float cap, const float* sink, float* room, float* to);
+  // keys as (width, across), zero beyond `count`
+  void (*turn)(const float* keys, int64_t count, int64_t width, float* to, int64_t across);
+  // each query to the positions up to its own, of which it sees the last `window` (0: all); values: (positions, width)
+  void (*attend_all)(
+      const Queries&, const float* turned, int64_t across, const float* values, int64_t width, int64_t window, float scale,
+      float cap, const float* sink);
 };
 
 extern const Set scalar_set, avx2_set, avx512_set, neon_set;

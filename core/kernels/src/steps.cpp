@@ -96,4 +96,97 @@ void attend(
   }
 }
 
+// ---- many queries
+
+void turn(const float* keys, int64_t count, int64_t width, float* to, int64_t across) {
+  for (int64_t column = 0; column < width; column++) {
+    float* row = to + column * across;
+    for (int64_t key = 0; key < count; key++) row[key] = keys[key * width + column];
+    for (int64_t key = count; key < across; key++) row[key] = 0.0f;
+  }
+}
+
+// (COUNT, 8 VECTORS) sums of products of rows of `left` with columns of `right`, added to what is there
+template <int COUNT, int VECTORS>
+void add_products(
+    const float* left, int64_t left_stride, const float* right, int64_t right_stride, int64_t steps, float* to, int64_t to_stride) {
+  Floats sums[COUNT][VECTORS];
+  for (int i = 0; i < COUNT; i++)
+    for (int v = 0; v < VECTORS; v++) sums[i][v] = load(to + i * to_stride + 8 * v);
+  for (int64_t step = 0; step < steps; step++) {
+    Floats some[VECTORS];
+    for (int v = 0; v < VECTORS; v++) some[v] = load(right + step * right_stride + 8 * v);
+    for (int i = 0; i < COUNT; i++) {
+      const Floats one = all(left[i * left_stride + step]);
+      for (int v = 0; v < VECTORS; v++) sums[i][v] = fused(one, some[v], sums[i][v]);
+    }
+  }
+  for (int i = 0; i < COUNT; i++)
+    for (int v = 0; v < VECTORS; v++) store(to + i * to_stride + 8 * v, sums[i][v]);
+}
+
+// COUNT neighbouring queries, some keys at a time: a larger score than all before scales down what was summed with those
+template <int COUNT>
+void attend_some(
+    const Queries& q, int64_t first, const float* turned, int64_t across, const float* values, int64_t width, int64_t window,
+    float scale, float cap, const float* sink) {
+  constexpr int64_t SOME = 256;
+  float scores[COUNT][SOME], top[COUNT], total[COUNT];
+  const int64_t last = q.before + first + COUNT;  // seen by the last query
+  const auto from = [&](int64_t i) { return window ? std::max<int64_t>(0, q.before + first + i + 1 - window) : 0; };
+  for (int i = 0; i < COUNT; i++) {
+    top[i] = sink ? *sink : -INFINITY, total[i] = sink ? 1.0f : 0.0f;
+    std::fill_n(q.to + (first + i) * q.stride, width, 0.0f);
+  }
+  for (int64_t begin = from(0) / KEYS * KEYS; begin < last; begin += SOME) {
+    const int64_t keys = std::min(SOME, (last - begin + KEYS - 1) / KEYS * KEYS);
+    std::memset(scores, 0, sizeof(scores));
+    for (int64_t key = 0; key < keys; key += KEYS)
+      add_products<COUNT, KEYS / 8>(q.from + first * q.stride, q.stride, turned + begin + key, across, width, scores[0] + key, SOME);
+    for (int64_t i = 0; i < COUNT; i++) {
+      const int64_t low = std::clamp<int64_t>(from(i) - begin, 0, keys);
+      const int64_t high = std::clamp<int64_t>(q.before + first + i + 1 - begin, low, keys);
+      float most = top[i];
+      for (int64_t key = 0; key < keys; key++) {
+        float& score = scores[i][key];
+        score = key < low || key >= high ? -INFINITY : score * scale;
+        if (cap > 0 && key >= low && key < high) score = cap * std::tanh(score / cap);
+        most = std::max(most, score);
+      }
+      if (most == -INFINITY) {  // none of these is seen
+        std::fill_n(scores[i], keys, 0.0f);
+        continue;
+      }
+      const float less = std::exp(top[i] - most);
+      Floats sums = zero();
+      for (int64_t key = 0; key < keys; key += 8) {
+        const Floats value = exponential(subtract(load(scores[i] + key), all(most)));
+        store(scores[i] + key, value);
+        sums = add(sums, value);
+      }
+      top[i] = most, total[i] = total[i] * less + sum(sums);
+      float* to = q.to + (first + i) * q.stride;
+      if (less < 1)
+        for (int64_t column = 0; column < width; column++) to[column] *= less;
+    }
+    float* to = q.to + first * q.stride;
+    const int64_t real = std::min(keys, last - begin);
+    int64_t column = 0;
+    for (; column + 16 <= width; column += 16)
+      add_products<COUNT, 2>(scores[0], SOME, values + begin * width + column, width, real, to + column, q.stride);
+    if (column < width)
+      add_products<COUNT, 1>(scores[0], SOME, values + begin * width + column, width, real, to + column, q.stride);
+  }
+  for (int i = 0; i < COUNT; i++)
+    for (int64_t column = 0; column < width; column++) q.to[(first + i) * q.stride + column] /= total[i];
+}
+
+void attend_all(
+    const Queries& q, const float* turned, int64_t across, const float* values, int64_t width, int64_t window, float scale,
+    float cap, const float* sink) {
+  int64_t query = 0;
+  for (; query + 4 <= q.count; query += 4) attend_some<4>(q, query, turned, across, values, width, window, scale, cap, sink);
+  for (; query < q.count; query++) attend_some<1>(q, query, turned, across, values, width, window, scale, cap, sink);
+}
+
 }  // namespace PQ_SET

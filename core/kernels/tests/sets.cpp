@@ -1,4 +1,5 @@
 // Every instruction set of this processor against plain sums in double: where no Python is, as under an emulator.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -159,6 +160,70 @@ void check(const char* set, const Made& m) {
   }
 }
 
+struct Decoder {  // of two layers of Llama's shape, the second with a window
+  static constexpr int64_t HIDDEN = 64, HEADS = 4, KEY_HEADS = 2, INNER = 96, TOKENS = 300, ROOM = 320;
+  std::vector<Made> made;
+  std::vector<pq_layer> layers;
+  std::vector<float> sinks;
+  pq_model model;
+
+  explicit Decoder(int64_t width) {
+    made.reserve(14);
+    for (int layer = 0; layer < 2; layer++) {
+      const auto add = [&](int64_t rows, int64_t columns) {
+        made.push_back(make(PQ_AFFINE4, 0, PQ_FLOAT32, rows, columns, 32, false));
+        return pq_product{&made.back().weight, nullptr};
+      };
+      for (int64_t head = 0; head < HEADS; head++) sinks.push_back(uniform(-1, 1));
+      const pq_optional_norm norm{{nullptr, 1e-5f, 0}, 0}, none{{nullptr, 0, 0}, 1};
+      const int64_t key_rows = KEY_HEADS * width, query_rows = HEADS * width;
+      layers.push_back({norm, norm, norm, none, norm, none, add(query_rows, HIDDEN), add(key_rows, HIDDEN), add(key_rows, HIDDEN),
+                        add(HIDDEN, query_rows), add(INNER, HIDDEN), add(INNER, HIDDEN), add(HIDDEN, INNER), nullptr,
+                        layer ? 9 : 0, 0});
+    }
+    layers[1].sinks = sinks.data() + HEADS;
+    model = {layers.data(), 2, HIDDEN, HEADS, KEY_HEADS, width, 16, 0.25f, 0, 1, PQ_SILU, 0, {nullptr, 1e-5f, 0}};
+  }
+
+  // what all tokens of two texts become, some of them in a call
+  std::vector<float> run(const std::vector<float>& hidden, const std::vector<float>& angles, int64_t each) const {
+    const int64_t room = 2 * KEY_HEADS * ROOM * model.width;
+    std::vector<float> keys(static_cast<size_t>(2 * room)), values(keys.size()), out(hidden.size());
+    for (int64_t first = 0; first < TOKENS; first += each) {
+      const int64_t tokens = std::min(each, TOKENS - first);
+      pq_cache caches[2];
+      for (int layer = 0; layer < 2; layer++) caches[layer] = {keys.data() + layer * room, values.data() + layer * room, ROOM, first};
+      std::vector<float> some, cosines, sines;
+      for (int64_t text = 0; text < 2; text++) {
+        const float* from = hidden.data() + (text * TOKENS + first) * HIDDEN;
+        some.insert(some.end(), from, from + tokens * HIDDEN);
+        for (int64_t i = first * 16; i < (first + tokens) * 16; i++)
+          cosines.push_back(std::cos(angles[static_cast<size_t>(i)])), sines.push_back(std::sin(angles[static_cast<size_t>(i)]));
+      }
+      if (pq_step(&model, caches, some.data(), 2, tokens, cosines.data(), sines.data(), PQ_EXACT, 2)) return {};
+      for (int64_t text = 0; text < 2; text++)
+        std::memcpy(out.data() + (text * TOKENS + first) * HIDDEN, some.data() + text * tokens * HIDDEN, static_cast<size_t>(tokens * HIDDEN) * 4);
+    }
+    return out;
+  }
+};
+
+// many tokens in a call against one after another
+void check_prompts(const char* set, int64_t width) {
+  const Decoder decoder(width);
+  std::vector<float> hidden(static_cast<size_t>(2 * Decoder::TOKENS * Decoder::HIDDEN)), angles(static_cast<size_t>(Decoder::TOKENS * 16));
+  for (float& each : hidden) each = uniform(-1, 1);
+  for (float& each : angles) each = uniform(0, 6);
+  const std::vector<float> single = decoder.run(hidden, angles, 1);
+  for (int64_t each : {Decoder::TOKENS, int64_t{131}}) {
+    const std::vector<float> many = decoder.run(hidden, angles, each);
+    expect(!single.empty() && single.size() == many.size(), set, "a step", static_cast<double>(each));
+    double apart = 0;
+    for (size_t i = 0; i < many.size(); i++) apart = std::max(apart, std::abs(static_cast<double>(single[i]) - many[i]));
+    expect(apart <= 1e-3, set, "tokens together are not as one after another, by", apart);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -174,6 +239,7 @@ int main() {
               check(set.c_str(), make(kind, offsets, scale_type, 24, 256, group, group == 32));
     for (int32_t kind : {PQ_AFFINE4, PQ_CODEBOOK4, PQ_INT8})  // more rows and columns than are multiplied together
       check(set.c_str(), make(kind, 2, PQ_FLOAT32, 72, 2080, kind == PQ_INT8 ? 16 : 32, false));
+    check_prompts(set.c_str(), 16), check_prompts(set.c_str(), 24);
     std::printf("%s: %s\n", set.c_str(), wrong ? "wrong" : "as it should be");
   }
   return wrong ? 1 : 0;

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from polyquant.models.versions import empty_cache
+
 SPARE = 256  # positions that a cache gets beyond those it holds
+PLAIN = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 
 class Held:
@@ -25,21 +28,21 @@ class Held:
         self.address = self._fields.data_ptr()
 
     @classmethod
-    def of(cls, cache: Any, texts: int, layers: int) -> Held | None:
-        """Those of a cache of so many layers; None where one of them is not of the plain kinds."""
-        rooms = [room for layer in cache.layers if (room := _room_of(layer, texts)) is not None]
+    def of(cls, cache: Any, texts: int, layers: int, tokens: int) -> Held | None:
+        """Those of a cache of so many layers, with room for so many tokens; None where one is not of a plain kind."""
+        rooms = [room for layer in cache.layers if (room := _room_of(layer, texts, tokens)) is not None]
         if not len(rooms) == len(cache.layers) == layers:
             return None
         return cls(cache.layers, rooms, texts, cache.get_seq_length())
 
-    def takes(self, texts: int) -> bool:
-        """Whether each layer can take one position more, of so many texts."""
-        return texts == self._texts and self._written < self._left
+    def takes(self, texts: int, tokens: int) -> bool:
+        """Whether each layer can take so many positions more, of so many texts."""
+        return texts == self._texts and self._written + tokens <= self._left
 
-    def grow(self) -> None:
-        """A step has written the next position; layers with a window let go of the oldest."""
-        self.seen, self._written = self.seen + 1, self._written + 1
-        self._held += 1
+    def grow(self, tokens: int) -> None:
+        """A step has written the next positions; layers with a window let go of the oldest."""
+        self.seen, self._written = self.seen + tokens, self._written + tokens
+        self._held += tokens
         if self._slides:
             gone = (self._held - self._most).clamp(min=0)
             self._held -= gone
@@ -58,9 +61,9 @@ class Room:
     The layer's own tensors are views of these: what else is done with them finds what it expects.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, tokens: int) -> None:
         texts, heads, self.held, width = layer.keys.shape
-        self.start, self.size = 0, self.held + SPARE
+        self.start, self.size = 0, self.held + tokens - 1 + SPARE
         self.slides = hasattr(layer, "cumulative_length")
         self.most = layer.sliding_window - 1 if self.slides else sys.maxsize  # positions that are held after a step
         self._whole = [tensor.new_empty(texts, heads, self.size, width) for tensor in (layer.keys, layer.values)]
@@ -74,13 +77,16 @@ class Room:
         """Positions that it can take."""
         return int(self.size - self.start - self.held)
 
-    def is_of(self, layer: Any) -> bool:
-        """Whether it holds what the layer does, and can take one position more."""
-        return layer.keys is self.keys and layer.values is self.values and self.left > 0
+    def is_of(self, layer: Any, tokens: int) -> bool:
+        """Whether it holds what the layer does, and can take so many positions more."""
+        return layer.keys is self.keys and layer.values is self.values and self.left >= tokens
 
     def fields(self) -> tuple[int, int, int, int]:
         """As the kernels take it."""
-        return self.keys.data_ptr(), self.values.data_ptr(), self.size, self.held
+        keys, values = (
+            whole.data_ptr() + self.start * self.each for whole in self._whole
+        )  # a view of nothing has none
+        return keys, values, self.size, self.held
 
     def grow(self, layer: Any, written: int) -> None:
         """Have the layer show the positions that so many steps have written, without those that its window has left."""
@@ -96,9 +102,23 @@ class Room:
         layer.keys, layer.values = self.keys, self.values
 
 
-def _room_of(layer: Any, texts: int) -> Room | None:
-    """A layer's keys and values with room for one more position; None for a layer that is not of the plain kinds."""
-    if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer") or not layer.is_initialized:
+def new_cache(config: Any, uses: bool | None) -> Any:
+    """What a decoder makes where it is given no cache; None where it makes none. uses: as its caller says, or None."""
+    wanted = getattr(config, "use_cache", False) if uses is None else uses
+    return empty_cache(config) if wanted else None
+
+
+def begin(cache: Any, texts: int, layers: int, heads: int, width: int) -> None:
+    """Have a dynamic cache that holds nothing yet hold no positions of so many texts and layers."""
+    if all(type(layer).__name__ in PLAIN and not layer.is_initialized for layer in cache.layers):
+        none = torch.empty(texts, heads, 0, width)
+        for index in range(layers):
+            cache.update(none, none, index)
+
+
+def _room_of(layer: Any, texts: int, tokens: int) -> Room | None:
+    """A layer's keys and values with room for more positions; None for a layer that is not of the plain kinds."""
+    if type(layer).__name__ not in PLAIN or not layer.is_initialized:
         return None
     keys = layer.keys
     if keys.dim() != 4 or len(keys) != texts or keys.dtype != torch.float32 or keys.device.type != "cpu":
@@ -107,6 +127,6 @@ def _room_of(layer: Any, texts: int) -> Room | None:
         getattr(layer, "sliding_window", 2) < 2):  # fmt: skip
         return None
     room: Room | None = layer.__dict__.get("_room")
-    if room is None or not room.is_of(layer):
-        room = layer.__dict__["_room"] = Room(layer)
+    if room is None or not room.is_of(layer, tokens):
+        room = layer.__dict__["_room"] = Room(layer, tokens)
     return room

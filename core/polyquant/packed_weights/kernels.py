@@ -14,7 +14,7 @@ from typing import Any
 from polyquant.errors import EnvironmentProblem
 from polyquant.types import PackedKind
 
-DISTRIBUTION, INTERFACE = "polyquant-kernels", 6
+DISTRIBUTION, INTERFACE = "polyquant-kernels", 7
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
 KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3}

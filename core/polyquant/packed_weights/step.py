@@ -1,7 +1,8 @@
-"""A whole decode step as one call of the kernels, behind the unchanged `forward` of a transformers decoder.
+"""A decode step, or a prompt, as one call of the kernels, behind the unchanged `forward` of a transformers decoder.
 
-Python's own share of a step is 17 ms in a model of 30 layers, in which the kernels make three. What is not known to be
-the plain case (several tokens, masks, hooks, adapters, other caches, gradients) goes the usual way. Imports torch.
+Python's own share of a step is 17 ms in a model of 30 layers, in which the kernels make three; of a prompt, torch's
+attention and what it writes to memory between products take as long as the products. What is not known to be the plain
+case (masks, hooks, adapters, other caches, gradients) goes the usual way. Imports torch.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from polyquant.packed_weights import kernels
 from polyquant.packed_weights.decoder import Decoder, NormOf, decoder_of
-from polyquant.packed_weights.held import Held
+from polyquant.packed_weights.format import ROWS
+from polyquant.packed_weights.held import Held, begin, new_cache
 from polyquant.packed_weights.linear import RepackedLinear
 
 MOST_TEXTS = 4
+AT_ONCE = 512  # tokens of a prompt, so that what is kept between products stays small
 TRIED, TOLERANCE = 5, 1e-2  # tokens, and the part of the largest output by which the two ways may differ
 KNOWN = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
@@ -100,13 +103,17 @@ def _agree(inner: Any, step: DecodeStep) -> bool:
     ids = torch.arange(TRIED)[None] % inner.embed_tokens.num_embeddings
     last = {"input_ids": ids[:, -1:], "use_cache": True}
     with torch.inference_mode():
-        before = inner(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        other = deepcopy(before)
+        first = inner(input_ids=ids[:, :-1], use_cache=True)
+        prompt = step.answer({"input_ids": ids[:, :-1], "use_cache": True})
+        before = first.past_key_values
+        other = deepcopy(before) if prompt is None else prompt.past_key_values
         usual = inner(past_key_values=before, **last).last_hidden_state
         answer = step.answer({"past_key_values": other, **last})
     if answer is None:
         return False
     pairs = [(usual, answer.last_hidden_state)]
+    if prompt is not None:
+        pairs.append((first.last_hidden_state, prompt.last_hidden_state))
     for one, two in zip(before.layers, other.layers, strict=True):
         pairs += [(one.keys, two.keys), (one.values, two.values)]
     return all(
@@ -127,27 +134,37 @@ class DecodeStep:
         self._structure = self._built()
 
     def answer(self, given: Mapping[str, Any]) -> Any:
-        """The decoder's output for one token of each text; None where it is not the plain case."""
+        """The decoder's output for the next tokens of each text; None where it is not the plain case."""
         ids: Any = given.get("input_ids")
         cache: Any = given.get("past_key_values")
+        if cache is None:
+            cache = new_cache(self._model.config, given.get("use_cache"))
         held = self._plain(given, ids, cache)
         if held is None:
             return None
-        positions = given.get("position_ids")
+        positions, (texts, tokens) = given.get("position_ids"), ids.shape
         if positions is None:
-            positions = torch.tensor([[held.seen]])
+            positions = torch.arange(held.seen, held.seen + tokens)[None]
         embedded = self._model.embed_tokens(ids)
-        hidden = (embedded.reshape(len(ids), -1) * self._decoder.embedding_scale).contiguous()
-        angles = self._angles(embedded, positions, len(ids))
+        hidden = (embedded * self._decoder.embedding_scale).contiguous()
+        angles = self._angles(embedded, positions, texts)
+        for start in range(0, tokens, AT_ONCE):
+            some = slice(start, min(tokens, start + AT_ONCE))
+            hidden[:, some] = self._stepped(held, hidden[:, some].contiguous(), angles[:, :, :, some].contiguous())
+        if cache not in self.late:
+            self.show(cache)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _stepped(self, held: Held, hidden: Tensor, angles: Tensor) -> Tensor:
+        """hidden, (texts, tokens, hidden), after all layers and the last norm, in its place."""
+        texts, tokens = hidden.shape[:2]
         status = kernels.functions().pq_step(
-            ctypes.byref(self._structure), held.address, hidden.data_ptr(), len(ids), angles[0].data_ptr(),
+            ctypes.byref(self._structure), held.address, hidden.data_ptr(), texts, tokens, angles[0].data_ptr(),
             angles[1].data_ptr(), kernels.ACTIVATIONS["int16"], torch.get_num_threads(),
         )  # fmt: skip
         kernels.require(status)
-        held.grow()
-        if cache not in self.late:
-            self.show(cache)
-        return BaseModelOutputWithPast(last_hidden_state=hidden[:, None], past_key_values=cache)
+        held.grow(tokens)
+        return hidden
 
     def show(self, cache: Any) -> None:
         """Have a cache's layers show what steps have written; see `Forward.show`."""
@@ -156,27 +173,39 @@ class DecodeStep:
             held.show()
 
     def _plain(self, given: Mapping[str, Any], ids: Any, cache: Any) -> Held | None:
-        """The cache's keys and values with room for a token; None, all of it shown, where it goes the usual way."""
+        """The cache's keys and values with room for the tokens; None, all of it shown, where it goes the usual way."""
         if type(cache) is not DynamicCache:
             return None
         held = self._held.get(cache)
-        is_plain = self._is_plain(given, ids)
-        if held is not None and not (is_plain and held.takes(len(ids))):
+        is_plain = self._is_plain(given, ids) and self._follow(
+            given.get("position_ids"), ids.shape[1], cache.get_seq_length() if held is None else held.seen
+        )
+        if held is not None and not (is_plain and held.takes(*ids.shape)):
             self._held.pop(cache).show()
             held = None
         if is_plain and held is None:
-            held = Held.of(cache, len(ids), len(self._decoder.layers))
+            decoder, (texts, tokens) = self._decoder, ids.shape
+            layers = len(decoder.layers)
+            begin(cache, texts, layers, decoder.key_heads, decoder.width)
+            held = Held.of(cache, texts, layers, tokens)
             if held is not None:
                 self._held[cache] = held
         return held
 
+    def _follow(self, positions: Any, tokens: int, seen: int) -> bool:
+        """Whether several tokens are the next ones, and of a decoder whose prompts the kernels make."""
+        if tokens == 1:
+            return True
+        following = positions is None or bool((positions == torch.arange(seen, seen + tokens)).all())
+        return following and self._decoder.width % ROWS == 0
+
     def _is_plain(self, given: Mapping[str, Any], ids: Any) -> bool:
-        """Whether this is one token for each of a few texts, all of whose earlier ones are seen, and nothing else."""
+        """Whether these are tokens of a few texts, all of whose earlier ones are seen, and nothing else."""
         model, mask = self._model, given.get("attention_mask")
         return (
             isinstance(ids, Tensor)
             and ids.dim() == 2
-            and ids.shape[1] == 1
+            and ids.shape[1] > 0
             and 0 < len(ids) <= MOST_TEXTS
             and given.get("use_cache") is not False
             and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())))
@@ -188,8 +217,8 @@ class DecodeStep:
         )
 
     def _angles(self, like: Tensor, positions: Tensor, texts: int) -> Tensor:
-        """Cosines and sines, (2, rotations, texts, width), from the model's own module."""
-        if len(positions) == 1 and self._is_static():
+        """Cosines and sines, (2, rotations, texts, tokens, width), from the model's own module."""
+        if positions.numel() == 1 and self._is_static():
             position, (first, table) = int(positions[0, 0]), self._table
             if not 0 <= position - first < TURNED or first < 0:
                 first = position // TURNED * TURNED
@@ -198,7 +227,7 @@ class DecodeStep:
             angles = table[:, :, position - first : position - first + 1]
         else:
             angles = self._turned(like, positions)
-        return angles.expand(2, angles.shape[1], texts, angles.shape[3]).contiguous()
+        return angles.unflatten(2, positions.shape).expand(-1, -1, texts, -1, -1)
 
     def _turned(self, like: Tensor, positions: Tensor) -> Tensor:
         """Cosines and sines, (2, rotations, positions, width): of each kind of layer, and of those without rotation."""
