@@ -109,7 +109,7 @@ def gguf_bytes(parts):
 
 def read_gguf(path, content):
     path.write_bytes(content)
-    gguf_header._read.cache_clear()  # it goes by size and time, and both may be the same
+    gguf_header._whole.cache_clear()  # it goes by size and time, and both may be the same
     with guarded(path.parent, len(content)):
         header = gguf_header.read_header(path)
         spans = sorted((entry.start, entry.start + entry.nbytes) for entry in header.tensors.values())
