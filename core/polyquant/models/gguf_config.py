@@ -46,7 +46,7 @@ def config_of(path: Path) -> Any:
         config = AutoConfig.for_model(model_type, **config_fields(header, model_type), rope_scaling=scaling)
         config._name_or_path = str(path.parent)
         return config
-    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     if "split.count" in header.metadata:  # it looks for the output head in the first part
         config.get_text_config().tie_word_embeddings = "output.weight" not in header.tensors
     if scaling is not None:

@@ -175,7 +175,8 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
         if source.gguf_file and described(read_header(source.path / source.gguf_file)):
-            return PreTrainedTokenizerFast.from_pretrained(str(source.path), **gguf)  # the other reads the config first
+            # AutoTokenizer reads the config first, of an architecture that it does not know
+            return PreTrainedTokenizerFast.from_pretrained(str(source.path), trust_remote_code=False, **gguf)
         return AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:
         raise ModelError(f"{source.name}: no tokenizer that transformers can read ({error})") from error
