@@ -50,6 +50,7 @@ def load(
     allow_pickle: bool = False,
     attention: str = "",
     kv_cache: KvCache = "keep",
+    emulate_activations: bool = False,
     adapter: str | Path | Sequence[str | Path] = (),
     return_freed_memory: bool = False,
     cache: bool = True,
@@ -67,9 +68,9 @@ def load(
     offload: what may happen where the model does not fit `device`: error, or cpu.
     allow_dequantize: accept a model that ends dense. attention: transformers' attn_implementation.
     kv_cache: older keys and values: keep, or codes: int8, int4. `LoadedModel.new_cache`: for transformers' `generate`.
+    emulate_activations: round the inputs of layers as the format's kernels do (NVFP4, MX, FP8, int8), in software.
     adapter: a LoRA adapter of PEFT's to put on the model, by its folder or hub name; of several the products are added.
-    return_freed_memory: give memory that is freed while loading on a CPU back at once: a lower peak, a slower load, and
-        glibc's own adjustment of its thresholds is off from then on.
+    return_freed_memory: on a CPU, give freed memory back at once: a lower peak, a slower load, for good.
     cache: whether weights that polyquant's packed runtime multiplies with are kept, quantized, for the next load of the
         same, which maps them; of checkpoints from 64 MiB on. `polyquant cache list` shows them.
 
@@ -83,8 +84,8 @@ def load(
     return loading.load(
         model, backend, revision=revision, device=device, device_map=device_map, max_memory=max_memory,
         offload=offload, allow_dequantize=allow_dequantize, trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle, attention=attention, kv_cache=kv_cache, adapter=adapter,
-        return_freed_memory=return_freed_memory, cache=cache, progress=progress, **options,
+        allow_pickle=allow_pickle, attention=attention, kv_cache=kv_cache, emulate_activations=emulate_activations,
+        adapter=adapter, return_freed_memory=return_freed_memory, cache=cache, progress=progress, **options,
     )  # fmt: skip
 
 
@@ -202,6 +203,7 @@ def compare(
     timeout_seconds: float = 3600,
     speed_limit_seconds: float = 30,
     retry: bool = False,
+    emulate_activations: bool = False,
     engine: EngineName = "local",
     address: str = "",
 ) -> Comparison:
@@ -212,8 +214,7 @@ def compare(
     out: folder that keeps finished cells; what is there is not measured again, so that a run that was killed goes on.
         None: one in the cache, for each model.
     progress: sees the comparison while it runs: see `polyquant.comparison.progress.ComparisonProgress`.
-    The other keywords are described by `polyquant.comparison.options.CompareOptions`.
-
+    Other keywords: `polyquant.comparison.options.CompareOptions`.
     >>> comparison = polyquant.compare("builtin:smollm2", ["bitsandbytes:nf4", "gguf:Q8_0"])
     >>> comparison.best(memory="6GiB").candidate.name, comparison.report("report.html")
     """
@@ -225,7 +226,7 @@ def compare(
         "parts": tuple(parts), "device": device, "preset": preset, "text": text, "windows": windows,
         "reference": reference, "tasks": tuple(tasks), "task_folder": task_folder, "task_limit": task_limit,
         "jobs": jobs, "timeout_seconds": timeout_seconds, "speed_limit_seconds": speed_limit_seconds, "retry": retry,
-        "engine": engine, "address": address,
+        "emulate_activations": emulate_activations, "engine": engine, "address": address,
     }  # fmt: skip
     return run(model, candidates, Path(out) if out else None, convert(CompareOptions, options), progress)
 
@@ -252,8 +253,7 @@ def finetune(
 
     model: one that is loaded (it carries the adapter afterwards), or what `load` takes.
     data: JSONL (`text`, `prompt` with `completion`, or `messages`), a text file, or a name for `datasets`.
-    progress: its method `step` sees each `polyquant.finetuning.options.TrainingStep`; in a terminal, loading shows its
-        bars then, too. restart: forget an unfinished run; without, the same call goes on with it.
+    progress: its method `step` sees each `finetuning.options.TrainingStep`. restart: forget an unfinished run.
     options: of training (`polyquant.finetuning.options.TrainingOptions`); the others are `load`'s.
 
     >>> polyquant.finetune("builtin:smollm2", "train.jsonl", "adapter", backend="bitsandbytes", bits=4, steps=30)

@@ -57,6 +57,7 @@ class LoadedModel(Looked):
     initial_layers: list[LayerInfo] = field(default_factory=list)  # set by the core: the layers before any forward pass
     tried_bytes: int = 0  # set by the core: what it stored once loading had run a few tokens through it
     records: list[HookRecord] = field(default_factory=list)  # set by the core: time and peak memory of each hook call
+    emulated_activations: str = ""  # set by the core: formats that inputs of layers are rounded to in software
     adapter: str = ""  # folder of the adapter on the model; `model` is then PEFT's
     _backend: Owner | None = None
 

@@ -14,6 +14,7 @@ from polyquant.errors import ConfigError, did_you_mean
 from polyquant.modules import matching_modules, module_of
 
 if TYPE_CHECKING:
+    from polyquant.activations import Activations
     from polyquant.types import HeldWeight, WeightInfo
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -104,6 +105,13 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def rounds_activations(self) -> bool:
         """Whether the format asks for activations in few bits too: it is then more than its weights."""
         return False
+
+    def activations_of(self, weight: WeightInfo) -> Activations | None:
+        """What kernels that round activations too do to the inputs of a layer in this format; None: there are none.
+
+        For layers that are `PackedLinear`: a load with `emulate_activations` computes it.
+        """
+        return None
 
     @property
     def scheme(self) -> str:

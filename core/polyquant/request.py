@@ -59,4 +59,5 @@ class LoadRequest(Record, frozen=True):
     allow_pickle: bool = False
     attention: str = ""  # transformers' attn_implementation; empty: its own choice
     kv_cache: KvCache = "keep"
+    emulate_activations: bool = False  # round the inputs of layers after the load, as the format's kernels do
     progress: bool = False  # whether progress bars may be drawn

@@ -45,12 +45,14 @@ def plan(
     """
     from polyquant.cli import show_plans as show
     from polyquant.cli.show import loading as waiting
+    from polyquant.loading.emulation import require_none
 
     shared: dict[str, Any] = {
         "context": context, "batch": batch, "kv_cache": loading.options["kv_cache"], "memory": memory,
         "devices": devices, "revision": loading.revision,
         "device": loading.options["device"], "trust_remote_code": loading.options["trust_remote_code"],
     }  # fmt: skip
+    require_none(loading.options["emulate_activations"], "plan")
     own = {name: value for name, value in loading.options.items() if name not in show.LOAD_OPTIONS}
     if loading.backend is None:
         with waiting(model):

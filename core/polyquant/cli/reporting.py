@@ -78,7 +78,7 @@ def show_comparison(run: Run, written: Path | None = None) -> None:
     from polyquant.comparison.report.plot import frontiers
     from polyquant.comparison.report.rows import by_quality, first_line, plain_rows
 
-    best = {run.rows[index].candidate.name for index in frontiers(run)[GOALS["memory"].key]}
+    best = {run.rows[index].candidate.label for index in frontiers(run)[GOALS["memory"].key]}
     wide = console.width >= WIDE
     columns = shown(COLUMNS, "terminal", *(("wide terminal",) if wide else ()))
     table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold underline")

@@ -153,6 +153,7 @@ def _summary(model: LoadedModel) -> dict[str, object]:
         "backend": model.backend.name,
         "config": msgspec.to_builtins(model.config),
         "kernel": model.kernel,
+        "emulated_activations": model.emulated_activations,
         "device_map": dict(model.request.device_map) if model.request else {},
         "weights_stored_bytes": sum(layer.stored_bytes for layer in layers),
         "quantized_tensors": sum(layer.quantized for layer in layers),
@@ -212,6 +213,8 @@ def verification(report: Verification) -> None:
     )
     ratios = f"{memory.ratio_to_bfloat16:.2f}x bfloat16, {memory.ratio_to_checkpoint:.2f}x the checkpoint"
     table.add_row("whole model", ratios)
+    if report.emulated_activations:
+        table.add_row("activations", f"{report.emulated_activations}, emulated: speed and memory are not the format's")
     table.add_row("load", f"{report.load_seconds:.1f} s")
     table.add_row("sample", report.sample.text.strip().replace("\n", " "))
     console.print(table)

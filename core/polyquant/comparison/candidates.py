@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from msgspec import structs
+
 from polyquant.errors import ConfigError
 from polyquant.options import BackendOptions, convert
 from polyquant.registry.written import SYNTAX, preset_and_pairs, preset_options, typed
 from polyquant.types import BackendInfo, Record
 
+EMULATED = "emulate_activations"
+"""An option of the load, and of any candidate."""
 DENSE = "dense"
 """Stands for no backend: the model as it is, in the compute dtype of the options."""
 
@@ -25,6 +29,16 @@ class Candidate(Record, frozen=True):
     backend: str  # empty: the checkpoint `model` names its own
     options: Mapping[str, Any] = {}
     model: str = ""  # a checkpoint of its own instead of the model that all candidates share
+
+    @property
+    def emulated(self) -> bool:
+        """Whether its activations are rounded in software."""
+        return bool(self.options.get(EMULATED))
+
+    @property
+    def label(self) -> str:
+        """The name as tables, plots and reports show it: with a word on what is emulated."""
+        return f"{self.name} (activations emulated)" if self.emulated and EMULATED not in self.name else self.name
 
 
 def parse(text: str, card: Callable[[str], BackendInfo]) -> Candidate:
@@ -43,6 +57,8 @@ def parse(text: str, card: Callable[[str], BackendInfo]) -> Candidate:
         raise ConfigError(f"{text!r} is no candidate; one is written as {SYNTAX}")
     preset, given = preset_and_pairs(text, rest)
     if backend == DENSE:
+        if _loading(given):
+            raise ConfigError(f"{text!r}: the dense model rounds no activations: leave {EMULATED} out")
         return _dense(text, preset, given)
     if not backend:
         if colon:
@@ -59,14 +75,35 @@ def of_backend(
     name: else it is as `parse` reads it. strict: see `convert`. Raises ConfigError for a preset that the backend does
     not have, and for options that are not allowed.
     """
-    if not (preset or given or model):
+    own = dict(given)
+    how = _loading(own)
+    if not (preset or own or model):
         preset = next(iter(info.presets), "")
-    options = {**preset_options(info, preset), **typed(info, given, strict=strict)}
+    options = {**preset_options(info, preset), **typed(info, own, strict=strict), **how}
     words = ",".join([preset] * bool(preset) + [f"{option}={value}" for option, value in given.items()])
     usual = f"{info.name}@{model}" if model else info.name
     return Candidate(
         name=name or (f"{usual}:{words}" if words else usual), backend=info.name, options=options, model=model
     )
+
+
+def with_emulation(candidate: Candidate) -> Candidate:
+    """The candidate with its activations rounded in software, named so; the dense model as it is: it rounds none."""
+    if candidate.backend == DENSE or candidate.emulated:
+        return candidate
+    sign = "," if ":" in candidate.name else ":"
+    name = f"{candidate.name}{sign}{EMULATED}=true" if candidate.backend else candidate.name
+    return structs.replace(candidate, name=name, options={**candidate.options, EMULATED: True})
+
+
+def _loading(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the load among those of a candidate, taken out of them. Raises ConfigError for no true or false."""
+    if EMULATED not in given:
+        return {}
+    value = given.pop(EMULATED)
+    if str(value).lower() not in ("true", "false"):
+        raise ConfigError(f"{EMULATED} is true or false, got {value!r}")
+    return {EMULATED: True} if str(value).lower() == "true" else {}
 
 
 def presets_of(info: BackendInfo) -> list[Candidate]:

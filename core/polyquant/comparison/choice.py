@@ -27,7 +27,7 @@ def best(
     """The best candidate that was measured.
 
     goal: quality is the lowest KL to the reference, speed the most generated tokens a second, memory the fewest stored
-        bytes. Candidates whose verification failed are out, and so is the reference.
+        bytes. Candidates whose verification failed are out, and so is the reference; for speed, what is emulated.
     memory: budget, bytes or such as '6GiB', for what `needed_bytes` counts; None: any.
     kl: most nats from the reference; None: any for quality, USABLE_KL for speed and memory.
     Raises PolyquantError where nothing was measured or nothing fits; it names the nearest.
@@ -35,7 +35,10 @@ def best(
     require_goal(goal)
     column, kl_key = GOALS[goal], GOALS["quality"].key
     limit = USABLE_KL if kl is None and goal != "quality" else kl
-    candidates = [row for row in run.done if row.status == "done" and not run.is_reference(row)]
+    candidates = [
+        row for row in run.done
+        if row.status == "done" and not run.is_reference(row) and not (goal == "speed" and row.candidate.emulated)
+    ]  # fmt: skip
     measured = [(row, values) for row in candidates if (values := values_of(row))[column.key] is not None]
     if not measured:
         raise PolyquantError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from polyquant.comparison import environments
-from polyquant.comparison.candidates import DENSE, Candidate
+from polyquant.comparison.candidates import DENSE, EMULATED, Candidate
 from polyquant.comparison.options import CompareOptions
 from polyquant.comparison.records import CheckpointJob, Job, ReferenceJob, Result
 from polyquant.comparison.store import cell_key
@@ -64,7 +64,11 @@ class CellPlanner:
                     content["environment"] = own_environment.name
                 if not candidate.model and route_of(self._source, handle) == "make first":
                     checkpoint = self._checkpoint(candidate, info, machine, content.get("environment", ""))
-                    own_options = {name: value for name, value in job.options.items() if name in info.options.load_time}
+                    own_options = {
+                        name: value
+                        for name, value in job.options.items()
+                        if name in (*info.options.load_time, EMULATED)
+                    }
                     job = msgspec.structs.replace(job, model=checkpoint.out, options=own_options)
         except PolyquantError as error:
             refused = Result(job=job, status="failed", reason=f"{type(error).__name__}: {error}", machine=machine)
@@ -86,7 +90,7 @@ class CellPlanner:
         """The checkpoint that the candidate needs. Raises PolyquantError where its backend cannot make one."""
         registry().require(info.name, "quantize")
         options: Mapping[str, Any] = {
-            name: value for name, value in candidate.options.items() if name not in info.options.load_time
+            name: value for name, value in candidate.options.items() if name not in (*info.options.load_time, EMULATED)
         }
         decides = [self._hash, info.name, options, machine.versions, *([environment] if environment else [])]
         asked = msgspec.json.encode(decides, order="deterministic")

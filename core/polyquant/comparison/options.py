@@ -12,6 +12,8 @@ from msgspec import Meta
 from polyquant.comparison.records import Part
 
 EngineName = Literal["local", "ray"]
+NOT_MEASURED = ("jobs", "retry", "engine", "address", "emulate_activations")
+"""Options that change no figure of a candidate; which one's activations are rounded, its own name says."""
 
 
 class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +43,11 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         float, Meta(description="seconds of repetitions, prompts and generation each", gt=0)
     ] = 30
     retry: Annotated[bool, Meta(description="measure failed cells again")] = False
+    emulate_activations: Annotated[
+        bool,
+        Meta(description="round activations of every candidate as its format's kernels do; of one: backend:preset,"
+             "emulate_activations=true"),
+    ] = False  # fmt: skip
     engine: Annotated[EngineName, Meta(description="where cells run: local, or a ray cluster")] = "local"
     address: Annotated[str, Meta(description="of the ray cluster; empty: one on this machine")] = ""
 
@@ -59,7 +66,7 @@ def command_line(model: str, candidates: Sequence[str], options: CompareOptions)
     default = CompareOptions()
     for name in CompareOptions.__struct_fields__:
         value = getattr(options, name)
-        if value == getattr(default, name) or name in ("jobs", "retry", "engine", "address"):
+        if value == getattr(default, name) or name in NOT_MEASURED:
             continue
         text = ",".join(value) if isinstance(value, tuple) else str(value)
         words += [f"--{name.replace('_', '-')}", text]

@@ -109,6 +109,7 @@ class Result(Record, frozen=True):
     bits_per_weight: float | None = None  # of the quantized tensors, constants included
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
+    emulated_activations: str = ""  # formats that activations were rounded to in software
     layers: tuple[Layer, ...] = ()
     quality: Quality | None = None
     speed: Speed | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from polyquant.comparison.candidates import Candidate, parse
+from polyquant.comparison.candidates import Candidate, parse, with_emulation
 from polyquant.comparison.engines.engine import Engine
 from polyquant.comparison.engines.local import Local
 from polyquant.comparison.engines.measure import CellTask
@@ -39,6 +39,8 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """See `polyquant.compare`."""
     chosen = [parse(each, registry().info) if isinstance(each, str) else each for each in candidates]
+    if options.emulate_activations:
+        chosen = [with_emulation(each) for each in chosen]
     _require_candidates(chosen)
     preset_named(options.preset)
     text_name, text = named_text(options.text) if "quality" in options.parts else ("", "")
@@ -65,6 +67,11 @@ def _compare(
     text: str, progress: ComparisonProgress,
 ) -> Comparison:  # fmt: skip
     notes = [builtin.CAUTION[source.name]] if source.name in builtin.CAUTION else []
+    if emulated := [each.name for each in candidates if each.emulated]:
+        notes.append(
+            f"activations of {', '.join(emulated)} are emulated, rounded in software: quality is that of kernels which "
+            "do so, speed is not"
+        )
     reference = chosen_reference(source, text, options, notes) if "quality" in options.parts else None
     planner = CellPlanner(source, options, reference, content_hash(source))
     cells = [planner.plan(candidate) for candidate in candidates]

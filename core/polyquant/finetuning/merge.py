@@ -11,6 +11,7 @@ from polyquant.errors import ConfigError
 from polyquant.finetuning import merge_methods
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
+from polyquant.loading import emulation
 from polyquant.loading.adapter import located, read_card
 from polyquant.loading.cache import require_kept
 from polyquant.loading.load import load
@@ -33,6 +34,7 @@ def merge(
 ) -> Quality:  # fmt: skip
     """See `polyquant.merge`."""
     require_kept(options.get("kv_cache", "keep"), "merge")
+    emulation.require_none(options.get("emulate_activations"), "merge")
     into, adapter = merge_methods.target_named(into), located(str(adapter))
     require_free(out, overwrite=overwrite, keeps=(Path(model), adapter))
     backend, options = handles.written(backend, options)

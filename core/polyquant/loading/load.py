@@ -13,7 +13,7 @@ import msgspec
 from polyquant.errors import BrokenBackend, CheckpointConflict, ConfigError, DenseModelError, ModelError
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
-from polyquant.loading import adapter, kernel, quantized_cache
+from polyquant.loading import adapter, emulation, kernel, quantized_cache
 from polyquant.loading.cache import require_cache
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
@@ -25,7 +25,7 @@ from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
 from polyquant.models.roles import SKIPPED
 from polyquant.options import BackendOptions
-from polyquant.packable import LIBRARY, quantizes_experts
+from polyquant.packable import LIBRARY, PackableOptions, quantizes_experts
 from polyquant.registry.backend import Backend
 from polyquant.registry.installed import registry
 from polyquant.request import LoadRequest, ModelSource
@@ -91,6 +91,9 @@ def load_model(
             f"{model.name} is dense, and {backend.name} loads quantized checkpoints only "
             f"({', '.join(can.loads_prequantized)}); make one with: {make_command(model.name, backend, given)}"
         )
+    if how.emulate_activations:
+        config = emulation.asked(config, backend.name)
+        given = {**given, "kernel": config.kernel} if isinstance(config, PackableOptions) else given
     adapters = adapter.require(how.adapter, backend.capabilities)  # before the weights are read
     request, settled = prepare(model, backend, config, given, how, route)
     with giving_back(settled) if how.return_freed_memory else nullcontext():
@@ -136,7 +139,7 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled, *, ca
         # before the weights: reading it takes more memory for a moment than it keeps
         tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     place = None
-    if cached and quantized_cache.is_kept(backend, request, settled):
+    if cached and not request.emulate_activations and quantized_cache.is_kept(backend, request, settled):
         place = quantized_cache.place_of(backend, request, settled)
     restored = quantized_cache.restore(place, backend, request, settled) if place is not None else None
     with as_stored(settled, request.source.name, backend.name):
@@ -152,6 +155,8 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled, *, ca
             repacked.finish(loaded, backend)
         loaded.notes += tokenizer_notes(loaded.model, loaded.tokenizer)
     loaded.initial_layers = loaded.layers
+    if request.emulate_activations:
+        _emulate(loaded)
     if backend.capabilities.runs_on_torch:
         from polyquant.plugin import adapters, quantizer
 
@@ -164,6 +169,18 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled, *, ca
     if place is not None and restored is None:
         quantized_cache.keep(place, loaded, backend)
     return loaded
+
+
+def _emulate(loaded: LoadedModel) -> None:
+    from polyquant.plugin import activations
+
+    assert loaded.settled is not None  # every load sets it
+    loaded.emulated_activations = activations.emulate(loaded, {each.name: each for each in loaded.settled.weights})
+    loaded.kernel += f", activations rounded to {loaded.emulated_activations} in software (emulated)"
+    loaded.notes.append(
+        f"activations are emulated: rounded to {loaded.emulated_activations} before each product, which stays in "
+        f"{loaded.config.compute_dtype}; quality is that of kernels which do so, speed and memory are not"
+    )
 
 
 def prepare(
@@ -184,6 +201,8 @@ def prepare(
     if first or backend.capabilities.runs_on_torch:
         model = model.as_transformers_reads(dense=first, progress=how.progress)
     settled = settle(model, backend, config, given, device, route)
+    if how.emulate_activations:
+        emulation.require(settled, backend.name)
     if first:
         note = f"{packed_name} was dequantized to a float32 checkpoint first, then quantized again"
         settled = msgspec.structs.replace(settled, notes=(note, *settled.notes))
@@ -201,6 +220,7 @@ def prepare(
             allow_pickle=how.allow_pickle,
             attention=how.attention,
             kv_cache=how.kv_cache,
+            emulate_activations=how.emulate_activations,
             progress=how.progress,
         ),
         settled,

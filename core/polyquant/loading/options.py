@@ -24,6 +24,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     allow_pickle: bool = False
     attention: str = ""
     kv_cache: KvCache = "keep"
+    emulate_activations: bool = False
     adapter: tuple[str, ...] = ()
     return_freed_memory: bool = False
     cache: bool = True

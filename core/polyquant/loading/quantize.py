@@ -9,6 +9,7 @@ from typing import Any
 from polyquant.errors import ConfigError, SaveError, UnsupportedOperation
 from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
+from polyquant.loading import emulation
 from polyquant.loading.cache import require_kept
 from polyquant.loading.load import load, prepare
 from polyquant.loading.options import LoadOptions, split_options
@@ -37,6 +38,7 @@ def quantize(
         options = {"kernel": LIBRARY, **options}
     how, own = split_options(options)
     require_kept(how.kv_cache, "quantize")
+    emulation.require_none(how.emulate_activations, "quantize")
 
     if handle.can("quantize"):
         config = handle.config(own)

@@ -85,6 +85,7 @@ class Verification(Looked, Record, frozen=True):
     load_seconds: float
     sample: Sample
     notes: list[str]
+    emulated_activations: str = ""  # formats that inputs of layers were rounded to in software; speeds are not theirs
 
     @property
     def passed(self) -> bool:

@@ -80,6 +80,7 @@ def verify(loaded: LoadedModel, *, prompt: Prompt = SAMPLE_PROMPT, max_new_token
         layers=before,
         load_seconds=load_record.seconds if load_record else 0.0,
         sample=outputs.sample,
+        emulated_activations=loaded.emulated_activations,
         notes=[*loaded.notes, *outputs.notes, *checks.load_peak_note(load_record, peak_plan)],
     )
 

@@ -14,8 +14,18 @@ def effective_weight(layer: Any, in_features: int, columns: Sequence[int] | None
     """Columns of the weight of a linear layer, (out_features, columns), float32 on the CPU.
 
     columns: which of the in_features; None: all of them. dtype: of the layer's inputs; None: as `input_dtype` says.
-    What the layer answers to zero, its bias, is taken away. No backend is asked.
+    What the layer answers to zero, its bias, is taken away, and what it rounds its inputs to where that is emulated.
+    No backend is asked.
     """
+    rounding = vars(layer).pop("rounding", None)
+    try:
+        return _effective_weight(layer, in_features, columns, dtype)
+    finally:
+        if rounding is not None:
+            layer.rounding = rounding
+
+
+def _effective_weight(layer: Any, in_features: int, columns: Sequence[int] | None, dtype: Any) -> Any:
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
     zero = torch.zeros(1, in_features, dtype=dtype or input_dtype(layer, torch.float32), device=device)
     chosen = torch.arange(in_features) if columns is None else torch.tensor(list(columns))

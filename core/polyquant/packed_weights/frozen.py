@@ -37,9 +37,26 @@ class PackedLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is not typed
             self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         self.eval()
 
+    rounding: Callable[[Any, Tensor], Tensor] | None = None
+    """What a load that emulates rounded activations does to the layer's inputs: (layer, inputs) -> inputs."""
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether it is more than a weight and a bias."""
+        return self.rounding is not None
+
+    @property
+    def static_scale(self) -> Tensor | None:
+        """What a checkpoint has for rounding inputs, float32: see `polyquant.plugin.activations.rounded`."""
+        return None
+
+    def inputs(self, input: Tensor) -> Tensor:
+        """`input` as the format's kernels multiply with it, where a load emulates them: a `forward` begins with it."""
+        return input if self.rounding is None else self.rounding(self, input)
+
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features). Returns (..., out_features)."""
-        return frozen_linear(input, lambda: [self.dequantize()], self.bias)
+        return frozen_linear(self.inputs(input), lambda: [self.dequantize()], self.bias)
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features)."""

@@ -6,6 +6,8 @@ modules, their products and gradients), `experts` (those that are stored one by 
 a process of its own), and light ones for the formats that several libraries share: `layouts` (GPTQ, AWQ) and `gguf`.
 """
 
+from polyquant import activations as activation_formats
+from polyquant.activations import Activations
 from polyquant.contract.markers import hookimpl
 from polyquant.loaded import LoadedModel, Prompt
 from polyquant.measure.speed import Feed
@@ -53,6 +55,7 @@ __all__ = [
     "E2M1",
     "REASONS",
     "TIED",
+    "Activations",
     "BackendInfo",
     "BackendOptions",
     "Capabilities",
@@ -81,6 +84,7 @@ __all__ = [
     "Role",
     "RoundingMethod",
     "WeightInfo",
+    "activation_formats",
     "contained",
     "convert",
     "dense_linears",

@@ -112,7 +112,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         computed = getattr(torch, self.compute_dtype)
         packed = {name: model.get_submodule(name) for name in sorted(found.packed)}
         for name, module in packed.items():
-            if not _is_plain(module) and not has_packed(module):
+            rounds = getattr(module, "rounds_activations", False)
+            if rounds or not (_is_plain(module) or has_packed(module)):
                 raise UnsupportedOperation(
                     f"{name} ({type(module).__name__}) of {self.backend} is more than a weight and a bias, so no dense "
                     "layer does the same; load the dense checkpoint instead"
@@ -147,12 +148,7 @@ def forget_library(model: Any) -> None:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether it computes what torch's linear layer does, or its embedding, which scales nothing.
-
-    One that rounds its activations does more, and says so.
-    """
-    if getattr(module, "rounds_activations", False):
-        return False
+    """Whether it computes what torch's linear layer does, or its embedding, which scales nothing."""
     scaled = not _is_linear(module) and any(True for _ in module.buffers())
     return not list(module.children()) and not scaled and (_is_linear(module) or hasattr(module, "num_embeddings"))
 

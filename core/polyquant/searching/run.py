@@ -9,6 +9,7 @@ from typing import Any
 
 from polyquant.errors import ConfigError
 from polyquant.isolated import handles
+from polyquant.loading import emulation
 from polyquant.loading.options import split_options
 from polyquant.loading.quantize import save_verified
 from polyquant.loading.settle import as_flags
@@ -34,6 +35,7 @@ def search(
     backend, given = handles.written(backend, given)
     handle = handles.backend(backend)
     how, own = split_options(given)
+    emulation.require_none(how.emulate_activations, "search")
     shared = {name: value for name, value in given.items() if name not in own}
     if out is not None:
         require_free(out, overwrite=overwrite, keeps=(Path(model),))

@@ -108,6 +108,7 @@ def verified(loaded: LoadedModel) -> dict[str, Any]:
         "bits_per_weight": report.memory.quantized_bits_per_weight,
         "checks": tuple(report.checks),
         "notes": tuple(report.notes),
+        "emulated_activations": report.emulated_activations,
     }
 
 

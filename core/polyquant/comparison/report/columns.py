@@ -177,6 +177,7 @@ COLUMNS = (
     Column(key="backend"),
     Column(key="kernel", heading="kernel", places=("page conditions",)),
     Column(key="compute_dtype", heading="compute dtype", places=("page conditions",)),
+    Column(key="emulated_activations", heading="activations emulated", places=("page conditions",)),
     Column(key="device", heading="device", places=("page conditions",)),
     Column(key="threads", heading="threads", places=("page conditions",)),
     Column(

@@ -43,7 +43,7 @@ def _row(run: Run, values: dict[str, Any], columns: list[Column]) -> dict[str, A
     options = ", ".join(f"{name}={_option(value)}" for name, value in row.candidate.options.items())
     return {
         "index": values["index"],
-        "name": row.candidate.name,
+        "name": row.candidate.label,
         "backend": values["backend"] or "checkpoint",
         "status": row.status,
         "cells": [
@@ -56,7 +56,7 @@ def _row(run: Run, values: dict[str, Any], columns: list[Column]) -> dict[str, A
         "reference": run.is_reference(row),
         "command": row.command,
         "details": [*([("options", options)] if options else []), *details],
-        "searched": " ".join((row.candidate.name, values["kernel"] or "", row.status, options, row.reason)).lower(),
+        "searched": " ".join((row.candidate.label, values["kernel"] or "", row.status, options, row.reason)).lower(),
         "layers": bool(row.result and row.result.layers),
     }
 

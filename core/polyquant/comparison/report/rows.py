@@ -28,7 +28,7 @@ def values_of(row: Row, dense_bytes: int | None = None) -> dict[str, Any]:
     """
     values: dict[str, Any] = dict.fromkeys(KEYS)
     values |= {
-        "candidate": row.candidate.name, "status": row.status, "reason": row.reason, "command": row.command,
+        "candidate": row.candidate.label, "status": row.status, "reason": row.reason, "command": row.command,
         "backend": row.candidate.backend,
     }  # fmt: skip
     result = row.result
@@ -38,6 +38,7 @@ def values_of(row: Row, dense_bytes: int | None = None) -> dict[str, Any]:
     dense = memory.weights_bfloat16_bytes if memory else dense_bytes
     values |= {
         "backend": result.job.backend, "kernel": result.kernel, "compute_dtype": result.compute_dtype,
+        "emulated_activations": result.emulated_activations or None,
         "device": result.device, "threads": result.threads or None,
         "other_work_share": result.other_work_share, "notes": "; ".join(result.notes),
         "load_seconds": result.load_seconds, "quantize_seconds": result.quantize_seconds,

@@ -73,7 +73,7 @@ class CompressedLinear(PackedLinear):
         input = self._rounded(input)
         rows = input.numel() // self.in_features
         if self.int8pack and 0 < rows <= INT8_ROWS and not needs_gradient(input):
-            flat = input.reshape(rows, self.in_features).contiguous()
+            flat = self.inputs(input).reshape(rows, self.in_features).contiguous()
             output = torch._weight_int8pack_mm(flat, self.weight_packed, self.weight_scale.flatten())
             output = output if self.bias is None else output + self.bias
             return output.view(*input.shape[:-1], self.out_features)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from polyquant.plugin import Activations, activation_formats
+
 if TYPE_CHECKING:
     from polyquant_compressed_tensors.options import CompressedTensorsOptions
 
@@ -17,6 +19,11 @@ Way = Literal["", "dynamic", "static"]
 stored number. Empty: activations are not rounded."""
 STATIC = ("int8", "fp8")
 FIXED_GROUPS: Mapping[str, int] = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
+ACTIVATIONS: Mapping[str, Activations] = {
+    "int8": activation_formats.INT8, "fp8": activation_formats.FP8, "nvfp4": activation_formats.NVFP4,
+    "mxfp8": activation_formats.MXFP8._replace(exponents="even"),
+    "mxfp4": activation_formats.MXFP4._replace(exponents="even"),
+}  # fmt: skip
 
 
 def ways(weights: str, strategy: str, *, symmetric: bool) -> dict[Way, dict[str, Any]]:
@@ -37,6 +44,12 @@ def ways(weights: str, strategy: str, *, symmetric: bool) -> dict[Way, dict[str,
         "dynamic": {"strategy": "token", "group_size": None, "dynamic": True},
         "static": {"strategy": "tensor", "group_size": None, "dynamic": False},
     }
+
+
+def activations_beside(weights: Weights, strategy: str | None, *, symmetric: bool) -> Activations | None:
+    """What vLLM's kernels round activations to beside such weights, as 'dynamic' of `ways`; None: there are none."""
+    own = ways(weights, strategy or "", symmetric=symmetric).get("dynamic")
+    return ACTIVATIONS[weights]._replace(columns=own["group_size"] or 0) if own else None
 
 
 def weight_arguments(options: CompressedTensorsOptions) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 from polyquant.errors import ConfigError
 from polyquant.plugin import (
+    Activations,
     HeldWeight,
     LayerFormats,
     MixableOptions,
@@ -19,7 +20,14 @@ from polyquant.plugin import (
     module_of,
 )
 
-from polyquant_compressed_tensors.arguments import BITS, FIXED_GROUPS, Weights, ways, weight_arguments
+from polyquant_compressed_tensors.arguments import (
+    BITS,
+    FIXED_GROUPS,
+    Weights,
+    activations_beside,
+    ways,
+    weight_arguments,
+)
 from polyquant_compressed_tensors.formats import (
     CHOICES,
     FP4,
@@ -164,6 +172,10 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
         """Of any layer."""
         own = (self.scheme, *(each for _, each in self.layers))
         return any(each.endswith(("-dynamic", "-static")) for each in own)
+
+    def activations_of(self, weight: WeightInfo) -> Activations | None:
+        own = self.of(weight)
+        return activations_beside(own.weights, own.strategy, symmetric=own.symmetric)
 
     @property
     def number_format(self) -> NumberFormat:

@@ -23,7 +23,10 @@ from polyquant_fp8._modules import KERNEL
 from polyquant_fp8.options import Float8Options
 from polyquant_fp8.planning import is_stack, plan_layers
 
-ACTIVATIONS = "activations stay in {}: the checkpoint asks for {} FP8 activations, which GPU kernels round to for speed"
+ACTIVATIONS = (
+    "activations stay in {}: the checkpoint asks for {} FP8 activations, which GPU kernels round to; "
+    "emulate_activations=True (--emulate-activations) rounds them here too"
+)
 
 
 def load(request: LoadRequest, config: Float8Options) -> LoadedModel:
@@ -76,5 +79,6 @@ def _read(request: LoadRequest, config: Float8Options) -> LoadedModel:
     plans = [plan for plan in plan_layers(request.weights, config) if plan.quantized]
     names = [plan.name if plan.role == "experts" else module_of(plan) for plan in plans]
     model = checkpoints.read_layers(request, wanted, names, make, part=experts.part_of(request.names), check=check)
-    notes.append(ACTIVATIONS.format(wanted, "static" if config.static_activations else "dynamic"))
+    if not request.emulate_activations:
+        notes.append(ACTIVATIONS.format(wanted, "static" if config.static_activations else "dynamic"))
     return LoadedModel(model=model, config=config, kernel=KERNEL, notes=notes)

@@ -27,7 +27,7 @@ class Fp8Linear(PackedLinear):
         super().__init__(linear, {"weight": weight, config.scale_name: scales})
         self.block, self.scale_name = config.block, config.scale_name
         self.bias = linear.bias
-        if activation_scale is not None:  # kept for saving; activations are not rounded here
+        if activation_scale is not None:  # activations are rounded with it where that is emulated
             self.activation_scale = nn.Parameter(activation_scale, requires_grad=False)
 
     @property
@@ -35,9 +35,15 @@ class Fp8Linear(PackedLinear):
         """What its blocks are multiplied by, under the name that the format has for it."""
         return self._parameters[self.scale_name].detach()  # of an expert no parameter, but a view
 
+    @property
+    def static_scale(self) -> Tensor | None:
+        """`activation_scale`."""
+        found = self._parameters.get("activation_scale")
+        return None if found is None else found.detach()
+
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) to (..., out_features), in the dtype of the input."""
-        return frozen_linear(input, self._pieces, self.bias)
+        return frozen_linear(self.inputs(input), self._pieces, self.bias)
 
     def dequantize(self) -> Tensor:
         """The weight, float32 (out_features, in_features)."""

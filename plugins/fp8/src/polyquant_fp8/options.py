@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import ExpertsOptions, NumberFormat, require_read, usual_options
+from polyquant.plugin import (
+    Activations,
+    ExpertsOptions,
+    NumberFormat,
+    WeightInfo,
+    activation_formats,
+    require_read,
+    usual_options,
+)
 
 BLOCK = (128, 128)
 Block = tuple[int, int] | None
@@ -52,6 +60,14 @@ class Float8Options(ExpertsOptions, frozen=True, kw_only=True, forbid_unknown_fi
     def static_activations(self) -> bool:
         """Whether each layer has a scale for its activations."""
         return False
+
+    def activations_of(self, weight: WeightInfo) -> Activations:
+        """As transformers' kernels: blocks of as many columns as the weight's; one scale a token where it has one."""
+        if self.block is None or self.static_activations:
+            return activation_formats.FP8
+        return activation_formats.FP8_BLOCKS._replace(
+            columns=self.block[1], scales="e8m0" if self.powers_of_two else "float32", exponents="ceil"
+        )
 
 
 class Fp8Options(Float8Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,6 +152,10 @@ class FbgemmOptions(Float8Options, frozen=True, kw_only=True, forbid_unknown_fie
     def block(self) -> Block:
         """A row."""
         return (1, -1)
+
+    def activations_of(self, weight: WeightInfo) -> Activations:
+        """FBGEMM's: each token, whose scale is no larger than the bound's."""
+        return activation_formats.FP8._replace(most=self.activation_scale_ub)
 
     def to_stored(self) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint: transformers' FbgemmFp8Config, and the compute dtype."""

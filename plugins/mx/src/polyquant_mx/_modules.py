@@ -13,6 +13,8 @@ from polyquant_mx._decode import decoded, rotated
 from polyquant_mx.formats import Scheme
 
 KERNEL = "torch decode and matmul"
+OWN_EXPONENT = 4.0
+"""2 to the exponent of E2M1's largest numbers, which OCP's scales are less by, and FP-Quant's are not."""
 
 
 class MxLinear(PackedLinear):
@@ -47,9 +49,19 @@ class MxLinear(PackedLinear):
         weight, rotation = torch.cat(list(self.pieces())), self.part("rotation")
         return weight if rotation is None else rotated(weight, rotation.float().T)
 
+    @property
+    def static_scale(self) -> Tensor | None:
+        """ModelOpt's `input_scale`; of rotated inputs what FP-Quant's `act_global_scale` comes to."""
+        given = self.part("input_scale")
+        if not self.scheme.rotation:
+            return given
+        outer = self.part("outer_scale") if given is None else given
+        assert outer is not None  # a rotated layer has one
+        return (OWN_EXPONENT if self.scheme.scales == "e8m0" else 1.0) / outer.float()
+
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) to (..., out_features), in the dtype of the input."""
         rotation = self.part("rotation")
         if rotation is not None:
             input = rotated(input, rotation.to(input.dtype))
-        return frozen_linear(input, self.pieces, self.bias)
+        return frozen_linear(self.inputs(input), self.pieces, self.bias)

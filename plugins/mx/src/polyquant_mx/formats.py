@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
-from polyquant.plugin import PackedFormat, require_read
+from polyquant.plugin import Activations, PackedFormat, require_read
+from polyquant.plugin import activation_formats as activations
 
 ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float32": 4}
 SCALE_DTYPES = {"e8m0": "uint8", "e4m3": "float8_e4m3fn", "float32": "float32"}
@@ -32,6 +33,17 @@ class Scheme(NamedTuple):
     def bits(self) -> int:
         """Nominal bits of a weight."""
         return 8 if self.codes == "e4m3" else 4
+
+    @property
+    def activations(self) -> Activations | None:
+        """What kernels that round both do to the inputs; None for integers, which have none."""
+        if self.codes == "e2m1":
+            return activations.MXFP4 if self.scales == "e8m0" else activations.NVFP4
+        if self.codes == "int4":
+            return None
+        if self.scales == "e8m0":
+            return activations.MXFP8
+        return activations.FP8_BLOCKS if self.columns else activations.FP8
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> shape and dtype of a layer's tensors, which have other names in files.

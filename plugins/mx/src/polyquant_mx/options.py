@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import msgspec
 from msgspec import Meta
-from polyquant.plugin import LayerFormats, MixableOptions, NumberFormat, PackableOptions, WeightInfo, module_of
+from polyquant.plugin import (
+    Activations,
+    LayerFormats,
+    MixableOptions,
+    NumberFormat,
+    PackableOptions,
+    WeightInfo,
+    module_of,
+)
 
 from polyquant_mx import formats
 from polyquant_mx.formats import ALGOS, MIXED, OWN, Layout, Scheme, modelopt_settings, require_known, skips
@@ -47,6 +55,9 @@ class MxOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_field
     def scheme_for(self, weight: WeightInfo) -> Scheme:
         """The format of a weight."""
         return self.usual_scheme
+
+    def activations_of(self, weight: WeightInfo) -> Activations | None:
+        return self.scheme_for(weight).activations
 
     def to_stored(self) -> dict[str, Any]:
         return {
