@@ -6,21 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from polyquant.errors import ModelError
+from polyquant.errors import Misfit, ModelError
 from polyquant.plugin import LayerInfo, experts
-from polyquant.plugin.floats import E2M1, MOST_E2M1, NAN_E8M0
+from polyquant.plugin.floats import E2M1, MOST_E2M1, NAN_E8M0, pairs_of_codes
 from polyquant.plugin.layers import (
     LinearExperts,
     PackedWeight,
     Part,
     Quantized,
+    WeightCodes,
     describe,
     finite_weight,
     layer_tensors,
     pack_weight,
     prepare_for_training,
 )
+from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes
 from torch import Tensor
+from torch.nn import functional
 
 from polyquant_mx._decode import factors, wide_codes
 from polyquant_mx._modules import KERNEL, MxLinear
@@ -188,6 +191,33 @@ def pack(module: MxLinear) -> PackedWeight:
     if scheme.codes == "int4":
         return pack_weight(codes ^ 8, scales, scheme.columns, zero=8, column_scales=columns)
     return pack_weight(codes, scales, scheme.columns or -1, table=table, column_scales=columns)
+
+
+def unpack(weight: WeightCodes, config: MxOptions) -> dict[str, Tensor]:
+    """MXFP4 and NVFP4 under their checkpoints' names. Raises Misfit for what has no place in the format."""
+    scheme, names = config.usual_scheme, config.layout.linear
+    if scheme.codes != "e2m1" or getattr(config, "layers", ()):
+        raise Misfit("bits", f"{scheme.name}, and formats of single layers, are made of dense weights alone")
+    codes = fp4_codes(weight, scheme.columns)
+    parts = {"qweight": pairs_of_codes(functional.pad(codes, (0, -codes.shape[1] % scheme.columns)))}
+    scales = weight.in_groups(scheme.columns).scales
+    if scheme.scales == "e8m0":
+        parts["scales"] = exponents(scales)
+    else:
+        parts["scales"], parts["outer_scale"] = e4m3_scales(scales, divides=False)
+    stored = {names[name]: as_stored(name, part, scheme) for name, part in parts.items()}
+    return {name: in_file(name, tensor, config) for name, tensor in stored.items()}
+
+
+def in_file(name: str, tensor: Tensor, config: MxOptions) -> Tensor:
+    """MXFP4 lies in blocks of 16 bytes; transformers knows MXFP8's scales by their type."""
+    if config.method == "mxfp4" and name.endswith("_blocks"):
+        return tensor.unflatten(-1, (-1, 16))
+    if config.method == "mxfp8" and name.endswith("_scale_inv"):
+        return tensor.view(torch.float8_e8m0fnu)
+    if config.method == "fp_quant" and name.endswith(".scales"):
+        return tensor.view(torch.uint8)
+    return tensor
 
 
 def _as_stored(name: str, tensor: Tensor, scheme: Scheme, names: Mapping[str, str], shape: tuple[int, int]) -> Tensor:

@@ -17,13 +17,15 @@ from polyquant_mx._layers import (
     experts_from_tensors,
     experts_of,
     experts_one_by_one,
+    in_file,
     linear_from_tensors,
     linear_of,
     stored_one_by_one,
     stored_tensors,
 )
 from polyquant_mx._modules import KERNEL, MxLinear
-from polyquant_mx.options import ModelOptOptions, MxOptions, routers
+from polyquant_mx.formats import routers
+from polyquant_mx.options import ModelOptOptions, MxOptions
 from polyquant_mx.planning import plan_layers, takes
 
 BY_MODEL = ("mxfp4",)
@@ -67,7 +69,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
         for short in module._parameters:
             if short != "bias":
                 tensors.pop(f"{name}.{short}", None)
-        tensors |= {key: _in_file(key, tensor, config) for key, tensor in _stored(name, module, config, single).items()}
+        tensors |= {key: in_file(key, tensor, config) for key, tensor in _stored(name, module, config, single).items()}
     tensors = experts.as_stored(loaded, tensors)
     named = checkpoints.MODEL if config.method in BY_MODEL and not linears else ""
     stored = dict(loaded.model.config.quantization_config)
@@ -88,17 +90,6 @@ def _stored(name: str, module: Any, config: MxOptions, single: Collection[str]) 
         f"{name}{layout.stacked[short]}": as_stored(short, tensor.detach(), module.like.scheme, module.count)
         for short, tensor in module.named_parameters()
     }
-
-
-def _in_file(name: str, tensor: torch.Tensor, config: MxOptions) -> torch.Tensor:
-    """MXFP4 lies in blocks of 16 bytes; transformers knows MXFP8's scales by their type."""
-    if config.method == "mxfp4" and name.endswith("_blocks"):
-        return tensor.unflatten(-1, (-1, 16))
-    if config.method == "mxfp8" and name.endswith("_scale_inv"):
-        return tensor.view(torch.float8_e8m0fnu)
-    if config.method == "fp_quant" and name.endswith(".scales"):
-        return tensor.view(torch.uint8)
-    return tensor
 
 
 def _read(request: LoadRequest, config: MxOptions, names: list[str], notes: list[str]) -> Any:

@@ -6,11 +6,12 @@ Sources: OCP Microscaling Formats 1.0; transformers.integrations.mxfp4 and .fine
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
-from polyquant.plugin import Activations, PackedFormat, require_read
+from polyquant.errors import Misfit
+from polyquant.plugin import E2M1, Activations, HeldWeight, PackedFormat, WeightInfo, module_of, require_read
 from polyquant.plugin import activation_formats as activations
 
 ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float32": 4}
@@ -171,3 +172,17 @@ def modelopt_settings(stored: Mapping[str, Any]) -> tuple[dict[str, Any], Mappin
         raise ValueError("its has_zero_point is True, and weights without zero points are read")
     dense = inner.get("ignore", inner.get("exclude_modules"))
     return {"quant_algo": algo, "group_size": inner.get("group_size"), **skips(inner, dense)}, layers
+
+
+def routers(weights: Sequence[WeightInfo]) -> list[str]:
+    """Modules of matrices that are neither linear layers' nor experts': the routers of mixtures."""
+    experts = {module_of(weight) for weight in weights if weight.role == "experts"}
+    return [module_of(each) for each in weights if each.role == "other" and module_of(each) not in experts]
+
+
+def require_held(weights: Sequence[HeldWeight], scheme: Scheme) -> None:
+    """Raises Misfit for weights that are no E2M1 in blocks of the format's size."""
+    for weight in weights:
+        if weight.table != E2M1 or weight.group_size != scheme.columns or weight.ordered:
+            own = f"{weight.kind} of {weight.bits} bits in groups of {weight.group_size}"
+            raise Misfit("bits", f"its codes are {own}, and E2M1 in groups of {scheme.columns} is held")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
 from polyquant.plugin import (
     Activations,
+    HeldWeight,
     LayerFormats,
     MixableOptions,
     NumberFormat,
@@ -18,7 +19,7 @@ from polyquant.plugin import (
 )
 
 from polyquant_mx import formats
-from polyquant_mx.formats import ALGOS, MIXED, OWN, Layout, Scheme, modelopt_settings, require_known, skips
+from polyquant_mx.formats import ALGOS, MIXED, OWN, Layout, Scheme, modelopt_settings, require_known, routers, skips
 
 Algo = Literal["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "W4A16_AWQ"]
 
@@ -28,6 +29,8 @@ class MxOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_field
 
     method: ClassVar[str]
     """The quant_method of checkpoints."""
+    converted: ClassVar[Mapping[str, Any]] = {}
+    """Options of a checkpoint that others are converted into."""
 
     @property
     def number_format(self) -> NumberFormat:
@@ -59,17 +62,16 @@ class MxOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_field
     def activations_of(self, weight: WeightInfo) -> Activations | None:
         return self.scheme_for(weight).activations
 
+    @classmethod
+    def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
+        formats.require_held(weights, msgspec.convert(cls.converted, cls).usual_scheme)
+        return dict(cls.converted)
+
     def to_stored(self) -> dict[str, Any]:
         return {
             "quant_method": self.method, "compute_dtype": self.compute_dtype, "skip_modules": list(self.skip),
             "skip_defaults": self.skip_defaults,
         }  # fmt: skip
-
-
-def routers(weights: Sequence[WeightInfo]) -> list[str]:
-    """Modules of matrices that are neither linear layers' nor experts': the routers of mixtures."""
-    experts = {module_of(weight) for weight in weights if weight.role == "experts"}
-    return [module_of(each) for each in weights if each.role == "other" and module_of(each) not in experts]
 
 
 class Mxfp4Options(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +86,7 @@ class Mxfp4Options(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = "auto"
 
     method: ClassVar[str] = "mxfp4"
+    converted: ClassVar[Mapping[str, Any]] = {"linears": "quantize"}
 
     @property
     def usual_scheme(self) -> Scheme:
@@ -294,6 +297,3 @@ class FpQuantOptions(MxOptions, frozen=True, kw_only=True, forbid_unknown_fields
             **skips(stored, stored.get("modules_to_not_convert")),
         }
         return msgspec.convert(values, cls)
-
-
-assert set(get_args(Algo)) == set(ALGOS)

@@ -83,7 +83,8 @@ FP_QUANT = BackendInfo(
 )  # fmt: skip
 HOOKS = ("plan_layers", "save", "prepare_for_training")
 PACKED = (*HOOKS, "pack", "quantize_linear")
-mxfp4, mxfp8, nvfp4, modelopt = (
-    PluginBackend(card, PACKED, imports=LIBRARIES) for card in (MXFP4, MXFP8, NVFP4, MODELOPT)
+mxfp8 = PluginBackend(MXFP8, PACKED, imports=LIBRARIES)
+mxfp4, nvfp4, modelopt = (
+    PluginBackend(card, (*PACKED, "unpack"), imports=LIBRARIES) for card in (MXFP4, NVFP4, MODELOPT)
 )
 fp_quant = PluginBackend(FP_QUANT, HOOKS, imports=LIBRARIES)
