@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 from generate_backends import backend_page, backends_index, markdown
 from generate_gpu import GpuRun, read_gpu_run
+from generate_oracles import oracles_page
 from generate_reference import command_line_page, hooks_page, python_page, records_page
 from polyquant.cli.show import card_cells, quantizes, size
 from polyquant.comparison.candidates import DENSE
@@ -20,6 +21,7 @@ from polyquant.comparison.records import Result
 from polyquant.models.marks import PATH as MARKS
 from polyquant.registry.catalogue import PATH as CATALOGUE
 from polyquant.registry.catalogue import Known
+from polyquant.testing.oracles import read
 from polyquant.types import BackendInfo
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,7 @@ MEASURES = ("preset", "stored", "of bf16", "bits a weight", "KL (nats)", "top-1"
             "kernel")  # fmt: skip
 DOCS = ROOT / "docs"
 MEASURED = DOCS / "reference" / "measured.json"
+ORACLES = DOCS / "reference" / "oracles.json"  # as tests write it: see polyquant.testing.oracles
 GPU = DOCS / "reference" / "gpu.json"  # as docs/examples/gpu.py writes it; where there is none, no GPU was at hand yet
 
 
@@ -64,6 +67,7 @@ def pages() -> dict[Path, str]:
         CATALOGUE: catalogue_text(),
         MARKS: marks_text(),
         reference / "backends.md": backends_page(results, read_gpu_run(GPU)),
+        reference / "oracles.md": oracles_page(ours(), read(ORACLES)),
         reference / "python.md": python_page(),
         reference / "command-line.md": command_line_page(),
         reference / "hooks.md": hooks_page(),

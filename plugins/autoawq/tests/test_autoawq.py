@@ -13,6 +13,7 @@ from polyquant.testing.models import tiny_model
 from polyquant.testing.texts import CALIBRATION
 from polyquant_autoawq.options import AutoawqOptions
 from polyquant_autoawq.plugin import ISOLATED
+from polyquant.testing.oracles import agree
 from safetensors.torch import load_file, save_file
 
 TOKENS = list(range(3, 40))
@@ -70,7 +71,7 @@ def test_packed_layers_are_what_the_format_stands_for(checkpoint):
     assert len(modules) == 14
     for module in modules:
         layer = loaded.model.get_submodule(module)
-        assert torch.equal(layer.dequantize(), dequantized(tensors, module, 64))
+        agree("autoawq", "weights by definition", layer.dequantize(), dequantized(tensors, module, 64))
         assert layer.packed.scales.dtype == tensors[f"{module}.scales"].dtype == torch.float16
     assert all(check.passed for check in polyquant.verify(loaded, max_new_tokens=2).checks)
 

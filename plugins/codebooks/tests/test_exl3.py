@@ -11,6 +11,7 @@ from polyquant.testing.checkpoints import assert_verified, changed_copy, put, wi
 from polyquant.testing.models import tiny_model
 from polyquant_codebooks._layers import linear_from_tensors
 from polyquant_codebooks.exl3.options import Exl3Options
+from polyquant.testing.oracles import agree
 
 from .checkpoints import exl3_layer, make_exl3
 from .conftest import LAYER, TOKENS
@@ -79,7 +80,7 @@ def test_weights_are_those_of_the_definition(bits, codebook):
     block = hadamard(128)
     left, right = torch.block_diag(*[block] * (columns // 128)), torch.block_diag(*[block] * (rows // 128))
     turned = tensors["suh"].float()[:, None] * (left @ inner @ right) * tensors["svh"].float()
-    torch.testing.assert_close(layer.dequantize(), turned.T, rtol=1e-5, atol=1e-5)
+    agree("exl3", "weights by definition", layer.dequantize(), turned.T, allowed=1e-5)
     x = torch.randn(3, columns, requires_grad=True)
     answer = layer(x)
     torch.testing.assert_close(answer, x @ turned, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from polyquant.testing.models import tiny_model
 from polyquant_codebooks.higgs._decode import rows_of_words, words_of_rows
 from polyquant_codebooks.higgs._quantize import quantize, quantize_linear
 from polyquant_codebooks.higgs.options import HiggsOptions
+from polyquant.testing.oracles import agree
 from transformers.integrations.higgs import get_higgs_grid
 
 from .conftest import LAYER, TOKENS
@@ -73,9 +74,8 @@ def test_weights_are_rounded_to_the_nearest_point_of_the_grid(bits, p):
             nearest = grid[torch.cdist(normal, grid).argmin(-1)].half().float().flatten()
             expected = nearest * (length / 128**0.5).half().float()
             back = block @ expected / 128**0.5
-            torch.testing.assert_close(
-                layer.dequantize()[row, start : start + 128], back[: 200 - start], rtol=1e-4, atol=1e-6
-            )
+            found = layer.dequantize()[row, start : start + 128]
+            agree("higgs", "weights by definition, transformers' grid", found, back[: 200 - start], allowed=1e-4)
     error = (layer.dequantize() - linear.weight).norm() / linear.weight.norm()
     assert error < {2: 0.4, 3: 0.22, 4: 0.12}[bits]
     x = torch.randn(3, 200, requires_grad=True)

@@ -11,6 +11,7 @@ from polyquant.testing.checkpoints import assert_verified, changed_copy, replace
 from polyquant.testing.models import tiny_model
 from polyquant_codebooks._layers import linear_from_tensors
 from polyquant_codebooks.spqr.options import SpqrOptions
+from polyquant.testing.oracles import agree
 
 from .checkpoints import make_spqr, spqr_layer
 from .conftest import LAYER, TOKENS
@@ -64,7 +65,7 @@ def test_weights_are_those_of_the_definition(by_blocks, ordered):
     if ordered:
         tensors = {**tensors, "in_perm": tensors["in_perm"][:0]}
     layer = layer_of(tensors)
-    assert torch.equal(layer.dequantize(), defined(tensors, by_blocks))
+    agree("spqr", "weights by definition", layer.dequantize(), defined(tensors, by_blocks))
     if not ordered:
         assert (layer.dequantize() - weight).abs().mean() < 0.03  # a step of three bits, near enough
     x = torch.randn(3, COLUMNS, requires_grad=True)

@@ -12,6 +12,7 @@ from polyquant.testing.models import tiny_model
 from polyquant_codebooks._decode import stream
 from polyquant_codebooks._layers import linear_from_tensors
 from polyquant_codebooks.vptq.options import VptqLayer, VptqOptions
+from polyquant.testing.oracles import agree
 
 from .checkpoints import make_vptq, words_of
 from .conftest import LAYER, TOKENS
@@ -66,7 +67,7 @@ def test_layers_answer_as_those_of_vptq(library, name):
     tensors = dict(theirs.state_dict())
     config = VptqOptions(layers=(("proj", layer),))
     ours = linear_from_tensors("model.proj", torch.nn.Linear(columns, rows), config, torch.float32, tensors)
-    torch.testing.assert_close(ours.dequantize(), expected, rtol=1e-5, atol=1e-5)
+    agree("vptq", "vptq's layer in torch", ours.dequantize(), expected, allowed=1e-5)
     x = torch.randn(2, 3, columns)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 

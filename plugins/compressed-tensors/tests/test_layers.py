@@ -12,6 +12,7 @@ from polyquant_compressed_tensors.arguments import FIXED_GROUPS
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import SCALE, checkpoint_tensors, held_tensors, quantized_bytes
 from polyquant.types import WeightInfo
+from polyquant.testing.oracles import agree
 
 LAYOUTS = {
     "int4": {},
@@ -83,7 +84,8 @@ def test_the_weight_is_what_compressed_tensors_decompresses(name, shape, dtype):
         elif name == "mxfp8" and dtype == torch.float16:  # which does not hold all of these products
             torch.testing.assert_close(layer.dequantize().bfloat16(), expected, rtol=0, atol=2**-24)
         else:
-            assert torch.equal(layer.dequantize().to(expected.dtype), expected)
+            found = layer.dequantize().to(expected.dtype)
+            agree("compressed-tensors", "compressed-tensors' decompress", found, expected)
         assert layer.dequantize().dtype == dtype
         assert tuple(layer.dequantize().shape) == shape
 

@@ -18,6 +18,7 @@ from polyquant_fouroversix.formats import RULES
 from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.options import FouroversixOptions
 from polyquant_fouroversix.plugin import backend
+from polyquant.testing.oracles import agree
 from transformers import AutoModelForCausalLM
 
 from .conftest import LAYER, TOKENS, load
@@ -93,6 +94,7 @@ def test_weights_are_those_that_the_library_dequantizes(monkeypatch, dtype, rule
     theirs = dequantize_by_library(quantize_to_fp4(linear.weight.detach(), quantize_config(config)), torch.float32)
     # the library multiplies IF4 blocks in float16
     torch.testing.assert_close(weight, theirs, rtol=2e-3 if dtype == "if4" else 1e-6, atol=0)
+    agree("fouroversix", "fouroversix's dequantize", weight, theirs, allowed=2e-3)
     assert not weight[:20].any()
     assert (weight - linear.weight).norm() / linear.weight.norm() < 0.16
 

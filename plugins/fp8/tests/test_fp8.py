@@ -10,6 +10,7 @@ from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
 from polyquant_fp8._decode import E4M3, dequantize, quantize
 from polyquant_fp8._modules import Fp8Linear
+from polyquant.testing.oracles import agree
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
@@ -102,7 +103,7 @@ def test_bytes_are_those_of_transformers(scale_fmt):
     assert scales.dtype == theirs["a.weight_scale_inv"].dtype
     assert torch.equal(scales.float(), theirs["a.weight_scale_inv"].float())
     numbers = Fp8Dequantize(Quantizer())._dequantize_one(packed, scales, torch.float32)
-    assert torch.equal(dequantize(packed, scales, (128, 128)), numbers)
+    agree("fp8", "transformers' Fp8Dequantize", dequantize(packed, scales, (128, 128)), numbers)
 
 
 @pytest.mark.parametrize("chunk", [2**20, 2**12])

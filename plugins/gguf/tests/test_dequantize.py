@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType, quants
 from polyquant.plugin.gguf import TYPES
 from polyquant.testing.gguf_files import random_blocks
 from polyquant_gguf._decode import BLOCKS, dequantize
+from polyquant.testing.oracles import agree
 
 PACKED = [name for name, block in TYPES.items() if block.packed]
 QUANTIZABLE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
@@ -32,7 +33,7 @@ def test_random_blocks_bit_for_bit(name: str) -> None:
     found = dequantize(torch.from_numpy(rows.copy()), TYPES[name], torch.float32)
     assert found.shape == (512, 3 * TYPES[name].elements)
     assert np.isfinite(expected).all()
-    np.testing.assert_array_equal(found.numpy(), expected)
+    agree("gguf", "gguf's dequantize", found, torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("name", QUANTIZABLE)

@@ -6,6 +6,7 @@ import torch
 from polyquant.errors import ModelError
 from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
+from polyquant.testing.oracles import agree
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
 UP = "model.layers.1.mlp.up_proj"
@@ -46,7 +47,7 @@ def assert_is(loaded, dense):
     layers = packed_modules(loaded)
     assert len(layers) == sum(layer.quantized for layer in loaded.layers)
     for name, layer in layers.items():
-        assert torch.equal(layer.dequantize(), dense.get_submodule(name).weight), name
+        agree(loaded.backend.name, "weights by definition", layer.dequantize(), dense.get_submodule(name).weight)
     with torch.inference_mode():
         expected = dense(input_ids=torch.tensor([TOKENS])).logits[0]
     torch.testing.assert_close(loaded.logits(TOKENS), expected, rtol=1e-2, atol=1e-2)

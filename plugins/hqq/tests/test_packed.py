@@ -10,6 +10,7 @@ from polyquant.testing.models import tiny_model
 from polyquant_hqq._layers import pack, quantize_linear
 from polyquant_hqq.options import HqqOptions
 from polyquant_hqq.planning import packed_format
+from polyquant.testing.oracles import agree
 
 from .test_hqq import TOKENS, load
 
@@ -30,7 +31,7 @@ def test_weights_are_the_same(bits, optimize, group_size, name):
     assert (weight.shape, weight.format) == ((20, 128), packed_format(info, config))
     layer.meta |= {key: layer.meta[key].float() for key in ("scale", "zero")} | {"compute_dtype": torch.float32}
     expected = layer.dequantize()
-    assert (weight.decode() - expected).abs().max() <= 1e-6 * expected.abs().max()
+    agree("hqq", "hqq's dequantize", weight.decode(), expected, allowed=1e-6)
 
 
 @pytest.mark.parametrize(

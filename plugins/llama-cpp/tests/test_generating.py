@@ -8,6 +8,7 @@ import pytest
 import torch
 from polyquant.errors import ConfigError
 from polyquant_llama_cpp import _sampling
+from polyquant.testing.oracles import agree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .conftest import EXACT, TOKENS, load
@@ -24,7 +25,7 @@ def test_logits_are_those_of_transformers(exact, name):
     loaded, dense = exact(name)
     with torch.inference_mode():
         expected = dense(torch.tensor([TOKENS])).logits[0]
-    torch.testing.assert_close(loaded.logits(TOKENS), expected, rtol=1e-3, atol=2e-3)
+    agree("llama-cpp", "transformers' logits, float32", loaded.logits(TOKENS), expected, allowed=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])

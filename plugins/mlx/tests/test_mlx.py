@@ -11,6 +11,7 @@ from polyquant.testing.models import tiny_model
 from polyquant_mlx._decode import decode
 from polyquant_mlx._quantize import encode
 from polyquant_mlx.formats import FORMATS
+from polyquant.testing.oracles import agree
 from safetensors import safe_open
 
 from .conftest import FAMILIES, LAYER, MIXTURES, TOKENS, load
@@ -41,7 +42,7 @@ def test_numbers_are_rounded_and_read_as_mlx_does(name, dtype):
             assert torch.equal(to_torch(part), own)
         numbers = to_torch(mx.dequantize(*theirs, group_size=form.group_size, bits=form.bits, mode=form.mode))
         found = decode(mine["weight"], mine["scales"], mine.get("biases"), form, numbers.dtype)
-        assert torch.equal(found, numbers)
+        agree("mlx", "mlx's dequantize", found, numbers)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

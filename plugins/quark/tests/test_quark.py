@@ -12,6 +12,7 @@ from polyquant_quark._layers import NIBBLES, QuarkLinear, quark_linear
 from polyquant_quark._library import quiet_quark
 from polyquant_quark.options import QuarkOptions
 from polyquant_quark.planning import plan_layers
+from polyquant.testing.oracles import agree
 from transformers import AutoModelForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
@@ -75,7 +76,7 @@ def test_a_checkpoint_is_read_as_quark_reads_it(made, tmp_path, options):
     assert len(layers) == 14
     for name, layer in layers.items():
         other = theirs.get_submodule(name)
-        assert torch.equal(layer.dequantize(), other._get_qweight(other.weight))
+        agree("quark", "Quark's layers", layer.dequantize(), other._get_qweight(other.weight))
     torch.testing.assert_close(loaded.logits(TOKENS), logits)
     again = polyquant.load(loaded.save(tmp_path / "out"), device="cpu")
     assert again.config == loaded.config

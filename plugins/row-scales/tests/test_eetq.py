@@ -9,6 +9,7 @@ from polyquant.errors import ConfigError, ModelError
 from polyquant.testing.checkpoints import assert_verified, replaced, without
 from polyquant.testing.models import tiny_model
 from polyquant_row_scales._decode import eetq_of_rows, quantize_eetq, rows_of_eetq
+from polyquant.testing.oracles import agree
 from safetensors.torch import load_file
 from transformers.integrations.eetq import EetqLinear
 
@@ -40,7 +41,7 @@ def test_the_order_is_that_of_the_preprocessor(shape):
     rows = torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     stored = eetq_of_rows(rows)
     assert stored.shape == shape[::-1]
-    assert torch.equal(stored.reshape(-1).view(torch.uint8), preprocessed(rows.T))
+    agree("eetq", "bytes by EETQ's preprocessor", stored.reshape(-1).view(torch.uint8), preprocessed(rows.T))
     assert torch.equal(rows_of_eetq(stored), rows)
 
 

@@ -9,6 +9,7 @@ from polyquant.testing.models import tiny_model
 from polyquant_row_scales._decode import integers, quantize_gemma, stored_integers
 from polyquant_row_scales._layers import linear_from_tensors
 from polyquant_row_scales.options import GemmaOptions
+from polyquant.testing.oracles import agree
 from transformers import AutoModelForCausalLM
 from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedLinear
 
@@ -56,7 +57,7 @@ def test_a_layer_answers_as_transformers_one(bits, scales, dtype):
     x = torch.randn(3, 5, 90, dtype=dtype)
     x[0, 0, :4] = torch.tensor([50.0, -50.0, 0.01, 0.03])  # beyond the ranges, and ties
     with torch.inference_mode():
-        assert torch.equal(ours(x), theirs(x))
+        agree("gemma", "transformers' QuantizedLinear", ours(x), theirs(x))
     assert ("rounded to int8" in ours.kernel) == any(scales)
 
 

@@ -16,6 +16,7 @@ from polyquant.testing.processes import run_python
 from polyquant_sinq._layers import SinqLinear, quantize_linear
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import plan_layers
+from polyquant.testing.oracles import agree
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
@@ -64,7 +65,7 @@ def test_a_layer_is_that_of_sinq_itself(bits, tiling):
         theirs = SINQLinear(256, 192, quant_config=native, compute_dtype=dtype, device="cpu", use_unpack_kernel=True)
         theirs.quantize(linear.weight.data)
         ours = quantize_linear(linear, SinqOptions(bits=bits, tiling=tiling, compute_dtype=name))
-        assert torch.equal(ours.dequantize(), theirs.dequantize())
+        agree("sinq", "sinq's SINQLinear", ours.dequantize(), theirs.dequantize())
         assert ours.dequantize().dtype == dtype
     step = 2 * linear.weight.abs().max() / (2**bits - 1)
     assert (ours.dequantize(torch.float32) - linear.weight).abs().max() < 3 * step  # scales are rounded too
