@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from generate_backends import markdown
+from polyquant.cli.show import quantizes
 from polyquant.testing.oracles import Agreement
 from polyquant.types import BackendInfo
 
@@ -51,7 +52,7 @@ def cells(card: BackendInfo, seen: Mapping[str, Mapping[str, Agreement]]) -> tup
     return (
         f"[{card.name}](../backends/{card.name}.md)",
         ", ".join(f"`{method}`" for method in can.loads_prequantized),
-        "yes" if can.saves else "no",
+        "yes" if can.saves else "no" if quantizes(card) in ("no", "loading") else "by `polyquant quantize`",
         "yes" if can.trains else "no",
         "; ".join(found) or ("in its own environment" if card.isolated else ""),
         "; ".join(f"{one.difference:.2g}" for one in found.values()),
