@@ -67,7 +67,7 @@ def pages() -> dict[Path, str]:
         CATALOGUE: catalogue_text(),
         MARKS: marks_text(),
         reference / "backends.md": backends_page(results, read_gpu_run(GPU)),
-        reference / "oracles.md": oracles_page(ours(), read(ORACLES)),
+        reference / "oracles.md": oracles_page(ours(), read(ORACLES), apart()),
         reference / "python.md": python_page(),
         reference / "command-line.md": command_line_page(),
         reference / "hooks.md": hooks_page(),
@@ -98,6 +98,12 @@ def plugins() -> list[Plugin]:
             card = getattr(importlib.import_module(module), name).backend_info()
             found.append(Plugin(path.parent.name, project["name"], card))
     return sorted(found, key=lambda plugin: plugin.card.name)
+
+
+def apart() -> set[str]:
+    """The backends whose tests run in an environment of their own."""
+    files = {plugin.card.name: ROOT / "plugins" / plugin.folder / "pyproject.toml" for plugin in plugins()}
+    return {name for name, path in files.items() if "[tool.polyquant.development]" in path.read_text(encoding="utf-8")}
 
 
 def ours() -> list[BackendInfo]:

@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 import generate  # noqa: E402
 from generate_oracles import TRANSFORMERS, backend_of, oracles_page  # noqa: E402
 
+NOT_YET = {"autoawq", "autogptq", "quark"}
+"""What was not run where the record was written: their tests need environments of their own."""
 ONE = torch.tensor([1.0, -2.0, 4.0])
 
 
@@ -27,7 +29,7 @@ def test_every_method_of_transformers_is_a_row_and_every_backend():
     auto = pytest.importorskip("transformers.quantizers.auto")
     if len(auto.AUTO_QUANTIZER_MAPPING) == len(TRANSFORMERS):  # 5.23's
         assert sorted(TRANSFORMERS) == sorted(auto.AUTO_QUANTIZER_MAPPING)
-    cards, page = generate.ours(), oracles_page(generate.ours(), {})
+    cards, page = generate.ours(), oracles_page(generate.ours(), {}, ())
     assert all(f"| `{method}` | [" in page for method in TRANSFORMERS)
     assert all(f"[{card.name}](../backends/{card.name}.md)" in page for card in cards)
     assert backend_of("metal", cards).name == "mlx"
@@ -36,8 +38,8 @@ def test_every_method_of_transformers_is_a_row_and_every_backend():
 
 def test_every_backend_was_held_against_something_by_a_test_that_is_there():
     seen = read(generate.ORACLES)
-    lacking = [card.name for card in generate.ours() if card.name not in seen and card.isolated is None]
-    assert not lacking
+    lacking = {card.name for card in generate.ours() if card.name not in seen}
+    assert lacking <= NOT_YET <= generate.apart()
     for backend, oracles in seen.items():
         assert oracles
         for oracle, one in oracles.items():
