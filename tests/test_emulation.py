@@ -5,7 +5,7 @@ import json
 import polyquant
 import pytest
 import torch
-from polyquant.api import registry
+from polyquant.registry.installed import registry
 from polyquant.comparison.candidates import parse, with_emulation
 from polyquant.comparison.report.rows import plain_rows
 from polyquant.errors import ConfigError, PolyquantError

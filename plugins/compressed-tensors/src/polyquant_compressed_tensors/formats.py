@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from polyquant.errors import Misfit, ModelError
-from polyquant.plugin import E2M1, HeldWeight
+from polyquant.plugin import E2M1, HeldWeight, WeightInfo, module_of
 
 from polyquant_compressed_tensors.arguments import FIXED_GROUPS, Weights, read_way
 
@@ -292,3 +292,8 @@ def _held(weight: HeldWeight) -> dict[str, Any]:
         raise Misfit("minima", "its minima are no whole multiples of its scales, and zero points are integers")
     groups = {"strategy": "group", "group_size": weight.group_size} if grouped else {"strategy": "channel"}
     return {"weights": f"int{weight.bits}", "symmetric": weight.zero_points == "middle", **groups}
+
+
+def targeted(weight: WeightInfo) -> str:
+    """The module whose name a checkpoint's targets are held against."""
+    return stored_expert(weight.name) if weight.role == "experts" else module_of(weight)

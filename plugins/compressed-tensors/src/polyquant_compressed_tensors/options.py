@@ -42,7 +42,7 @@ from polyquant_compressed_tensors.formats import (
     is_ignored,
     read_stored,
     settled,
-    stored_expert,
+    targeted,
 )
 
 PACK_GROUPS = (32, 64, 128, 256)  # that torch's int4 matmul has
@@ -169,7 +169,6 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     @property
     def rounds_activations(self) -> bool:
-        """Of any layer."""
         own = (self.scheme, *(each for _, each in self.layers))
         return any(each.endswith(("-dynamic", "-static")) for each in own)
 
@@ -205,7 +204,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     def format_of(self, weight: WeightInfo) -> str | None:
         """As of every backend that mixes formats; a checkpoint's targets may be patterns: `formats.first_fitting`."""
-        return self._format_of(_targeted(weight))
+        return self._format_of(targeted(weight))
 
     def _format_of(self, module: str) -> str | None:
         named = dict(self.layers)
@@ -218,7 +217,7 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
 
     def of(self, weight: WeightInfo) -> Self:
         """The options of one layer, as if all had its format; kernel 'decode' where torch's matmuls are not for it."""
-        return self.of_module(_targeted(weight))
+        return self.of_module(targeted(weight))
 
     def of_module(self, module: str) -> Self:
         """`of`, by the name of a module."""
@@ -299,8 +298,3 @@ class CompressedTensorsOptions(MixableOptions, PackableOptions, frozen=True, kw_
     def holding(cls, weights: Sequence[HeldWeight]) -> dict[str, Any]:
         """The format of most layers; the others have their own, where it has a name."""
         return held_formats(weights)
-
-
-def _targeted(weight: WeightInfo) -> str:
-    """The module whose name a checkpoint's targets are held against."""
-    return stored_expert(weight.name) if weight.role == "experts" else module_of(weight)
