@@ -71,6 +71,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
                 tensors.pop(f"{name}.{short}", None)
         tensors |= {key: in_file(key, tensor, config) for key, tensor in _stored(name, module, config, single).items()}
     tensors = experts.as_stored(loaded, tensors)
+    tensors |= {name: tensors[name].reshape(()) for name in names if name in tensors and tensors[name].shape == (1,)}
     named = checkpoints.MODEL if config.method in BY_MODEL and not linears else ""
     stored = dict(loaded.model.config.quantization_config)
     if isinstance(config, ModelOptOptions):
