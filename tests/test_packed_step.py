@@ -166,6 +166,21 @@ def test_prompts_of_odd_heads_go_the_usual_way(counted: list[int]) -> None:
     assert torch.equal(before.sequences, after.sequences)
 
 
+def test_long_prompts_go_the_usual_way_where_that_is_faster(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of floats of 8 bits, which have no panels."""
+    monkeypatch.setattr(step, "most_inputs", lambda weight, activations: 4)
+    model = model_of("llama")
+    assert step.attach(model)
+    counted.clear()
+    with torch.inference_mode():
+        for tokens, texts, calls in ((4, 1, [1]), (5, 1, []), (2, 2, [2]), (3, 2, []), (1, 4, [4])):
+            model(IDS[:1, :tokens].expand(texts, -1))
+            assert counted == calls
+            counted.clear()
+
+
 def test_other_models_are_left_alone() -> None:
     dense, mixed, other = model_of("llama", packed=False), model_of("llama"), model_of("llama")
     mixed.model.layers[1].mlp.up_proj = dense.model.layers[1].mlp.up_proj

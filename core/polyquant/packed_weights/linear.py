@@ -163,7 +163,7 @@ def are_few(input: Tensor, most: float = MOST_INPUTS) -> bool:
     return count <= most and kernels.type_number(input.dtype) is not None and input.device.type == "cpu"
 
 
-def _most_inputs(weight: PackedWeight, activations: str) -> float:
+def most_inputs(weight: PackedWeight, activations: str) -> float:
     """For how many inputs the kernels' product is the faster one."""
     in_integers = activations == "int16" and weight.format.kind != "float8" and (
         weight.format.kind != "codebook4" or weight.group % 32 == 0
@@ -174,7 +174,7 @@ def _most_inputs(weight: PackedWeight, activations: str) -> float:
 def product(input: Tensor, weight: PackedWeight, struct: Any, bias: Tensor | None, activations: str) -> Tensor:
     """input @ weight.T + bias. input: (..., in_features); struct: for the kernels; None: plain torch."""
     count = input.numel() // max(1, input.shape[-1])
-    if struct is None or not are_few(input, _most_inputs(weight, activations)):
+    if struct is None or not are_few(input, most_inputs(weight, activations)):
         return product_of_pieces(input, partial(decoded, weight, struct), bias)
     rows, columns = weight.padded
     inputs = input.detach().reshape(count, input.shape[-1])

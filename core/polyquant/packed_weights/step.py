@@ -27,7 +27,7 @@ from polyquant.packed_weights import kernels
 from polyquant.packed_weights.decoder import Decoder, NormOf, decoder_of
 from polyquant.packed_weights.format import ROWS
 from polyquant.packed_weights.held import Held, begin, new_cache
-from polyquant.packed_weights.linear import RepackedLinear
+from polyquant.packed_weights.linear import RepackedLinear, most_inputs
 
 MOST_TEXTS = 4
 AT_ONCE = 512  # tokens of a prompt, so that what is kept between products stays small
@@ -132,6 +132,8 @@ class DecodeStep:
         self.late = WeakSet[Any]()  # caches that show late what is written
         self._held = WeakKeyDictionary[Any, Held]()  # of caches that do not show everything yet
         self._structure = self._built()
+        linears = (linear for layer in decoder.layers for linear in layer.linears.values())
+        self._most = min(most_inputs(linear.packed, "int16") for linear in linears)  # more go the usual way
 
     def answer(self, given: Mapping[str, Any]) -> Any:
         """The decoder's output for the next tokens of each text; None where it is not the plain case."""
@@ -177,9 +179,8 @@ class DecodeStep:
         if type(cache) is not DynamicCache:
             return None
         held = self._held.get(cache)
-        is_plain = self._is_plain(given, ids) and self._follow(
-            given.get("position_ids"), ids.shape[1], cache.get_seq_length() if held is None else held.seen
-        )
+        seen = cache.get_seq_length() if held is None else held.seen
+        is_plain = self._is_plain(given, ids) and self._follow(given.get("position_ids"), ids, seen)
         if held is not None and not (is_plain and held.takes(*ids.shape)):
             self._held.pop(cache).show()
             held = None
@@ -192,12 +193,13 @@ class DecodeStep:
                 self._held[cache] = held
         return held
 
-    def _follow(self, positions: Any, tokens: int, seen: int) -> bool:
-        """Whether several tokens are the next ones, and of a decoder whose prompts the kernels make."""
+    def _follow(self, positions: Any, ids: Tensor, seen: int) -> bool:
+        """Whether several tokens are the next ones, and of a decoder whose prompts the kernels make, and so fast."""
+        tokens = ids.shape[1]
         if tokens == 1:
             return True
         following = positions is None or bool((positions == torch.arange(seen, seen + tokens)).all())
-        return following and self._decoder.width % ROWS == 0
+        return following and self._decoder.width % ROWS == 0 and ids.numel() <= self._most
 
     def _is_plain(self, given: Mapping[str, Any], ids: Any) -> bool:
         """Whether these are tokens of a few texts, all of whose earlier ones are seen, and nothing else."""
