@@ -129,7 +129,7 @@ def settle(
     checkpoint = _checkpoint(model, weights, route)
     if stored:
         agreed, config = config, _skipping_what_is_dense(model, weights, config)
-        if config is not agreed:
+        if config is not agreed and config.skip:
             notes.append(f"{len(config.skip)} layers are dense in the checkpoint: {', '.join(config.skip[:3])}")
     elif not only_gguf:
         config = config.with_full_names(weights)

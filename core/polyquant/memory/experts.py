@@ -23,9 +23,12 @@ def one_expert(weight: WeightInfo) -> WeightInfo:
 
 
 def left_dense(weights: Sequence[WeightInfo], config: BackendOptions) -> bool:
-    """Whether a model has experts that stay dense only because nobody has said what becomes of them."""
+    """Whether a model has experts that stay dense only because nobody has said what becomes of them.
+
+    Those that a checkpoint holds packed do not.
+    """
     undecided = getattr(config, "experts", "") == AUTO and not quantizes_experts(config)
-    return undecided and any(weight.stacked and not config.skips(weight) for weight in weights)
+    return undecided and any(weight.stacked and not weight.parts and not config.skips(weight) for weight in weights)
 
 
 def with_experts(

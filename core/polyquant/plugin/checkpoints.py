@@ -155,14 +155,21 @@ def put(model: Any, name: str, layer: Any) -> None:
         model.set_submodule(name, layer)
 
 
-def as_packed(config: Options, request: LoadRequest, parts: tuple[str, ...]) -> tuple[Options, list[str]]:
+def as_packed(
+    config: Options, request: LoadRequest, parts: tuple[str, ...], *, beside: Mapping[str, str] = {}
+) -> tuple[Options, list[str]]:  # fmt: skip
     """`with_stored_skips` of the modules that have a tensor called like one of `parts` in the checkpoint.
+
+    beside: a part -> what a module with it has to have too, where others have tensors of that name.
 
     Experts, and what the model's class leaves out, such as layers for predicting several tokens, are none of them.
     """
     ignored = hf.ignored_tensors(request.source)
+    found = packed_modules(request.source, tuple(part for part in parts if part not in beside))
+    for part, other in beside.items():
+        found |= packed_modules(request.source, (part,)) & packed_modules(request.source, (other,))
     packed = {
-        name for name in packed_modules(request.source, parts)
+        request.names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in found
         if not any(re.search(pattern, f"{name}.weight") for pattern in ignored)
         and not any(stored_part(f"{name}.{part}", request.names) for part in parts)
     }  # fmt: skip

@@ -96,7 +96,7 @@ def test_damaged_checkpoints_name_the_layer(changed, tensors, words):
         (lambda stored: stored.update(weight_block_size=None), r"should be \(\) float, and is \(2, 2\) float32"),
         (lambda stored: stored.update(weight_block_size=[128]), r"its weight_block_size is \[128\]; two positive"),
         (lambda stored: stored.update(fmt="e5m2"), "its fmt is 'e5m2'; 'e4m3' or"),
-        (lambda stored: stored.update(expert_dtype="fp4"), "its expert_dtype is 'fp4'; 'fp8' is read"),
+        (lambda stored: stored.update(expert_dtype="fp6"), "its expert_dtype is 'fp6'; 'fp8' or 'fp4' is read"),
         (lambda stored: stored.update(modules_to_convert=["embed"]), "its modules_to_convert is"),
         (
             lambda stored: stored.update(scale_fmt="ue8m0"),

@@ -18,11 +18,12 @@ from polyquant.plugin import (
     resolved_dtype,
 )
 
-from polyquant_fp8._layers import linear_from_tensors, quantize_linear, require_whole_blocks
+from polyquant_fp8._layers import expert_from_tensors, linear_from_tensors, quantize_linear, require_whole_blocks
 from polyquant_fp8._modules import KERNEL
 from polyquant_fp8.options import Float8Options
-from polyquant_fp8.planning import is_stack, plan_layers
+from polyquant_fp8.planning import is_fp4, is_stack, plan_layers
 
+SCALE = "scale"  # what DeepSeek-V4 calls its scales
 ACTIVATIONS = (
     "activations stay in {}: the checkpoint asks for {} FP8 activations, which GPU kernels round to; "
     "emulate_activations=True (--emulate-activations) rounds them here too"
@@ -53,24 +54,44 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     if fused:
         dense = [*config.skip, *dense_linears(weights, config), *map(module_of, fused)]
         stored |= {"modules_to_not_convert": list(dict.fromkeys(dense)), "skip_modules": config.stored_skip}
-    tensors = experts.as_stored(loaded, loaded.model.state_dict())
+    if any(map(is_fp4, weights)):
+        stored["expert_dtype"] = "fp4"
+    tensors = experts.as_stored(loaded, _named_as_stored(loaded))
     return checkpoints.save(loaded, out, tensors, stored)
+
+
+def _named_as_stored(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """The state dict, the scales of experts that are stored one by one under the name that they have there."""
+    names, own = loaded.request.names if loaded.request else {}, loaded.config.scale_name
+    parts = (experts.stored_part(name, names) for name in names if name.endswith(f".{SCALE}"))
+    renamed = {f"{part.stack}.{own}": f"{part.stack}.{SCALE}" for part in parts if part}
+    return {renamed.get(name, name): tensor for name, tensor in loaded.model.state_dict().items()}
 
 
 def _read(request: LoadRequest, config: Float8Options) -> LoadedModel:
     source, wanted = request.source, resolved_dtype(config)
-    config, notes = checkpoints.as_packed(config, request, (config.scale_name,))
+    config, notes = checkpoints.as_packed(config, request, (config.scale_name, SCALE), beside={SCALE: "weight"})
 
     dtype = getattr(torch, wanted)
 
     def of_one(linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return linear_from_tensors(linear, config, dtype, tensors)
 
+    def of_expert(linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        return expert_from_tensors(linear, config, dtype, tensors)
+
     def make(_: str, linear: Any, tensors: dict[str, torch.Tensor]) -> Any:
         if isinstance(linear, torch.Tensor):
             require_whole_blocks(linear, tensors, config)
-            return experts.stack(linear, tensors, of_one)
+            return experts.stack(linear, tensors, of_expert)
         return of_one(linear, tensors)
+
+    usual = experts.part_of(request.names)
+
+    def part(name: str) -> tuple[str, str]:
+        home, short = usual(name)
+        own = short.rpartition(".")
+        return home, f"{own[0]}{own[1]}{config.scale_name}" if own[2] == SCALE else short
 
     def check(name: str, tensor: torch.Tensor) -> None:
         if tensor.element_size() == 1 and tensor.is_floating_point():
@@ -78,7 +99,7 @@ def _read(request: LoadRequest, config: Float8Options) -> LoadedModel:
 
     plans = [plan for plan in plan_layers(request.weights, config) if plan.quantized]
     names = [plan.name if plan.role == "experts" else module_of(plan) for plan in plans]
-    model = checkpoints.read_layers(request, wanted, names, make, part=experts.part_of(request.names), check=check)
+    model = checkpoints.read_layers(request, wanted, names, make, part=part, check=check)
     if not request.emulate_activations:
         notes.append(ACTIVATIONS.format(wanted, "static" if config.static_activations else "dynamic"))
     return LoadedModel(model=model, config=config, kernel=KERNEL, notes=notes)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from polyquant.plugin.floats import e2m1_numbers
 from polyquant.plugin.layers import PackedLinear, frozen_linear, rows_at_a_time
 from torch import Tensor, float32, nn
 
 from polyquant_fp8._decode import dequantize
 from polyquant_fp8.options import Float8Options
+from polyquant_fp8.planning import FP4_GROUP
 
 KERNEL = "torch dequantize and matmul"
 
@@ -59,3 +61,27 @@ class Fp8Linear(PackedLinear):
         blocks = max(1, rows // self.block[0])
         for part, own in zip(weight.split(blocks * self.block[0]), scales.split(blocks), strict=True):
             yield dequantize(part, own, self.block)
+
+
+class Fp4Linear(PackedLinear):
+    """An expert in FP4. weight: two E2M1 in a byte (out_features, in_features / 2), scales: of 32 columns each."""
+
+    compute_dtype = float32
+
+    def __init__(self, linear: nn.Module, weight: Tensor, scales: Tensor) -> None:
+        super().__init__(linear, {"weight": weight, "weight_scale_inv": scales})
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in_features) to (..., out_features), in the dtype of the input."""
+        return frozen_linear(self.inputs(input), self._pieces, self.bias)
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 (out_features, in_features)."""
+        return torch.cat(list(self._pieces()))
+
+    def _pieces(self) -> Iterator[Tensor]:
+        codes, scales = (self._parameters[name].detach() for name in ("weight", "weight_scale_inv"))
+        rows = rows_at_a_time(self.in_features, codes.device)
+        for part, own in zip(codes.split(rows), scales.split(rows), strict=True):
+            numbers = e2m1_numbers(part.view(torch.uint8)).unflatten(1, (-1, FP4_GROUP))
+            yield (numbers * own.float().unsqueeze(-1)).flatten(1)

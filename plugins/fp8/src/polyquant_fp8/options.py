@@ -22,7 +22,7 @@ Block = tuple[int, int] | None
 """(rows, columns) that share a scale, -1 columns for all of them; None for one scale a matrix."""
 E4M3 = ("e4m3", "e4m3fn", "float8_e4m3fn")
 EXPECTED: Mapping[str, tuple[object, ...]] = {
-    "fmt": E4M3, "dequantize": (False,), "modules_to_convert": ([], ()), "expert_dtype": ("fp8",),
+    "fmt": E4M3, "dequantize": (False,), "modules_to_convert": ([], ()), "expert_dtype": ("fp8", "fp4"),
 }  # fmt: skip
 """Settings that are read at these values only."""
 READ = {

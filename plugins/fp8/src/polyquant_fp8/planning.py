@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, prod
+from typing import Literal
 
+from msgspec.structs import replace
 from polyquant.plugin import (
     BackendOptions,
     LayerPlan,
@@ -20,8 +22,11 @@ from polyquant.plugin import (
 
 from polyquant_fp8.options import Float8Options
 
-SCHEME = "fp8-e4m3"
-SCALES = (".weight_scale_inv", ".weight_scale")
+SCHEME, FP4_SCHEME = "fp8-e4m3", "fp4-e2m1"
+FP4_BITS, FP4_GROUP = 4, 32
+FP4_STORED = ("int8", "uint8")
+"""What experts in FP4 are stored as, two in a byte."""
+SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
 """Ends of what the parts of experts that are stored one by one are called in the model."""
 
 
@@ -35,10 +40,14 @@ def plan_layers(weights: Sequence[WeightInfo], config: Float8Options) -> list[La
             raise unfit(weight, "fused experts that are FP8 in the checkpoint are not read, as those")
     if not any(weight.parts for weight in weights):  # a quantized checkpoint has dense ones as it has them
         refuse_experts(weights, config)
-    return plan_linears(
+    plans = plan_linears(
         weights, config, SCHEME, lambda weight: quantized_bytes(weight, config), takes=_takes,
-        packed=lambda _: packed_format(config),
+        packed=lambda weight: packed_format(config, fp4=is_fp4(weight)),
     )  # fmt: skip
+    return [
+        replace(plan, bits=FP4_BITS, scheme=FP4_SCHEME) if plan.quantized and is_fp4(weight) else plan
+        for plan, weight in zip(plans, weights, strict=True)
+    ]
 
 
 def is_stack(weight: WeightInfo) -> bool:
@@ -46,17 +55,28 @@ def is_stack(weight: WeightInfo) -> bool:
     return weight.stacked == "out_in" and any(name.endswith(SCALES) for name in weight.parts)
 
 
+def is_fp4(weight: WeightInfo) -> bool:
+    """Whether it is experts, or one of them, in FP4 (E2M1) in the file, whatever its config says: some say nothing."""
+    name = weight.name.rpartition(".")[2]
+    return name != "weight" and weight.parts.get(name) in FP4_STORED
+
+
 def _takes(weight: WeightInfo, config: BackendOptions) -> bool:
     return is_linear(weight, config) or is_stack(weight)
 
 
-def packed_format(config: Float8Options) -> PackedFormat:
-    """The layout of every weight with kernel="packed"."""
+def packed_format(config: Float8Options, *, fp4: bool = False) -> PackedFormat:
+    """The layout of a weight with kernel="packed"."""
+    if fp4:
+        scale: Literal["bfloat16", "float32"] = "bfloat16" if config.powers_of_two else "float32"
+        return PackedFormat(kind="codebook4", group_size=FP4_GROUP, scale_dtype=scale)
     return PackedFormat(kind="float8", group_size=config.block[1] if config.block else -1, scale_dtype="float32")
 
 
 def quantized_bytes(weight: WeightInfo, config: Float8Options) -> int:
-    """A byte a weight, and the scales: float32 or a byte each."""
+    """A byte a weight, or half of one, and the scales: float32 or a byte each."""
+    if is_fp4(weight):  # of all experts or of one
+        return prod(weight.shape) // 2 + prod(weight.shape) // FP4_GROUP * (1 if config.powers_of_two else 4)
     if weight.role == "experts":
         return weight.shape[0] * quantized_bytes(one_expert(weight), config)
     scales = prod(scale_shape(weight.shape, config)) * (1 if config.powers_of_two else 4)
