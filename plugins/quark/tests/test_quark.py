@@ -1,5 +1,8 @@
 """Quark on small random models: every format against Quark itself, options, what is refused, what is left behind."""
 
+import sys
+from pathlib import Path
+
 import polyquant
 import pytest
 import torch
@@ -9,10 +12,11 @@ from polyquant.testing.models import tiny_model
 from polyquant.testing.processes import run_python
 from polyquant.types import WeightInfo
 from polyquant_quark._layers import NIBBLES, QuarkLinear, quark_linear
-from polyquant_quark._library import quiet_quark
+from polyquant_quark._library import COMPILED, quiet_quark, wait_for_kernels
 from polyquant_quark.options import QuarkOptions
 from polyquant_quark.planning import plan_layers
 from polyquant.testing.oracles import agree
+from torch.utils import cpp_extension
 from transformers import AutoModelForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
@@ -223,3 +227,14 @@ def test_loading_needs_no_quark_and_quantizing_leaves_nothing_behind(folder, mad
     assert not changed
     assert limits
     assert said == ""
+
+
+def test_a_compilation_that_was_killed_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    """amd-quark compiles where it is first imported, and torch waits for ever for the lock of a process that is gone."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "quark.torch.kernel", raising=False)
+    lock = Path(cpp_extension._get_build_directory(COMPILED, verbose=False)) / "lock"
+    lock.touch()
+    wait_for_kernels()
+    assert not lock.exists()
+    assert "left by a process that is gone" in caplog.text

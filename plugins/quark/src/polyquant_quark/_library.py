@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
 from polyquant.plugin import Library, contained
+from polyquant.plugin.process import wait_for_build
+from torch.utils import cpp_extension
 
 from polyquant_quark.options import QuarkOptions
 
 AMD_QUARK = Library(distribution="amd-quark", versions=">=0.13,<0.14", module="quark.torch")
+COMPILED = "quark_hw_emulation_stable_abi"  # what amd-quark compiles where it is first imported, by torch's name of it
 LIMITS = ("recompile_limit", "accumulated_recompile_limit")  # raised at its import, for the whole process
 
 
@@ -37,6 +43,14 @@ def tensor_config(options: QuarkOptions) -> Any:
         ("mxfp4", "group"): lambda: quark.OCP_MXFP4Spec(ch_axis=-1, **static),
     }
     return makers[options.weights, options.granularity or ""]().to_quantization_spec()
+
+
+def wait_for_kernels() -> None:
+    """Wait while another process compiles amd-quark's kernels: torch waits for ever for one that was killed."""
+    if "quark.torch.kernel" not in sys.modules:
+        folder = Path(cpp_extension._get_build_directory(COMPILED, verbose=False))
+        for note in wait_for_build(folder):
+            logging.getLogger(__name__).warning(note)
 
 
 @contextmanager

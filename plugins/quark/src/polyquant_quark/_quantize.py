@@ -9,7 +9,7 @@ import torch
 from polyquant.errors import ConfigError
 from polyquant.plugin import LoadRequest, checkpoints, dense_linears, require_library, resolved_dtype
 
-from polyquant_quark._library import AMD_QUARK, quiet_quark, tensor_config
+from polyquant_quark._library import AMD_QUARK, quiet_quark, tensor_config, wait_for_kernels
 from polyquant_quark.options import QuarkOptions
 from polyquant_quark.planning import plan_layers
 
@@ -29,6 +29,7 @@ def quantize(request: LoadRequest, config: QuarkOptions, calibration: Sequence[s
             f"{experts} are fused experts, and amd-quark leaves those dense, most of this model's weights; "
             "choose a backend that takes experts"
         )
+    wait_for_kernels()
     with quiet_quark(progress=request.progress):
         require_library(AMD_QUARK, "Quark checkpoints are made with amd-quark")
         _run(request, config, out)
