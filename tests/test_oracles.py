@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import generate  # noqa: E402
 from generate_oracles import TRANSFORMERS, backend_of, oracles_page  # noqa: E402
 
-NOT_YET = {"autoawq", "autogptq", "quark"}
+NOT_YET = {"autoawq", "autogptq"}
 """What was not run where the record was written: their tests need environments of their own."""
 ONE = torch.tensor([1.0, -2.0, 4.0])
 
