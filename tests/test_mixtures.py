@@ -21,9 +21,18 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 REFUSING = ("fp-quant", "gemma", "higgs")
 """Backends whose formats have no place for fused experts: they say so, and how to keep those dense."""
+
+
+def four_bit_presets(backend: str) -> list[Any]:
+    """The presets of a backend that make weights of 4 bits; one that only reads such has none."""
+    handle = polyquant.backend(backend)
+    return [preset for preset in handle.info.presets.values() if handle.config(preset).weight_bits == 4]
+
+
 BACKENDS = [
-    name for name in polyquant.backends(on_the_fly=True, bits=4).names if not polyquant.backend(name).problems("cpu")
-]
+    name for name in polyquant.backends(on_the_fly=True, bits=4).names
+    if four_bit_presets(name) and not polyquant.backend(name).problems("cpu")
+]  # fmt: skip
 OTHERWISE: dict[str, dict[str, Any]] = {
     # NVFP4's scales are 32 bits in the packed layout: 0.39 of bfloat16
     "fouroversix": {"dtype": "mxfp4", "scale_rule": "static_6"},
@@ -46,11 +55,15 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def in_four_bits(backend: str) -> dict[str, Any]:
     """The options of a backend's first preset of 4 bits; experts that its library leaves dense by the packed runtime."""
-    handle = polyquant.backend(backend)
-    presets = [preset for preset in handle.info.presets.values() if handle.config(preset).weight_bits == 4]
-    fields = handle.info.options.__struct_fields__
+    fields = polyquant.backend(backend).info.options.__struct_fields__
     more = {"kernel": "packed" if "experts" in fields else "library"} if "kernel" in fields else {}
-    return {**presets[0], **OTHERWISE.get(backend, {}), "device": "cpu", "compute_dtype": "bfloat16", **more}
+    return {
+        **four_bit_presets(backend)[0],
+        **OTHERWISE.get(backend, {}),
+        "device": "cpu",
+        "compute_dtype": "bfloat16",
+        **more,
+    }
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in REFUSING])

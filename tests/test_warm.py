@@ -17,8 +17,8 @@ print("to the other", file=sys.stderr)
 """
 
 
-def run(*command, seconds=60, **more):
-    return warm.run(command, seconds=seconds, **more)
+def run(*command, seconds=60, environment=warm.ENVIRONMENT, **more):
+    return warm.run(command, seconds=seconds, environment=environment, **more)
 
 
 def looked(found):
@@ -29,7 +29,7 @@ def looked(found):
 
 
 def test_a_program_has_its_arguments_folder_and_variables(tmp_path):
-    variables = {**os.environ, "COLOUR": "blue", "PYTHONPATH": f"{tmp_path}/a"}
+    variables = {**warm.ENVIRONMENT, "COLOUR": "blue", "PYTHONPATH": f"{tmp_path}/a"}
     found = run("-c", LOOKS, "one", "two words", environment=variables, folder=tmp_path)
     arguments, folder, colour, read, name, torch, _, leads, own, path = looked(found)
     assert (arguments, folder, colour, read, name) == (
@@ -97,5 +97,5 @@ time.sleep(60)
 
 
 def test_variables_that_imports_read_need_a_fresh_python():
-    found = looked(run("-c", LOOKS, environment={**os.environ, "HF_HOME": "/nowhere"}))
+    found = looked(run("-c", LOOKS, environment={**warm.ENVIRONMENT, "HF_HOME": "/nowhere"}))
     assert (found[5], found[6]) == (False, os.getpid())

@@ -38,7 +38,8 @@ def in_llama_cpp(folder, **more):
 def dense(request, tmp_path):
     """A checkpoint of a mixture whose routers are of one mind, so that rounding sends no token to another expert."""
     model = tiny(request.param, tie_word_embeddings=False, **WIDE)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
         for name, tensor in model.named_parameters():
             if tensor.dim() > 1:
                 tensor.normal_(std=(0.5 if name.startswith("lm_head") else 1) * tensor.shape[-1] ** -0.5)

@@ -99,6 +99,10 @@ class Fp8Options(Float8Options, frozen=True, kw_only=True, forbid_unknown_fields
         return (self.block_rows, self.block_columns) if self.block_rows else None
 
     @property
+    def scheme(self) -> str:
+        return "fp8-e4m3"
+
+    @property
     def powers_of_two(self) -> bool:
         return self.scale_fmt == "ue8m0"
 
