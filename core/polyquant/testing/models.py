@@ -5,6 +5,7 @@ Matrices are scaled so that the logits spread like those of a real model: noise 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,34 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     }),
 }  # fmt: skip
 
+ONE_BY_ONE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}),
+    "deepseek-v3": ("DeepseekV3", {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 64, "v_head_dim": 64, "num_key_value_heads": 4,
+    }),
+}  # fmt: skip
+"""Mixtures whose checkpoints hold their experts one by one: the architecture, and what it has beside SIZES."""
+
 
 def tiny_model(name: str, folder: Path) -> Path:
     """The checkpoint `folder`/`name`, float32 safetensors with a tokenizer; made once, by one process."""
     return once(folder / name, lambda out: _build(name, out))
+
+
+def write_random(architecture: str, sizes: Mapping[str, Any], out: Path, tokenizer: Path) -> None:
+    """Write a seeded model as transformers initializes it, float32. tokenizer: a folder that has one."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{architecture}Config")(**sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        getattr(transformers, f"{architecture}ForCausalLM")(config).float().save_pretrained(out)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copy(file, out)
 
 
 def _build(name: str, out: Path) -> None:

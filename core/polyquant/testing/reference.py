@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 
@@ -13,6 +14,16 @@ def reference_logits(model: str, tokens: Sequence[int]) -> Any:
     model: as `polyquant.load` takes it.
     """
     return _logits(model, tuple(tokens))
+
+
+def logits_by_transformers(checkpoint: Path, tokens: Sequence[int]) -> Any:
+    """Logits of what transformers itself makes of a checkpoint, float32 on the CPU, (positions, vocabulary)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
+    with torch.inference_mode():
+        return model(torch.tensor([list(tokens)])).logits[0]
 
 
 @lru_cache(maxsize=2)

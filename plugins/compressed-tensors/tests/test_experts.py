@@ -6,7 +6,6 @@ import shutil
 import polyquant
 import pytest
 import torch
-import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization.lifecycle.forward import dequantize
@@ -14,7 +13,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from polyquant.errors import ModelError, UnsupportedOperation
 from polyquant.plugin.layers import LinearExperts
 from polyquant.testing.checkpoints import assert_verified, changed_copy, without
-from polyquant.testing.models import SIZES, tiny_model
+from polyquant.testing.models import ONE_BY_ONE, SIZES, tiny_model, write_random
+from polyquant.testing.reference import logits_by_transformers
 from polyquant_compressed_tensors._library import quantization_scheme
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from safetensors.torch import load_file, save_file
@@ -22,19 +22,6 @@ from safetensors.torch import load_file, save_file
 from .conftest import load
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9, 10]
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
-MODELS = {
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "qwen3-moe": ("Qwen3Moe", EXPERTS),
-    "deepseek-v3": (
-        "DeepseekV3",
-        {
-            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
-            "n_group": 1, "topk_group": 1, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 64, "v_head_dim": 64, "num_key_value_heads": 4,
-        },
-    ),
-}  # fmt: skip
 EXPERTS_ONLY = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
 ALL = ["lm_head", r"re:.*\.gate$"]
 CASES = {
@@ -84,12 +71,8 @@ def made(folder):
         out, dense = folder / f"experts-{name}", folder / f"dense-{name}"
         if out.exists():
             return out, dense
-        (architecture, sizes), options, ignore = MODELS[CASES[name][0]], *CASES[name][1:]
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **sizes})
-        getattr(transformers, f"{architecture}ForCausalLM")(config).float().save_pretrained(dense)
-        for file in tiny_model("llama", folder).glob("tokenizer*"):
-            shutil.copy(file, dense)
+        (architecture, sizes), options, ignore = ONE_BY_ONE[CASES[name][0]], *CASES[name][1:]
+        write_random(architecture, {**SIZES, **sizes}, dense, tiny_model("llama", folder))
         shutil.copytree(dense, out)
         stored, decompressed, options = {}, {}, CompressedTensorsOptions(**options)
         for key, tensor in load_file(dense / "model.safetensors").items():
@@ -115,12 +98,6 @@ def made(folder):
     return make
 
 
-def dense_logits(path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.inference_mode():
-        return model(torch.tensor([TOKENS])).logits[0]
-
-
 @pytest.mark.parametrize("kernel", ["library", "packed"])
 @pytest.mark.parametrize("name", CASES)
 def test_mixtures_answer_as_what_the_library_decompresses(made, tmp_path, name, kernel):
@@ -132,7 +109,7 @@ def test_mixtures_answer_as_what_the_library_decompresses(made, tmp_path, name, 
     assert stacks and all(layer.quantized for layer in stacks)
     assert any(isinstance(module, LinearExperts) for module in loaded.model.modules()) == (kernel == "library")
     if not loaded.config.rounds_activations or kernel == "packed":
-        torch.testing.assert_close(loaded.logits(TOKENS), dense_logits(dense), rtol=1e-3, atol=5e-4)
+        torch.testing.assert_close(loaded.logits(TOKENS), logits_by_transformers(dense, TOKENS), rtol=1e-3, atol=5e-4)
     saved = loaded.save(tmp_path / "saved")
     before, after = load_file(path / "model.safetensors"), load_file(saved / "model.safetensors")
     renamed = {each: each.replace("block_sparse_moe.gate", "mlp.gate") for each in before}  # as the model's
@@ -166,7 +143,7 @@ def test_in_bfloat16_on_torch_s_matmuls_and_planned(made, kernel):
 def test_rounded_activations_of_experts(made):
     path, dense = made("nvfp4-dynamic")
     loaded = load(path, kernel="library", compute_dtype="float32")
-    assert not torch.allclose(loaded.logits(TOKENS), dense_logits(dense), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(loaded.logits(TOKENS), logits_by_transformers(dense, TOKENS), rtol=1e-3, atol=1e-3)
     with pytest.raises(UnsupportedOperation, match="no gradient passes through activations"):
         loaded.backend.prepare_for_training(loaded)
 

@@ -2,12 +2,10 @@
 
 import json
 import re
-import shutil
 
 import torch
-import transformers
 from polyquant.plugin.floats import e2m1_codes, e8m0_bytes, pairs_of_codes
-from polyquant.testing.models import SIZES
+from polyquant.testing.models import ONE_BY_ONE, SIZES, write_random
 from polyquant_fp8._decode import quantize
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +25,7 @@ def to_fp4(weight):
     return pairs_of_codes(codes).view(torch.int8), e8m0_bytes(exponents).view(E8M0)
 
 
-QWEN3_MOE = ("Qwen3Moe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128})
+QWEN3_MOE = ("Qwen3Moe", {**SIZES, **ONE_BY_ONE["qwen3-moe"][1]})
 DEEPSEEK_V4 = (
     "DeepseekV4",
     {
@@ -43,12 +41,7 @@ FP8 = re.compile(r"(proj|\.wq_a|\.wq_b|attn\.wkv|\.wo_b|shared_experts\.w\d)\.we
 
 def write_fp4(tokenizer, out, *, model=QWEN3_MOE, named="weight_scale_inv", says=True):
     """A tiny mixture. tokenizer: a folder that has one. named: what scales are called; says: whether its config does."""
-    torch.manual_seed(0)
-    name, sizes = model
-    config = getattr(transformers, f"{name}Config")(**sizes)
-    getattr(transformers, f"{name}ForCausalLM")(config).float().save_pretrained(out)
-    for file in tokenizer.glob("tokenizer*"):
-        shutil.copy(file, out)
+    write_random(*model, out, tokenizer)
     tensors = load_file(out / "model.safetensors")
     for name in [each for each in tensors if each.endswith(".weight")]:
         module = name.removesuffix(".weight")

@@ -1,16 +1,15 @@
 """Mixtures whose checkpoints hold FP8 experts one by one: Qwen3-MoE, DeepSeek-V3, Mixtral, as transformers reads them."""
 
 import json
-import shutil
 
 import polyquant
 import pytest
 import torch
-import transformers
 from polyquant.errors import ModelError
 from polyquant.plugin.layers import LinearExperts
 from polyquant.testing.checkpoints import assert_verified, changed_copy, without
-from polyquant.testing.models import SIZES, tiny_model
+from polyquant.testing.models import ONE_BY_ONE, SIZES, tiny_model, write_random
+from polyquant.testing.reference import logits_by_transformers
 from polyquant_fp8._decode import quantize
 from safetensors.torch import load_file, save_file
 
@@ -21,19 +20,6 @@ BLOCK = (64, 64)
 STORED = {
     "quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic",
     "modules_to_not_convert": ["lm_head"],
-}  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
-MODELS = {
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "qwen3-moe": ("Qwen3Moe", EXPERTS),
-    "deepseek-v3": (
-        "DeepseekV3",
-        {
-            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
-            "n_group": 1, "topk_group": 1, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 64, "v_head_dim": 64, "num_key_value_heads": 4,
-        },
-    ),
 }  # fmt: skip
 EXPERT = {
     "mixtral": "model.layers.1.block_sparse_moe.experts.2.w3", "qwen3-moe": "model.layers.1.mlp.experts.2.up_proj",
@@ -49,12 +35,8 @@ def made(folder):
         out = folder / f"fp8-{name}"
         if out.exists():
             return out
-        architecture, sizes = MODELS[name]
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **sizes})
-        getattr(transformers, f"{architecture}ForCausalLM")(config).float().save_pretrained(out)
-        for file in tiny_model("llama", folder).glob("tokenizer*"):
-            shutil.copy(file, out)
+        architecture, sizes = ONE_BY_ONE[name]
+        write_random(architecture, {**SIZES, **sizes}, out, tiny_model("llama", folder))
         tensors = load_file(out / "model.safetensors")
         for tensor in [
             each for each in tensors if each.endswith("proj.weight") or ".experts." in each or "_a_" in each
@@ -72,22 +54,15 @@ def made(folder):
     return make
 
 
-def by_transformers(path):
-    """The logits of the dense model that transformers makes of it where there is no GPU."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.inference_mode():
-        return model(torch.tensor([TOKENS])).logits[0]
-
-
 @pytest.mark.parametrize("kernel", ["library", "packed"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_mixtures_answer_as_transformers_dense_ones(made, tmp_path, name, kernel):
     path = made(name)
     loaded = load(path, kernel=kernel, embeddings="keep", head="keep", compute_dtype="float32")
     assert_verified(loaded)
     dense = {layer.name for layer in loaded.layers if layer.role in ("linear", "experts") and not layer.quantized}
     assert not {each for each in dense if "gate.weight" not in each}
-    torch.testing.assert_close(loaded.logits(TOKENS), by_transformers(path), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded.logits(TOKENS), logits_by_transformers(path, TOKENS), rtol=1e-4, atol=1e-4)
     assert any(isinstance(module, LinearExperts) for module in loaded.model.modules()) == (kernel == "library")
     saved = loaded.save(tmp_path / "saved")
     before, after = load_file(path / "model.safetensors"), load_file(saved / "model.safetensors")

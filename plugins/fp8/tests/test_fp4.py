@@ -5,11 +5,11 @@ import json
 import polyquant
 import pytest
 import torch
-import transformers
 from polyquant.errors import ModelError
 from polyquant.plugin.layers import LinearExperts
 from polyquant.testing.checkpoints import assert_verified, changed_copy, without
 from polyquant.testing.models import tiny_model
+from polyquant.testing.reference import logits_by_transformers
 from safetensors.torch import load_file
 
 from .conftest import load
@@ -33,12 +33,6 @@ def made(folder):
     return make
 
 
-def by_transformers(path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.inference_mode():
-        return model(torch.tensor([TOKENS])).logits[0]
-
-
 @pytest.mark.parametrize("kernel", ["library", "packed"])
 @pytest.mark.parametrize("name", DIALECTS)
 def test_it_answers_as_transformers_dense_one(made, tmp_path, name, kernel):
@@ -50,7 +44,7 @@ def test_it_answers_as_transformers_dense_one(made, tmp_path, name, kernel):
     assert found == {"fp8-e4m3": 8, "fp4-e2m1": 4}
     assert not any("stay dense" in note or note.startswith("0 layers") for note in loaded.notes)
     assert any(isinstance(module, LinearExperts) for module in loaded.model.modules()) == (kernel == "library")
-    torch.testing.assert_close(loaded.logits(TOKENS), by_transformers(path), rtol=1e-3, atol=5e-4)
+    torch.testing.assert_close(loaded.logits(TOKENS), logits_by_transformers(path, TOKENS), rtol=1e-3, atol=5e-4)
     saved = loaded.save(tmp_path / "saved")
     assert json.loads((saved / "config.json").read_text())["quantization_config"]["expert_dtype"] == "fp4"
     before, after = load_file(path / "model.safetensors"), load_file(saved / "model.safetensors")
