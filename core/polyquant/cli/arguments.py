@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -10,3 +11,11 @@ Model = Annotated[
     str, typer.Argument(help="Hub name, local folder, .gguf file, or builtin:smollm2.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def add_group(app: typer.Typer, name: str, help: str, *commands: Callable[..., None]) -> None:
+    """Add commands under a word of their own, by the functions' names; `list_` is called list."""
+    group = typer.Typer(help=help, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+    for command in commands:
+        group.command(command.__name__.removesuffix("_"))(command)
+    app.add_typer(group, name=name)

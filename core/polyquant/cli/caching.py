@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyquant.cli.arguments import Json
+from polyquant.cli.arguments import Json, add_group
 from polyquant.cli.output import say
 from polyquant.errors import ConfigError
 from polyquant.support.cache import cache_folder
@@ -32,14 +32,7 @@ Keys = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file, under `cache`."""
-    group = typer.Typer(
-        help="Quantized weights that loads have kept, for the next load of the same.", no_args_is_help=True,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )  # fmt: skip
-    group.command("list")(list_)
-    for command in (rm, path):
-        group.command()(command)
-    app.add_typer(group, name="cache")
+    add_group(app, "cache", "Quantized weights that loads have kept, for the next load of the same.", list_, rm, path)
 
 
 def list_(json: Json = False) -> None:

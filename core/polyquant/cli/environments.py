@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyquant import api
-from polyquant.cli.arguments import Json
+from polyquant.cli.arguments import Json, add_group
 from polyquant.cli.output import say
 from polyquant.errors import ConfigError, EnvironmentProblem
 from polyquant.registry.installed import registry
@@ -29,14 +29,8 @@ Name = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file, under `env`."""
-    group = typer.Typer(
-        help="Environments of their own, for backends that cannot share one.", no_args_is_help=True,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )  # fmt: skip
-    group.command("list")(list_)
-    for command in (create, remove, path):
-        group.command()(command)
-    app.add_typer(group, name="env")
+    told = "Environments of their own, for backends that cannot share one."
+    add_group(app, "env", told, list_, create, remove, path)
 
 
 def list_(json: Json = False) -> None:
