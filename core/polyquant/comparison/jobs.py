@@ -64,11 +64,7 @@ class CellPlanner:
                     content["environment"] = own_environment.name
                 if not candidate.model and route_of(self._source, handle) == "make first":
                     checkpoint = self._checkpoint(candidate, info, machine, content.get("environment", ""))
-                    own_options = {
-                        name: value
-                        for name, value in job.options.items()
-                        if name in (*info.options.load_time, EMULATED)
-                    }
+                    own_options = {name: value for name, value in job.options.items() if name in _at_load(info)}
                     job = msgspec.structs.replace(job, model=checkpoint.out, options=own_options)
         except PolyquantError as error:
             refused = Result(job=job, status="failed", reason=f"{type(error).__name__}: {error}", machine=machine)
@@ -90,7 +86,7 @@ class CellPlanner:
         """The checkpoint that the candidate needs. Raises PolyquantError where its backend cannot make one."""
         registry().require(info.name, "quantize")
         options: Mapping[str, Any] = {
-            name: value for name, value in candidate.options.items() if name not in (*info.options.load_time, EMULATED)
+            name: value for name, value in candidate.options.items() if name not in _at_load(info)
         }
         decides = [self._hash, info.name, options, machine.versions, *([environment] if environment else [])]
         asked = msgspec.json.encode(decides, order="deterministic")
@@ -99,3 +95,8 @@ class CellPlanner:
             model=self._source.name, backend=info.name, options=options, device=self._options.device,
             out=str(cache_folder() / "quantized" / name),
         )  # fmt: skip
+
+
+def _at_load(info: BackendInfo) -> frozenset[str]:
+    """Options of a candidate that its checkpoint does not depend on."""
+    return info.options.load_time | {EMULATED}

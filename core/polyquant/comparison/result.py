@@ -36,7 +36,7 @@ class Comparison(Looked, Run, frozen=True):
              "" if values["status"] == "done" else f"{values['status']}: {first_line(values['reason'])}")
             for values in by_quality(plain_rows(self))
         ]  # fmt: skip
-        headings = [f"{column.heading} ({column.unit})" if column.unit else column.heading for column in columns]
+        headings = [column.title for column in columns]
         return Look(measured_on.one_line(self), (COLUMNS[0].heading, *headings, ""), rows, self.notes)
 
     def best(

@@ -26,6 +26,7 @@ from polyquant.errors import ModelError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.loading.settle import Settled
 from polyquant.models.hashing import content_hash
+from polyquant.models.headers import TORCH_NAMES
 from polyquant.packable import is_packed
 from polyquant.packed_weights import kernels
 from polyquant.registry.backend import Backend
@@ -42,8 +43,7 @@ FOLDER, ENTRY, MODULES, WEIGHTS, PROVEN = "packed", "entry.json", "modules.json"
 ABANDONED_SECONDS = 24 * 3600
 LEAST_BYTES = 2**26  # of a checkpoint: a smaller one is quantized in a moment
 SIZE, USUAL_SIZE = "POLYQUANT_CACHE_SIZE", "20GiB"
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int8": "I8", "uint8": "U8",
-          "int64": "I64", "float64": "F64", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3"}  # fmt: skip
+DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 """torch's names of dtypes -> those of safetensors."""
 
 

@@ -73,12 +73,17 @@ def restore(
 
     Raises ModelError for tensors that are not those of such a model.
     """
-    model, left = empty_causal_lm(request, dtype), dict(tensors)
+    model, left = empty_causal_lm(request, dtype), dict[str, torch.Tensor]()
+    parts: dict[str, dict[str, torch.Tensor]] = {each.name: {} for each in modules}
+    for name, tensor in tensors.items():
+        owner, _, short = name.rpartition(".")
+        if owner in parts:
+            parts[owner][short] = tensor
+        else:
+            left[name] = tensor
     for each in modules:
-        short = len(each.name) + 1
-        own = {name[short:]: left.pop(name) for name in tensors if name.startswith(f"{each.name}.")}
         try:
-            _put(model, each, own)
+            _put(model, each, parts[each.name])
         except (AttributeError, KeyError, TypeError) as error:
             raise ModelError(f"{each.name} cannot be put together: {type(error).__name__}: {error}") from error
     fill_empty(model, left, tied=tied_tensors(model))

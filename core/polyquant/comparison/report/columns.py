@@ -41,6 +41,11 @@ class Column(NamedTuple):
     timed: bool = False  # whether other work on the same cores changes it: it is marked there
     noise: Noise | None = None  # None: two comparisons are not compared by it
 
+    @property
+    def title(self) -> str:
+        """The heading with its unit."""
+        return f"{self.heading} ({self.unit})" if self.unit else self.heading
+
     def text(self, values: Mapping[str, Any]) -> str:
         """The figure of a row as people read it; empty where it was not measured."""
         value = values.get(self.key)

@@ -44,7 +44,7 @@ def as_markdown(run: Run) -> str:
     """A table for a README or a pull request: few columns, what it was measured on, and what one must know of it."""
     name, *_ = COLUMNS
     columns = [name, *shown(columns_of(run), "markdown")]
-    headings = [f"{column.heading} ({column.unit})" if column.unit else column.heading for column in columns]
+    headings = [column.title for column in columns]
     rows = by_quality(plain_rows(run))
     measured = [values for values in rows if values["status"] in ("done", "check failed")]
     lines = [[_escaped(column.text(values)) for column in columns] for values in measured]
