@@ -70,7 +70,8 @@ def load(
     kv_cache: older keys and values: keep, or codes: int8, int4. `LoadedModel.new_cache`: for transformers' `generate`.
     emulate_activations: round the inputs of layers as the format's kernels do (NVFP4, MX, FP8, int8), in software.
     adapter: a LoRA adapter of PEFT's to put on the model, by its folder or hub name; of several the products are added.
-    return_freed_memory: on a CPU, give freed memory back at once: a lower peak, a slower load, for good.
+    return_freed_memory: give memory that is freed while loading on a CPU back at once: a lower peak, a slower load, and
+        glibc's own adjustment of its thresholds is off from then on.
     cache: whether weights that polyquant's packed runtime multiplies with are kept, quantized, for the next load of the
         same, which maps them; of checkpoints from 64 MiB on. `polyquant cache list` shows them.
 
@@ -214,7 +215,8 @@ def compare(
     out: folder that keeps finished cells; what is there is not measured again, so that a run that was killed goes on.
         None: one in the cache, for each model.
     progress: sees the comparison while it runs: see `polyquant.comparison.progress.ComparisonProgress`.
-    Other keywords: `polyquant.comparison.options.CompareOptions`.
+    The other keywords are described by `polyquant.comparison.options.CompareOptions`.
+
     >>> comparison = polyquant.compare("builtin:smollm2", ["bitsandbytes:nf4", "gguf:Q8_0"])
     >>> comparison.best(memory="6GiB").candidate.name, comparison.report("report.html")
     """
@@ -253,7 +255,8 @@ def finetune(
 
     model: one that is loaded (it carries the adapter afterwards), or what `load` takes.
     data: JSONL (`text`, `prompt` with `completion`, or `messages`), a text file, or a name for `datasets`.
-    progress: its method `step` sees each `finetuning.options.TrainingStep`. restart: forget an unfinished run.
+    progress: its method `step` sees each `polyquant.finetuning.options.TrainingStep`; in a terminal, loading shows its
+        bars then, too. restart: forget an unfinished run; without, the same call goes on with it.
     options: of training (`polyquant.finetuning.options.TrainingOptions`); the others are `load`'s.
 
     >>> polyquant.finetune("builtin:smollm2", "train.jsonl", "adapter", backend="bitsandbytes", bits=4, steps=30)
