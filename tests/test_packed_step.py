@@ -11,6 +11,8 @@ import torch
 import transformers
 from polyquant.models.generation import new_cache
 from polyquant.packed_weights import held, step
+from polyquant.packed_weights.agreement import agree
+from polyquant.packed_weights.decoder import decoder_of
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.types import PackedFormat
 from transformers import DynamicCache
@@ -207,6 +209,33 @@ def test_columns_with_scales_of_their_own(counted: list[int]) -> None:
     for one, two in zip(before.logits, after.logits, strict=True):
         assert torch.allclose(one, two, atol=2e-3 * one.abs().max()), (one - two).abs().max()
     assert torch.equal(before.sequences, after.sequences)
+
+
+class Off(step.DecodeStep):
+    """A step that is wrong by a twentieth where a text begins with a token of `wrong_after`."""
+
+    wrong_after: tuple[int, ...] = ()
+
+    def answer(self, given: Any) -> Any:
+        found = super().answer(given)
+        past = given.get("past_key_values")
+        if past is None:
+            self.first = int(given["input_ids"][0, 0])
+        elif found is not None and self.first in self.wrong_after:
+            found.last_hidden_state = found.last_hidden_state * 1.05
+        return found
+
+
+@pytest.mark.parametrize(
+    ("wrong_after", "agrees"), [((), True), ((0,), True), ((0, 106), True), ((0, 106, 213), False)]
+)
+def test_a_text_that_carries_rounding_on_does_not_turn_steps_off(wrong_after: tuple[int, ...], agrees: bool) -> None:
+    inner = model_of("llama").model
+    decoder = decoder_of(inner)
+    assert decoder is not None
+    off = Off(inner, decoder)
+    off.wrong_after = wrong_after
+    assert agree(inner, off) is agrees
 
 
 def test_a_model_whose_code_computes_otherwise_is_left_alone() -> None:

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from polyquant.packed_weights import kernels
+from polyquant.packed_weights.agreement import agree
 from polyquant.packed_weights.decoder import Decoder, NormOf, decoder_of
 from polyquant.packed_weights.format import ROWS
 from polyquant.packed_weights.held import Held, begin, new_cache
@@ -31,7 +32,6 @@ from polyquant.packed_weights.linear import RepackedLinear, most_inputs
 
 MOST_TEXTS = 4
 AT_ONCE = 512  # tokens of a prompt, so that what is kept between products stays small
-TRIED, TOLERANCE = 5, 1e-2  # tokens, and the part of the largest output by which the two ways may differ
 KNOWN = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
     "tokenizer",
@@ -47,7 +47,7 @@ NORMS = ("before_attention", "query_norm", "key_norm", "after_attention", "befor
 def attach(model: Any) -> bool:
     """Let the kernels make the steps of a causal language model. Whether they do.
 
-    Its decoder's `forward` is replaced on the object; what it answers is the same to `TOLERANCE`, or it is left alone.
+    Its decoder's `forward` is replaced on the object; where what it answers does not `agree`, it is left alone.
     """
     if kernels.library() is None or not hasattr(model, "get_decoder") or not hasattr(DynamicCache(), "layers"):
         return False
@@ -56,7 +56,7 @@ def attach(model: Any) -> bool:
     if known is None:
         return False
     step = DecodeStep(inner, known)
-    if not _agree(inner, step):
+    if not agree(inner, step):
         return False
     inner.forward = Forward(inner, step)
     return True
@@ -96,29 +96,6 @@ class Forward:
 
 def _usual_of(model: Any) -> Any:
     return MethodType(type(model).forward, model)
-
-
-def _agree(inner: Any, step: DecodeStep) -> bool:
-    """Whether a step answers what the decoder itself does, after some tokens."""
-    ids = torch.arange(TRIED)[None] % inner.embed_tokens.num_embeddings
-    last = {"input_ids": ids[:, -1:], "use_cache": True}
-    with torch.inference_mode():
-        first = inner(input_ids=ids[:, :-1], use_cache=True)
-        prompt = step.answer({"input_ids": ids[:, :-1], "use_cache": True})
-        before = first.past_key_values
-        other = deepcopy(before) if prompt is None else prompt.past_key_values
-        usual = inner(past_key_values=before, **last).last_hidden_state
-        answer = step.answer({"past_key_values": other, **last})
-    if answer is None:
-        return False
-    pairs = [(usual, answer.last_hidden_state)]
-    if prompt is not None:
-        pairs.append((first.last_hidden_state, prompt.last_hidden_state))
-    for one, two in zip(before.layers, other.layers, strict=True):
-        pairs += [(one.keys, two.keys), (one.values, two.values)]
-    return all(
-        one.shape == two.shape and bool((one - two).abs().max() <= TOLERANCE * one.abs().max()) for one, two in pairs
-    )
 
 
 class DecodeStep:
