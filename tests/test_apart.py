@@ -2,12 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import psutil
 import pytest
 from polyquant.errors import BackendFailed
 from polyquant.plugin.process import kept_processes, run_in_process
+from polyquant.support.processes import import_path
+
+from .isolating import gone
 
 WORKER = """
 import json, os
@@ -92,3 +98,37 @@ def test_an_interrupted_job_ends_its_process(works, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run_in_process("polyquant_worker", works.job)
         assert not psutil.pid_exists(first)
+
+
+BUSY = """
+import os, subprocess, sys, time
+
+def main(job):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with open(job["out"], "w") as file:
+        file.write(f"{os.getpid()} {child.pid}")
+    os.rename(job["out"], job["ready"])
+    time.sleep(60)
+"""
+STARTS_ONE = """
+import sys
+from polyquant.plugin.process import run_in_process
+run_in_process("polyquant_busy", {"out": sys.argv[1] + ".part", "ready": sys.argv[1]})
+"""
+
+
+def test_a_job_ends_with_the_process_that_is_killed_while_it_waits(tmp_path):
+    (tmp_path / "polyquant_busy.py").write_text(BUSY)
+    ready, path = tmp_path / "ready", os.pathsep.join((str(tmp_path), import_path()))
+    parent = subprocess.Popen([sys.executable, "-c", STARTS_ONE, str(ready)], env={**os.environ, "PYTHONPATH": path})
+    try:
+        until = time.monotonic() + 60
+        while not ready.exists() and parent.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        assert ready.exists()
+    finally:
+        parent.kill()
+        parent.wait()
+    worker, child = map(int, ready.read_text().split())
+    assert gone(worker)
+    assert gone(child)
