@@ -11,7 +11,7 @@ import typer
 
 import polyquant
 from polyquant import api
-from polyquant.cli import authoring, caching, environments
+from polyquant.cli import authoring, caching, choosing, environments
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
 from polyquant.cli.converting import convert
@@ -154,10 +154,12 @@ def run(
 ) -> None:
     """Load a model and continue a text, token by token.
 
-    Example: polyquant run builtin:smollm2 -b bitsandbytes --quant-type nf4 "The capital of France is"
+    Without a backend, a dense model is quantized as `polyquant recommend MODEL --needs on_the_fly` puts first.
+
+    Example: polyquant run builtin:smollm2 -b bitsandbytes:nf4 "The capital of France is"
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    _stream(_load(model, loading), text, max_new_tokens, temperature)
+    _stream(_load(model, choosing.with_backend(model, loading)), text, max_new_tokens, temperature)
 
 
 def chat(
@@ -171,10 +173,12 @@ def chat(
 ) -> None:
     """Talk with a model through its chat template. An empty line or Ctrl-D ends.
 
-    Example: polyquant chat builtin:smollm2 -b bitsandbytes --quant-type nf4
+    Without a backend, a dense model is quantized as `polyquant recommend MODEL --needs on_the_fly` puts first.
+
+    Example: polyquant chat builtin:smollm2 -b bitsandbytes:nf4
     """
     switches = switches_of(template)
-    loaded = _load(model, loading)
+    loaded = _load(model, choosing.with_backend(model, loading))
     messages: list[dict[str, str]] = []
     while True:
         try:

@@ -40,16 +40,19 @@ def _command() -> int | str | None:
     from polyquant.support.paths import require_utf8
 
     words = shlex.split(os.environ["COMP_WORDS"]) if "COMP_WORDS" in os.environ else sys.argv
+    backend = backend_named_in(words)
     try:
         for word in words:
             require_utf8(word)
-        build(backend_named_in(words))(prog_name="polyquant")
+        build(backend)(prog_name="polyquant")
     except SystemExit as ended:
         return ended.code
     except PolyquantError as error:
         if os.environ.get("POLYQUANT_TRACEBACK"):
             say(traceback.format_exc(), error=True)
-        say(f"polyquant: {error}", error=True)
+        from polyquant.cli.words import in_shell
+
+        say(f"polyquant: {in_shell(str(error), backend)}", error=True)
         if (
             error.__cause__ is not None
             and not isinstance(error, ConfigError)

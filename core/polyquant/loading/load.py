@@ -19,7 +19,7 @@ from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
 from polyquant.loading.records import total
 from polyquant.loading.settle import Route, Settled, as_stored, make_command, needs_dense_file, route_of, settle
-from polyquant.loading.stored import method_of, reader_of
+from polyquant.loading.stored import is_dense, method_of, reader_of
 from polyquant.loading.trial import require_keeping, require_running
 from polyquant.models.limits import tokenizer_notes
 from polyquant.models.model import Model
@@ -71,13 +71,12 @@ def of_config(
 
 def reader_for(source: ModelSource) -> str:
     """The name of the installed backend that reads a quantized checkpoint. Raises ConfigError for a dense one."""
-    method = "" if source.packaged else method_of(source)
-    if not method:
+    if is_dense(source):
         known = ", ".join(registry().names()) or "none"
         raise ConfigError(
             f"{source.name} is dense: name the backend to quantize it with (backend=...); installed: {known}"
         )
-    return reader_of(method, handles.backends())
+    return reader_of(method_of(source), handles.backends())
 
 
 def load_model(

@@ -32,6 +32,11 @@ def method_of(source: ModelSource) -> str:
     return str(method)
 
 
+def is_dense(source: ModelSource) -> bool:
+    """Whether the files are to be quantized; of a packaged GGUF, the dense model in it is meant."""
+    return source.packaged or not method_of(source)
+
+
 def reader_of(method: str, installed: Selection) -> str:
     """Name of the installed backend that reads `method`; of several, the one called like it, else one that shares this
     environment.
