@@ -1,6 +1,7 @@
 """The command line in processes of its own: exit codes, JSON, help from typed options, words for bad input."""
 
 import json
+import re
 
 import pytest
 
@@ -55,13 +56,14 @@ def test_help_shows_the_options_of_the_backend_named(run_python):
         ),
         (("quantize", "m", "--out", "x"), "name the backend to quantize with"),
         (("quantize", "m", "--out", "tests", "-b", "bitsandbytes"), "tests exists; choose another folder"),
-        (("frobnicate",), "No such command"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+        (("pull", "m"), "No such command 'pull': polyquant load MODEL fetches what it needs"),
+        (("train", "m"), "No such command 'train': polyquant finetune MODEL"),
+        (("plan", "m", "--memory", "8"), "8 is a number of bytes, and no model fits in so few; was 8GiB meant"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_wrong_use_exits_with_two_or_one_and_says_why(run_python, arguments, message):
-    import re
-
     result = run_python(*arguments)
     assert result.returncode == (1 if "exists" in message else 2)
     assert re.search(message, result.stderr.replace("│", "").replace("\n", " ")), result.stderr
@@ -90,6 +92,19 @@ def test_doctor_shows_a_broken_plugin_as_a_row(make_plugin, tmp_path, run_python
     listing = run_python("backends", env={**os.environ, "PYTHONPATH": site})
     assert listing.returncode == 0
     assert "acme broken: polyquant-acme 1.0: import failed" in listing.stdout
+
+
+def test_words_of_other_tools_lead_to_commands_that_there_are():
+    from polyquant.cli.commands import build
+    from polyquant.cli.elsewhere import ELSEWHERE
+    from typer.main import get_command
+
+    commands = get_command(build(None)).commands
+    assert not set(ELSEWHERE) & set(commands)
+    for place in ELSEWHERE.values():
+        named = re.findall(r"polyquant ([a-z]+)", place)
+        assert named
+        assert not set(named) - set(commands)
 
 
 def test_no_arguments_shows_help(run_python):

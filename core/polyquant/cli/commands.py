@@ -15,6 +15,7 @@ from polyquant.cli import authoring, caching, choosing, environments
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.comparing import compare
 from polyquant.cli.converting import convert
+from polyquant.cli.elsewhere import Commands
 from polyquant.cli.options import Loading, complete_backend, loads_models, spread, switches_of
 from polyquant.cli.output import say, say_piece
 from polyquant.cli.planning import plan, recommend
@@ -42,6 +43,7 @@ def _version(wanted: bool) -> None:
 def build(backend: str | None) -> typer.Typer:
     """The command line, with the options of `backend` where one is named."""
     app = typer.Typer(
+        cls=Commands,
         help="Quantize Hugging Face language models: choose a backend, load, verify, run.",
         epilog="Options of a backend: polyquant run --backend NAME --help",
         no_args_is_help=True,

@@ -11,7 +11,6 @@ import polyquant
 from polyquant.cli.arguments import Json, Model
 from polyquant.cli.options import Loading
 from polyquant.cli.output import say
-from polyquant.errors import ConfigError
 
 Memory = Annotated[
     str | None, typer.Option(help="The budget, such as 6GiB; what is free on the device where left out.")
@@ -121,9 +120,9 @@ def _abilities() -> tuple[str, ...]:
 def _draw(out: Path | None, what: Any) -> None:
     if out is None:
         return
-    from polyquant.planning.picture import SUFFIXES, draw
+    from polyquant.planning.picture import draw
+    from polyquant.support.pictures import require_suffix
 
-    if out.suffix not in SUFFIXES:
-        raise ConfigError(f"a picture is written as {', '.join(SUFFIXES)}, got {out.name!r}")
+    require_suffix(out, ".html")
     draw(what, out)
     say(f"wrote {out}", error=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
 
 import polyquant
 from polyquant.cli.arguments import Json
-from polyquant.errors import EnvironmentProblem
+from polyquant.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
     from polyquant.comparison.records import Run
@@ -27,21 +27,35 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="HTML file to write; for one comparison, report.html in its folder if left out.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="A picture for a talk or a page: .svg, .png or .pdf.", dir_okay=False)
+    ] = None,
+    against: Annotated[
+        Literal["memory", "speed"], typer.Option(help="What the picture draws KL against: stored bytes, or tokens/s.")
+    ] = "memory",
     json: Json = False,
 ) -> None:
     """Show a comparison and write its report again; or show what changed between two, beyond noise.
 
     With two, the exit code is 1 where something is worse than it was.
 
-    Example: polyquant report before after
+    Examples: polyquant report before after ·
+    polyquant report comparison --picture comparison.svg --against speed
     """
     from polyquant.cli.show import print_json
     from polyquant.comparison.report.difference import compare_runs
     from polyquant.comparison.report.exports import as_plain
     from polyquant.comparison.report.page import write_difference, write_report
 
+    if picture is not None and other is not None:
+        raise ConfigError("--picture draws one comparison; leave it out, or the second folder")
     comparison = _read(run)
     if other is None:
+        if picture is not None:
+            from polyquant.cli.output import say
+            from polyquant.comparison.report.picture import draw
+
+            say(f"wrote {draw(comparison, picture, against)}", error=True)
         written = None
         if out or not json:
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -49,6 +49,12 @@ class Comparison(Looked, Run, frozen=True):
     def report(self, path: str | Path) -> Path:
         """Write the report as one HTML file that works offline, with CSV, JSON and Markdown beside it."""
         return write_report(self, Path(path))
+
+    def picture(self, path: str | Path, against: Literal["memory", "speed"] = "memory") -> Path:
+        """Write KL against bytes, or generated tokens a second, as .svg, .png or .pdf: see `report.picture`."""
+        from polyquant.comparison.report.picture import draw
+
+        return draw(self, Path(path), against)
 
 
 def read_comparison(path: str | Path) -> Comparison:

@@ -15,6 +15,7 @@ from polyquant.planning.records import Placed
 from polyquant.support.sizes import parse_size, size
 from polyquant.types import DeviceMap, LayerPlan
 
+LEAST_ROOM = 2**20  # bytes
 KINDS = ("cuda", "xpu", "mps", "cpu")
 
 
@@ -51,7 +52,7 @@ def read_budget(memory: int | str | None, devices: str | None) -> Budget:
     if memory is not None and devices is not None:
         raise ConfigError("give either memory (--memory) or devices (--devices), not both")
     if devices is None:
-        return Budget(None if memory is None else parse_size(memory))
+        return Budget(None if memory is None else _room(memory))
     rooms: dict[str, int] = {}
     for part in devices.split(","):
         name, equals, room = (word.strip() for word in part.partition("="))
@@ -61,9 +62,17 @@ def read_budget(memory: int | str | None, devices: str | None) -> Budget:
         full = name if kind in ("cpu", "mps") else f"{kind}:{int(index or 0)}"
         if full in rooms:
             raise ConfigError(f"{devices!r} gives {full} twice")
-        rooms[full] = parse_size(room)
+        rooms[full] = _room(room)
     kinds = [kind for kind in KINDS if any(name.partition(":")[0] == kind for name in rooms)]
     return Budget(None, tuple(sorted(rooms.items(), key=lambda pair: kinds.index(pair[0].partition(":")[0]))))
+
+
+def _room(written: int | str) -> int:
+    """Bytes. Raises ConfigError for a number that no model fits in: whoever writes 8 means another unit."""
+    count = parse_size(written)
+    if count < LEAST_ROOM and str(written).strip().isdigit():
+        raise ConfigError(f"{written} is a number of bytes, and no model fits in so few; was {written}GiB meant?")
+    return count
 
 
 def free_bytes(device: str) -> int:

@@ -6,25 +6,16 @@ import io
 from html import escape
 from pathlib import Path
 
-from polyquant.errors import EnvironmentProblem
 from polyquant.planning.bars import COLOURS, PARTS, bars_of
 from polyquant.planning.records import Plan, Plans
-from polyquant.support.libraries import installed_version
+from polyquant.support.pictures import new_figure, save
 from polyquant.support.sizes import size
-
-SUFFIXES = (".svg", ".html", ".png", ".pdf")
 
 
 def draw(what: Plan | Plans, path: Path) -> None:
     """Write a bar for each candidate, with the budget as a line. Raises EnvironmentProblem without matplotlib."""
-    if installed_version("matplotlib") is None:
-        raise EnvironmentProblem(
-            "pictures are drawn with matplotlib, which is not installed; run: pip install matplotlib"
-        )
-    from matplotlib.figure import Figure
-
     bars = bars_of(what)
-    figure = Figure(figsize=(9, 1.6 + 0.26 * len(bars)), layout="constrained")
+    figure = new_figure(9, 1.6 + 0.26 * len(bars))
     axes = figure.subplots()
     names, left = [bar.name for bar in bars], [0.0] * len(bars)
     scale, unit = (2**30, "GiB") if max((bar.total_bytes for bar in bars), default=0) >= 2**30 else (2**20, "MiB")
@@ -47,7 +38,7 @@ def draw(what: Plan | Plans, path: Path) -> None:
         bbox_to_anchor=(0.5, -0.9 / figure.get_figheight()),
     )
     if path.suffix != ".html":
-        figure.savefig(path, format=path.suffix.removeprefix("."))
+        save(figure, path)
         return
     svg = io.StringIO()
     figure.savefig(svg, format="svg")
