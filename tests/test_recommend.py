@@ -376,7 +376,7 @@ def test_commands_that_end_with_one(run_python):
     assert "spill to cpu" in spilled.stdout
     wrong = run_python("plan", str(CONFIG), "--memory", "2GiB", "--out", "picture.txt")
     assert wrong.returncode == 2
-    assert "a picture is written as .svg, .html" in wrong.stderr
+    assert "a picture is written as .svg, .png, .pdf, .html" in wrong.stderr
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".html", ".png"])

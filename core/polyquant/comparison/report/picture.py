@@ -79,8 +79,8 @@ def points_of(run: Run, axis: Column) -> list[Point]:
     scale = 2**20 if axis.key.endswith("_bytes") else 1
     return [
         Point(
-            label=values["candidate"], group=group(values), x=values[axis.key] / scale, y=values[KL.key],
-            error=values[KL.error] or 0.0, best=index in best,
+            label=values["candidate"] + (f" ({row.status})" if row.status != "done" else ""), group=group(values),
+            x=values[axis.key] / scale, y=values[KL.key], error=values[KL.error] or 0.0, best=index in best,
         )
         for index, (row, values) in enumerate(zip(run.rows, plain_rows(run), strict=True))
         if not run.is_reference(row) and None not in (values[axis.key], values[KL.key])
@@ -147,6 +147,7 @@ def _name_points(figure: Any, axes: Any, points: Sequence[Point], floor: float) 
         axes.annotate(
             point.label, (point.x, max(point.y, floor)), textcoords="offset points", xytext=offset, va="center",
             fontsize=FONT_SIZE, fontweight="bold" if point.best else "normal", zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": "#b8c0c8", "linewidth": 0.6} if far else None,
         )  # fmt: skip
 
