@@ -38,6 +38,9 @@ NOT_RUN = {
     ("how-to/cluster.md", "pip install 'polyquant[ray]'"): "installs from an index",
     ("how-to/cluster.md", "polyquant compare MODEL -c bitsandbytes:nf4 -c hqq:int4"): "needs a cluster's address; "
     "test_cluster.py runs it on one of this machine",
+    ("how-to/serve.md", "pip install 'polyquant[serve]'"): "installs from an index",
+    ("how-to/serve.md", "polyquant serve builtin:smollm2"): "does not end; test_serving.py runs it",
+    ("how-to/serve.md", "curl http"): "needs a server on that port; test_serving.py asks one",
     ("how-to/gpu.md", "python -m nox -s gpu_kit"): "fetches from an index; test_gpu_kit.py packs and installs",
     ("how-to/gpu.md", "python build/gpu-kit/install.py"): "needs the kit; test_gpu_kit.py installs one",
     ("how-to/gpu.md", "export PYTHONPATH=/tmp/site"): "belongs to the kit's installation",

@@ -11,6 +11,7 @@ from polyquant.finetuning.run import longest_example
 from polyquant.finetuning.targets import target_modules
 from polyquant.measure.speed import measure_speed
 from polyquant.models import generation, limits, prompts
+from polyquant.models.tokens import Decoder, pieces
 from polyquant.testing.models import _tokenizer, tiny_model
 from polyquant.types import LayerInfo
 
@@ -45,6 +46,11 @@ def model_of(architecture, sizes):
     name = {"GPT2": "GPT2LMHeadModel"}.get(architecture, f"{architecture}ForCausalLM")
     torch.manual_seed(0)
     return getattr(transformers, name)(config).float().eval()
+
+
+def stream(model, tokenizer, prompt, parameters):
+    made = generation.tokens(model, tokenizer, prompts.encode_prompt(tokenizer, prompt), parameters)
+    return pieces(made, Decoder(tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +115,11 @@ def test_more_tokens_than_positions_are_refused_with_the_number(architecture, to
     assert longest_example(model, 0) == limit
     prompt, new = "x" * (limit - 8), {"do_sample": False}
     count = len(tokenizer(prompt).input_ids)
-    assert isinstance(
-        "".join(generation.stream(model, tokenizer, prompt, {"max_new_tokens": limit + 1 - count, **new})), str
-    )
+    assert isinstance("".join(stream(model, tokenizer, prompt, {"max_new_tokens": limit + 1 - count, **new})), str)
     with pytest.raises(ConfigError, match=f"{count} tokens and {limit + 2 - count} new ones are {message}"):
-        generation.stream(model, tokenizer, prompt, {"max_new_tokens": limit + 2 - count, **new})
+        stream(model, tokenizer, prompt, {"max_new_tokens": limit + 2 - count, **new})
     with pytest.raises(ConfigError, match=message):
-        generation.stream(model, tokenizer, prompt, {"max_length": limit + 2, **new})
+        stream(model, tokenizer, prompt, {"max_length": limit + 2, **new})
 
 
 def test_a_token_without_an_embedding_is_refused(tokenizer):
@@ -127,7 +131,7 @@ def test_a_token_without_an_embedding_is_refused(tokenizer):
     for run in (
         lambda: generation.logits_of(model, [5, 100]),
         lambda: generation.session(model)([5, 100]),
-        lambda: generation.stream(model, tokenizer, "\N{SNOWMAN}", {"max_new_tokens": 2}),
+        lambda: stream(model, tokenizer, "\N{SNOWMAN}", {"max_new_tokens": 2}),
     ):
         with pytest.raises(ConfigError, match=r"token \d+ is not one of the 100 that this model has an embedding for"):
             run()
@@ -152,7 +156,7 @@ def test_speed_is_measured_with_tokens_that_the_model_has(tokenizer):
 def test_beams_and_stop_strings_work(llama, tokenizer, how):
     ids = tokenizer("hello", return_tensors="pt").input_ids
     wanted = llama.generate(ids, max_new_tokens=6, do_sample=False, tokenizer=tokenizer, **how)[0][ids.shape[1] :]
-    text = "".join(generation.stream(llama, tokenizer, "hello", {"max_new_tokens": 6, "do_sample": False, **how}))
+    text = "".join(stream(llama, tokenizer, "hello", {"max_new_tokens": 6, "do_sample": False, **how}))
     assert text == tokenizer.decode(wanted, skip_special_tokens=True)
 
 
@@ -160,10 +164,10 @@ def test_beams_of_a_generation_config_count_too(tokenizer):
     from transformers import GenerationConfig
 
     model, beams = model_of("Llama", SMALL), GenerationConfig(num_beams=2, max_new_tokens=4, eos_token_id=2)
-    expected = "".join(generation.stream(model, tokenizer, "hello", {"num_beams": 2, "max_new_tokens": 4}))
-    assert "".join(generation.stream(model, tokenizer, "hello", {"generation_config": beams})) == expected
+    expected = "".join(stream(model, tokenizer, "hello", {"num_beams": 2, "max_new_tokens": 4}))
+    assert "".join(stream(model, tokenizer, "hello", {"generation_config": beams})) == expected
     model.generation_config = beams
-    assert "".join(generation.stream(model, tokenizer, "hello", {})) == expected
+    assert "".join(stream(model, tokenizer, "hello", {})) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,83 @@ def test_beams_of_a_generation_config_count_too(tokenizer):
 )
 def test_what_one_text_cannot_be_is_refused(llama, tokenizer, how, message):
     with pytest.raises(ConfigError, match=message):
-        list(generation.stream(llama, tokenizer, "hello", {"max_new_tokens": 2, **how}))
+        list(stream(llama, tokenizer, "hello", {"max_new_tokens": 2, **how}))
+
+
+# tokens
+
+
+def tokens(model, tokenizer, **how):
+    parameters = {"max_new_tokens": 12, **how.pop("parameters", {})}
+    return list(generation.tokens(model, tokenizer, tokenizer("hello").input_ids, parameters, **how))
+
+
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.5, "top_k": 3}])
+def test_log_probabilities_are_those_of_the_logits(llama, tokenizer, sampling):
+    """Before temperature and the like; tokens are the same with and without."""
+    plain = tokens(llama, tokenizer, parameters=sampling, seed=3)
+    told = tokens(llama, tokenizer, parameters=sampling, seed=3, top=4)
+    assert [token.id for token in told] == [token.id for token in plain]
+    assert plain[0].logprob is None
+    prompt = tokenizer("hello").input_ids
+    rows = generation.logits_of(llama, [*prompt, *(token.id for token in told)]).log_softmax(-1)[len(prompt) - 1 :]
+    for row, token in zip(rows, told):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+        best = row.topk(4)
+        assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert len(token.top) == 4
+    if not sampling["do_sample"]:
+        assert all(token.top[0][0] == token.id for token in told)
+
+
+def test_a_seed_decides_what_is_drawn(llama, tokenizer):
+    drawn = [
+        [token.id for token in tokens(llama, tokenizer, parameters={"do_sample": True}, seed=seed)]
+        for seed in (1, 1, 2, 3)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(ids) for ids in drawn}) == 3
+
+
+def test_log_probabilities_of_beams_are_refused(llama, tokenizer):
+    for name in ("num_beams", "prompt_lookup_num_tokens"):
+        with pytest.raises(ConfigError, match=f"log-probabilities are .* and {name} asks for another way"):
+            tokens(llama, tokenizer, parameters={name: 2}, top=1)
+
+
+def test_a_stream_that_is_left_ends_its_generation(llama, tokenizer):
+    """No thread goes on with it."""
+    import threading
+
+    def generating():
+        return [thread for thread in threading.enumerate() if "work" in thread.name]
+
+    made = generation.tokens(
+        llama, tokenizer, [5, 6], {"max_new_tokens": 4000, "min_new_tokens": 4000, "do_sample": False}
+    )
+    next(made)
+    assert len(generating()) == 1
+    made.close()
+    assert not generating()
+    text = stream(llama, tokenizer, "hello", {"max_new_tokens": 4000, "min_new_tokens": 4000, "do_sample": False})
+    next(text)
+    text.close()
+    assert not generating()
+
+
+@pytest.mark.parametrize("text", ["plain words", "\N{SNOWMAN} and \N{GRINNING FACE}é", "a\n\n b  c ", "é" * 9])
+def test_text_comes_in_whole_characters(tokenizer, text):
+    decoder, ids = Decoder(tokenizer), tokenizer(text).input_ids
+    found = [decoder.feed(token) for token in [*ids[:2], tokenizer.eos_token_id, *ids[2:]]]
+    assert "".join(found) == text
+    assert "\ufffd" not in "".join(found)
+    assert decoder.end() == ""
+
+
+def test_what_never_becomes_a_character_comes_at_the_end(tokenizer):
+    first, *_ = tokenizer("\N{GRINNING FACE}").input_ids
+    decoder = Decoder(tokenizer)
+    assert [decoder.feed(first), decoder.end(), decoder.end()] == ["", "\ufffd", ""]
 
 
 # prompts

@@ -27,6 +27,7 @@ from polyquant.testing.models import tiny_model
 
 from .installing import write_metadata
 from .isolating import gone
+from .serving import answers_like
 
 TOKENS = list(range(3, 40))
 
@@ -224,6 +225,10 @@ def test_a_call_in_the_middle_of_a_stream_waits_for_its_rest(loaded):
     next(left)
     left.close()
     assert loaded.generate("Hello", max_new_tokens=12, do_sample=False) == whole
+
+
+def test_it_is_served_like_any_other(loaded):
+    answers_like(loaded)
 
 
 def test_a_worker_killed_in_the_middle_of_a_stream_is_an_error(environment, folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from polyquant.errors import PolyquantError, UnsupportedOperation
+from polyquant.models.tokens import Decoder, Tokens, pieces
 from polyquant.support.shown import Look, Looked
 from polyquant.support.sizes import size
 
@@ -43,7 +44,8 @@ class Owner(Protocol):
 class LoadedModel(Looked):
     """A model with its tokenizer and everything known about how it was loaded.
 
-    A backend whose runtime is not torch subclasses this and overrides `logits`, `stream` and `session`.
+    A backend whose runtime is not torch subclasses this and overrides `logits`, `tokens`, `session` and `context`, and
+    `decoder` where its tokenizer has a better way.
     """
 
     model: Any  # the plain transformers model, in eval mode
@@ -100,8 +102,9 @@ class LoadedModel(Looked):
     def generate(self, prompt: Prompt, **parameters: Any) -> str:
         """The text that follows `prompt`.
 
-        parameters: those of transformers' `generate`, and `template`: switches of the model's chat template, where the
-        prompt is messages. Raises ConfigError for what the model, or one text, cannot hold.
+        parameters: those of transformers' `generate`; `template`: switches of the model's chat template, where the
+        prompt is messages; and `seed`, of what is drawn in sampling. Raises ConfigError for what the model, or one
+        text, cannot hold.
 
         >>> loaded.generate([{"role": "user", "content": "Hello"}], template={"enable_thinking": False})
         """
@@ -110,10 +113,36 @@ class LoadedModel(Looked):
     def stream(
         self, prompt: Prompt, *, template: Mapping[str, Any] | None = None, **generation_parameters: Any
     ) -> Iterator[str]:
-        """Like `generate`, in pieces as they come."""
-        from polyquant.models.generation import stream
+        """Like `generate`, in pieces as they come; closing the iterator ends the generation."""
+        from polyquant.models.prompts import encode_prompt
 
-        return stream(self.model, self.tokenizer, prompt, generation_parameters, template, self.kv_cache)
+        ids = encode_prompt(self.tokenizer, prompt, template)
+        return pieces(self.tokens(ids, **generation_parameters), self.decoder())
+
+    def tokens(
+        self, ids: Sequence[int], *, seed: int | None = None, top: int | None = None, **generation_parameters: Any
+    ) -> Tokens:
+        """The tokens that follow `ids`, as they come. Raises ConfigError as `generate` does, before there are any.
+
+        seed: of what is drawn in sampling; None: torch's generator as it stands. top: give log-probabilities, and those
+        of so many of the likeliest tokens.
+        """
+        from polyquant.models.generation import tokens
+
+        return tokens(self.model, self.tokenizer, ids, generation_parameters, self.kv_cache, seed=seed, top=top)
+
+    def decoder(self) -> Decoder:
+        """What makes text of the tokens of one answer."""
+        return Decoder(self.tokenizer)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that one text, prompt and answer, can have; None where neither config nor model says."""
+        from polyquant.models.limits import limits_of
+
+        said = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        known = [count for count in (said, limits_of(self.model).positions) if isinstance(count, int) and count > 0]
+        return min(known, default=None)
 
     def logits(self, tokens: Sequence[int]) -> Any:
         """Logits of one sequence, float32 torch tensor (positions, vocabulary)."""

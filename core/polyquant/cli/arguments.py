@@ -10,6 +10,8 @@ import typer
 Model = Annotated[
     str, typer.Argument(help="Hub name, local folder, .gguf file, or builtin:smollm2.", show_default=False)
 ]
+MaxTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 for greedy decoding.", min=0.0)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 

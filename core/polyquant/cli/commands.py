@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 import polyquant
 from polyquant import api
 from polyquant.cli import authoring, caching, choosing, environments
-from polyquant.cli.arguments import Json, Model
+from polyquant.cli.arguments import Json, MaxTokens, Model, Temperature
+from polyquant.cli.chatting import chat
 from polyquant.cli.comparing import compare
 from polyquant.cli.converting import convert
 from polyquant.cli.elsewhere import Commands
-from polyquant.cli.options import Loading, complete_backend, loads_models, spread, switches_of
+from polyquant.cli.loading import load_model
+from polyquant.cli.options import Loading, complete_backend, loads_models, spread
 from polyquant.cli.output import say, say_piece
 from polyquant.cli.planning import plan, recommend
 from polyquant.cli.reporting import report
 from polyquant.cli.searching import BACKEND, search
+from polyquant.cli.serving import serve
 from polyquant.cli.training import finetune, merge
 from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError
 from polyquant.registry.installed import registry
 from polyquant.searching.options import SearchOptions
-
-if TYPE_CHECKING:
-    from polyquant.loaded import LoadedModel
-
-MaxTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.", min=1)]
-Temperature = Annotated[float, typer.Option(help="0 for greedy decoding.", min=0.0)]
+from polyquant.serving.options import ServeOptions
 
 
 def _version(wanted: bool) -> None:
@@ -62,6 +59,7 @@ def build(backend: str | None) -> typer.Typer:
     app.command()(recommend)
     for command in (plan, load, verify, run, chat, quantize, finetune, merge):
         app.command()(loads_models(command, backend))
+    app.command()(loads_models(spread(serve, "options", ServeOptions, "How to serve"), backend))
     app.command()(loads_models(spread(search, "how", SearchOptions, "How to search"), backend or BACKEND, chooses=True))
     app.command()(spread(compare, "options", CompareOptions, "How to compare"))
     return app
@@ -130,7 +128,7 @@ def load(model: Model, loading: Loading, json: Json = False) -> None:
     """
     from polyquant.cli import show
 
-    loaded = _load(model, loading)
+    loaded = load_model(model, loading)
     show.loaded_json(loaded) if json else show.loaded(loaded)
 
 
@@ -141,7 +139,7 @@ def verify(model: Model, loading: Loading, json: Json = False) -> None:
     """
     from polyquant.cli import show
 
-    report = api.verify(_load(model, loading))
+    report = api.verify(load_model(model, loading))
     show.verification_json(report) if json else show.verification(report)
     if not report.passed:
         raise typer.Exit(1)
@@ -161,37 +159,11 @@ def run(
     Example: polyquant run builtin:smollm2 -b bitsandbytes:nf4 "The capital of France is"
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    _stream(_load(model, choosing.with_backend(model, loading)), text, max_new_tokens, temperature)
-
-
-def chat(
-    model: Model,
-    loading: Loading,
-    max_new_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.7,
-    template: Annotated[
-        str | None, typer.Option(help="Switches of the chat template, as in enable_thinking=false,level=2.")
-    ] = None,
-) -> None:
-    """Talk with a model through its chat template. An empty line or Ctrl-D ends.
-
-    Without a backend, a dense model is quantized as `polyquant recommend MODEL --needs on_the_fly` puts first.
-
-    Example: polyquant chat builtin:smollm2 -b bitsandbytes:nf4
-    """
-    switches = switches_of(template)
-    loaded = _load(model, choosing.with_backend(model, loading))
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            question = input("you: " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        messages.append({"role": "user", "content": question})
-        answer = _stream(loaded, messages, max_new_tokens, temperature, switches)
-        messages.append({"role": "assistant", "content": answer})
+    loaded = load_model(model, choosing.with_backend(model, loading))
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    for piece in loaded.stream(text, max_new_tokens=max_new_tokens, **sampling):
+        say_piece(piece)
+    say()
 
 
 def quantize(
@@ -220,24 +192,3 @@ def quantize(
     options = {**loading.options, "progress": sys.stderr.isatty()}
     path = api.quantize(model, loading.backend, out, calibration=texts, overwrite=overwrite, **options)
     say(f"wrote {path}: {sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 2**20:.0f} MiB")
-
-
-def _load(model: str, loading: Loading) -> LoadedModel:
-    from polyquant.cli import show
-
-    with show.loading(model):
-        return api.load(
-            model, loading.backend, revision=loading.revision, progress=sys.stderr.isatty(), **loading.options
-        )
-
-
-def _stream(
-    loaded: LoadedModel, prompt: Any, max_new_tokens: int, temperature: float, template: Mapping[str, Any] | None = None
-) -> str:
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    pieces = []
-    for piece in loaded.stream(prompt, template=template, max_new_tokens=max_new_tokens, **sampling):
-        pieces.append(piece)
-        say_piece(piece)
-    say()
-    return "".join(pieces)

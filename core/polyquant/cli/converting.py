@@ -75,7 +75,7 @@ def convert(
     from polyquant.plugin.calibration import read_calibration
 
     texts = read_calibration(calibration) if calibration else None
-    with show.loading(model):
+    with show.loading(model, bars=True):
         conversion = api.convert(
             model, to, out, backend=backend, overwrite=overwrite, requantize=requantize, max_kl=max_kl,
             calibration=texts, progress=sys.stderr.isatty(), revision=revision, trust_remote_code=trust_remote_code,

@@ -134,9 +134,11 @@ def doctor(diagnoses: Sequence[Diagnosis]) -> None:
 
 
 @contextmanager
-def loading(model: str) -> Iterator[None]:
-    """A spinner on standard error where it is a terminal."""
-    if not sys.stderr.isatty():
+def loading(model: str, *, bars: bool = False) -> Iterator[None]:
+    """A spinner on standard error where it is a terminal; bars: a line, since libraries draw bars there."""
+    if bars or not sys.stderr.isatty():
+        if sys.stderr.isatty():
+            say(f"loading {model}", error=True)
         yield
         return
     with Terminal(stderr=True).status(styled("loading {}", model)):

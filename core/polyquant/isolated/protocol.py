@@ -14,7 +14,7 @@ import msgspec
 from polyquant.types import UNREADABLE
 
 Kept = TypeVar("Kept")
-VERSION = 1
+VERSION = 2
 LINE_BYTES = 2**26  # of a line at most: layers of a large model, calibration text
 TENSOR_BYTES = 2**32  # of a tensor at most: the logits of 8192 tokens over a vocabulary of 128 Ki
 HEADER_BYTES = 2**16

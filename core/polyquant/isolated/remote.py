@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ import msgspec
 from polyquant.errors import EnvironmentProblem, ModelError
 from polyquant.isolated.environments import card_in_this_process, environment_of
 from polyquant.isolated.worker import START_SECONDS, Worker
-from polyquant.loaded import LoadedModel, Prompt
+from polyquant.loaded import LoadedModel
+from polyquant.models.tokens import Token, Tokens
 from polyquant.options import BackendOptions
 from polyquant.registry.backend import Backend
 from polyquant.registry.observers import Call
@@ -31,11 +32,22 @@ class RemoteModel(LoadedModel):
 
     model: Worker
 
-    def stream(
-        self, prompt: Prompt, *, template: Mapping[str, Any] | None = None, **generation_parameters: Any
-    ) -> Iterator[str]:
-        """The text that follows, in pieces; parameters must have a form in JSON."""
-        return self.model.stream("stream", prompt=prompt, parameters={**generation_parameters, "template": template})
+    def tokens(
+        self, ids: Sequence[int], *, seed: int | None = None, top: int | None = None, **generation_parameters: Any
+    ) -> Tokens:
+        """The tokens that follow; parameters must have a form in JSON."""
+        given = {"ids": list(ids), "parameters": {**generation_parameters, "seed": seed, "top": top}}
+        made = self.model.stream("tokens", **given)
+        try:
+            for token in made:
+                yield msgspec.convert(token, Token)
+        finally:
+            made.close()
+
+    @property
+    def context(self) -> int | None:
+        found: int | None = self.model.call("context")
+        return found
 
     def logits(self, tokens: Sequence[int]) -> Any:
         return self.model.tensor("logits", tokens=list(tokens))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from threading import Lock, RLock, Thread, Timer
 from typing import IO, Any
 
@@ -80,8 +80,8 @@ class Worker:
         """The tensor that the worker answers with."""
         return self._exchange(what, arguments)[1]
 
-    def stream(self, what: str, **arguments: Any) -> Iterator[str]:
-        """Texts as they come. Another call meanwhile waits for the rest of them, which is kept for this iterator."""
+    def stream(self, what: str, **arguments: Any) -> Generator[Any, None, None]:
+        """Answers as they come. Another call meanwhile waits for the rest of them, which is kept for this iterator."""
         with self._lock:
             self._finish_stream()
             self._send(what, arguments)
@@ -89,14 +89,14 @@ class Worker:
         try:
             while True:
                 with self._lock:
-                    if not pieces.texts and not pieces.ended:
+                    if not pieces.come and not pieces.ended:
                         self._next_piece(pieces)
-                    text = pieces.texts.popleft() if pieces.texts else None
-                    if text is None and pieces.error is not None:
+                    piece = pieces.come.popleft() if pieces.come else None
+                    if piece is None and pieces.error is not None:
                         raise pieces.error
-                if text is None:
+                if piece is None:
                     return
-                yield text
+                yield piece
         finally:
             if not pieces.ended and not self._sending.locked():  # where it is, the next call takes the rest of these
                 self._send_line({"call": "stop"})
@@ -152,7 +152,7 @@ class Worker:
             self._stream, pieces.ended, pieces.error = None, True, error
             return
         if "piece" in answer:
-            pieces.texts.append(str(answer["piece"]))
+            pieces.come.append(answer["piece"])
             return
         self._stream, pieces.ended = None, True
         if "error" in answer:
@@ -203,7 +203,7 @@ class _Pieces:
     """What has come of a stream, and has not been taken yet."""
 
     def __init__(self) -> None:
-        self.texts: deque[str] = deque()
+        self.come: deque[Any] = deque()
         self.ended = False
         self.error: PolyquantError | None = None
 

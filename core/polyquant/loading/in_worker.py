@@ -91,11 +91,18 @@ class Server:
     def logits(self, tokens: list[int]) -> Any:
         return self.loaded.logits(tokens)
 
-    def stream(self, prompt: Any, parameters: dict[str, Any]) -> Iterator[str]:
-        for piece in self.loaded.stream(prompt, **parameters):
-            if self._stopped.is_set():
-                return
-            yield piece
+    def tokens(self, ids: list[int], parameters: dict[str, Any]) -> Iterator[Any]:
+        made = self.loaded.tokens(ids, **parameters)
+        try:
+            for token in made:
+                if self._stopped.is_set():
+                    return
+                yield token
+        finally:
+            made.close()
+
+    def context(self) -> Any:
+        return self.loaded.context
 
     def kv_cache_bytes_per_token(self, tokens: list[int]) -> Any:
         return self.loaded.kv_cache_bytes_per_token(tokens)
@@ -148,8 +155,8 @@ class Server:
         kv_cache.refuse(asked.source.name, asked.kv_cache, kv_cache.obstacle(skeleton))
 
 
-CALLS = ("problems", "load", "quantize", "layers", "logits", "stream", "kv_cache_bytes_per_token", "vocabulary",
-         "session", "feed", "verify", "save")  # fmt: skip
+CALLS = ("problems", "load", "quantize", "layers", "logits", "tokens", "context", "kv_cache_bytes_per_token",
+         "vocabulary", "session", "feed", "verify", "save")  # fmt: skip
 
 
 def main() -> None:

@@ -7,13 +7,16 @@ is taken as it is, and what is not the plain case goes its usual way. Imports to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from threading import Event
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from polyquant.models import versions
+from polyquant.models.tokens import LEAST_LOGPROB, Token, likeliest
 
 TAKEN = ("past_key_values", "use_cache", "logits_to_keep", "position_ids", "attention_mask", "tokenizer")
 """What transformers hands to a loop for a plain text."""
@@ -50,6 +53,50 @@ def new_tokens(model: Any, given: Mapping[str, Any]) -> Iterator[Tensor] | None:
     except _NotPlain:
         return None
     return tokens
+
+
+class Seen:
+    """A processor of logits that changes none, and keeps what each token is chosen from."""
+
+    def __init__(self, top: int) -> None:
+        """top: how many of the likeliest tokens to give beside the one that is chosen."""
+        self._top, self._kept = top, deque[Tensor]()
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self._kept.append(torch.log_softmax(scores[0].float(), dim=-1))
+        return scores
+
+    def token(self, token: int) -> Token:
+        """The oldest token that was not given yet; a loop may be a step ahead of what it hands out."""
+        logprobs = self._kept.popleft()
+        values, ids = logprobs.topk(min(self._top, len(logprobs)))
+        top = likeliest(zip(ids.tolist(), values.tolist(), strict=True))
+        return Token(token, max(float(logprobs[token]), LEAST_LOGPROB), top)
+
+
+class _Ended(BaseException):
+    """Nobody wants more tokens: leaves transformers' loop, which has no other way out."""
+
+
+def streamer(take: Callable[[int], None], stopped: Event) -> Any:
+    """For `generate`: hands each new token to `take`, until `stopped`."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is not typed here
+        at_prompt = True
+
+        def put(self, value: Tensor) -> None:
+            if self.at_prompt:
+                self.at_prompt = False
+                return
+            if stopped.is_set():
+                raise _Ended
+            for token in value.flatten().tolist():
+                take(token)
+
+        def end(self) -> None: ...
+
+    return Streamer()
 
 
 class _NotPlain(Exception):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from threading import Thread
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from polyquant.errors import ConfigError
 from polyquant.models import decoding, versions
 from polyquant.models.limits import limits_of
-from polyquant.models.prompts import encode_prompt
+from polyquant.models.tokens import Token, Tokens
 from polyquant.request import KvCache
 
 OWN_PARAMETERS = ("inputs", "input_ids", "attention_mask", "inputs_embeds", "streamer", "return_dict_in_generate")
 """What `model.generate` is given here, or what would change the kind of its answer."""
+NOT_BY_TOKEN = ("assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "custom_generate")
+"""Parameters that ask for a way to generate that judges several tokens at once, or by other logits."""
 STATES = ("past_key_values", "cache_params", "state")
 """What models call what they keep between tokens: Mamba's cache_params, RWKV's state."""
 _CACHE_IS_GIVEN = WeakSet[Any]()
@@ -23,33 +26,47 @@ _CACHE_IS_GIVEN = WeakSet[Any]()
 DEFAULT_NEW_TOKENS = 20  # transformers', where nobody says how many
 
 
-def stream(
+def tokens(
     model: Any,
     tokenizer: Any,
-    prompt: str | Sequence[dict[str, str]],
+    ids: Sequence[int],
     parameters: Mapping[str, Any],
-    template: Mapping[str, Any] | None = None,
     kv_cache: KvCache = "keep",
-) -> Iterator[str]:
-    """Pieces of text as `model.generate` makes them; its error, if any, is raised here.
+    *,
+    seed: int | None = None,
+    top: int | None = None,
+) -> Tokens:
+    """Tokens after `ids` as `model.generate` makes them; its error, if any, is raised here.
 
-    template: switches of the chat template. kv_cache: where `parameters` choose no other cache. Raises ConfigError,
-    before anything is generated, for parameters that do not go with one text, and for more tokens than the model has
-    positions for.
+    kv_cache: where `parameters` choose no other cache. seed: of torch's generators, set as it begins. top: give
+    log-probabilities, and those of so many of the likeliest tokens. Raises ConfigError, before anything is generated,
+    for parameters that do not go with one text, and for more tokens than the model has positions for.
     """
     import torch
 
-    tokens = encode_prompt(tokenizer, prompt, template)
     asked = _Asked(model, parameters)
     asked.require_one_text()
-    limits_of(model).require(tokens, new=asked.new_tokens(len(tokens)))
-    ids = torch.tensor([tokens], device=model.device)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "tokenizer": tokenizer, **parameters}
+    limits_of(model).require(ids, new=asked.new_tokens(len(ids)))
+    prompt = torch.tensor([list(ids)], device=model.device)
+    given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "tokenizer": tokenizer, **parameters}
     if kv_cache != "keep" and not asked.chooses_cache:
         given[STATES[0]] = new_cache(model, kv_cache)
+    seen = None
+    if top is not None:
+        asked.require_token_by_token()
+        seen = decoding.Seen(top)
+        given["logits_processor"] = [*(parameters.get("logits_processor") or ()), seen]
     if asked["num_beams"] > 1:  # which text it is to be shows at the end only
-        return _at_once(model, tokenizer, len(tokens), given)
-    return _as_it_comes(model, tokenizer, given)
+        return _seeded(seed, _at_once(model, len(ids), given))
+    return _seeded(seed, _as_it_comes(model, given, seen.token if seen is not None else Token))
+
+
+def _seeded(seed: int | None, made: Tokens) -> Tokens:
+    import torch
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    yield from made
 
 
 class _Asked:
@@ -75,6 +92,17 @@ class _Asked:
                 "do_sample=True, or call model.generate"
             )
 
+    def require_token_by_token(self) -> None:
+        """Raises ConfigError for ways to generate in which a token is not chosen from the logits at its place."""
+        others = [name for name in NOT_BY_TOKEN if self._given.get(name) or getattr(self._config, name, None)]
+        if self["num_beams"] > 1:
+            others.append("num_beams")
+        if others:
+            raise ConfigError(
+                f"log-probabilities are those of greedy decoding and of sampling, and {', '.join(others)} asks for "
+                "another way: leave it out, or ask for none"
+            )
+
     @property
     def chooses_cache(self) -> bool:
         """Whether what is kept between tokens was chosen: a cache that is there, a kind of cache, or none."""
@@ -89,66 +117,46 @@ class _Asked:
         return max(0, whole - prompt) if whole else DEFAULT_NEW_TOKENS
 
 
-def _at_once(model: Any, tokenizer: Any, prompt: int, given: Mapping[str, Any]) -> Iterator[str]:
-    """The whole text as one piece, without the `prompt` tokens in front."""
+def _at_once(model: Any, prompt: int, given: Mapping[str, Any]) -> Tokens:
+    """All at the end, without the `prompt` ones in front."""
     try:
         output = model.generate(**given)
     except ValueError as error:
         raise _explained(error) from error
-    if text := tokenizer.decode(output[0][prompt:], skip_special_tokens=True):
-        yield text
+    yield from map(Token, output[0][prompt:].tolist())
 
 
-def _as_it_comes(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Iterator[str]:
+def _as_it_comes(model: Any, given: Mapping[str, Any], made: Callable[[int], Token]) -> Tokens:
     try:
         new = decoding.new_tokens(model, given)
     except ValueError as error:
         raise _explained(error) from error
-    return _by_thread(model, tokenizer, given) if new is None else _decoded(tokenizer, new)
+    return _by_thread(model, given, made) if new is None else (made(int(token)) for token in new)
 
 
-def _decoded(tokenizer: Any, tokens: Iterator[Any]) -> Iterator[str]:
-    """Pieces of text of tokens, each a tensor (1,), as transformers' streamers cut them."""
-    from transformers import TextStreamer
-
-    pieces = list[str]()
-
-    class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is not typed here
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            pieces.append(text)
-
-    streamer = Streamer(tokenizer, skip_special_tokens=True)
-
-    def come() -> Iterator[str]:
-        yield from filter(None, pieces)
-        pieces.clear()
-
-    for token in tokens:
-        streamer.put(token)
-        yield from come()
-    streamer.end()
-    yield from come()
-
-
-def _by_thread(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> Iterator[str]:
-    from transformers import TextIteratorStreamer
-
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failures: list[BaseException] = []
+def _by_thread(model: Any, given: Mapping[str, Any], made: Callable[[int], Token]) -> Tokens:
+    """Through transformers' own loop, which ends with the token that it is at when nobody wants more of them."""
+    queue, stopped = SimpleQueue[Token | BaseException | None](), Event()
+    streamer = decoding.streamer(lambda token: queue.put(made(token)), stopped)
 
     def work() -> None:
         try:
             model.generate(streamer=streamer, **given)
         except BaseException as error:
-            failures.append(error)
-            streamer.end()
+            queue.put(error)
+        else:
+            queue.put(None)
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
-    if failures:
-        raise _explained(failures[0])
+    try:
+        while (token := queue.get()) is not None:
+            if isinstance(token, BaseException):
+                raise _explained(token)
+            yield token
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def logits_of(model: Any, tokens: Sequence[int]) -> Any:

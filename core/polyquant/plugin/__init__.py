@@ -22,6 +22,7 @@ from polyquant.memory.planned import (
 from polyquant.mixing import LayerFormats, MixableOptions
 from polyquant.models.prompts import encode_prompt
 from polyquant.models.roles import REASONS, TIED
+from polyquant.models.tokens import LEAST_LOGPROB, Decoder, Token, Tokens, likeliest
 from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
 from polyquant.packable import ExpertsOptions, PackableOptions, is_packed
@@ -53,12 +54,14 @@ from polyquant.types import (
 __all__ = [
     "DTYPE_BYTES",
     "E2M1",
+    "LEAST_LOGPROB",
     "REASONS",
     "TIED",
     "Activations",
     "BackendInfo",
     "BackendOptions",
     "Capabilities",
+    "Decoder",
     "DeviceMap",
     "DeviceSupport",
     "Dtype",
@@ -83,6 +86,8 @@ __all__ = [
     "Prompt",
     "Role",
     "RoundingMethod",
+    "Token",
+    "Tokens",
     "WeightInfo",
     "activation_formats",
     "contained",
@@ -96,6 +101,7 @@ __all__ = [
     "is_linear",
     "is_packed",
     "library_problems",
+    "likeliest",
     "module_of",
     "one_expert",
     "plan_dense",

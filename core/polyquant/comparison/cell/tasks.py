@@ -99,7 +99,7 @@ def as_lm_eval_model(loaded: LoadedModel, progress: Progress = SILENT) -> Any:
 
 def likelihood(loaded: LoadedModel, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
     """Log-likelihood of the tokens of `continuation` after `context`, nats, and whether each is the most likely."""
-    limit = int(getattr(getattr(loaded.model, "config", None), "max_position_embeddings", 0) or 2**31)
+    limit = loaded.context or 2**31
     tokens = [*context, *continuation][-limit - 1 :]
     count = min(len(continuation), len(tokens) - 1)
     logits = loaded.logits(tokens[:-1])[-count:].float().cpu()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import codecs
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 import psutil
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ConfigError, ModelError, PlacementError
-from polyquant.plugin import Feed, LoadedModel, LoadRequest, Prompt, encode_prompt
+from polyquant.plugin import Decoder, Feed, LoadedModel, LoadRequest, Token, Tokens
 from polyquant.plugin.gguf import Header, read_header
 
 from polyquant_llama_cpp import _layers, _sampling
 from polyquant_llama_cpp._checks import require_bytes, require_sound
 from polyquant_llama_cpp._runtime import LlamaModel, Session
-from polyquant_llama_cpp._tokenizer import LlamaTokenizer
+from polyquant_llama_cpp._tokenizer import LlamaTokenizer, PieceDecoder
 from polyquant_llama_cpp.options import LlamaCppOptions
 
 DEFAULT_CONTEXT = 4096  # a key-value cache for the 131072 positions of a Llama 3 8B takes 16 GiB
@@ -29,11 +28,11 @@ class LlamaCppModel(LoadedModel):
     model: LlamaModel
     tokenizer: LlamaTokenizer
 
-    def stream(
-        self, prompt: Prompt, *, template: Mapping[str, Any] | None = None, **generation_parameters: Any
-    ) -> Iterator[str]:
-        """The text that follows, in pieces; a parameter that llama.cpp does not follow is a ConfigError."""
-        wanted, ids = _sampling.parameters(generation_parameters), encode_prompt(self.tokenizer, prompt, template)
+    def tokens(
+        self, ids: Sequence[int], *, seed: int | None = None, top: int | None = None, **generation_parameters: Any
+    ) -> Tokens:
+        """The tokens that follow; a parameter that llama.cpp does not follow is a ConfigError."""
+        wanted = _sampling.parameters(generation_parameters)
         least, most = wanted.limits(len(ids))
         if (count := len(ids) + most) > self.model.n_ctx:
             raise ConfigError(
@@ -41,8 +40,15 @@ class LlamaCppModel(LoadedModel):
                 f"{self.model.n_ctx}; ask for fewer, or load with n_ctx={count} or more"
             )
         ends = wanted.ends(self.model.vocabulary, self.tokenizer.end_ids)
-        sampler = _sampling.Sampler(wanted, ids, self.model.vocabulary, self.model.n_ctx)
-        return self._pieces(ids, sampler, ends, least, most)
+        sampler = _sampling.Sampler(wanted, ids, self.model.vocabulary, self.model.n_ctx, seed)
+        return self._tokens(ids, sampler, ends, least, most, top)
+
+    def decoder(self) -> Decoder:
+        return PieceDecoder(self.tokenizer)
+
+    @property
+    def context(self) -> int:
+        return self.model.n_ctx
 
     def logits(self, tokens: Sequence[int]) -> Any:
         import torch
@@ -60,10 +66,11 @@ class LlamaCppModel(LoadedModel):
     def kv_cache_bytes_per_token(self, tokens: Sequence[int]) -> int | None:
         return round(self.model.kv_cache_bytes / self.model.n_ctx) or None
 
-    def _pieces(
-        self, ids: list[int], sampler: _sampling.Sampler, ends: frozenset[int], least: int, most: int
-    ) -> Iterator[str]:
-        session, text = Session(self.model), codecs.getincrementaldecoder("utf-8")("replace")
+    def _tokens(
+        self, ids: Sequence[int], sampler: _sampling.Sampler, ends: frozenset[int], least: int, most: int,
+        top: int | None,
+    ) -> Tokens:  # fmt: skip
+        session = Session(self.model)
         for count in range(most):
             logits = session.feed(ids)[-1]
             if count < least:
@@ -71,11 +78,8 @@ class LlamaCppModel(LoadedModel):
             token = sampler.choose(logits)
             if token in ends:
                 break
-            if piece := text.decode(self.tokenizer.piece(token)):
-                yield piece
+            yield Token(token) if top is None else _sampling.token_with_logprobs(token, logits, top)
             ids = [token]
-        if rest := text.decode(b"", final=True):
-            yield rest
 
 
 def load(request: LoadRequest, config: LlamaCppOptions) -> LlamaCppModel:

@@ -12,6 +12,7 @@ import numpy as np
 from llama_cpp import llama_cpp as lib
 from msgspec import Meta
 from polyquant.errors import ConfigError, did_you_mean
+from polyquant.plugin import LEAST_LOGPROB, Token, likeliest
 
 from polyquant_llama_cpp._library import captured
 from polyquant_llama_cpp._runtime import Logits
@@ -89,13 +90,16 @@ def parameters(given: Mapping[str, Any]) -> Parameters:
 class Sampler:
     """Chooses the next token: the greatest logit, or llama.cpp's samplers in the order of transformers' processors."""
 
-    def __init__(self, wanted: Parameters, prompt: Sequence[int], vocabulary: int, n_ctx: int) -> None:
+    def __init__(
+        self, wanted: Parameters, prompt: Sequence[int], vocabulary: int, n_ctx: int, seed: int | None = None
+    ) -> None:
+        """seed: of what is drawn; None: torch's generator decides, as it does for transformers' generate."""
         self._chain = None
         if wanted.do_sample or wanted.repetition_penalty != 1.0:
             with captured():
                 self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
                 weakref.finalize(self, lib.llama_sampler_free, self._chain)
-                for sampler in _samplers(wanted, vocabulary, n_ctx):
+                for sampler in _samplers(wanted, vocabulary, n_ctx, seed):
                     lib.llama_sampler_chain_add(self._chain, sampler)
                 for token in prompt:
                     lib.llama_sampler_accept(self._chain, token)
@@ -116,7 +120,7 @@ class Sampler:
         return token
 
 
-def _samplers(wanted: Parameters, vocabulary: int, n_ctx: int) -> list[Any]:
+def _samplers(wanted: Parameters, vocabulary: int, n_ctx: int, seed: int | None) -> list[Any]:
     chosen = []
     if wanted.repetition_penalty != 1.0:
         chosen.append(lib.llama_sampler_init_penalties(vocabulary, n_ctx, wanted.repetition_penalty, 0.0, 0.0))
@@ -136,5 +140,13 @@ def _samplers(wanted: Parameters, vocabulary: int, n_ctx: int) -> list[Any]:
     ):
         if value is not None:
             chosen.append(make(value, 1))
-    seed = int(torch.randint(2**32 - 1, ()))  # torch.manual_seed decides, as it does for transformers' generate
-    return [*chosen, lib.llama_sampler_init_dist(seed)]
+    drawn = int(torch.randint(2**32 - 1, ())) if seed is None else seed % (2**32 - 1)
+    return [*chosen, lib.llama_sampler_init_dist(drawn)]
+
+
+def token_with_logprobs(token: int, logits: Logits, top: int) -> Token:
+    """A token that was chosen from `logits`, (vocabulary,), with log-probabilities: its own, and of the likeliest."""
+    shifted = logits.astype(np.float64) - logits.max()
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    best = np.argpartition(-logprobs, top)[:top] if top < len(logprobs) else np.arange(len(logprobs))
+    return Token(token, max(float(logprobs[token]), LEAST_LOGPROB), likeliest((int(i), logprobs[i]) for i in best))

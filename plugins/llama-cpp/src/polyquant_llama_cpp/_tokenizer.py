@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any
 
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ConfigError
+from polyquant.plugin import Decoder
 
 from polyquant_llama_cpp._library import captured
 from polyquant_llama_cpp._runtime import LlamaModel
@@ -20,6 +22,19 @@ class Encoding(dict[str, list[int]]):
     @property
     def input_ids(self) -> list[int]:
         return self["input_ids"]
+
+
+class PieceDecoder(Decoder):
+    """Text by the bytes that each token adds, which keeps a space in front."""
+
+    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+        self._tokenizer, self._text = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        return self._text.decode(self._tokenizer.piece(token))
+
+    def end(self) -> str:
+        return self._text.decode(b"", final=True)
 
 
 class LlamaTokenizer:
