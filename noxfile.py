@@ -215,10 +215,10 @@ def types(session: nox.Session) -> None:
     """mypy, strict on the core and on each plugin's plugin.py and options.py."""
     session.install("-c", "constraints.txt", *GROUPS["types"])
     session.run("mypy")
-    for path in (*PLUGINS.values(), TEMPLATE):
-        package = next((path / "src").iterdir())
-        modules = [f"--module={package.name}.{name}" for name in ("plugin", "options")]
-        session.run("mypy", "--follow-imports=silent", *modules, env={"MYPYPATH": f"core:{path / 'src'}"})
+    sources = [path / "src" for path in (*PLUGINS.values(), TEMPLATE)]
+    packages = [next(source.iterdir()).name for source in sources]
+    modules = [f"--module={package}.{name}" for package in packages for name in ("plugin", "options")]
+    session.run("mypy", "--follow-imports=silent", *modules, env={"MYPYPATH": ":".join(["core", *map(str, sources)])})
 
 
 @nox.session

@@ -1,14 +1,22 @@
-"""What the libraries leave in memory when they are imported is not searched for garbage again: `-p garbage`.
+"""What the libraries leave behind when test files import them: `-p garbage`.
 
-A search of all that torch and transformers define takes a third of a second, and thousands of tests ask for one, by
-themselves or through pytest; here it costs a tenth of the suite's time. What tests make is searched as always.
+In memory: it is not searched for garbage again. A search of all that torch and transformers define takes a third of a
+second, and thousands of tests ask for one, by themselves or through pytest; here it costs a tenth of the suite's time.
+What tests make is searched as always.
+
+In os.environ: what is read on import is taken back. gptqmodel and what it imports set seven such variables, another
+home of the hub's cache among them. Every process that a test starts would get them, and none of those could be forked
+from a warm one (`polyquant.testing.warm`).
 """
 
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
+
+BEFORE = dict(os.environ)
 
 
 @pytest.hookimpl(trylast=True)
@@ -20,3 +28,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         assert transformers
         gc.collect()
         gc.freeze()
+    from polyquant.testing.warm import read_on_import  # which keeps what test files set for their processes
+
+    before = read_on_import(BEFORE)
+    for name in read_on_import(os.environ).keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ print("to the other", file=sys.stderr)
 """
 
 
-def run(*command, seconds=60, environment=warm.ENVIRONMENT, **more):
+def run(*command, seconds=300, environment=warm.ENVIRONMENT, **more):
     return warm.run(command, seconds=seconds, environment=environment, **more)
 
 
@@ -99,3 +100,15 @@ time.sleep(60)
 def test_variables_that_imports_read_need_a_fresh_python():
     found = looked(run("-c", LOOKS, environment={**warm.ENVIRONMENT, "HF_HOME": "/nowhere"}))
     assert (found[5], found[6]) == (False, os.getpid())
+
+
+def test_what_test_files_import_leaves_nothing_that_keeps_others_from_a_fork(tmp_path):
+    """Of the variables that libraries read on import; one that a test file sets for its processes stays."""
+    (tmp_path / "test_own.py").write_text(
+        "import os\nos.environ.update(HF_OF_A_LIBRARY='1', COLOUR='blue')\n"
+        "def test_it():\n    assert ('HF_OF_A_LIBRARY' in os.environ, os.environ['COLOUR']) == (False, 'blue')\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = ["-m", "pytest", "-q", "-p", "garbage", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
+    found = run(*command, environment={**warm.ENVIRONMENT, "PYTHONPATH": path}, folder=tmp_path, seconds=300)
+    assert found.returncode == 0, found.stdout + found.stderr

@@ -26,7 +26,7 @@ def logits_by_transformers(checkpoint: Path, tokens: Sequence[int]) -> Any:
         return model(torch.tensor([list(tokens)])).logits[0]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)  # the real model's are 31 MB, and stay while tiny ones come and go
 def _logits(model: str, tokens: tuple[int, ...]) -> Any:
     from polyquant.loading import dense
     from polyquant.models.generation import logits_of

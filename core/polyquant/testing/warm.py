@@ -51,7 +51,7 @@ def run(
     folder: where it works; None: where this process does.
     """
     variables = dict(os.environ if environment is None else environment)
-    if not hasattr(os, "fork") or _read_on_import(variables) != _read_on_import(ENVIRONMENT):
+    if not hasattr(os, "fork") or read_on_import(variables) != read_on_import(ENVIRONMENT):
         return subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, timeout=seconds, check=False, env=variables,
             cwd=folder,
@@ -62,7 +62,8 @@ def run(
     return subprocess.CompletedProcess([sys.executable, *command], code, out, err)
 
 
-def _read_on_import(variables: Mapping[str, str]) -> dict[str, str]:
+def read_on_import(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those of `variables` for which a fork comes too late."""
     return {
         name: value for name, value in variables.items() if name.startswith(READ_ON_IMPORT) and name not in OBEYED_LATER
     }
