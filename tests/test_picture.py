@@ -63,6 +63,8 @@ def test_names_stand_where_they_cover_nothing():
     taken = _Box(0, 0, 10, 10)
     assert taken.covers(_Box(5, 5, 20, 20)) == 25
     assert taken.covers(_Box(10, 0, 20, 10)) == 0
+    assert _Box.beside((5, 5), (2, 1), (8, 4)) == (7, 4, 15, 8)
+    assert _Box(5, 5, 20, 20).outside(taken) == 200
     places = _around(40)
     assert places[0] == (9, 0)
     assert len(set(places)) == len(places)

@@ -18,6 +18,8 @@ from polyquant.support.pictures import new_figure, require_suffix, save
 Against = Literal["memory", "speed"]
 WIDTH, HEIGHT, FONT_SIZE = 9.6, 6.0, 9.0  # inches, and points
 LETTER, LINE = 0.56, 1.35  # of a label's letters, in font sizes: mean width, and height
+GAP = 9.0  # points between a mark's middle and its name
+LONG = 22  # letters: names of more are broken
 ZERO = 1e-7  # nats: below it a candidate computes what the reference does
 QUIET = "#5b6570"
 
@@ -122,34 +124,42 @@ def _furnish(axes: Any, run: Run, axis: Column, floor: float, *, zero: bool) -> 
     axes.grid(which="major", color="#eef1f4", zorder=0)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize="small", loc="best")
-    said = "\n".join(textwrap.wrap(f"{measured_on.one_line(run)}. Bars are one standard error.", 150))
+    said = [f"{measured_on.one_line(run)}. Bars are one standard error.", *(f"Note: {note}." for note in run.notes)]
     axes.annotate(
-        said, (0, 0), xycoords="axes fraction", textcoords="offset points", xytext=(0, -36), va="top", fontsize=7,
-        color=QUIET,
+        "\n".join(line for each in said for line in textwrap.wrap(each, 150)), (0, 0), xycoords="axes fraction",
+        textcoords="offset points", xytext=(0, -36), va="top", fontsize=7, color=QUIET,
     )  # fmt: skip
 
 
 def _name_points(figure: Any, axes: Any, points: Sequence[Point], floor: float) -> None:
-    """Each point's name beside it, where it covers neither a point nor another name."""
+    """Each point's name beside it, inside the axes, where it covers neither a point nor another name."""
     figure.draw_without_rendering()  # so that the scale is known
     pixels = figure.dpi / 72
+    inside = _Box(*(axes.bbox.extents / pixels))
     places = {point: axes.transData.transform((point.x, max(point.y, floor))) / pixels for point in points}
     taken = [_Box(x - 6, y - 6, x + 6, y + 6) for x, y in places.values()]
     for point in sorted(points, key=lambda each: -each.y):
-        x, y = places[point]
-        wide, high = len(point.label) * LETTER * FONT_SIZE, LINE * FONT_SIZE
+        name = _broken(point.label)
+        size = max(map(len, name.split("\n"))) * LETTER * FONT_SIZE, (name.count("\n") + 1) * LINE * FONT_SIZE
+        tried = [(_Box.beside(places[point], offset, size), offset) for offset in _around(size[0])]
         box, offset = min(
-            ((_Box(x + dx, y + dy - high / 2, x + dx + wide, y + dy + high / 2), (dx, dy)) for dx, dy in _around(wide)),
-            key=lambda tried: (sum(tried[0].covers(other) for other in taken), abs(tried[1][1])),
+            tried, key=lambda each: (sum(map(each[0].covers, taken)) + each[0].outside(inside), abs(each[1][1]))
         )
         taken.append(box)
         far = abs(offset[1]) > 2 * FONT_SIZE
+        side = "left" if offset[0] > 0 else "right" if offset[0] < -size[0] else "center"
         axes.annotate(
-            point.label, (point.x, max(point.y, floor)), textcoords="offset points", xytext=offset, va="center",
-            fontsize=FONT_SIZE, fontweight="bold" if point.best else "normal", zorder=4,
+            name, (point.x, max(point.y, floor)), textcoords="offset points", va="center", ha=side,
+            xytext=({"left": GAP, "right": -GAP, "center": 0}[side], offset[1]), fontsize=FONT_SIZE, zorder=4,
+            fontweight="bold" if point.best else "normal",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": "#b8c0c8", "linewidth": 0.6} if far else None,
         )  # fmt: skip
+
+
+def _broken(label: str) -> str:
+    """A long name in lines, an option each."""
+    return label.replace(",", ",\n") if len(label) > LONG else label
 
 
 class _Box(NamedTuple):
@@ -160,15 +170,25 @@ class _Box(NamedTuple):
     right: float
     top: float
 
+    @classmethod
+    def beside(cls, place: Sequence[float], offset: Sequence[float], size: Sequence[float]) -> _Box:
+        """That of a name of this width and height, its left end in the middle at an offset from a place."""
+        (x, y), (dx, dy), (width, height) = place, offset, size
+        return cls(x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2)
+
     def covers(self, other: _Box) -> float:
         """The area that both cover."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.top, other.top) - max(self.bottom, other.bottom)
         return max(0.0, width) * max(0.0, height)
 
+    def outside(self, other: _Box) -> float:
+        """Its area that the other does not cover."""
+        return (self.right - self.left) * (self.top - self.bottom) - self.covers(other)
+
 
 def _around(wide: float) -> list[tuple[float, float]]:
     """Where a name may stand, from its point: right, left, then further up and down."""
     step = LINE * FONT_SIZE
     heights = [sign * count * step for count in range(6) for sign in (1, -1)][1:]
-    return [(dx, dy) for dy in heights for dx in (9.0, -9.0 - wide, -wide / 2) if dy or dx != -wide / 2]
+    return [(dx, dy) for dy in heights for dx in (GAP, -GAP - wide, -wide / 2) if dy or dx != -wide / 2]
