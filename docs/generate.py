@@ -14,6 +14,7 @@ import msgspec
 from generate_backends import backend_page, backends_index, markdown
 from generate_gpu import GpuRun, read_gpu_run
 from generate_oracles import oracles_page
+from generate_picture import picture_text, with_comparison
 from generate_reference import command_line_page, hooks_page, python_page, records_page
 from polyquant.cli.show import card_cells, quantizes, size
 from polyquant.comparison.candidates import DENSE
@@ -63,7 +64,8 @@ def pages() -> dict[Path, str]:
     readme, results = ROOT / "README.md", msgspec.json.decode(MEASURED.read_bytes(), type=dict[str, Result])
     reference = DOCS / "reference"
     return {
-        readme: with_table(readme.read_text(encoding="utf-8")),
+        readme: with_comparison(with_table(readme.read_text(encoding="utf-8"))),
+        DOCS / "comparison.svg": picture_text(),
         CATALOGUE: catalogue_text(),
         MARKS: marks_text(),
         reference / "backends.md": backends_page(results, read_gpu_run(GPU)),
