@@ -21,6 +21,9 @@ class Activations(NamedTuple):
     """Of e8m0. floor: that of the largest number, less the codes' own (OCP). even: the same of that number rounded to
     E2M1's precision (llm-compressor). ceil: the least by which no number is cut (cuBLAS, transformers)."""
     most: float = 0.0  # the largest number that is told apart; 0: whatever comes
+    computed: Literal["float32", "inputs"] = "float32"
+    """In float32, as kernels do, or in the dtype of the inputs, as compressed-tensors, and transformers in Gemma."""
+    outer: Literal["multiplies", "divides"] = "multiplies"  # what a given scale does to those of e4m3
 
     def __str__(self) -> str:
         blocks = f"blocks of {self.columns}" if self.columns else "each token"
@@ -33,3 +36,4 @@ MXFP8 = Activations("mxfp8", "e4m3", 32, "e8m0", "ceil")
 FP8 = Activations("fp8", "e4m3")
 FP8_BLOCKS = Activations("fp8", "e4m3", 128)
 INT8 = Activations("int8", "int8")
+GEMMA = INT8._replace(name="gemma", computed="inputs")

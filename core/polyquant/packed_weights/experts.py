@@ -79,6 +79,11 @@ class LinearExperts(ExpertStack):
         assert first is not None
         return cls(first, tensors, transposed=transposed)
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether it is more than weights: as its layers are."""
+        return self.like.rounds_activations
+
     def expert(self, number: int, bias: Tensor | None = None) -> PackedLinear:
         """The layer of one expert, whose tensors are views of the stack's."""
         layer: PackedLinear = copy.copy(self.like)

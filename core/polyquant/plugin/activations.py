@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,12 +31,17 @@ def rounded(inputs: Tensor, how: Activations, scale: Tensor | None = None) -> Te
     """`inputs` (..., features) rounded to a format, in their dtype; the gradient passes as if they were not.
 
     scale: of all blocks, float32, where a checkpoint has one; of NVFP4 and MX formats what the scales of blocks are
-    multiplied with.
+    multiplied with, or divided by.
     """
+    return straight_through(lambda values: _rounded(values, how, scale), inputs)
+
+
+def straight_through(round_values: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """round_values(inputs), whose gradient passes as if they were not rounded."""
     if not needs_gradient(inputs):
-        return _rounded(inputs, how, scale)
-    straight: Tensor = _Straight.apply(inputs, how, scale)
-    return straight
+        return round_values(inputs)
+    rounded_inputs: Tensor = _Straight.apply(inputs, round_values)
+    return rounded_inputs
 
 
 def emulate(loaded: LoadedModel, weights: Mapping[str, WeightInfo]) -> str:
@@ -53,9 +57,8 @@ def emulate(loaded: LoadedModel, weights: Mapping[str, WeightInfo]) -> str:
             left.append(layer.name)
             continue
         if layer.role == "experts":
-            owner = loaded.model.get_submodule(module_of(layer))
             stack = loaded.model.get_submodule(layer.name)
-            module, owner.rounds_activations = getattr(stack, "like", stack), True
+            module = getattr(stack, "like", stack)
         else:
             module = loaded.model.get_submodule(module_of(layer))
         if not isinstance(module, PackedLinear):
@@ -63,7 +66,7 @@ def emulate(loaded: LoadedModel, weights: Mapping[str, WeightInfo]) -> str:
                 f"{loaded.backend.name}: activations_of gives {how} for {layer.name}, and {type(module).__name__} is "
                 "no PackedLinear, whose inputs can be rounded"
             )
-        module.rounding = partial(_of_layer, how)
+        module.rounding = of_layer(how)
         formats[how.name] = None
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
@@ -71,18 +74,19 @@ def emulate(loaded: LoadedModel, weights: Mapping[str, WeightInfo]) -> str:
     return ", ".join(formats)
 
 
-def _of_layer(how: Activations, layer: PackedLinear, inputs: Tensor) -> Tensor:
-    return rounded(inputs, how, layer.static_scale)
+def of_layer(how: Activations) -> Callable[[PackedLinear, Tensor], Tensor]:
+    """What a layer's `rounding` is, for it to round its inputs so: by its `static_scale`, where it has one."""
+    return lambda layer, inputs: rounded(inputs, how, layer.static_scale)
 
 
 class _Straight(torch.autograd.Function):  # type: ignore[misc]  # torch is not typed here
     @staticmethod
-    def forward(_: Any, inputs: Tensor, how: Activations, scale: Tensor | None) -> Tensor:
-        return _rounded(inputs, how, scale)
+    def forward(_: Any, inputs: Tensor, round_values: Callable[[Tensor], Tensor]) -> Tensor:
+        return round_values(inputs)
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _rounded(inputs: Tensor, how: Activations, scale: Tensor | None) -> Tensor:
@@ -90,31 +94,37 @@ def _rounded(inputs: Tensor, how: Activations, scale: Tensor | None) -> Tensor:
         return inputs
     features = inputs.shape[-1]
     columns = how.columns or features
-    blocks = functional.pad(inputs.detach().float(), (0, -features % columns)).unflatten(-1, (-1, columns))
-    scales = _scales(blocks, how, None if scale is None else _or_one(scale.detach().float().max()))
+    numbers = inputs.detach() if how.computed == "inputs" else inputs.detach().float()
+    blocks = functional.pad(numbers, (0, -features % columns)).unflatten(-1, (-1, columns))
+    fixed = None if scale is None else _or_one(scale.detach().float().max())
+    scales = _scales(blocks, how, fixed)
     numbers = _in_codes(blocks / scales, how).mul_(scales)
     return numbers.flatten(-2)[..., :features].to(inputs.dtype)
 
 
 def _scales(blocks: Tensor, how: Activations, fixed: Tensor | None) -> Tensor:
-    """What codes are multiplied with, float32 (..., groups, 1), or () where one is `fixed`."""
+    """What codes are multiplied with, (..., groups, 1), or () where one is `fixed`."""
     largest = blocks.abs().amax(-1, keepdim=True)
     if how.most:
         largest = largest.clamp_max(how.most)
     if how.scales == "e8m0":
         if how.exponents == "ceil":
-            exponents = (largest / LARGEST[how.codes]).log2().ceil()
+            parts = torch.frexp(largest.float() / LARGEST[how.codes])
+            exponents = parts.exponent - (parts.mantissa == 0.5).int()  # a logarithm would be rounded itself
         else:
-            parts = torch.frexp(largest)
+            parts = torch.frexp(largest.float())
             exponents = parts.exponent - 1 - OWN_EXPONENT[how.codes]
             exponents = exponents + (parts.mantissa >= ROUNDS_UP) * (how.exponents == "even")
         powers = torch.exp2(exponents.float().clamp(-E8M0_BIAS, E8M0_BIAS))
         return torch.where(largest > 0, powers if fixed is None else powers * fixed, 1.0)
     if how.scales == "e4m3":
-        outer = _or_one(largest.amax() / (LARGEST[how.codes] * MOST_E4M3)) if fixed is None else fixed
-        inner = (largest / LARGEST[how.codes] / outer).clamp(LEAST_E4M3, MOST_E4M3).to(torch.float8_e4m3fn)
-        return inner.float() * outer
-    return _or_one(largest / LARGEST[how.codes]) if fixed is None else fixed
+        outer = _or_one(largest.amax().float() / (LARGEST[how.codes] * MOST_E4M3)) if fixed is None else fixed
+        divides = how.outer == "divides" and fixed is not None
+        inner = (largest / LARGEST[how.codes]).float()
+        inner = (inner * outer if divides else inner / outer).clamp(LEAST_E4M3, MOST_E4M3)
+        inner = inner.to(torch.float8_e4m3fn).float()
+        return inner / outer if divides else inner * outer
+    return _or_one(largest / LARGEST[how.codes]) if fixed is None else fixed.to(blocks.dtype)
 
 
 def _in_codes(numbers: Tensor, how: Activations) -> Tensor:

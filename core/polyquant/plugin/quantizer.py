@@ -112,7 +112,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         computed = getattr(torch, self.compute_dtype)
         packed = {name: model.get_submodule(name) for name in sorted(found.packed)}
         for name, module in packed.items():
-            rounds = getattr(module, "rounds_activations", False)
+            rounds = any(getattr(each, "rounds_activations", False) for each in (module, *module.children()))
             if rounds or not (_is_plain(module) or has_packed(module)):
                 raise UnsupportedOperation(
                     f"{name} ({type(module).__name__}) of {self.backend} is more than a weight and a bias, so no dense "

@@ -23,8 +23,8 @@ SCHEMES = {
     "int4-asymmetric": ({"symmetric": False, "group_size": 32}, "decode and torch matmul"),
     "int4-channel": ({"strategy": "channel"}, "decode and torch matmul"),
     "int8-asymmetric": ({"weights": "int8", "symmetric": False}, "decode and torch matmul"),
-    "int8-dynamic": ({"weights": "int8", "dynamic_activations": True}, "activations rounded by compressed-tensors"),
-    "fp8-dynamic": ({"weights": "fp8", "dynamic_activations": True}, "activations rounded by compressed-tensors"),
+    "int8-dynamic": ({"weights": "int8", "dynamic_activations": True}, "activations rounded, decode"),
+    "fp8-dynamic": ({"weights": "fp8", "dynamic_activations": True}, "activations rounded, decode"),
     "fp8-block": ({"weights": "fp8", "strategy": "block", "dynamic_activations": True}, "activations rounded"),
     "fp8-tensor": ({"weights": "fp8", "strategy": "tensor"}, "decode and torch matmul"),
     "mxfp8": ({"weights": "mxfp8"}, "decode and torch matmul"),
@@ -218,10 +218,16 @@ def test_damaged_checkpoints_name_the_tensor(changed, damage, words):
         load(changed(tensors=damage))
 
 
-def test_training_with_rounded_activations_is_refused(checkpoint):
-    loaded = load(checkpoint(weights="int8", dynamic_activations=True))
-    with pytest.raises(UnsupportedOperation, match="no gradient passes through activations that are rounded"):
-        loaded.backend.prepare_for_training(loaded)
+@pytest.mark.parametrize("weights", ["int8", "nvfp4"])
+def test_adapters_train_through_rounded_activations(checkpoint, weights):
+    loaded = load(checkpoint(weights=weights, dynamic_activations=True), compute_dtype="float32", kernel="library")
+    assert any(map(torch.any, adapter_gradients(loaded.backend.prepare_for_training(loaded), TOKENS).values()))
+
+
+def test_a_model_that_rounds_activations_is_not_made_dense(checkpoint):
+    loaded = load(checkpoint(weights="int8", dynamic_activations=True), kernel="library")
+    with pytest.raises(UnsupportedOperation, match="more than a weight and a bias"):
+        loaded.model.dequantize()
 
 
 @pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"weights": "fp8"}, {"weights": "nvfp4"}])

@@ -210,9 +210,9 @@ def test_activations_are_rounded_as_the_format_says(name):
     layer = packed_linear(linear(shape), options, torch.float32, tensors, plain=options.weight_bits == 8)
     inputs = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(3))
     expected = rounded(inputs.double(), name, None if stored is None else stored.double())
-    found = layer._rounded(inputs).double()
+    found = layer.inputs(inputs).double()
     wrong = (found - expected).abs() > 1e-5
     assert wrong.double().mean() < 0.01  # a tie in float64 is none in float32
     assert not torch.allclose(found, inputs.double(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer(inputs), layer._rounded(inputs) @ layer.dequantize().T, rtol=1e-4, atol=1e-4)
-    assert layer._rounded(inputs[:, :0]).shape == (1, 0, 256)
+    torch.testing.assert_close(layer(inputs), layer.inputs(inputs) @ layer.dequantize().T, rtol=1e-4, atol=1e-4)
+    assert layer.inputs(inputs[:, :0]).shape == (1, 0, 256)

@@ -120,6 +120,17 @@ def test_a_layer_answers_as_that_of_the_library(dtype, rule, square):
     assert (found - dense).abs().max() > 1e-3  # activations are rounded too
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mxfp4_s_activations_are_the_library_s_bit_for_bit(dtype):
+    """Which the core rounds, as for every backend."""
+    x = torch.randn(64, 100, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 2, 64)[:, None]
+    x[3, :64] = 0
+    x[4, :32] = 6 * torch.tensor([1, 1 + 2**-23, 1 - 2**-24, 0.25] * 8)  # powers of two times 6, and the next numbers
+    x[5, :32] = torch.tensor([6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25] * 4)  # ties
+    config = FouroversixOptions(dtype="mxfp4", scale_rule="static_6")
+    assert torch.equal(_decode.rounded(x.to(dtype), config), _decode.by_library(x.to(dtype), config))
+
+
 @pytest.mark.parametrize("dtype", PLAIN)
 @pytest.mark.parametrize("model", ["qwen2", "llama-tied", "odd"])
 def test_logits_are_those_of_the_dequantized_weights(folder, tmp_path, model, dtype):

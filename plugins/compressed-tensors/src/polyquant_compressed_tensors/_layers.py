@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from polyquant.errors import ModelError, UnsupportedOperation
-from polyquant.plugin import LayerInfo, LoadedModel
+from polyquant.errors import ModelError
+from polyquant.plugin import LayerInfo
+from polyquant.plugin.activations import of_layer
 from polyquant.plugin.codes import unpacked_bits
 from polyquant.plugin.layers import (
     LinearExperts,
@@ -18,16 +17,15 @@ from polyquant.plugin.layers import (
     Part,
     Quantized,
     describe,
-    frozen_for_adapters,
     layer_tensors,
     needs_gradient,
+    prepare_for_training,
 )
 from polyquant.plugin.parts import MOST_EXPONENT, dtype_name
 
 from polyquant_compressed_tensors._decode import decode, spread
-from polyquant_compressed_tensors._library import quantization_scheme
 from polyquant_compressed_tensors._pack import pack, unpack
-from polyquant_compressed_tensors.arguments import BLOCK
+from polyquant_compressed_tensors.arguments import BLOCK, rounded_activations
 from polyquant_compressed_tensors.formats import MX, group_of, is_ignored
 from polyquant_compressed_tensors.options import CompressedTensorsOptions
 from polyquant_compressed_tensors.planning import (
@@ -38,9 +36,9 @@ from polyquant_compressed_tensors.planning import (
     uses_int8pack,
 )
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "prepare_for_training", "unpack"]  # freezing is all that adapters need
 KERNEL = "decode and torch matmul"
-ROUNDED_KERNEL = "activations rounded by compressed-tensors, decode and torch matmul"
+ROUNDED_KERNEL = "activations rounded, decode and torch matmul"
 INT8_KERNEL = f"torch._weight_int8pack_mm, above 8 rows {KERNEL}"
 INT8_ROWS = 8  # for more rows one decoding of the weight is faster
 
@@ -58,11 +56,13 @@ class CompressedLinear(PackedLinear):
     ) -> None:  # fmt: skip
         """packed_scale: the dtype of its scales in polyquant's packed layout. matrices: how many its rows are."""
         super().__init__(linear, tensors)
-        self.compute_dtype, self.options, self.scheme = dtype, config, quantization_scheme(config)
+        self.compute_dtype, self.options = dtype, config
+        if (how := rounded_activations(config)) is not None:
+            self.rounding = of_layer(how)
         self.packed_scale, self.matrices = packed_scale, matrices
         self.sparse = "bitmask" in tensors
         self.int8pack = uses_int8pack((self.out_features, self.in_features), config) and not self.sparse
-        self.kernel = INT8_KERNEL if self.int8pack else ROUNDED_KERNEL if config.rounds_activations else KERNEL
+        self.kernel = INT8_KERNEL if self.int8pack else ROUNDED_KERNEL if self.rounds_activations else KERNEL
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -70,7 +70,6 @@ class CompressedLinear(PackedLinear):
         return self.weight_packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        input = self._rounded(input)
         rows = input.numel() // self.in_features
         if self.int8pack and 0 < rows <= INT8_ROWS and not needs_gradient(input):
             flat = self.inputs(input).reshape(rows, self.in_features).contiguous()
@@ -79,18 +78,11 @@ class CompressedLinear(PackedLinear):
             return output.view(*input.shape[:-1], self.out_features)
         return super().forward(input)
 
-    def _rounded(self, input: torch.Tensor) -> torch.Tensor:
-        """Activations to the numbers of the checkpoint's type, where it asks for that; in their own dtype."""
-        arguments = self.scheme.input_activations
-        if arguments is None or not input.numel():
-            return input
-        whole = self._parameters.get("input_global_scale")  # the same for all matrices
-        whole = None if whole is None else whole[:1]
-        if arguments.dynamic:
-            scale, zero_point = compute_dynamic_scales_and_zp(input, arguments, self, global_scale=whole)
-        else:
-            scale, zero_point = self.input_scale[:1], None
-        return fake_quantize(input, scale, zero_point, arguments, global_scale=whole).to(input.dtype)
+    @property
+    def static_scale(self) -> torch.Tensor | None:
+        """What the checkpoint has for activations, the same for all matrices; of nvfp4 scales are divided by it."""
+        stored = self._parameters.get("input_scale", self._parameters.get("input_global_scale"))
+        return None if stored is None else stored[:1]
 
     def dequantize(self) -> torch.Tensor:
         """The weight in the compute dtype, (out_features, in_features)."""
@@ -222,18 +214,6 @@ def describe_layers(model: Any) -> list[LayerInfo]:
         if module is not head and (is_ignored(name, ignore) or group_of(name, groups) is None)
     ]
     return describe(model, _quantized, skipped=skipped)
-
-
-def prepare_for_training(loaded: LoadedModel) -> Any:
-    """Raises UnsupportedOperation for rounded activations: no gradient passes through them to the adapters below."""
-    modules = (getattr(module, "like", module) for module in loaded.model.modules())
-    layers = (module for module in modules if isinstance(module, CompressedLinear))
-    if any(layer.options.rounds_activations for layer in layers):
-        raise UnsupportedOperation(
-            "no gradient passes through activations that are rounded (dynamic_activations, static_activations); train "
-            "on a checkpoint whose activations are not"
-        )
-    return frozen_for_adapters(loaded.model)
 
 
 def _quantized(name: str, module: Any) -> Quantized | None:

@@ -52,6 +52,18 @@ def activations_beside(weights: Weights, strategy: str | None, *, symmetric: boo
     return ACTIVATIONS[weights]._replace(columns=own["group_size"] or 0) if own else None
 
 
+def rounded_activations(options: CompressedTensorsOptions) -> Activations | None:
+    """How layers round theirs, with one stored scale where it is static; None: they do not.
+
+    To the bit as compressed-tensors and transformers, but where these are odd: in an expert they have one scale for all
+    tokens, where kernels have one for each, and NVFP4's scales below 2^-10 become 1/8, not 2^-9.
+    """
+    beside = activations_beside(options.weights, options.strategy, symmetric=options.symmetric)
+    if beside is None or not (options.dynamic_activations or options.static_activations):
+        return None
+    return beside._replace(computed="inputs", outer="divides")
+
+
 def weight_arguments(options: CompressedTensorsOptions) -> dict[str, Any]:
     """What a config group says of weights, as QuantizationArgs have it."""
     kind = "int" if options.weights.startswith("int") else "float"

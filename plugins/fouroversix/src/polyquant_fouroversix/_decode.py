@@ -8,6 +8,7 @@ import torch
 from fouroversix.quantize import from_blocked
 from fouroversix.quantize.pytorch import reference
 from fouroversix.utils import DataType, ScaleRule
+from polyquant.plugin import activation_formats, activations
 from polyquant.plugin.floats import E2M1
 from torch import Tensor
 from torch.nn import functional
@@ -19,6 +20,7 @@ CHUNK_WEIGHTS = {"cpu": 2**18, "other": 2**26}
 """Weights dequantized at a time: 1 MiB on the CPU."""
 INT_IN_IF4 = 6 / 7
 """An INT4 block of IF4 reaches as far as an FP4 one."""
+MXFP4 = activation_formats.MXFP4._replace(exponents="ceil")
 EMPTY = 2.0**-127  # scale of an MXFP4 block of zeros; the library divides by zero there, and its codes mean nothing
 
 
@@ -58,14 +60,28 @@ def block_factors(
 ) -> tuple[Tensor, Tensor | None]:
     """Of the blocks as `dequantize` takes them, (rows, blocks in a row): what codes are multiplied with, float32; and
     for IF4 which are INT4."""
+    return _factors(block_scales(codes, scales, config), amax, config)
+
+
+def block_scales(codes: Tensor, scales: Tensor, config: FouroversixOptions) -> Tensor:
+    """The scales as they are stored, (rows, blocks in a row)."""
     rows, per_row = codes.shape[0], 2 * codes.shape[1] // BLOCK[config.dtype]
     if config.dtype in SWIZZLED:
         scales = from_blocked(scales, (rows, per_row))
-    return _factors(scales.reshape(rows, per_row), amax, config)
+    return scales.reshape(rows, per_row)
 
 
 def rounded(x: Tensor, config: FouroversixOptions) -> Tensor:
-    """x (tokens, features), each block rounded to the format by the library; one greatest number for all tokens."""
+    """x (..., features), each block rounded to the format; of formats with E4M3 scales one greatest number for all."""
+    if (config.dtype, config.scale_rule) == ("mxfp4", "static_6"):
+        return activations.rounded(x, MXFP4)
+    # The others are the library's alone: it chooses scales by the error (4/6, IF4) or for 4 as the largest code, and in
+    # NVFP4 multiplies by the reciprocal of a scale, which is 0 below 2^-10 of the most: others divide, and have 2^-9.
+    return by_library(x.reshape(-1, x.shape[-1]), config).view_as(x)
+
+
+def by_library(x: Tensor, config: FouroversixOptions) -> Tensor:
+    """x (tokens, features), rounded."""
     block, features = BLOCK[config.dtype], x.shape[1]
     values, scales, amax = reference.quantize_to_fp4(
         functional.pad(x, (0, up(features, block) - features)),
@@ -78,7 +94,7 @@ def rounded(x: Tensor, config: FouroversixOptions) -> Tensor:
     numbers = values.float().view(-1, block)
     if whole is not None:
         numbers = torch.where(whole, numbers * INT_IN_IF4, numbers)
-    if config.dtype == "mxfp4":
+    if config.dtype == "mxfp4":  # the library divides by the scale of a block of zeros
         numbers = torch.where(factors > 0, numbers, 0.0)
     return (numbers * factors).view(len(x), -1)[:, :features].to(x.dtype)
 

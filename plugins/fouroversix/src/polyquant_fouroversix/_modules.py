@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import partial
 
-import torch
+from polyquant.plugin.activations import straight_through
 from polyquant.plugin.layers import frozen_linear
 from torch import Tensor, nn
 
 from polyquant_fouroversix._decode import dequantize, rounded
 from polyquant_fouroversix.options import FouroversixOptions
-
-
-class Rounding(torch.autograd.Function):
-    """x (tokens, in_features) rounded as the layer says; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(_: Any, x: Tensor, config: FouroversixOptions) -> Tensor:
-        return rounded(x, config)
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 class FouroversixLinear(nn.Linear):
@@ -55,5 +43,5 @@ class FouroversixLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) to (..., out_features), in the dtype of the input."""
         if self.config.quantize_activations:
-            input = Rounding.apply(input.reshape(-1, self.in_features), self.config).view_as(input)
+            input = straight_through(partial(rounded, config=self.config), input)
         return frozen_linear(input, self.pieces, self.bias)

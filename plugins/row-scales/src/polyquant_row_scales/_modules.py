@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from polyquant.plugin import activation_formats
+from polyquant.plugin.activations import rounded
 from polyquant.plugin.layers import PackedLinear, frozen_linear, rows_at_a_time
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from polyquant_row_scales._decode import integers
 
 KERNEL = "torch dequantize and matmul"
 ROUNDED = f"{KERNEL}, activations rounded to int8"
+ACTIVATIONS = activation_formats.GEMMA
 
 
 class RowLinear(PackedLinear):
@@ -70,15 +73,10 @@ class GemmaLinear(RowLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) to (..., out_features), in the dtype of the input."""
-        output = super().forward(rounded(input, self.input_activation_scale) if self.rounds_input else input)
-        return rounded(output, self.output_activation_scale) if self.rounds_output else output
-
-
-def rounded(values: Tensor, scale: Tensor) -> Tensor:
-    """values in steps of `scale`, 128 of them below 0 and 127 above, in the dtype of the values."""
-    step = scale.detach().to(values.dtype)
-    steps = torch.clamp(torch.round(values.detach() / step), -128, 127) * step
-    return values + (steps - values).detach() if values.requires_grad else steps
+        if self.rounds_input:
+            input = rounded(input, ACTIVATIONS, self.input_activation_scale)
+        output = super().forward(input)
+        return rounded(output, ACTIVATIONS, self.output_activation_scale) if self.rounds_output else output
 
 
 class GemmaEmbedding(torch.nn.Module):
