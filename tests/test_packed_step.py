@@ -276,25 +276,51 @@ def test_what_is_not_the_plain_case_goes_the_usual_way(counted: list[int]) -> No
     assert asked(attention_mask=mask)[1] == 0
     assert asked(output_hidden_states=True)[1] == 0
     assert asked(output_attentions=True)[1] == 0
+    assert asked()[1] == 1
     assert asked(use_cache=False)[1] == 0
     assert asked(past_key_values=transformers.StaticCache(model.config, max_cache_len=32))[1] == 0
     assert asked(past_key_values=new_cache(model, "int8"))[1] == 0
     model.train()
     assert asked()[1] == 0
     model.eval()
+    assert asked()[1] == 1
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert asked()[1] == 0
     handle.remove()
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert asked()[1] == 0
     handle.remove()
+    assert asked()[1] == 1
     model.config.output_hidden_states = True
     assert asked()[1] == 0
     model.config.output_hidden_states = False
+    assert asked()[1] == 1
     with torch.autocast("cpu", torch.bfloat16):
         assert asked()[1] == 0
     model.model.layers[0].mlp.up_proj = packed_like(torch.nn.Linear(128, 256, bias=False))
     assert asked()[1] == 0
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_steps_are_whole_again_after_a_call_that_captured(asked: str, counted: list[int]) -> None:
+    """transformers leaves its hooks in the model, which do nothing in other calls."""
+    model = model_of("llama")
+    model.set_attn_implementation("eager")  # the other has no attentions to give
+    assert step.attach(model)
+    plain = generated(model, IDS)
+    with torch.inference_mode():
+        captured = model(IDS, **{asked: True})
+    assert len(captured[asked.removeprefix("output_")]) >= SIZES["num_hidden_layers"]
+    assert any(module._forward_hooks for module in model.modules())
+    counted.clear()
+    again = generated(model, IDS)
+    assert counted == [1] * 12
+    assert torch.equal(again.sequences, plain.sequences)
+    with torch.inference_mode():
+        other = model(IDS, **{asked: True})
+    assert counted == [1] * 12
+    for one, two in zip(captured.to_tuple()[-1], other.to_tuple()[-1], strict=True):
+        assert torch.equal(one, two)
 
 
 def test_gradients_go_the_usual_way(counted: list[int]) -> None:

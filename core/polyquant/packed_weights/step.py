@@ -12,14 +12,12 @@ from collections.abc import Mapping
 from copy import deepcopy
 from functools import update_wrapper
 from inspect import signature
-from operator import is_, methodcaller
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -29,6 +27,7 @@ from polyquant.packed_weights.decoder import Decoder, NormOf, decoder_of
 from polyquant.packed_weights.format import ROWS
 from polyquant.packed_weights.held import Held, begin, new_cache
 from polyquant.packed_weights.linear import RepackedLinear, most_inputs
+from polyquant.packed_weights.watched import Watched
 
 MOST_TEXTS = 4
 AT_ONCE = 512  # tokens of a prompt, so that what is kept between products stays small
@@ -40,7 +39,6 @@ KNOWN = (
 STATIC = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings whose angles depend on nothing but the position."""
 TURNED = 64  # positions whose cosines and sines are computed at once
-HOOKED = methodcaller("__contains__", "_hf_hook")
 NORMS = ("before_attention", "query_norm", "key_norm", "after_attention", "before_mlp", "after_mlp")
 
 
@@ -255,20 +253,3 @@ class DecodeStep:
         structure, bias = kernels.weight_struct(linear.packed), linear.bias
         self._kept += [structure, linear.packed, bias]
         return kernels.library().Product(ctypes.addressof(structure), None if bias is None else bias.data_ptr())
-
-
-class Watched:
-    """The modules inside a decoder. Asked for every token, so that the loops are the interpreter's own."""
-
-    def __init__(self, model: Any) -> None:
-        found = [(each._modules, name, child) for each in model.modules() for name, child in each._modules.items()]
-        self._holders, self._names, self._modules = zip(*found, strict=True)
-        modules = [child for child in self._modules if child is not None]
-        self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-        self._own = [each.__dict__ for each in modules]
-
-    def are_as_they_were(self) -> bool:
-        """Whether none was replaced, and none has a hook, or accelerate's."""
-        now = map(dict.get, self._holders, self._names)
-        return not any(self._hooks) and all(map(is_, now, self._modules)) and not any(map(HOOKED, self._own))
