@@ -30,6 +30,7 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
     if outer:
         scales = torch.randint(-64, 64, (rows, groups), dtype=torch.int8)
         minima = None if minima is None else torch.randint(-64, 64, (rows, groups), dtype=torch.int8)
+    row_scales = torch.rand(rows, 1) + 0.1 if layout.row_scales != "none" else None
     column_scales = torch.rand(columns) + 0.5 if layout.column_scales else None
     weight = pack_weight(
         codes,
@@ -41,12 +42,16 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
         column_scales=column_scales,
         outer_scales=outer_scales,
         outer_minima=outer_minima,
+        row_scales=row_scales,
+        rows_divide=layout.row_scales == "divide",
         zero=0.0 if layout.kind == "float8" else 8.0,
     )
 
     def spread(values: Tensor) -> Tensor:
         return values.repeat_interleave(group, 1)[:, :columns]
 
+    if row_scales is not None:
+        scales = scales.float() / row_scales if layout.row_scales == "divide" else scales.float() * row_scales
     if outer_scales is not None:
         scales = scales * outer_scales.float().repeat_interleave(layout.outer_group // group, 1)
     if minima is not None and outer_minima is not None:

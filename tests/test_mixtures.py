@@ -34,8 +34,6 @@ BACKENDS = [
     if four_bit_presets(name) and not polyquant.backend(name).problems("cpu")
 ]  # fmt: skip
 OTHERWISE: dict[str, dict[str, Any]] = {
-    # NVFP4's scales are 32 bits in the packed layout: 0.39 of bfloat16
-    "fouroversix": {"dtype": "mxfp4", "scale_rule": "static_6"},
     "mxfp4": {"linears": "quantize"},  # which leaves attention dense, as gpt-oss has it
 }
 MOST = 0.35  # of the bytes in bfloat16

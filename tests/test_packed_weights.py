@@ -38,6 +38,11 @@ FORMATS = (
         PackedFormat(kind=kind, group_size=group, offsets=offsets, column_scales=True)
         for kind, group, offsets in (("affine4", 64, "minima"), ("int8", 16, "zeros"), ("affine4", -1, "none"))
     ]
+    + [
+        PackedFormat(kind=kind, group_size=16, scale_dtype="float8_e4m3fn", row_scales=of_rows, offsets=offsets)
+        for kind, offsets in (("codebook4", "none"), ("affine4", "none"), ("affine4", "minima"), ("float8", "none"))
+        for of_rows in ("none", "multiply", "divide")
+    ]
 )
 SETS = ["plain torch", *(kernels.library().available() if kernels.library() else ())]
 
@@ -67,6 +72,7 @@ def layer_of(weight: PackedWeight, bias: bool = True) -> RepackedLinear:
     ids=lambda layout: (
         f"{layout.kind}-{layout.offsets}-{layout.scale_dtype}-{layout.group_size}"
         + ("-columns" if layout.column_scales else "")
+        + ("" if layout.row_scales == "none" else f"-rows-{layout.row_scales}")
     ),
 )
 def test_it_decodes_to_the_bits_of_its_formula_and_multiplies_with_them(
@@ -169,6 +175,13 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         pack_weight(codes, torch.ones(8, 2), 32, zeros=torch.ones(8))
     with pytest.raises(ModelError, match=r"column_scales are \(63,\), and there are 64 columns"):
         pack_weight(codes, torch.ones(8, 2), 32, column_scales=torch.ones(63))
+    small = torch.ones(8, 2).to(torch.float8_e4m3fn)
+    with pytest.raises(
+        ModelError, match=r"row_scales are \(8,\) beside scales of torch.float8_e4m3fn, and 8 rows have one"
+    ):
+        pack_weight(codes, small, 32, row_scales=torch.ones(8))
+    with pytest.raises(ModelError, match="beside scales of torch.float32"):
+        pack_weight(codes, torch.ones(8, 2), 32, row_scales=torch.ones(8, 1))
 
 
 def test_gradients_are_those_of_the_dense_weight(instructions: str) -> None:
@@ -192,8 +205,15 @@ def test_copies_and_moved_tensors_are_multiplied_with(instructions: str) -> None
     assert not same(layer.packed, other.packed) and same(layer.packed, copy.deepcopy(layer).packed)
 
 
-def test_compilers_see_one_operator(instructions: str) -> None:
-    layout = PackedFormat(kind="codebook4", group_size=32, scale_dtype="float32", column_scales=True)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        PackedFormat(kind="codebook4", group_size=32, scale_dtype="float32", column_scales=True),
+        PackedFormat(kind="codebook4", group_size=16, scale_dtype="float8_e4m3fn", row_scales="multiply"),
+    ],
+    ids=["columns", "nvfp4"],
+)
+def test_compilers_see_one_operator(layout: PackedFormat, instructions: str) -> None:
     weight, *_ = random_weight((50, 96), layout)
     layer, inputs = layer_of(weight), torch.randn(2, 3, 96)
     with torch.inference_mode():
@@ -201,7 +221,10 @@ def test_compilers_see_one_operator(instructions: str) -> None:
         assert torch.equal(compiled(inputs), layer(inputs))
     parts = [getattr(layer, name, None) for name in (*PARTS[2:], "bias")]
     arguments = (inputs, layer.qweight, layer.scales, *parts, 0.0, 50, msgspec.json.encode(layout).decode(), "int16")
-    torch.library.opcheck(torch.ops.polyquant.packed_linear.default, arguments)
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    if layout.scale_dtype != "float8_e4m3fn":  # torch's own check multiplies all tensors, and has no product of these
+        checks += ("test_schema",)
+    torch.library.opcheck(torch.ops.polyquant.packed_linear.default, arguments, test_utils=checks)
 
 
 def test_floats_that_are_no_numbers_are_refused() -> None:
@@ -209,6 +232,10 @@ def test_floats_that_are_no_numbers_are_refused() -> None:
     codes[3, 5] = float("nan")
     with pytest.raises(ModelError, match="some of its weights are NaN"):
         pack_weight(codes, torch.ones(8, 1))
+    scales = torch.ones(8, 2).to(torch.float8_e4m3fn)
+    scales[1, 1] = float("nan")
+    with pytest.raises(ModelError, match="some of its scales are NaN"):
+        pack_weight(torch.zeros(8, 32, dtype=torch.uint8), scales, 16)
 
 
 def test_groups_of_blocks_that_go_on_in_the_next_row() -> None:

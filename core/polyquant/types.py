@@ -181,11 +181,12 @@ class PackedFormat(Record, frozen=True):
 
     kind: PackedKind
     group_size: int  # columns that share a scale; -1: all of them
-    scale_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    scale_dtype: Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"] = "float16"
     offsets: PackedOffsets = "none"
     ordered: bool = False  # whether columns are sorted by their groups: act-order
     outer_group: int = 0  # of int8 scales and minima: columns that share the float16 scale of these; else 0
     column_scales: bool = False  # whether each column has a float32 scale besides, as SINQ's have
+    row_scales: Literal["none", "multiply", "divide"] = "none"  # what a float32 of each row does to scales of 8 bits
 
     ROWS: ClassVar[int] = 8  # that are interleaved
     COLUMNS: ClassVar[int] = 32  # what those stored are a multiple of
@@ -208,15 +209,14 @@ class PackedFormat(Record, frozen=True):
         """Bytes of a weight (out_features, in_features) with scales of all kinds, offsets, table and order."""
         rows, columns = self.padded(shape)
         groups = rows * (columns // self.group_of(columns))
-        each = (
-            DTYPE_BYTES[self.scale_dtype]
-            + {"none": 0, "zeros": 1, "minima": 1 if self.outer_group else 4}[self.offsets]
-        )
+        minimum = 1 if self.outer_group else 4
+        each = DTYPE_BYTES.get(self.scale_dtype, 1) + {"none": 0, "zeros": 1, "minima": minimum}[self.offsets]
         outer_each = 2 * (2 if self.offsets == "minima" else 1)  # float16
         outer = rows * columns // self.outer_group * outer_each if self.outer_group else 0
         codes = rows * columns * self.CODE_BITS[self.kind] // 8
         table = self.TABLE_BYTES if self.kind == "codebook4" else 0
-        return codes + groups * each + outer + table + 4 * columns * (self.ordered + self.column_scales)
+        of_rows = 4 * rows if self.row_scales != "none" else 0
+        return codes + groups * each + of_rows + outer + table + 4 * columns * (self.ordered + self.column_scales)
 
     def group_of(self, columns: int) -> int:
         """Columns that share a scale, of so many that are stored."""

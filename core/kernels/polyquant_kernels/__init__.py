@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 
 __version__ = "0.1.0"
-INTERFACE = 7
+INTERFACE = 8
 """Of src/polyquant_kernels.h: the library of another number is not called."""
-FLOAT32, FLOAT16, BFLOAT16, NESTED = range(4)
+FLOAT32, FLOAT16, BFLOAT16, NESTED, E4M3, E4M3_DIVIDED = range(6)
 AFFINE4, CODEBOOK4, INT8, FLOAT8, DENSE16 = range(5)
 EXACT, INT16, INT8_ACTIVATIONS = range(3)
 SILU, GELU_TANH = range(2)
@@ -23,7 +23,8 @@ ANSWERS = {-1: "there is no product for what was asked", -2: "there is no memory
 class Weight(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "codes", "scales", "zeros", "minima", "table", "order", "column_scales", "outer_scales", "outer_minima")),
+            "codes", "scales", "zeros", "minima", "table", "order", "column_scales", "outer_scales", "outer_minima",
+            "row_scales")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "outer_group")),
         ("kind", ctypes.c_int32), ("scale_type", ctypes.c_int32), ("zero", ctypes.c_float),
     ]  # fmt: skip

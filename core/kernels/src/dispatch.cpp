@@ -46,12 +46,13 @@ const Set& in_use() {
 }
 
 bool is_sound(const pq_weight& w) {
-  const bool kinds = w.kind >= PQ_AFFINE4 && w.kind <= PQ_DENSE16 && w.scale_type >= PQ_FLOAT32 && w.scale_type <= PQ_NESTED;
+  const bool kinds = w.kind >= PQ_AFFINE4 && w.kind <= PQ_DENSE16 && w.scale_type >= PQ_FLOAT32 && w.scale_type <= PQ_E4M3_DIVIDED;
   const bool sizes = w.rows > 0 && w.columns > 0 && w.rows % 8 == 0 && w.columns % 32 == 0 && w.group >= 16 &&
                      w.group % 16 == 0 && w.columns % w.group == 0;
   const bool dense = w.kind == PQ_DENSE16, plain = dense || w.kind == PQ_FLOAT8 || w.kind == PQ_CODEBOOK4;
   const bool parts = w.codes && (w.scales || dense) && !(w.zeros && w.minima) && !(plain && (w.zeros || w.minima)) &&
-                     (w.kind != PQ_CODEBOOK4 || w.table) && (!dense || w.scale_type != PQ_FLOAT32);
+                     (w.kind != PQ_CODEBOOK4 || w.table) && (!dense || w.scale_type != PQ_FLOAT32) &&
+                     (w.scale_type < PQ_E4M3 ? !w.row_scales : !dense && (w.row_scales || w.scale_type == PQ_E4M3));
   const bool nested = w.scale_type == PQ_NESTED;
   const bool outer = nested ? !plain && w.outer_scales && (!w.minima || w.outer_minima) && w.outer_group > 0 &&
                                   w.outer_group % w.group == 0 && w.columns % w.outer_group == 0
@@ -84,7 +85,7 @@ int32_t linear(
 
 extern "C" {
 
-int32_t pq_interface(void) { return 7; }
+int32_t pq_interface(void) { return 8; }
 
 const char* pq_available(void) {
   static const std::string names = [] {

@@ -96,9 +96,7 @@ inline Floats load_bf16(const uint16_t* from) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
-inline Floats load_i8(const int8_t* from) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-}
+inline Ints load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))); }
 inline float largest(Floats v) {
   __m128 a = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   a = _mm_max_ps(a, _mm_movehl_ps(a, a));
@@ -211,9 +209,9 @@ inline Floats load_bf16(const uint16_t* from) {
   return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16)),
           vreinterpretq_f32_u32(vshll_high_n_u16(halves, 16))};
 }
-inline Floats load_i8(const int8_t* from) {
+inline Ints load_bytes(const int8_t* from) {
   const int16x8_t wide = vmovl_s8(vld1_s8(from));
-  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
+  return {vmovl_s16(vget_low_s16(wide)), vmovl_high_s16(wide)};
 }
 inline float largest(Floats v) { return vmaxvq_f32(vmaxq_f32(v.a, v.b)); }
 inline float sum(Floats v) { return vaddvq_f32(vaddq_f32(v.a, v.b)); }
@@ -306,7 +304,7 @@ inline Ints to_ints(Floats a) { PQ_EACH(Ints, static_cast<int32_t>(std::nearbyin
 inline Floats as_floats(Ints a) { Floats out; std::memcpy(out.v, a.v, 32); return out; }
 inline Floats load_f16(const uint16_t* from) { PQ_EACH(Floats, from_f16(from[i])); }
 inline Floats load_bf16(const uint16_t* from) { PQ_EACH(Floats, from_bf16(from[i])); }
-inline Floats load_i8(const int8_t* from) { PQ_EACH(Floats, static_cast<float>(from[i])); }
+inline Ints load_bytes(const int8_t* from) { PQ_EACH(Ints, from[i]); }
 inline float largest(Floats v) {
   float most = v.v[0];
   for (int i = 1; i < 8; i++) most = v.v[i] > most ? v.v[i] : most;
@@ -336,5 +334,13 @@ struct Table {
 #undef PQ_EACH
 
 #endif
+
+inline Floats load_i8(const int8_t* from) { return to_floats(load_bytes(from)); }
+
+// the floats of bytes, E4M3 without NaN, whose signs are extended: their bits are those of a float32, but for the exponent's bias
+inline Floats float8(Ints bytes) {
+  const Ints bits = ints_and(ints_left<20>(bytes), ints_all(static_cast<int32_t>(0x87f00000u)));
+  return multiply(as_floats(bits), all(1.329227995784916e36f));  // 2^120, exact, of subnormal ones too
+}
 
 }  // namespace PQ_SET

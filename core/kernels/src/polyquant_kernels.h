@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-enum pq_type { PQ_FLOAT32 = 0, PQ_FLOAT16 = 1, PQ_BFLOAT16 = 2, PQ_NESTED = 3 };  // the last of scales alone
+enum pq_type { PQ_FLOAT32 = 0, PQ_FLOAT16 = 1, PQ_BFLOAT16 = 2, PQ_NESTED = 3, PQ_E4M3 = 4, PQ_E4M3_DIVIDED = 5 };  // from the fourth on of scales alone
 
 enum pq_kind {
   PQ_AFFINE4 = 0,    // scale * (code - zero), or scale * code + minimum
@@ -43,6 +43,9 @@ typedef struct {
   const float* column_scales;  // what inputs, in their own order, are multiplied by first; null: nothing
   // of PQ_NESTED: scales, and minima, are signed bytes, each times the float16 of its outer group; else null
   const uint16_t *outer_scales, *outer_minima;
+  // of PQ_E4M3 scales are floats of 8 bits, E4M3 without NaN, each times the float of its row, where this is not null; of
+  // PQ_E4M3_DIVIDED divided by it; else null
+  const float* row_scales;
   int64_t rows, columns;  // multiples of 8 and of 32
   int64_t group;          // columns that share a scale; a multiple of 16 that divides columns
   int64_t outer_group;    // of PQ_NESTED: a multiple of group that divides columns; else 0

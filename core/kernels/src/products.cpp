@@ -319,12 +319,6 @@ void int8_int16(const uint32_t* codes, const Groups& groups, int64_t per, const 
   }
 }
 
-// the floats of bytes, whose signs are extended: their bits are those of a float32, but for the exponent's bias
-inline Floats float8(Ints bytes) {
-  const Ints bits = ints_and(ints_left<20>(bytes), ints_all(static_cast<int32_t>(0x87f00000u)));
-  return multiply(as_floats(bits), all(1.329227995784916e36f));  // 2^120, exact, of subnormal ones too
-}
-
 // number: what a byte, whose sign is extended, stands for
 template <int COUNT, int64_t BLOCK, bool OFFSETS, class Number>
 void bytes_exact(

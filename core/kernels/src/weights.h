@@ -34,6 +34,7 @@ struct Groups {  // of one block of eight rows
   const int8_t* zeros;
   const void* minima;
   const uint16_t *outer_scales, *outer_minima;
+  Floats of_rows;  // of E4M3
   int64_t inner;  // groups that share an outer scale
   int32_t type;
   float zero;
@@ -46,7 +47,9 @@ struct Groups {  // of one block of eight rows
   Groups(const pq_weight& w, int64_t block) : type(w.scale_type), zero(w.zero) {
     const int64_t before = block * (w.columns / w.group) * 8;
     const bool nested = type == PQ_NESTED;
-    scales = w.scales ? static_cast<const char*>(w.scales) + before * (nested ? 1 : type == PQ_FLOAT32 ? 4 : 2) : nullptr;
+    const int64_t bytes = nested || type >= PQ_E4M3 ? 1 : type == PQ_FLOAT32 ? 4 : 2;
+    scales = w.scales ? static_cast<const char*>(w.scales) + before * bytes : nullptr;
+    of_rows = w.row_scales ? load(w.row_scales + block * 8) : all(1.0f);
     zeros = w.zeros ? w.zeros + before : nullptr;
     minima = w.minima ? static_cast<const char*>(w.minima) + before * (nested ? 1 : 4) : nullptr;
     inner = nested ? w.outer_group / w.group : 1;
@@ -62,6 +65,10 @@ struct Groups {  // of one block of eight rows
     return outer_minima ? of_outer(minima, outer_minima, group) : load(static_cast<const float*>(minima) + group * 8);
   }
   Floats scale(int64_t group) const {
+    if (type >= PQ_E4M3) {
+      const Floats own = float8(load_bytes(static_cast<const int8_t*>(scales) + group * 8));
+      return type == PQ_E4M3 ? multiply(own, of_rows) : divide(own, of_rows);
+    }
     if (type == PQ_NESTED) return of_outer(scales, outer_scales, group);
     if (type == PQ_FLOAT32) return load(static_cast<const float*>(scales) + group * 8);
     const auto* halves = static_cast<const uint16_t*>(scales) + group * 8;

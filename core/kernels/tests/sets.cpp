@@ -45,12 +45,13 @@ struct Made {  // a weight, and the numbers that it stands for
   std::vector<float> scales, minima, table, dense;
   std::vector<uint16_t> halves, outer_scales, outer_minima;
   std::vector<int8_t> zeros, scale_bytes, minimum_bytes;
+  std::vector<float> row_scales;
   std::vector<int32_t> order;
   pq_weight weight;
 };
 
 Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t columns, int64_t group, bool ordered) {
-  Made m{rows, columns, group, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  Made m{rows, columns, group, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   const bool nested = scale_type == PQ_NESTED;
   const bool wide = kind == PQ_INT8 || kind == PQ_FLOAT8;
   const int64_t each = kind == PQ_DENSE16 ? 2 : wide ? 4 : 8, groups = columns / group;
@@ -76,6 +77,15 @@ Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t c
     m.scales[static_cast<size_t>(i)] = static_cast<float>(m.scale_bytes.back()) * from_f16(m.outer_scales[at]);
     m.minima[static_cast<size_t>(i)] = static_cast<float>(m.minimum_bytes.back()) * from_f16(m.outer_minima[at]);
   }
+  const bool divided = scale_type == PQ_E4M3_DIVIDED, small = divided || scale_type == PQ_E4M3;
+  for (int64_t row = 0; small && row < rows; row++) m.row_scales.push_back(divided ? uniform(5e4f, 1e5f) : uniform(1e-5f, 2e-5f));
+  for (int64_t i = 0; small && i < rows * groups; i++) {
+    const auto byte = static_cast<uint8_t>(chance() % 255);
+    m.scale_bytes.push_back(static_cast<int8_t>((byte & 127) == 127 ? byte - 1 : byte));
+    const float own = static_cast<float>(from_float8(static_cast<uint8_t>(m.scale_bytes.back())));
+    const float of_row = m.row_scales[static_cast<size_t>(i / (groups * 8) * 8 + i % 8)];
+    m.scales[static_cast<size_t>(i)] = divided ? own / of_row : own * of_row;
+  }
   for (int64_t row = 0; row < rows; row++)
     for (int64_t column = 0; column < columns; column++) {
       uint32_t code = chance() & (wide ? 255u : 15u);
@@ -100,13 +110,13 @@ Made make(int32_t kind, int offsets, int32_t scale_type, int64_t rows, int64_t c
   }
   const void* scales = scale_type == PQ_BFLOAT16 ? static_cast<const void*>(m.halves.data()) : m.scales.data();
   const bool book = kind == PQ_CODEBOOK4, bare = kind == PQ_DENSE16, plain = book || bare || kind == PQ_FLOAT8;
-  if (nested) scales = m.scale_bytes.data();
+  if (nested || small) scales = m.scale_bytes.data();
   const void* minima = nested ? static_cast<const void*>(m.minimum_bytes.data()) : static_cast<const void*>(m.minima.data());
   m.weight = {m.codes.data(), bare ? nullptr : scales, offsets == 1 && !plain ? m.zeros.data() : nullptr,
               offsets == 2 && !plain ? minima : nullptr, book ? m.table.data() : nullptr,
               ordered ? m.order.data() : nullptr, nullptr, nested ? m.outer_scales.data() : nullptr,
-              nested && offsets == 2 ? m.outer_minima.data() : nullptr, rows, columns, group, nested ? outer_group : 0, kind,
-              scale_type, 8};
+              nested && offsets == 2 ? m.outer_minima.data() : nullptr, small ? m.row_scales.data() : nullptr, rows, columns, group,
+              nested ? outer_group : 0, kind, scale_type, 8};
   return m;
 }
 
@@ -232,7 +242,7 @@ int main() {
     pq_use(set.c_str());
     for (int32_t kind : {PQ_AFFINE4, PQ_CODEBOOK4, PQ_INT8, PQ_FLOAT8, PQ_DENSE16})
       for (int offsets : {0, 1, 2})
-        for (int32_t scale_type : {PQ_FLOAT32, PQ_FLOAT16, PQ_BFLOAT16, PQ_NESTED})
+        for (int32_t scale_type : {PQ_FLOAT32, PQ_FLOAT16, PQ_BFLOAT16, PQ_NESTED, PQ_E4M3, PQ_E4M3_DIVIDED})
           for (int64_t group : {16, 32, 64, 128})
             if (kind == PQ_DENSE16 ? scale_type == PQ_FLOAT16 || scale_type == PQ_BFLOAT16
                 : scale_type == PQ_NESTED ? kind == PQ_AFFINE4 || kind == PQ_INT8 : scale_type != PQ_FLOAT16)

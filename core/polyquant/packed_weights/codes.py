@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyquant.errors import Misfit
 from polyquant.packed_weights.format import E2M1, E2M1_MOST
-from polyquant.packed_weights.weight import PackedWeight
+from polyquant.packed_weights.weight import E4M3, PackedWeight, floats
 from polyquant.types import HeldWeight
 
 MIDDLE = {4: 8, 8: 0}
@@ -158,17 +158,22 @@ def codes_of(name: str, weight: PackedWeight) -> WeightCodes:
         raise Misfit("column scales", "each of its columns has a scale besides, and scales of groups alone are held")
     count = ceil(columns / weight.group)
 
+    def in_rows(part: Tensor) -> Tensor:
+        return part.transpose(1, 2).flatten(0, 1)
+
     def of_groups(part: Tensor | None, outer: Tensor | None = None) -> Tensor | None:
         if part is None:
             return None
-        values = part.transpose(1, 2).flatten(0, 1)
+        values = floats(part, in_rows) if part.dtype == E4M3 else in_rows(part)
         if outer is not None:
-            each = outer.transpose(1, 2).flatten(0, 1).float()
+            each = in_rows(outer).float()
             values = values.float() * each.repeat_interleave(layout.outer_group // weight.group, 1)
         return values[:rows, :count].contiguous()
 
     scales = of_groups(weight.scales, weight.outer_scales)
     assert scales is not None
+    if weight.row_scales is not None:
+        scales = weight.with_rows(scales, in_rows(weight.row_scales)[:rows])
     codes = weight.in_order(weight._unpacked(weight.codes.transpose(1, 2).flatten(0, 1))[:rows]).contiguous()
     zeros, minima = of_groups(weight.zeros), of_groups(weight.minima, weight.outer_minima)
     table = weight.table

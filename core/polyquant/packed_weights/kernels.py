@@ -14,7 +14,7 @@ from typing import Any
 from polyquant.errors import EnvironmentProblem
 from polyquant.types import PackedKind
 
-DISTRIBUTION, INTERFACE = "polyquant-kernels", 7
+DISTRIBUTION, INTERFACE = "polyquant-kernels", 8
 """Whose it is, and the interface that is called here: core/kernels/src/polyquant_kernels.h."""
 INSTALL, UPDATE = f"pip install {DISTRIBUTION}", f"pip install --upgrade {DISTRIBUTION}"
 KINDS: dict[PackedKind, int] = {"affine4": 0, "codebook4": 1, "int8": 2, "float8": 3}
@@ -22,7 +22,8 @@ LENT = "POLYQUANT_KERNELS"
 """An environment variable: the folder of the package, for a worker whose own environment need not have it."""
 PACKAGE = "polyquant_kernels"
 DENSE16 = 4  # weights of 16 bits, as torch has them
-SCALES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
+SCALES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "float8_e4m3fn": 4}
+DIVIDED = 5  # scales of 8 bits that are divided by those of their rows
 ACTIVATIONS = {"float32": 0, "int16": 1, "int8": 2}
 
 
@@ -112,9 +113,10 @@ def weight_struct(packed: Any) -> ctypes.Structure:
     """A `PackedWeight` as the kernels take it: it points into the tensors, which must stay."""
     rows, columns = packed.padded
     address = {name: part.data_ptr() for name, part in packed.parts.items()}
+    scale_type = DIVIDED if packed.format.row_scales == "divide" else SCALES[packed.format.scale_dtype]
     struct: ctypes.Structure = library().Weight(
         **address, rows=rows, columns=columns, group=packed.group, outer_group=packed.format.outer_group,
-        kind=KINDS[packed.format.kind], scale_type=SCALES[packed.format.scale_dtype], zero=packed.zero,
+        kind=KINDS[packed.format.kind], scale_type=scale_type, zero=packed.zero,
     )  # fmt: skip
     return struct
 

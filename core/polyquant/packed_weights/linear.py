@@ -203,13 +203,13 @@ def by_kernels(struct: Any, inputs: Tensor, rows: int, bias: Tensor | None, acti
 def packed_linear(
     input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, table: Tensor | None,
     order: Tensor | None, column_scales: Tensor | None, outer_scales: Tensor | None, outer_minima: Tensor | None,
-    bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
+    row_scales: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
 ) -> Tensor:  # fmt: skip
     """A product, opaque to `torch.compile`. input: (..., in_features); layout: as JSON. Returns (..., rows)."""
     weight = PackedWeight(
         shape=(rows, input.shape[-1]), codes=codes, scales=scales, zeros=zeros, minima=minima, table=table,
-        order=order, column_scales=column_scales, outer_scales=outer_scales, outer_minima=outer_minima, zero=zero,
-        format=msgspec.json.decode(layout, type=PackedFormat),
+        order=order, column_scales=column_scales, outer_scales=outer_scales, outer_minima=outer_minima,
+        row_scales=row_scales, zero=zero, format=msgspec.json.decode(layout, type=PackedFormat),
     )  # fmt: skip
     return product(input, weight, struct_of(weight), bias, activations)
 
@@ -218,6 +218,6 @@ def packed_linear(
 def _(
     input: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, minima: Tensor | None, table: Tensor | None,
     order: Tensor | None, column_scales: Tensor | None, outer_scales: Tensor | None, outer_minima: Tensor | None,
-    bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
+    row_scales: Tensor | None, bias: Tensor | None, zero: float, rows: int, layout: str, activations: str,
 ) -> Tensor:  # fmt: skip
     return input.new_empty(*input.shape[:-1], rows)

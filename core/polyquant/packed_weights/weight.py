@@ -3,13 +3,15 @@
 A weight (out_features, in_features) lies with eight rows interleaved: a product needs no sums across a register.
 
     codes   int32 (rows / 8, columns / 8, 8), lanes of eight 4-bit codes of a row; of 8 bits (rows / 8, columns / 4, 8)
-    scales  (rows / 8, columns / group, 8), float32, float16 or bfloat16
+    scales  (rows / 8, columns / group, 8), float32, float16, bfloat16, or float8_e4m3fn as NVFP4 has them
     zeros   int8, or minima float32, like scales; or neither, and one zero point for all
     table   float32 (16), of a code book
     order   int32 (columns), where columns are sorted by their groups: the input that each multiplies
     outer_scales, outer_minima  float16 (rows / 8, columns / outer group, 8), by which scales and minima are multiplied
             where these are int8: what formats call nested, double or super-block scales
     column_scales  float32 (columns), in the order of the inputs: what each is multiplied by first
+    row_scales  float32 (rows / 8, 1, 8), by which scales of float8_e4m3fn are multiplied, or divided: one of a tensor,
+            repeated, since layers of several matrices have several
 
 In a lane of 4-bit codes, code t lies at bit SHIFTS[t]: the even nibbles are codes 0 to 3, the odd ones 4 to 7. Rows
 are padded to a multiple of 8, columns to one of 32 and of the group. What is stored is what is multiplied with, so that
@@ -31,9 +33,13 @@ from polyquant.packed_weights.format import LEAST_GROUP, ROWS
 from polyquant.types import PackedFormat
 
 SHIFTS = (0, 8, 16, 24, 4, 12, 20, 28)
-WIDE = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+E4M3 = torch.float8_e4m3fn
+WIDE = {"int8": torch.int8, "float8": E4M3}
 """Kinds with codes of 8 bits, and these as torch has them."""
-PARTS = ("codes", "scales", "zeros", "minima", "table", "order", "column_scales", "outer_scales", "outer_minima")
+PARTS = (
+    "codes", "scales", "zeros", "minima", "table", "order", "column_scales", "outer_scales", "outer_minima",
+    "row_scales",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +57,7 @@ class PackedWeight:
     column_scales: Tensor | None = None
     outer_scales: Tensor | None = None
     outer_minima: Tensor | None = None
+    row_scales: Tensor | None = None
     zero: float = 0.0  # the zero point of every group where there are neither zeros nor minima
 
     @property
@@ -94,12 +101,14 @@ class PackedWeight:
         codes = self._unpacked(rows_of(self.codes)).view(-1, columns // self.group, self.group)
 
         def of_groups(tensor: Tensor, outer: Tensor | None = None) -> Tensor:
-            values = rows_of(tensor).float()
+            values = floats(tensor, rows_of)
             if outer is not None:
                 values = values * rows_of(outer).float().repeat_interleave(self.format.outer_group // self.group, -1)
             return values[..., None]
 
         scales = of_groups(self.scales, self.outer_scales)
+        if self.row_scales is not None:
+            scales = self.with_rows(scales, rows_of(self.row_scales)[..., None])
         if self.table is not None:
             values = scales * self.table[codes.int()]
         elif self.minima is not None:  # one rounding, as a fused multiplication and addition has
@@ -109,6 +118,10 @@ class PackedWeight:
             zero = self.zero if self.zeros is None else of_groups(self.zeros)  # of float8 none
             values = scales * (codes.float() - zero)
         return self.by_inputs(values.reshape(-1, columns))
+
+    def with_rows(self, scales: Tensor, of_rows: Tensor) -> Tensor:
+        """Scales of 8 bits times those of their rows, or divided by them. Both float32, and of shapes that fit."""
+        return scales / of_rows if self.format.row_scales == "divide" else scales * of_rows
 
     def by_inputs(self, values: Tensor) -> Tensor:
         """Decoded columns, as they are stored, by the inputs: in their order, times their scales, without padding."""
@@ -145,6 +158,8 @@ def pack_weight(
     column_scales: Tensor | None = None,
     outer_scales: Tensor | None = None,
     outer_minima: Tensor | None = None,
+    row_scales: Tensor | None = None,
+    rows_divide: bool = False,
 ) -> PackedWeight:
     """A weight from what its format stores, nothing rounded.
 
@@ -154,14 +169,16 @@ def pack_weight(
     groups_of_columns: (in_features,), which group each column belongs to, where they do not follow each other.
     column_scales: (in_features,), by which each column is multiplied besides.
     outer_scales, outer_minima: float16 (out_features, outer groups), by which scales and minima of int8 are multiplied.
+    row_scales: float32 (out_features, 1), by which scales of float8_e4m3fn are multiplied, with rows_divide divided.
     groups: those of all columns, or of all that are stored: with what fills up the last block.
     Raises ModelError where the parts do not fit each other, or floats of 8 bits are no numbers.
     """
     rows, columns = codes.shape
     order = None if groups_of_columns is None else _order(groups_of_columns, columns, group_size)
     wide = next((kind for kind, dtype in WIDE.items() if dtype == codes.dtype), "")
-    if wide == "float8" and bool((codes.view(torch.uint8) & 127 == 127).any()):
-        raise ModelError("some of its weights are NaN")
+    for name, tensor in (("weights", codes), ("scales", scales)):
+        if tensor.dtype == E4M3 and bool((tensor.view(torch.uint8) & 127 == 127).any()):
+            raise ModelError(f"some of its {name} are NaN")
     layout = PackedFormat(
         kind="codebook4" if table is not None else wide or "affine4",  # type: ignore[arg-type]  # two of the kinds
         group_size=group_size,
@@ -170,6 +187,7 @@ def pack_weight(
         ordered=order is not None,
         outer_group=0 if outer_scales is None else columns // outer_scales.shape[1],
         column_scales=column_scales is not None,
+        row_scales="none" if row_scales is None else "divide" if rows_divide else "multiply",
     )
     padded_rows, padded_columns = layout.padded((rows, columns))
     group = layout.group_of(padded_columns)
@@ -183,14 +201,19 @@ def pack_weight(
         raise ModelError(f"outer groups of {layout.outer_group} columns have no place beside groups of {group}")
     if column_scales is not None and column_scales.shape != (columns,):
         raise ModelError(f"column_scales are {tuple(column_scales.shape)}, and there are {columns} columns")
+    if row_scales is not None and (scales.dtype != E4M3 or row_scales.shape != (rows, 1)):
+        raise ModelError(
+            f"row_scales are {tuple(row_scales.shape)} beside scales of {scales.dtype}, and {rows} rows have one each"
+        )
     if order is not None:
         codes = codes[:, order.long()]
 
     def of_groups(tensor: Tensor | None, dtype: torch.dtype, count: int = groups) -> Tensor | None:
         if tensor is None:
             return None
-        whole = functional.pad(tensor.to(dtype), (0, count - tensor.shape[1], 0, padded_rows - rows))
-        return whole.view(-1, ROWS, count).transpose(1, 2).contiguous()
+        bytes_of = tensor.view(torch.uint8) if dtype == E4M3 else tensor.to(dtype)
+        whole = functional.pad(bytes_of, (0, count - tensor.shape[1], 0, padded_rows - rows))
+        return whole.view(-1, ROWS, count).transpose(1, 2).contiguous().view(dtype)
 
     bytes_of = codes.view(torch.int8) if wide else codes
     whole = functional.pad(bytes_of, (0, padded_columns - columns, 0, padded_rows - rows)).contiguous()
@@ -203,6 +226,7 @@ def pack_weight(
         minima=of_groups(minima, torch.int8 if layout.outer_group else torch.float32),
         outer_scales=of_groups(outer_scales, torch.float16, outer_groups),
         outer_minima=of_groups(outer_minima, torch.float16, outer_groups),
+        row_scales=of_groups(row_scales, torch.float32, 1),
         table=None if table is None else table.detach().float().contiguous(),
         order=order, column_scales=None if column_scales is None else functional.pad(
             column_scales.detach().float(), (0, padded_columns - columns)).contiguous(),
@@ -232,6 +256,11 @@ def _wide_lanes(codes: Tensor) -> Tensor:
     """8-bit codes, int8 (rows, columns), as lanes."""
     rows, columns = codes.shape
     return codes.view(torch.int32).view(rows // ROWS, ROWS, columns // 4).transpose(1, 2).contiguous()
+
+
+def floats(part: Tensor, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Some rows of a part, float32. Those of floats of 8 bits are taken as bytes: torch indexes these everywhere."""
+    return rows_of(part.view(torch.uint8)).view(E4M3).float() if part.dtype == E4M3 else rows_of(part).float()
 
 
 def same(one: PackedWeight, other: PackedWeight) -> bool:

@@ -27,17 +27,19 @@ def pack(module: CompressedLinear) -> PackedWeight:
     """Of a layer with any kernel. Raises ModelError for fp8 weights that are NaN."""
     options, columns = module.options, module.in_features
     held = module.checkpoint_tensors(plain=options.weight_bits == 8)
-    scales = group_scales(
-        options.weights, held["weight_scale"], held.get("weight_global_scale"), module.packed_scale
-    ).to(module.packed_scale)
-    scales = of_rows(scales, module.out_features) if scales.dim() == 1 else scales
-    scales = scales_of_rows(scales, module.out_features, BLOCK[0] if options.strategy == "block" else 1)
+    scales, rows, divides = held["weight_scale"], module.out_features, held.get("weight_global_scale")
+    if divides is None:
+        scales = group_scales(options.weights, scales, None, module.packed_scale).to(module.packed_scale)
+        scales = of_rows(scales, rows) if scales.dim() == 1 else scales
+        scales = scales_of_rows(scales, rows, BLOCK[0] if options.strategy == "block" else 1)
+    else:
+        divides = of_rows(divides.float(), rows).expand(rows, 1)
     codes = held["weight"] if options.weight_bits == 8 else unpacked(held["weight_packed"], 4)[:, :columns]
     zero = ZERO if options.weights == "int4" else 0
     return pack_weight(
         codes, scales, packed_group(columns, columns_of_a_scale(options)), zero=zero,
         zeros=None if options.symmetric else zero_points(held["weight_zero_point"], scales) + zero,
-        table=torch.tensor(E2M1) if options.weights in FP4 else None,
+        table=torch.tensor(E2M1) if options.weights in FP4 else None, row_scales=divides, rows_divide=True,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ KINDS: Mapping[str, Literal["affine4", "codebook4", "int8", "float8"]] = {
     "int4": "affine4", "int8": "int8", "fp8": "float8", "mxfp8": "float8", "mxfp4": "codebook4", "nvfp4": "codebook4"
 }  # fmt: skip
 """Weights -> what their codes are with kernel="packed"."""
-PACKED_SCALES = {"mxfp4": "bfloat16", "mxfp8": "bfloat16", "nvfp4": "float32"}
+PACKED_SCALES = {"mxfp4": "bfloat16", "mxfp8": "bfloat16", "nvfp4": "float8_e4m3fn"}
 
 
 class Tensor(NamedTuple):
@@ -115,7 +115,7 @@ def packed_format(weight: WeightInfo, config: CompressedTensorsOptions) -> Packe
     return PackedFormat(
         kind=KINDS[config.weights], group_size=packed_group(weight.shape[1], columns_of_a_scale(config)),
         scale_dtype=packed_scale(config.weights, stored, weight.dtype),  # type: ignore[arg-type]  # as torch calls it
-        offsets="none" if config.symmetric else "zeros",
+        offsets="none" if config.symmetric else "zeros", row_scales="divide" if config.weights == "nvfp4" else "none",
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def columns_of_a_scale(config: CompressedTensorsOptions) -> int:
 def packed_scale(weights: str, stored: str, compute_dtype: str) -> str:
     """The dtype of scales with kernel="packed": the stored one, where the compute dtype holds all of its values.
 
-    mxfp4 and mxfp8 have powers of two, nvfp4 quotients in float32.
+    mxfp4 and mxfp8 have powers of two, nvfp4 floats of 8 bits, divided by one of each row.
     """
     return PACKED_SCALES.get(weights) or (stored if compute_dtype == "float32" else compute_dtype)
 

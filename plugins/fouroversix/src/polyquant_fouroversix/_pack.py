@@ -11,7 +11,7 @@ from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes
 from torch import Tensor
 from torch.nn import functional
 
-from polyquant_fouroversix._decode import INT_IN_IF4, TWOS_COMPLEMENT, block_factors
+from polyquant_fouroversix._decode import INT_IN_IF4, TWOS_COMPLEMENT, block_factors, block_scales
 from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.formats import BLOCK, SWIZZLED, largest, padded
 from polyquant_fouroversix.options import FouroversixOptions
@@ -25,7 +25,7 @@ def pack(module: FouroversixLinear) -> PackedWeight:
     layout, block = LAYOUTS[config.dtype], BLOCK[config.dtype]
     factors, whole = block_factors(module.weight, module.scales, module.amax, config)
     codes = codes_of_pairs(module.weight)
-    zero, table = 0.0, None
+    zero, table, of_rows = 0.0, None, None
     if whole is not None:
         codes, factors = _as_integers(codes, factors, whole, block)
     elif config.dtype == "nvint4":
@@ -33,8 +33,13 @@ def pack(module: FouroversixLinear) -> PackedWeight:
     else:
         table = torch.tensor(E2M1)
     groups = layout.padded(shape)[1] // block  # no more than the library's padding has
+    if layout.row_scales != "none":
+        factors = block_scales(module.weight, module.scales, config)
+        of_rows = (module.amax / largest(config.dtype, config.scale_rule)).view(1, 1).expand(shape[0], 1)
     scales = factors[: shape[0], :groups].to(getattr(torch, layout.scale_dtype))
-    return pack_weight(codes[: shape[0], : shape[1]], scales, layout.group_size, table=table, zero=zero)
+    return pack_weight(
+        codes[: shape[0], : shape[1]], scales, layout.group_size, table=table, zero=zero, row_scales=of_rows
+    )
 
 
 def unpack(weight: WeightCodes, config: FouroversixOptions) -> dict[str, Tensor]:

@@ -18,12 +18,16 @@ METADATA = "quantized_weight_metadata"
 """Beside them in checkpoints: sizes without and with padding, packed or not, scales swizzled or not; (6,), integers."""
 AMAX_BYTES = 4
 LAYOUTS: Mapping[str, PackedFormat] = {
-    "nvfp4": PackedFormat(kind="codebook4", group_size=BLOCK["nvfp4"], scale_dtype="float32"),
+    "nvfp4": PackedFormat(
+        kind="codebook4", group_size=BLOCK["nvfp4"], scale_dtype="float8_e4m3fn", row_scales="multiply"
+    ),
     "mxfp4": PackedFormat(kind="codebook4", group_size=BLOCK["mxfp4"], scale_dtype="bfloat16"),  # powers of two
     "if4": PackedFormat(kind="int8", group_size=BLOCK["if4"], scale_dtype="float32"),  # FP4 doubled, or INT4
-    "nvint4": PackedFormat(kind="affine4", group_size=BLOCK["nvint4"], scale_dtype="float32"),
+    "nvint4": PackedFormat(
+        kind="affine4", group_size=BLOCK["nvint4"], scale_dtype="float8_e4m3fn", row_scales="multiply"
+    ),
 }
-"""Format -> its weights with kernel="packed". NVFP4 scales are a float8 times the tensor's own: 32 bits hold that."""
+"""Format -> its weights with kernel="packed". Scales are a float8 times the tensor's own; IF4's are rounded besides."""
 
 
 def plan_layers(weights: Sequence[WeightInfo], config: FouroversixOptions) -> list[LayerPlan]:

@@ -45,14 +45,22 @@ def factors(layer: MxLinear, start: int = 0, end: int | None = None) -> Tensor:
     else:
         own = scales[start:last]
     numbers = e8m0_numbers(own) if scheme.scales == "e8m0" else own.float()
+    each = outer_of_rows(layer, start, last)
+    if each is None:
+        return numbers
+    return numbers / each if scheme.outer == "divides" else numbers * each
+
+
+def outer_of_rows(layer: MxLinear, start: int, end: int) -> Tensor | None:
+    """What the scales of some rows are multiplied with or divided by, float32 (rows, 1); None: nothing.
+
+    Experts whose gate and up were scaled apart have one for each.
+    """
     outer = layer.part("outer_scale")
     if outer is None:
-        return numbers
-    # of experts whose gate and up were scaled apart there is one for each
-    each = outer.float()
-    if len(each) > 1:
-        each = each[torch.arange(start, last, device=each.device) * len(each) // rows, None]
-    return numbers / each if scheme.outer == "divides" else numbers * each
+        return None
+    number = torch.arange(start, end, device=outer.device)
+    return outer.float()[number * len(outer) // layer.out_features, None]
 
 
 def int4_codes(pairs: Tensor) -> Tensor:

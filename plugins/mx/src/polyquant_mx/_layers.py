@@ -25,7 +25,7 @@ from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes
 from torch import Tensor
 from torch.nn import functional
 
-from polyquant_mx._decode import factors, wide_codes
+from polyquant_mx._decode import factors, outer_of_rows, wide_codes
 from polyquant_mx._modules import KERNEL, MxLinear
 from polyquant_mx._quantize import quantized
 from polyquant_mx.formats import Layout, Scheme
@@ -182,15 +182,19 @@ def as_stored(name: str, tensor: Tensor, scheme: Scheme, count: int = 0) -> Tens
 
 
 def pack(module: MxLinear) -> PackedWeight:
-    """Raises ModelError for weights that are NaN."""
-    scheme, scales = module.scheme, factors(module)
+    """Raises ModelError for weights that are NaN, and scales of 8 bits that are."""
+    scheme, scales, of_rows = module.scheme, factors(module), None
     if scheme.scales == "e8m0":
         scales = scales.to(torch.bfloat16)
+    elif scheme.scales == "e4m3":
+        scales, of_rows = module.scales.detach(), outer_of_rows(module, 0, module.out_features)
     codes, columns = wide_codes(module), module.part("column_scales")
     table = torch.tensor(E2M1) if scheme.codes == "e2m1" else None
     if scheme.codes == "int4":
         return pack_weight(codes ^ 8, scales, scheme.columns, zero=8, column_scales=columns)
-    return pack_weight(codes, scales, scheme.columns or -1, table=table, column_scales=columns)
+    return pack_weight(
+        codes, scales, scheme.columns or -1, table=table, column_scales=columns, row_scales=of_rows
+    )  # fmt: skip
 
 
 def unpack(weight: WeightCodes, config: MxOptions) -> dict[str, Tensor]:

@@ -17,6 +17,10 @@ from polyquant.plugin import activation_formats as activations
 ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float32": 4}
 SCALE_DTYPES = {"e8m0": "uint8", "e4m3": "float8_e4m3fn", "float32": "float32"}
 """E8M0 scales are bytes."""
+PACKED_SCALES: Mapping[str, Literal["bfloat16", "float8_e4m3fn", "float32"]] = {
+    "e8m0": "bfloat16", "e4m3": "float8_e4m3fn", "float32": "float32",
+}  # fmt: skip
+"""With kernel="packed"."""
 
 
 class Scheme(NamedTuple):
@@ -73,7 +77,7 @@ class Scheme(NamedTuple):
     def packed(self, *, column_scales: bool = False) -> PackedFormat | None:
         """The layout with kernel="packed"; None for rotated weights, whose inputs are rotated too.
 
-        A power of two is exact in bfloat16, an E4M3 times a float32 is not.
+        A power of two is exact in bfloat16; an E4M3 times a float32 stays both.
         """
         kinds: Mapping[str, Literal["codebook4", "float8", "affine4"]] = {
             "e2m1": "codebook4", "e4m3": "float8", "int4": "affine4",
@@ -82,7 +86,8 @@ class Scheme(NamedTuple):
             return None
         return PackedFormat(
             kind=kinds[self.codes], group_size=self.columns or -1, column_scales=column_scales,
-            scale_dtype="bfloat16" if self.scales == "e8m0" else "float32",
+            scale_dtype=PACKED_SCALES[self.scales],
+            row_scales="multiply" if self.outer else "none",
         )  # fmt: skip
 
 
