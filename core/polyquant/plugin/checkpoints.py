@@ -57,6 +57,7 @@ def read_layers(
     part: Callable[[str], tuple[str, str]] | None = None,
     check: Callable[[str, torch.Tensor], None] | None = None,
     leave_out: Callable[[str], bool] = lambda name: False,
+    joined: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> Any:
     """The model of a checkpoint, on its device: the modules `names` made of their packed tensors, the rest in `dtype`.
 
@@ -65,6 +66,7 @@ def read_layers(
     owner: a tensor's module -> the module that it belongs to, where a packed one has parts. part: a tensor's name in
     its file -> the module that it belongs to, and its name there, where those do not follow from its module. check:
     called with the name and tensor of everything else. leave_out: whether a tensor of that name is none of the model's.
+    joined: called with everything else by name at last, to put together what is stored in parts.
     Raises ModelError, with the names of checkpoint and module, where `make` does.
     """
     source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
@@ -95,6 +97,8 @@ def read_layers(
         except (AttributeError, ModelError) as error:
             raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
         put(model, name, layer)
+    if joined is not None:
+        joined(dense)
     fill(model, dense, source)
     place(model, request)
     return model

@@ -10,6 +10,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 TOKENS = list(range(5, 29))
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 256}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 15e4, "factor": 4.0, "original_max_position_embeddings": 128}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
 FAMILIES = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3}),
@@ -23,8 +24,12 @@ FAMILIES = {
     "phi3": ("Phi3", {"original_max_position_embeddings": 512}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
     "qwen3-moe": ("Qwen3Moe", MOE),
+    "gpt-oss": (
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "rope_parameters": YARN},
+    ),
 }
-MIXTURES = ("mixtral", "qwen3-moe")
+MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
 
 
 @pytest.fixture(scope="session")

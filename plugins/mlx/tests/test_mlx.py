@@ -121,7 +121,7 @@ def test_mixed_bits_of_experts_are_read_by_mlx_lms_names(family, tmp_path):
     assert float((logits(model, TOKENS) - mine).abs().max()) <= SAME * float(mine.abs().max())
 
 
-@pytest.mark.parametrize("model", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("model", MIXTURES)
 @pytest.mark.parametrize("kernel", ["library", "packed"])
 def test_a_mixture_in_4_bits_is_4_bits(model, kernel, family):
     loaded = load(family(model), kernel=kernel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ from polyquant.plugin import LayerInfo, Role
 from polyquant.plugin.codes import packed_bits, unpacked_bits
 from polyquant.plugin.floats import E2M1
 from polyquant.plugin.layers import (
+    ExpertStack,
     LinearExperts,
     PackedWeight,
     Part,
@@ -118,25 +119,33 @@ def linear_from_tensors(linear: Any, form: Format, tensors: Mapping[str, Tensor]
     return MlxLinear(linear, form, {name: each.to(dtype) if name == "bias" else each for name, each in own.items()})
 
 
-def experts_from_tensors(dense: Tensor, form: Format, tensors: Mapping[str, Tensor], parts: Any) -> LinearExperts:
-    """The experts that take the place of a tensor (experts, out_features, in_features).
+def experts_from_tensors(
+    dense: Tensor, form: Format, tensors: Mapping[str, Tensor], parts: Any, *, transposed: bool, in_turn: bool
+) -> LinearExperts:  # fmt: skip
+    """The experts that take the place of a tensor (experts, out_features, in_features), or transposed.
 
-    parts: what the names of tensors begin with, of stacks that follow each other along out_features.
-    Raises ModelError as `checked`.
+    parts: what the names of tensors begin with, of stacks that follow each other along out_features, or whose rows take
+    turns. Raises ModelError as `checked`.
     """
-    count, rows, columns = dense.shape
+    count, rows, columns = (dense.transpose(1, 2) if transposed else dense).shape
     shape = (count, rows // len(parts), columns)
     found: list[dict[str, Tensor]] = []
     for begin in parts:
         inside = {name.removeprefix(begin): each for name, each in tensors.items() if name.startswith(begin)}
         found.append(checked(shape, form, inside, bias=False))
-    whole = {name: torch.cat([each[name] for each in found], 1) for name in found[0]}
-    return LinearExperts(MlxLinear(_linear(dense.shape), form, {}), whole)
+    whole = {name: _joined([each[name] for each in found], in_turn=in_turn) for name in found[0]}
+    return LinearExperts(MlxLinear(_linear((rows, columns)), form, {}), whole, transposed=transposed)
 
 
-def stack_of(shape: tuple[int, int, int], form: Format, tensors: Mapping[str, Tensor]) -> LinearExperts:
-    """Experts (experts, out_features, in_features) of PARTS of all of them. Raises ModelError as `checked`."""
-    return LinearExperts(MlxLinear(_linear(shape), form, {}), checked(shape, form, tensors, bias=False))
+def _joined(tensors: Sequence[Tensor], *, in_turn: bool) -> Tensor:
+    """(experts, rows, ...) of several, one below the other, or a row of each in turn."""
+    return torch.stack(tensors, 2).flatten(1, 2) if in_turn else torch.cat(tensors, 1)
+
+
+def stack_of(like: ExpertStack, form: Format, tensors: Mapping[str, Tensor]) -> LinearExperts:
+    """Experts of PARTS of all of them, in the place of `like`. Raises ModelError as `checked`."""
+    own = checked((like.count, *like.shape), form, tensors, bias=False)
+    return LinearExperts(MlxLinear(_linear(like.shape), form, {}), own, transposed=like.transposed)
 
 
 def stored_tensors(module: Any, *, metal: bool = False) -> dict[str, Tensor]:

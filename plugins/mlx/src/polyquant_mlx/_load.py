@@ -29,7 +29,7 @@ from polyquant_mlx._layers import (
 )
 from polyquant_mlx._modules import MlxEmbedding, MlxLinear, share_tied
 from polyquant_mlx.formats import Format
-from polyquant_mlx.names import MIXTURES, STACKS, in_mlx, owner, paths_in_mlx
+from polyquant_mlx.names import IN_TURN, MIXTURES, STACKS, in_mlx, owner, paths_in_mlx
 from polyquant_mlx.options import OWN, MlxOptions
 from polyquant_mlx.planning import plan_layers
 
@@ -91,12 +91,16 @@ def _read(request: LoadRequest, config: MlxOptions, forms: Mapping[str, Format],
         named = ", ".join(astray[:3])
         raise ModelError(f"{request.source.name}: {len(astray)} packed layers are none of the model: {named}")
 
+    in_turn = request.source.config.get("model_type") in IN_TURN
+
     def make(name: str, dense: Any, tensors: dict[str, torch.Tensor]) -> Any:
         if name in others:
             return held_dense(name, dense, tensors)
         form = forms[name]
         if isinstance(dense, torch.Tensor):
-            return experts_from_tensors(dense, form, tensors, list(STACKS[name.rpartition(".")[2]]))
+            is_turned = _weight(request.weights, name).stacked == "in_out"
+            parts = list(STACKS[name.rpartition(".")[2]])
+            return experts_from_tensors(dense, form, tensors, parts, transposed=is_turned, in_turn=in_turn)
         if isinstance(dense, nn.Embedding):
             own = checked((dense.num_embeddings, dense.embedding_dim), form, tensors, bias=False)
             return MlxEmbedding(dense, form, own, dtype)
@@ -106,14 +110,17 @@ def _read(request: LoadRequest, config: MlxOptions, forms: Mapping[str, Format],
         """A router, which mlx-lm packs; in transformers it is a module of its own kind."""
         weight = known[name]
         form = config.format_for(weight)
+        bias = tensors.pop("bias", None)
         own = checked(weight.shape, form, tensors, bias=False)
         numbers = decode(own["weight"], own["scales"], own.get("biases"), form, own["scales"].dtype
                          if form.mode == "affine" else torch.float32)  # fmt: skip
         module.weight = nn.Parameter(numbers.to(getattr(torch, weight.dtype)), requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
         notes.append(HELD_DENSE.format(name, weight.module))
         return module
 
-    model = checkpoints.read_layers(request, wanted, [*forms, *sorted(others)], make, owner=owner)
+    model = checkpoints.read_layers(request, wanted, [*forms, *sorted(others)], make, owner=owner, joined=join_biases)
     share_tied(model, checkpoints.tied_tensors(model))
     return model
 
@@ -133,7 +140,7 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     for name, tensor in model.state_dict().items():
         home = name.rpartition(".")[0]
         if home not in packed or name.endswith(".bias"):
-            tensors[in_mlx(name, kind)] = tensor
+            tensors |= _dense(name, tensor, kind)
     for name, module in packed.items():
         if isinstance(module, ExpertStack):
             tensors |= _stacks(name, module, kind)
@@ -159,7 +166,7 @@ def write_unpacked(loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, to
     for name, tensors in layers:
         linear, form = loaded.model.get_submodule(name), form_of(name, config)
         if isinstance(linear, ExpertStack):
-            checkpoints.put(loaded.model, name, stack_of((linear.count, *linear.shape), form, tensors))
+            checkpoints.put(loaded.model, name, stack_of(linear, form, tensors))
             continue
         own = checked((linear.out_features, linear.in_features), form, tensors, bias=False)
         bias = {} if linear.bias is None else {"bias": linear.bias.detach()}
@@ -167,12 +174,33 @@ def write_unpacked(loaded: LoadedModel, layers: Iterable[tuple[str, dict[str, to
     return save(loaded, out)
 
 
+def join_biases(dense: dict[str, torch.Tensor]) -> None:
+    """Put gpt-oss's biases of gates and ups, which mlx-lm has one by one, into transformers' tensor of both."""
+    for name in [name for name in dense if name.endswith(".gate_up_proj_bias.gate_proj")]:
+        home = name.removesuffix(".gate_proj")
+        if f"{home}.up_proj" in dense:
+            pair = [dense.pop(f"{home}.{part}") for part in ("gate_proj", "up_proj")]
+            dense[home] = torch.stack(pair, -1).flatten(-2)
+
+
+def _dense(name: str, tensor: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+    """A tensor that is no packed one, as mlx-lm calls it: its stacks of gpt-oss have their biases in them."""
+    home, _, last = name.rpartition(".")
+    if kind in IN_TURN and last == "down_proj_bias":
+        return {f"{home}.down_proj.bias": tensor}
+    if kind in IN_TURN and last == "gate_up_proj_bias":
+        return {f"{home}.{part}.bias": tensor[:, start::2].contiguous()
+                for start, part in enumerate(("gate_proj", "up_proj"))}  # fmt: skip
+    return {in_mlx(name, kind): tensor}
+
+
 def _stacks(name: str, stack: LinearExperts, kind: str) -> dict[str, torch.Tensor]:
     """The tensors of the experts of a tensor, as mlx-lm calls and divides them."""
     paths = _paths(name, kind)
     divided: dict[str, torch.Tensor] = {}
     for short, tensor in stored_tensors(stack).items():
-        pieces = tensor.chunk(len(paths), 1)
+        count = len(paths)
+        pieces = [tensor[:, part::count] for part in range(count)] if kind in IN_TURN else tensor.chunk(count, 1)
         divided |= {f"{path}.{short}": piece.contiguous() for path, piece in zip(paths, pieces, strict=True)}
     return divided
 
@@ -184,7 +212,7 @@ def _paths(name: str, kind: str) -> list[str]:
     if kind not in MIXTURES:
         raise SaveError(f"{name} holds experts, and what mlx-lm calls those of {kind} is not known here: there are "
                         f"{', '.join(MIXTURES)}")  # fmt: skip
-    return [path for path in paths_in_mlx(name) if path.partition(".switch_mlp.")[0].endswith(f".{MIXTURES[kind]}")]
+    return [path for path in paths_in_mlx(name) if f".{MIXTURES[kind]}." in path]
 
 
 def _quantization(packed: Mapping[str, Any], form: Format, kind: str) -> dict[str, Any]:
@@ -208,6 +236,6 @@ def for_mlx(config: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]
         older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     if full.get("rope_type", "default") != "default":
         older["rope_scaling"] = {key: value for key, value in full.items() if key not in older}
-    if MIXTURES.get(str(config.get("model_type"))) == "mlp" and "num_local_experts" in config:
+    if MIXTURES.get(str(config.get("model_type"))) == "mlp.switch_mlp" and "num_local_experts" in config:
         older["num_experts"] = config["num_local_experts"]
     return config | older | {"quantization": dict(stored)}
