@@ -82,7 +82,7 @@ class LinearExperts(ExpertStack):
     @property
     def rounds_activations(self) -> bool:
         """Whether it is more than weights: as its layers are."""
-        return self.like.rounds_activations
+        return bool(self.like.rounds_activations)
 
     def expert(self, number: int, bias: Tensor | None = None) -> PackedLinear:
         """The layer of one expert, whose tensors are views of the stack's."""
