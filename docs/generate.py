@@ -16,12 +16,20 @@ from generate_gpu import GpuRun, read_gpu_run
 from generate_oracles import oracles_page
 from generate_picture import picture_text, with_comparison
 from generate_reference import command_line_page, hooks_page, python_page, records_page
-from polyquant.cli.show import card_cells, quantizes, size
+from pluggy import PluginManager
+from polyquant.cli.show_backends import card_cells, quantizes
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.records import Result
+from polyquant.contract.hookspecs import OPTIONAL
+from polyquant.contract.markers import PROJECT
 from polyquant.models.marks import PATH as MARKS
+from polyquant.registry.cards import FILE as CARD_FILE
+from polyquant.registry.cards import Card
+from polyquant.registry.cards import text as card_text
 from polyquant.registry.catalogue import PATH as CATALOGUE
 from polyquant.registry.catalogue import Known
+from polyquant.registry.hooks import implementations
+from polyquant.support.sizes import size
 from polyquant.testing.oracles import read
 from polyquant.types import BackendInfo
 
@@ -42,6 +50,8 @@ class Plugin(NamedTuple):
     folder: str  # below plugins/
     package: str  # the distribution
     card: BackendInfo
+    hooks: tuple[str, ...]  # the optional ones
+    home: Path  # of its code
 
 
 def main() -> None:
@@ -75,6 +85,7 @@ def pages() -> dict[Path, str]:
         reference / "hooks.md": hooks_page(),
         reference / "records.md": records_page(),
         DOCS / "backends" / "index.md": backends_index(HEADINGS[:-1], [card_cells(info) for info in ours()]),
+        **card_files(),
         **{DOCS / "backends" / f"{plugin.card.name}.md": page_of(plugin, results) for plugin in plugins()},
     }
 
@@ -97,8 +108,11 @@ def plugins() -> list[Plugin]:
         sys.path.insert(0, str(path.parent / "src"))
         for value in project["entry-points"]["polyquant.backends"].values():
             module, _, name = value.partition(":")
-            card = getattr(importlib.import_module(module), name).backend_info()
-            found.append(Plugin(path.parent.name, project["name"], card))
+            plugin = getattr(importlib.import_module(module), name)
+            marked = {each.hook for each in implementations(plugin, PluginManager(PROJECT).parse_hookimpl_opts)}
+            hooks = tuple(hook for hook in OPTIONAL if hook in marked)
+            home = path.parent / "src" / module.partition(".")[0]
+            found.append(Plugin(path.parent.name, project["name"], plugin.backend_info(), hooks, home))
     return sorted(found, key=lambda plugin: plugin.card.name)
 
 
@@ -117,6 +131,14 @@ def catalogue_text() -> str:
     """What the core knows of backends that are not installed."""
     lines = [f'  "{plugin.card.name}": {msgspec.json.encode(known(plugin)).decode()}' for plugin in plugins()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def card_files() -> dict[Path, str]:
+    """Beside the code of each package, the cards of its backends."""
+    packages: dict[Path, dict[str, Card]] = {}
+    for plugin in plugins():
+        packages.setdefault(plugin.home, {})[plugin.card.name] = Card(plugin.card, plugin.hooks)
+    return {home / CARD_FILE: card_text(home, cards) for home, cards in packages.items()}
 
 
 def marks_text() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from generate_backends import markdown
-from polyquant.cli.show import quantizes
+from polyquant.cli.show_backends import quantizes
 from polyquant.testing.oracles import Agreement
 from polyquant.types import BackendInfo
 

@@ -15,7 +15,7 @@ import polyquant
 import polyquant.testing
 import typer
 from generate_backends import allowed, markdown
-from polyquant.cli.commands import build
+from polyquant.cli.build import build
 from polyquant.contract import hookspecs
 from polyquant.options import describe_options
 

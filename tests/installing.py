@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import polyquant
+import polyquant.registry.installed
 import pytest
 
 

@@ -4,7 +4,7 @@ import msgspec
 import polyquant
 import pytest
 from polyquant.cli.choosing import with_backend
-from polyquant.cli.options import Loading
+from polyquant.cli.arguments import Loading
 from polyquant.errors import PolyquantError
 from polyquant.loading.options import LoadOptions
 

@@ -95,7 +95,7 @@ def test_doctor_shows_a_broken_plugin_as_a_row(make_plugin, tmp_path, run_python
 
 
 def test_words_of_other_tools_lead_to_commands_that_there_are():
-    from polyquant.cli.commands import build
+    from polyquant.cli.build import build
     from polyquant.cli.elsewhere import ELSEWHERE
     from typer.main import get_command
 

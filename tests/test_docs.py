@@ -18,7 +18,7 @@ import pytest
 import typer
 from polyquant.authoring.new import new_backend
 from polyquant.contract import hookspecs
-from polyquant.cli.commands import build
+from polyquant.cli.build import build
 from polyquant.registry.catalogue import catalogue
 from polyquant.cli.main import backend_named_in
 from polyquant.loading.options import LoadOptions
@@ -159,7 +159,8 @@ def wrong_with(command: str) -> str:
     words = shlex.split(re.split(r" [|<>] ?| > ", command)[0], comments=True)[1:]
     words = [word for word in words if word not in ("...", "…")]
     backend = backend_named_in(words)
-    root = typer.main.get_command(build(backend if backend in polyquant.backends().names else None))
+    known = backend if backend in polyquant.backends().names else None
+    root = typer.main.get_command(build(known, words[0] if words else ""))
     if not words:
         return ""
     try:
@@ -202,7 +203,8 @@ def test_a_message_that_names_no_command_is_found(tmp_path):
 def wrong_in_a_message(words: list[str]) -> str:
     """What is wrong with a command in a message, which may go on with other words."""
     backend = backend_named_in(words)
-    command = typer.main.get_command(build(backend if backend in polyquant.backends().names else None))
+    known = backend if backend in polyquant.backends().names else None
+    command = typer.main.get_command(build(known, words[0] if words else None))
     for count in (1, 2):
         if not hasattr(command, "commands"):
             break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Self
 
 
@@ -135,5 +134,7 @@ class ComparisonBusy(PolyquantError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean 'nf4'?' for the closest known word, or an empty string where none is close."""
+    from difflib import get_close_matches
+
     close = get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

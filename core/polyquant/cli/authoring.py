@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from polyquant.cli.arguments import Json
-from polyquant.cli.options import complete_backend
-from polyquant.cli.output import say
-from polyquant.errors import BrokenBackend, ConfigError, did_you_mean
-from polyquant.registry.installed import registry
+from polyquant.cli.arguments import Json, complete_backend
+from polyquant.cli.output import print_json, say
+from polyquant.errors import BrokenBackend, ConfigError, SaveError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,12 +37,6 @@ WORST: tuple[Status, ...] = (
 )  # of several runs, the first that there is counts
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(new_backend)
-    app.command()(check_backend)
-
-
 def new_backend(
     name: Annotated[str, typer.Argument(help="Such as acme; the package is polyquant-acme.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Folder to write: polyquant-NAME.", show_default=False)] = None,
@@ -54,6 +46,7 @@ def new_backend(
     Example: polyquant new-backend acme
     """
     from polyquant.authoring import new
+    from polyquant.registry.installed import registry
 
     new.check_name(name, registry().names())
     folder = out or Path(f"polyquant-{name}")
@@ -61,6 +54,29 @@ def new_backend(
     say(f"wrote {folder}: {len(files)} files; what is yours is marked 'Replace:'. Next:")
     shown = folder if folder.is_absolute() else f"./{folder.as_posix()}"  # pip would look up a bare name
     say(f"  pip install -e {shlex.quote(str(shown))}\n  polyquant check-backend {name}")
+
+
+def write_card(
+    name: Annotated[str, typer.Argument(help="An installed backend.", autocompletion=complete_backend)],
+) -> None:
+    """Write card.json beside a plugin's code: what lists backends reads it, and need not import the plugin.
+
+    Of every backend of its package; write it again when the card or its options change.
+
+    Example: polyquant write-card acme
+    """
+    from polyquant.registry import cards
+    from polyquant.registry.installed import registry
+
+    home = cards.home_of(registry().package(name))
+    if home is None:
+        raise ConfigError(f"{name} is a single file, with no folder for {cards.FILE}; make it a package")
+    path = home / cards.FILE
+    try:
+        path.write_text(cards.text(home, registry().package_cards(name)), encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"{path} cannot be written: {error}") from error
+    say(f"wrote {path}")
 
 
 def _complete_check(incomplete: str) -> list[str]:
@@ -104,7 +120,7 @@ def check_backend(
             origin = subject.handle.origin
         except BrokenBackend as error:
             if json:
-                show.print_json({"backend": name, "passed": False, "reason": str(error), "outcomes": []})
+                print_json({"backend": name, "passed": False, "reason": str(error), "outcomes": []})
             else:
                 say(f"polyquant: {error}", error=True)
             raise typer.Exit(1) from None
@@ -118,7 +134,7 @@ def check_backend(
             done = list(outcomes) if json else list(_reported(outcomes))
     passed = not any(outcome.status == "failed" for outcome in done)
     if json:
-        show.print_json({"backend": name, "origin": origin, "passed": passed, "reason": "", "outcomes": done})
+        print_json({"backend": name, "origin": origin, "passed": passed, "reason": "", "outcomes": done})
     else:
         _summary(name, done)
     if not passed:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyquant.cli.arguments import Json, add_group
-from polyquant.cli.output import say
+from polyquant.cli.arguments import Json
+from polyquant.cli.output import print_json, say
 from polyquant.errors import ConfigError
 from polyquant.support.cache import cache_folder
 from polyquant.support.sizes import size
@@ -30,9 +30,7 @@ Keys = Annotated[
 ]  # fmt: skip
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file, under `cache`."""
-    add_group(app, "cache", "Quantized weights that loads have kept, for the next load of the same.", list_, rm, path)
+HELP = "Quantized weights that loads have kept, for the next load of the same."
 
 
 def list_(json: Json = False) -> None:
@@ -40,12 +38,11 @@ def list_(json: Json = False) -> None:
 
     Example: polyquant cache list
     """
-    from polyquant.cli import show
     from polyquant.loading import quantized_cache
 
     rows, most = quantized_cache.kept(), quantized_cache.most_bytes()
     if json:
-        show.records_json(rows)
+        print_json(rows)
         return
     for each in rows:
         own = each.entry
@@ -94,3 +91,6 @@ def _how(each: Kept) -> str:
     shown = {name: each.entry.options[name] for name in ("bits", "quant_type", "type", "weights", "group_size")
              if each.entry.options.get(name) is not None}  # fmt: skip
     return ", ".join([each.entry.backend, *(f"{name}={value}" for name, value in shown.items())])
+
+
+COMMANDS = (list_, rm, path)

@@ -17,9 +17,8 @@ from msgspec import Meta
 from msgspec.structs import asdict
 
 from polyquant.cli import choosing
-from polyquant.cli.arguments import MaxTokens, Model, Temperature
+from polyquant.cli.arguments import Loading, MaxTokens, Model, Temperature
 from polyquant.cli.loading import load_model
-from polyquant.cli.options import Loading, switches_of
 from polyquant.cli.output import say, say_piece
 from polyquant.errors import ConfigError, PolyquantError, did_you_mean
 from polyquant.types import UNREADABLE
@@ -86,6 +85,8 @@ def chat(
 
     Example: polyquant chat builtin:smollm2 -b bitsandbytes:nf4
     """
+    from polyquant.cli.options import switches_of
+
     settings, switches = Settings(temperature, top_p, seed, max_new_tokens), switches_of(template)
     loaded = load_model(model, choosing.with_backend(model, loading))
     if not getattr(loaded.tokenizer, "chat_template", None):

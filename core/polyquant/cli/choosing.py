@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import polyquant
 from polyquant.cli.output import say
 from polyquant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polyquant.cli.options import Loading
+    from polyquant.cli.arguments import Loading
 
 
 def with_backend(model: str, loading: Loading) -> Loading:
@@ -18,7 +19,6 @@ def with_backend(model: str, loading: Loading) -> Loading:
     """
     if loading.backend is not None:
         return loading
-    from polyquant import api
     from polyquant.loading.stored import is_dense
     from polyquant.models.model import Model
 
@@ -29,7 +29,7 @@ def with_backend(model: str, loading: Loading) -> Loading:
     if not is_dense(given.source):
         return loading
 
-    found = api.recommend(
+    found = polyquant.recommend(
         model, needs=("on_the_fly",), device=how["device"], revision=loading.revision,
         trust_remote_code=how["trust_remote_code"],
     )  # fmt: skip

@@ -6,27 +6,26 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 
 import polyquant
-from polyquant import api
 from polyquant.cli.arguments import Json
 from polyquant.cli.output import say
-from polyquant.comparison.candidates import Candidate, of_backend, presets_of
-from polyquant.comparison.options import CompareOptions
 from polyquant.errors import ConfigError, EnvironmentProblem
-from polyquant.options import convert, describe_options
-from polyquant.registry.installed import registry
+
+if TYPE_CHECKING:
+    from polyquant.comparison.candidates import Candidate
 
 NOT_OPTIONS = ("model", "candidates", "out")  # in a file: everything else is an option
 
 
 def complete_candidate(incomplete: str) -> list[str]:
     """Every preset of every installed backend."""
-    names = [candidate.name for info in api.backends() for candidate in presets_of(info)]
+    from polyquant.comparison.candidates import presets_of
+
+    names = [candidate.name for info in polyquant.backends() for candidate in presets_of(info)]
     return [name for name in ["dense:float32", "dense:bfloat16", *names] if name.startswith(incomplete)]
 
 
@@ -49,9 +48,9 @@ def compare(
 
     Example: polyquant compare builtin:smollm2 -c bitsandbytes:nf4 -c "torchao:int8,compute_dtype=float32" -c gguf:Q4_0
     """
+    from polyquant.cli.output import print_json
     from polyquant.cli.progress import showing_rows
     from polyquant.cli.reporting import show_comparison
-    from polyquant.cli.show import print_json
     from polyquant.comparison.report.exports import as_plain
 
     written = _read(file) if file else {}
@@ -79,26 +78,28 @@ def compare(
 
 def runnable(device: str) -> list[str]:
     """The presets of every backend that the doctor lets run; asked in a process of its own, which imports them all."""
+    import msgspec
+
+    from polyquant.comparison.candidates import presets_of
+    from polyquant.registry.installed import registry
+
     command = [sys.executable, "-m", "polyquant", "doctor", "--device", device, "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         healthy = [each["backend"] for each in msgspec.json.decode(answer.stdout) if not each["problems"]]
     except msgspec.DecodeError as error:
         raise ConfigError(f"the doctor failed, so --all is not known: {answer.stderr.strip()[-500:]}") from error
-    cards = [api.backend(name).info for name in healthy]
+    cards = [polyquant.backend(name).info for name in healthy]
     makes = [info for info in cards if info.capabilities.on_the_fly or registry().implements(info.name, "quantize")]
     return [candidate.name for info in makes for candidate in presets_of(info)]
 
 
-class _Written(msgspec.Struct):
-    """What is no option in a file."""
-
-    model: str = ""
-    candidates: list[str | dict[str, Any]] = []
-    out: str = ""
-
-
 def _read(file: Path) -> dict[str, Any]:
+    import msgspec
+
+    from polyquant.comparison.options import CompareOptions
+    from polyquant.options import convert, describe_options
+
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -109,8 +110,14 @@ def _read(file: Path) -> dict[str, Any]:
     unknown = [name for name in content if name not in known]
     if unknown:
         raise ConfigError(f"{file} has {', '.join(unknown)}; there are {', '.join(known)}")
+    kinds: tuple[tuple[str, Any, Any], ...] = (
+        ("model", str, ""),
+        ("candidates", list[str | dict[str, Any]], []),
+        ("out", str, ""),
+    )
+    written = msgspec.defstruct("Written", kinds)
     try:
-        msgspec.convert({name: content[name] for name in NOT_OPTIONS if name in content}, _Written)
+        msgspec.convert({name: content[name] for name in NOT_OPTIONS if name in content}, written)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file}: {error}") from error
     own = {name: value for name, value in content.items() if name not in NOT_OPTIONS}
@@ -129,4 +136,7 @@ def _candidate(entry: str | dict[str, Any]) -> str | Candidate:
     model, name = str(entry.pop("model", "")), str(entry.pop("name", ""))
     if not backend:
         raise ConfigError(f"a candidate in the file names no backend: {entry}")
+    from polyquant.comparison.candidates import of_backend
+    from polyquant.registry.installed import registry
+
     return of_backend(registry().info(backend), preset, entry, model=model, name=name)

@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyquant import api
-from polyquant.cli.arguments import Json, Model
-from polyquant.cli.options import complete_backend
+import polyquant
+from polyquant.cli.arguments import Json, Model, complete_backend
 from polyquant.errors import PolyquantError
-from polyquant.registry.installed import registry
-from polyquant.support.outputs import require_free
 
 if TYPE_CHECKING:
     from polyquant.converting.records import Conversion
@@ -25,6 +22,8 @@ def complete_target(incomplete: str) -> list[str]:
 
 
 def _unpacks(name: str) -> bool:
+    from polyquant.registry.installed import registry
+
     try:
         return registry().implements(name, "unpack")
     except PolyquantError:
@@ -70,17 +69,20 @@ def convert(
 
     Example: polyquant convert model-gptq --to gguf:type=Q4_1 --out model-gguf
     """
+    from polyquant.support.outputs import require_free
+
     require_free(out, overwrite=overwrite, keeps=(calibration,) if calibration else ())
     from polyquant.cli import show
+    from polyquant.cli.output import print_json
     from polyquant.plugin.calibration import read_calibration
 
     texts = read_calibration(calibration) if calibration else None
     with show.loading(model, bars=True):
-        conversion = api.convert(
+        conversion = polyquant.convert(
             model, to, out, backend=backend, overwrite=overwrite, requantize=requantize, max_kl=max_kl,
             calibration=texts, progress=sys.stderr.isatty(), revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    show.print_json(conversion) if json else _show(conversion)
+    print_json(conversion) if json else _show(conversion)
 
 
 def _show(conversion: Conversion) -> None:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyquant import api
-from polyquant.cli.arguments import Json, add_group
-from polyquant.cli.output import say
+import polyquant
+from polyquant.cli.arguments import Json
+from polyquant.cli.output import print_json, say
 from polyquant.errors import ConfigError, EnvironmentProblem
-from polyquant.registry.installed import registry
 from polyquant.support.sizes import size
 
 if TYPE_CHECKING:
@@ -27,10 +26,7 @@ Name = Annotated[
 ]  # fmt: skip
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file, under `env`."""
-    told = "Environments of their own, for backends that cannot share one."
-    add_group(app, "env", told, list_, create, remove, path)
+HELP = "Environments of their own, for backends that cannot share one."
 
 
 def list_(json: Json = False) -> None:
@@ -38,7 +34,6 @@ def list_(json: Json = False) -> None:
 
     Example: polyquant env list
     """
-    from polyquant.cli import show
     from polyquant.isolated import environments as own
 
     rows: list[dict[str, object]] = []
@@ -57,7 +52,7 @@ def list_(json: Json = False) -> None:
                 "reason": environment.isolated.reason,
             })  # fmt: skip
     if json:
-        show.print_json(rows)
+        print_json(rows)
         return
     if not rows:
         say("No installed backend needs an environment of its own.")
@@ -94,7 +89,7 @@ def create(
     with showing_steps(environment.name) as progress:
         made = make(environment, index, progress, again=again)
     say(f"{'created' if made else 'there already:'} {environment.folder}")
-    problems = api.backend(name).problems(_device(name))
+    problems = polyquant.backend(name).problems(_device(name))
     for problem in problems:
         say(f"  {problem.what}\n  fix: {problem.fix}")
     if problems:
@@ -136,12 +131,13 @@ def path(name: Name) -> None:
 
 
 def _declaring() -> list[str]:
-    return [info.name for info in api.backends() if info.isolated is not None]
+    return [info.name for info in polyquant.backends() if info.isolated is not None]
 
 
 def _environment(name: str) -> Environment:
     """Raises ConfigError for a backend that needs none."""
     from polyquant.isolated.environments import environment_of
+    from polyquant.registry.installed import registry
 
     info = registry().info(name)
     if info.isolated is None:
@@ -153,4 +149,7 @@ def _environment(name: str) -> Environment:
 def _device(name: str) -> str:
     from polyquant.support.devices import choose_device
 
-    return choose_device("auto", api.backend(name).capabilities)
+    return choose_device("auto", polyquant.backend(name).capabilities)
+
+
+COMMANDS = (list_, create, remove, path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from polyquant import api
-from polyquant.cli.options import Loading
+import polyquant
+from polyquant.cli.arguments import Loading
 
 if TYPE_CHECKING:
     from polyquant.loaded import LoadedModel
@@ -17,6 +17,6 @@ def load_model(model: str, loading: Loading) -> LoadedModel:
     from polyquant.cli import show
 
     with show.loading(model, bars=True):
-        return api.load(
+        return polyquant.load(
             model, loading.backend, revision=loading.revision, progress=sys.stderr.isatty(), **loading.options
         )

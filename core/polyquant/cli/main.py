@@ -35,16 +35,17 @@ def main() -> None:
 
 def _command() -> int | str | None:
     """What the command ends with."""
-    from polyquant.cli.commands import build
+    from polyquant.cli.build import build
     from polyquant.cli.output import say
     from polyquant.support.paths import require_utf8
 
+    completing = "_POLYQUANT_COMPLETE" in os.environ  # some shells give the words, others do not
     words = shlex.split(os.environ["COMP_WORDS"]) if "COMP_WORDS" in os.environ else sys.argv
     backend = backend_named_in(words)
     try:
         for word in words:
             require_utf8(word)
-        build(backend)(prog_name="polyquant")
+        build(backend, None if completing else "".join(words[1:2]))(prog_name="polyquant")
     except SystemExit as ended:
         return ended.code
     except PolyquantError as error:

@@ -5,31 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
 
+from polyquant.cli.arguments import Loading, complete_backend
 from polyquant.errors import ConfigError, PolyquantError
-from polyquant.finetuning.options import TrainingOptions
 from polyquant.options import Option, convert, describe_options
-from polyquant.registry.installed import registry
 from polyquant.registry.written import typed, words_of
 from polyquant.types import BackendInfo
 
 LOADING = "How to load"
-
-
-class Loading(NamedTuple):
-    """What a command was told about loading: `polyquant.load`'s arguments."""
-
-    backend: str | None
-    revision: str | None
-    options: dict[str, Any]
-
-
-def complete_backend(incomplete: str) -> list[str]:
-    return [name for name in registry().names() if name.startswith(incomplete)]
 
 
 def _shared() -> list[inspect.Parameter]:
@@ -111,6 +98,8 @@ def loads_models(command: Callable[..., Any], backend: str | None, *, chooses: b
     A parameter `training` is spread too, into those of a fine-tuning run.
     """
     if "training" in inspect.signature(command).parameters:
+        from polyquant.finetuning.options import TrainingOptions
+
         command = spread(command, "training", TrainingOptions, "Training")
     info, signature = _info(backend), inspect.signature(command, eval_str=True).parameters
     plain = [parameter for name, parameter in signature.items() if name != "loading"]
@@ -148,6 +137,8 @@ def _info(backend: str | None) -> BackendInfo | None:
     """The card of a usable backend, also of `backend:preset`; a wrong name is told when the command runs."""
     if backend is None:
         return None
+    from polyquant.registry.installed import registry
+
     try:
         return registry().info(backend.partition(":")[0])
     except PolyquantError:

@@ -34,6 +34,15 @@ def say(*words: object, error: bool = False) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def print_json(value: object) -> None:
+    """`value` as indented JSON on standard output."""
+    import msgspec
+
+    from polyquant.registry.cards import as_json
+
+    say(msgspec.json.format(msgspec.json.encode(value, enc_hook=as_json), indent=2).decode())
+
+
 def say_piece(piece: str) -> None:
     """A piece of generated text, at once; what is no terminal gets it as it is."""
     with writing():

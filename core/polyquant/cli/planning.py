@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import polyquant
-from polyquant.cli.arguments import Json, Model
-from polyquant.cli.options import Loading
+from polyquant.cli.arguments import Json, Loading, Model
 from polyquant.cli.output import say
 
 Memory = Annotated[

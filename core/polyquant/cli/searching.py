@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from polyquant import api
-from polyquant.cli.arguments import Json, Model
-from polyquant.cli.options import Loading
-from polyquant.modules import kind_of
-from polyquant.support.sizes import size
+import polyquant
+from polyquant.cli.arguments import Json, Loading, Model
 
 if TYPE_CHECKING:
     from polyquant.searching.records import Assignment
@@ -42,13 +38,13 @@ def search(
 
     Example: polyquant search builtin:smollm2 --memory 100MiB --formats Q4_0,Q5_0,Q8_0 --out smollm2-mixed
     """
+    from polyquant.cli.output import print_json
     from polyquant.cli.progress import showing_steps
-    from polyquant.cli.show import print_json
     from polyquant.plugin.calibration import read_calibration
 
     texts = read_calibration(calibration) if calibration else ()
     with showing_steps(model) as progress:
-        found = api.search(
+        found = polyquant.search(
             model, memory, loading.backend or BACKEND, out=out, overwrite=overwrite, calibration=texts,
             progress=progress, **how, revision=loading.revision, **loading.options,
         )  # fmt: skip
@@ -56,7 +52,10 @@ def search(
 
 
 def _show(found: Assignment) -> None:
+    from rich.table import Table
+
     from polyquant.cli.show import _notes, console
+    from polyquant.support.sizes import size
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline")
     for heading in ("formats", "weights", "KL", "same top", ""):
@@ -83,6 +82,8 @@ def _show(found: Assignment) -> None:
 
 def _kinds(found: Assignment) -> dict[str, Counter[str]]:
     """Kind of layer -> how many have each format."""
+    from polyquant.modules import kind_of
+
     kinds: dict[str, Counter[str]] = {}
     for part in found.assigned:
         for module in part.modules:

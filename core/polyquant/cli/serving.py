@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from polyquant.cli import choosing
-from polyquant.cli.arguments import Model
+from polyquant.cli.arguments import Loading, Model
 from polyquant.cli.loading import load_model
-from polyquant.cli.options import Loading
 from polyquant.cli.output import say
-from polyquant.serving.options import ServeOptions
 
 
 def serve(model: Model, loading: Loading, options: dict[str, Any]) -> None:
@@ -19,6 +17,7 @@ def serve(model: Model, loading: Loading, options: dict[str, Any]) -> None:
 
     Example: polyquant serve builtin:smollm2 -b bitsandbytes:nf4 --port 8000
     """
+    from polyquant.serving.options import ServeOptions
     from polyquant.serving.server import Server, listening, require_libraries
 
     asked = ServeOptions(**options)

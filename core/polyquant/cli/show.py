@@ -11,113 +11,25 @@ import msgspec
 from rich import box
 from rich.table import Table
 
-from polyquant.api import Diagnosis
-from polyquant.cli.output import say
+from polyquant.cli.output import print_json, say
 from polyquant.cli.terminal import Terminal, styled
-from polyquant.packed_weights import kernels
-from polyquant.registry.catalogue import Quantizes
-from polyquant.registry.installed import registry
-from polyquant.registry.query import Selection
 from polyquant.support.sizes import size
-from polyquant.types import BackendInfo, Capabilities, Record
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from polyquant.finetuning.options import Tuned
+    from polyquant.isolated.doctor import Diagnosis
     from polyquant.loaded import LoadedModel
     from polyquant.loading.records import Verification
     from polyquant.measure.quality.records import Quality
 
 console = Terminal()
-SCHEMES_SHOWN = 4  # in a table; --json has them all
-NARROW = 100  # columns of a terminal that has no room for what each backend reads
-ABILITIES = {
-    "saves": "saves",
-    "trains": "trains",
-    "compiles": "compiles",
-    "offloads": "offloads",
-}
-
-
-def print_json(value: object) -> None:
-    """`value` as indented JSON on standard output."""
-    say(msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2).decode())
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    raise NotImplementedError(type(value))
-
-
-def records_json(records: Sequence[Record]) -> None:
-    print_json(list(records))
-
-
-def backends_json(selection: Selection) -> None:
-    print_json({"backends": list(selection), "misses": list(selection.misses)})
-
-
-def backends(selection: Selection, filtered: bool) -> None:
-    if selection:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline")
-        table.add_column("backend", style="bold", no_wrap=True)
-        for heading in ("bits", "schemes", "devices", "quantizes", "can", "reads"):
-            table.add_column(heading, overflow="fold")
-        for info in selection:
-            table.add_row(*card_cells(info))
-        if console.width < NARROW:
-            table.columns.pop()
-        console.print(table)
-    elif filtered:
-        console.print(styled("[bold]No installed backend satisfies all of that.[/] Nearest first:"))
-    elif not selection.misses:
-        console.print("No backend is installed. Try: pip install polyquant-bitsandbytes")
-    for miss in selection.misses:
-        if miss.broken or not selection:
-            word = "[red]broken[/]" if miss.broken else "misses"
-            console.print(styled(f"  {{}} {word}: {{}}", miss.name, "; ".join(miss.reasons)))
-
-
-def card_cells(info: BackendInfo) -> list[str]:
-    """Name, bits, schemes, devices, how it quantizes, abilities, methods read, as tables show them."""
-    can: Capabilities = info.capabilities
-    more = len(can.schemes) - SCHEMES_SHOWN
-    return [
-        info.name,
-        ranges(can.bits),
-        " ".join(can.schemes[:SCHEMES_SHOWN]) + (f" +{more}" if more > 0 else ""),
-        " ".join(device.type for device in can.devices),
-        quantizes(info),
-        " ".join(words for flag, words in ABILITIES.items() if getattr(can, flag)),
-        " ".join(can.loads_prequantized),
-    ]
-
-
-def ranges(bits: Sequence[float]) -> str:
-    """Bit widths with runs of whole numbers joined: '1 1.6 2-6 8'."""
-    runs: list[list[float]] = []
-    for width in sorted(bits):
-        if runs and width == runs[-1][-1] + 1:
-            runs[-1].append(width)
-        else:
-            runs.append([width])
-    return " ".join(
-        f"{run[0]:g}-{run[-1]:g}" if len(run) > 2 else " ".join(f"{each:g}" for each in run) for run in runs
-    )
-
-
-def quantizes(info: BackendInfo) -> Quantizes:
-    """How a backend that is installed makes quantized weights, in a word."""
-    if info.capabilities.on_the_fly:
-        return "loading"
-    if not registry().implements(info.name, "quantize"):
-        return "no"
-    return "calibrates" if info.capabilities.needs_calibration else "offline"
 
 
 def doctor(diagnoses: Sequence[Diagnosis]) -> None:
+    from polyquant.packed_weights import kernels
+
     if not diagnoses:
         console.print("No backend is installed. Try: pip install polyquant-bitsandbytes")
     for diagnosis in diagnoses:

@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from polyquant.cli.show import _notes, _pairs, console, print_json
+from polyquant.cli.output import print_json
+from polyquant.cli.show import _notes, _pairs, console
 from polyquant.cli.terminal import styled
 from polyquant.loading.options import LoadOptions
 from polyquant.planning.bars import COLOURS, PARTS, Bar, bars_of

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from polyquant import api
-from polyquant.cli.arguments import Json, Model
-from polyquant.cli.options import Loading
+import polyquant
+from polyquant.cli.arguments import Json, Loading, Model
+from polyquant.cli.output import print_json
 
 
 def finetune(
@@ -31,11 +31,11 @@ def finetune(
     from polyquant.cli.progress import showing_training
 
     with nullcontext() if json else showing_training() as progress:
-        tuned = api.finetune(
+        tuned = polyquant.finetune(
             model, data, out, backend=loading.backend, overwrite=overwrite, restart=restart, progress=progress,
             revision=loading.revision, **training, **loading.options,
         )  # fmt: skip
-    show.print_json(tuned) if json else show.tuned(tuned)
+    print_json(tuned) if json else show.tuned(tuned)
 
 
 def merge(
@@ -59,8 +59,8 @@ def merge(
     from polyquant.cli import show
 
     with show.loading(model):
-        quality = api.merge(
+        quality = polyquant.merge(
             model, adapter, out, into, backend=loading.backend, threshold=threshold, force=force, overwrite=overwrite,
             **{name: value for name, value in loading.options.items() if value not in ("", None)},
         )  # fmt: skip
-    show.print_json(quality) if json else show.merged(out, quality)
+    print_json(quality) if json else show.merged(out, quality)

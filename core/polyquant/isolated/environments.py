@@ -6,7 +6,6 @@ a folder with its record, which is written last, is ever used.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
 import sys
@@ -91,6 +90,8 @@ def card_in_this_process(info: BackendInfo) -> BackendInfo:
 
 def environment_of(info: BackendInfo, distribution: str) -> Environment:
     """The environment of a backend that declares one; distribution: the one that provides it."""
+    import hashlib
+
     isolated = info.isolated or Isolated(reason="asked for")
     installs = (arguments_for("polyquant"), arguments_for(distribution))
     place = (*sys.version_info[:2], sys.platform, platform.machine())

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint
+from importlib.metadata import Distribution, EntryPoint, version
 from pathlib import Path
 
-from polyquant.loaded import LoadedModel
 from polyquant.options import BackendOptions
 from polyquant.types import BackendInfo, LayerInfo, LayerPlan, Problem
 
-RESULTS: Mapping[str, type] = {
+_RESULTS: Mapping[str, type] = {
     "backend_info": BackendInfo,
     "validate_environment": list,
     "build_config": BackendOptions,
-    "load": LoadedModel,
     "describe_layers": list,
     "plan_layers": list,
     "unpack": dict,
@@ -28,6 +26,15 @@ ITEMS: Mapping[str, type] = {
     "plan_layers": LayerPlan,
 }
 """hook -> what its answer is, and what the items of a list are."""
+
+
+def result_of(hook: str) -> type:
+    """What a hook answers with."""
+    if hook != "load":
+        return _RESULTS[hook]
+    from polyquant.loaded import LoadedModel
+
+    return LoadedModel
 
 
 def wrong_answer(result: object, wanted: type, item: type | None) -> str:
@@ -57,3 +64,19 @@ def cure_of_import(point: EntryPoint, error: BaseException) -> str:
     if isinstance(error, AttributeError) and point.attr and str(error).endswith(f"has no attribute {point.attr!r}"):
         return f"the entry point names {point.value}; write {point.attr} = YourBackend() at the end of that module"
     return "mend it there"
+
+
+def unmet_requirement(distribution: Distribution | None) -> str:
+    """What to do where a plugin's own metadata asks for another polyquant than this one; empty where it fits."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    ours = version("polyquant")
+    for text in distribution.requires or () if distribution else ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:  # of something else: pip would not have installed it
+            continue
+        meant = requirement.name == "polyquant" and (not requirement.marker or requirement.marker.evaluate())
+        if meant and not requirement.specifier.contains(ours, True):
+            return f". It requires {requirement}, and polyquant {ours} is installed: pip install '{requirement}'"
+    return ""

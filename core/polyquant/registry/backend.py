@@ -71,10 +71,11 @@ class Backend:
         seconds: how long it may take; None: `answer_seconds`. Raises BackendFailed after them, with where it is.
         """
         seconds = self.answer_seconds if seconds is None else seconds
+        package = package_of(self.plugin)  # imported here, and not by what may be left to itself
         try:
             return within(seconds, lambda: self.problems(device))
         except Late as late:
-            at = last_own(late.lines, package_of(self.plugin)) or "in a library"
+            at = last_own(late.lines, package) or "in a library"
             failure = BackendFailed(
                 f"{self.name} has not answered validate_environment in {seconds:g} s ({at}); mend it there, or tell "
                 f"the makers of {self.origin}"

@@ -1,8 +1,9 @@
 """Finds backend plugins and calls their hooks. The only file that touches pluggy's manager or entry points.
 
-Names are listed from metadata without importing anything; a plugin is imported when it is first used, in a `try`
-of its own, checked whole (every required hook there, none misspelt, the right arguments), and rolled back where a
-check fails, so that one broken plugin is one row with its reason.
+Names are listed from metadata without importing anything, cards are read from the files that packages ship (see
+`cards`); a plugin is imported when a hook of it is called, in a `try` of its own, checked whole (every required hook
+there, none misspelt, the right arguments), and rolled back where a check fails, so that one broken plugin is one row
+with its reason.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, entry_points
 from time import perf_counter
 from typing import Any
 
@@ -29,8 +30,8 @@ from polyquant.errors import (
     UnsupportedOperation,
     did_you_mean,
 )
-from polyquant.registry import hooks
-from polyquant.registry.answers import ITEMS, RESULTS, cure_of_import, wrong_answer
+from polyquant.registry import cards, hooks
+from polyquant.registry.answers import ITEMS, cure_of_import, result_of, unmet_requirement, wrong_answer
 from polyquant.registry.catalogue import hint
 from polyquant.registry.observers import Call, Trace, calling
 from polyquant.support.containing import output_to
@@ -48,6 +49,7 @@ class Registry:
         self._specification = specification
         self._plugins: dict[str, object] = {}
         self._infos: dict[str, BackendInfo] = {}
+        self._cards: dict[str, Mapping[str, cards.Card]] = {}  # package -> what its file says
         self._broken: dict[str, BrokenBackend] = {}
         self._complaints: dict[str, list[str]] = {}
         self._found: dict[str, list[EntryPoint]] = {}
@@ -72,9 +74,23 @@ class Registry:
         return found.name if found else ""
 
     def info(self, name: str) -> BackendInfo:
-        """The backend's card. Imports its plugin. Raises UnknownBackend or BrokenBackend."""
-        self._ensure(name)
-        return self._infos[name]
+        """The backend's card. Imports its plugin where no file has it. Raises UnknownBackend or BrokenBackend."""
+        card = self._card(name)
+        return card.info if card else self._imported(name)
+
+    def package_cards(self, name: str) -> dict[str, cards.Card]:
+        """Of `name` and the backends of its package: cards and optional hooks, by the plugins. Raises as `info`."""
+        together = [other for other in self.names() if self.package(other) == self.package(name)]
+        infos = {other: self._imported(other) for other in together}
+        return {
+            other: cards.Card(info, tuple(hook for hook in hookspecs.OPTIONAL if self.implements(other, hook)))
+            for other, info in infos.items()
+        }
+
+    def package(self, name: str) -> str:
+        """The top-level package of the plugin that provides `name`; imports nothing. Raises UnknownBackend."""
+        self._require_known(name)
+        return self._found[name][0].value.partition(":")[0].strip().partition(".")[0]
 
     def plugin(self, name: str) -> object:
         """The plugin object itself, for checks of its hooks' signatures. Raises as `info` does."""
@@ -86,7 +102,9 @@ class Registry:
         return self._complaints.get(name, [])
 
     def implements(self, name: str, hook: str) -> bool:
-        """Whether the backend has this optional hook."""
+        """Whether the backend has this optional hook. Imports its plugin where no file says it."""
+        if card := self._card(name):
+            return hook in (*hookspecs.REQUIRED, *card.hooks)
         self._ensure(name)
         return any(impl.plugin is self._plugins[name] for impl in getattr(self._manager.hook, hook).get_hookimpls())
 
@@ -117,6 +135,7 @@ class Registry:
         BackendFailed, with the cause chained, where the backend's library raised.
         """
         self.require(name, hook)
+        self._ensure(name)
         others = [plugin for other, plugin in self._plugins.items() if other != name]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
         try:
@@ -128,7 +147,7 @@ class Registry:
             raise self.failure(name, hook, error) from error
         if isinstance(result, list) and hook == "backend_info":
             result = result[0] if result else None
-        if wrong := wrong_answer(result, RESULTS[hook], ITEMS.get(hook)):
+        if wrong := wrong_answer(result, result_of(hook), ITEMS.get(hook)):
             broken = BrokenBackend(
                 f"{self.origin(name)}: {hook} {wrong} ({self._place(name, hook)}): {hooks.CURES[hook]}"
             )
@@ -149,11 +168,7 @@ class Registry:
         return hooks.defined_at(getattr(self._plugins[name], hook))
 
     def _raised_at(self, name: str, error: BaseException) -> str:
-        return hooks.raised_at(error, self._module(name))
-
-    def _module(self, name: str) -> str:
-        """The module that the entry point names; empty where it names none."""
-        return self._found[name][0].value.partition(":")[0].strip()
+        return hooks.raised_at(error, self.package(name))
 
     def require(self, name: str, hook: str) -> None:
         """Raises UnsupportedOperation, with the backends that can, where `name` lacks an optional hook."""
@@ -167,13 +182,29 @@ class Registry:
         except BrokenBackend:
             return False
 
-    def _ensure(self, name: str) -> None:
-        if name in self._infos:
-            return
+    def _card(self, name: str) -> cards.Card | None:
+        """What the file of its package says of a backend whose plugin is not imported; None where there is none."""
+        if name in self._infos or name in self._broken or len(self._found.get(name, ())) != 1:
+            return None
+        package = self.package(name)
+        if package not in self._cards:
+            self._cards[package] = cards.read(package, lambda each: self._imported(each).options)
+        return self._cards[package].get(name)
+
+    def _imported(self, name: str) -> BackendInfo:
+        self._ensure(name)
+        return self._infos[name]
+
+    def _require_known(self, name: str) -> None:
         if name not in self._found:
             installed = ", ".join(self.names()) or "none (try: pip install polyquant-bitsandbytes)"
             other = hint(name, self._found) or did_you_mean(name, self._found)
             raise UnknownBackend(f"no backend {name!r}; installed: {installed}.{other}")
+
+    def _ensure(self, name: str) -> None:
+        if name in self._infos:
+            return
+        self._require_known(name)
         if name not in self._broken:
             try:
                 with self._watching(name):
@@ -246,20 +277,7 @@ class Registry:
         self._infos[name] = info
 
     def _requirement(self, name: str) -> str:
-        """What to do where the plugin's own metadata asks for another polyquant than this one; empty where it fits."""
-        from packaging.requirements import InvalidRequirement, Requirement
-
-        ours = version("polyquant")
-        distribution = self._found[name][0].dist
-        for text in distribution.requires or () if distribution else ():
-            try:
-                requirement = Requirement(text)
-            except InvalidRequirement:  # of something else: pip would not have installed it
-                continue
-            meant = requirement.name == "polyquant" and (not requirement.marker or requirement.marker.evaluate())
-            if meant and not requirement.specifier.contains(ours, True):
-                return f". It requires {requirement}, and polyquant {ours} is installed: pip install '{requirement}'"
-        return ""
+        return unmet_requirement(self._found[name][0].dist)
 
     def _checked_info(self, name: str, plugin: Any, origin: str) -> BackendInfo:
         at = hooks.defined_at(plugin.backend_info)

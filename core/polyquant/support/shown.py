@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import NamedTuple
 
 GAP = "  "  # between columns
@@ -29,6 +28,8 @@ class Look(NamedTuple):
 
     def html(self) -> str:
         """For a notebook."""
+        from html import escape
+
         parts = [f"<p>{escape(self.sentence)}</p>"]
         if self.rows:
             head = "".join(f"<th style='text-align: left'>{escape(heading)}</th>" for heading in self.headings)

@@ -13,7 +13,9 @@ from typing import Any, get_args
 from polyquant.contract import hookspecs
 from polyquant.isolated import handles
 from polyquant.options import NumberFormat, RoundingMethod, describe_options
+from polyquant.registry import cards
 from polyquant.registry.catalogue import catalogue
+from polyquant.registry.installed import registry
 from polyquant.testing.check import check, expect
 from polyquant.testing.processes import run_python
 from polyquant.testing.subject import Subject
@@ -43,7 +45,7 @@ def imports_nothing_heavy(subject: Subject) -> None:
 
 @check(per="backend")
 def card_is_complete(subject: Subject) -> None:
-    """The card names what users read and query, and presets that are valid options."""
+    """The card names what users read and query, and presets that are valid options; a card.json says the same."""
     from packaging.specifiers import SpecifierSet
 
     info, capabilities = subject.info, subject.capabilities
@@ -74,6 +76,11 @@ def card_is_complete(subject: Subject) -> None:
     for preset, options in info.presets.items():
         bits = subject.handle.config(options).weight_bits
         expect(bits in capabilities.bits, f"preset {preset} has {bits} bits, capabilities.bits is {capabilities.bits}")
+    package = registry().package(info.name)
+    home = cards.home_of(package)
+    if home is not None and (home / cards.FILE).exists():
+        due = cards.text(home, registry().package_cards(info.name)) == (home / cards.FILE).read_text(encoding="utf-8")
+        expect(due, f"{package}/{cards.FILE} is not what the code says: run polyquant write-card {info.name}")
 
 
 @check(per="backend")
