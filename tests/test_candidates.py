@@ -205,7 +205,7 @@ def test_the_command_line_takes_presets_and_words(run_python, tmp_path):
         done = run_python("plan", str(model), *arguments, "--json", "--device", "cpu")
         assert done.returncode == 0, done.stderr
         assert '"type": "Q8_0"' in done.stdout
-    assert "gguf has nothing with bits=7" in run_python("plan", str(model), "-b", "gguf", "--bits", "7").stderr
+    assert "gguf has nothing with --bits 7" in run_python("plan", str(model), "-b", "gguf", "--bits", "7").stderr
     told = polyquant.load(
         polyquant.quantize(model, "gguf", tmp_path / "q8", type="Q8_0", device="cpu"), bits=8, device="cpu"
     )

@@ -193,6 +193,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_session(folder):
         shown = terminal.until(r"\[\d+ tokens, [\d.]+ tokens/s, the first after [\d.]+ s, interrupted\]")
         assert int(re.search(r"\[(\d+) tokens", shown)[1]) < 450
         terminal.until("you: ")
+        time.sleep(0.3)  # readline, once it has shown its prompt, waits for input: a signal before that waits with it
         terminal.type("\x03")
         terminal.until(r"\(Ctrl-D or /exit ends\)\r\nyou: ")
         terminal.type("\n/set max_tokens 3\n")

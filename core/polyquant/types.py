@@ -76,7 +76,7 @@ class Library(Record, frozen=True):
 class Capabilities(Record, frozen=True):
     """What a backend can do. Each entry is a promise that the conformance suite runs."""
 
-    bits: tuple[float, ...]
+    bits: tuple[int | float, ...]  # whole ones stay whole when a card is read from JSON
     schemes: tuple[str, ...]
     devices: tuple[DeviceSupport, ...]
     on_the_fly: bool = False  # quantizes a dense checkpoint while loading

@@ -5,7 +5,7 @@ import shlex
 import polyquant
 import pytest
 import torch
-from polyquant.cli.commands import build
+from polyquant.cli.build import build
 from polyquant.errors import ConfigError
 from polyquant.support.cache import cache_folder
 from polyquant.testing.models import tiny_model

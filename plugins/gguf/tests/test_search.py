@@ -7,7 +7,7 @@ import shlex
 import polyquant
 import pytest
 import torch
-from polyquant.cli.commands import build
+from polyquant.cli.build import build
 from polyquant.errors import CheckpointConflict, ConfigError
 from polyquant.testing.models import tiny_model
 from typer.testing import CliRunner
