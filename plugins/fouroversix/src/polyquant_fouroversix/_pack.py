@@ -23,9 +23,13 @@ DOUBLED = [int(2 * number) for number in E2M1]
 def pack(module: FouroversixLinear) -> PackedWeight:
     config, shape = module.config, (module.out_features, module.in_features)
     layout, block = LAYOUTS[config.dtype], BLOCK[config.dtype]
-    factors, whole = block_factors(module.weight, module.scales, module.amax, config)
-    codes = codes_of_pairs(module.weight)
+    codes, whole = codes_of_pairs(module.weight), None
     zero, table, of_rows = 0.0, None, None
+    if layout.row_scales != "none":
+        factors = block_scales(module.weight, module.scales, config)
+        of_rows = (module.amax / largest(config.dtype, config.scale_rule)).view(1, 1).expand(shape[0], 1)
+    else:
+        factors, whole = block_factors(module.weight, module.scales, module.amax, config)
     if whole is not None:
         codes, factors = _as_integers(codes, factors, whole, block)
     elif config.dtype == "nvint4":
@@ -33,9 +37,6 @@ def pack(module: FouroversixLinear) -> PackedWeight:
     else:
         table = torch.tensor(E2M1)
     groups = layout.padded(shape)[1] // block  # no more than the library's padding has
-    if layout.row_scales != "none":
-        factors = block_scales(module.weight, module.scales, config)
-        of_rows = (module.amax / largest(config.dtype, config.scale_rule)).view(1, 1).expand(shape[0], 1)
     scales = factors[: shape[0], :groups].to(getattr(torch, layout.scale_dtype))
     return pack_weight(
         codes[: shape[0], : shape[1]], scales, layout.group_size, table=table, zero=zero, row_scales=of_rows

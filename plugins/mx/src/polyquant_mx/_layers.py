@@ -183,11 +183,12 @@ def as_stored(name: str, tensor: Tensor, scheme: Scheme, count: int = 0) -> Tens
 
 def pack(module: MxLinear) -> PackedWeight:
     """Raises ModelError for weights that are NaN, and scales of 8 bits that are."""
-    scheme, scales, of_rows = module.scheme, factors(module), None
-    if scheme.scales == "e8m0":
-        scales = scales.to(torch.bfloat16)
-    elif scheme.scales == "e4m3":
+    scheme, of_rows = module.scheme, None
+    if scheme.scales == "e4m3":
         scales, of_rows = module.scales.detach(), outer_of_rows(module, 0, module.out_features)
+    else:
+        scales = factors(module)
+        scales = scales.to(torch.bfloat16) if scheme.scales == "e8m0" else scales
     codes, columns = wide_codes(module), module.part("column_scales")
     table = torch.tensor(E2M1) if scheme.codes == "e2m1" else None
     if scheme.codes == "int4":
