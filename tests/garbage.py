@@ -4,7 +4,7 @@ In memory: it is not searched for garbage again. A search of all that torch and 
 second, and thousands of tests ask for one, by themselves or through pytest; here it costs a tenth of the suite's time.
 What tests make is searched as always.
 
-In os.environ: what is read on import is taken back. gptqmodel and what it imports set seven such variables, another
+In os.environ: what is read on import is taken back. gptqmodel and what it imports set six such variables, another
 home of the hub's cache among them. Every process that a test starts would get them, and none of those could be forked
 from a warm one (`polyquant.testing.warm`).
 """
