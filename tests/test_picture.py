@@ -34,6 +34,7 @@ def test_every_point_is_named_and_the_picture_says_what_was_measured(comparison,
         assert point.label in said
     whole = " ".join(said)
     assert axis.axis in whole
+    assert {"memory": "stored weights, MiB", "speed": "generated tokens/s"}[against] in said
     assert comparison.setting.model in whole
     assert comparison.machine.processor in whole
     assert comparison.created[:10] in whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -12,6 +12,7 @@ from polyquant.comparison.records import Goal, Row, Run
 from polyquant.comparison.report import measured_on
 from polyquant.comparison.report.columns import COLUMNS, columns_of, shown
 from polyquant.comparison.report.page import write_report
+from polyquant.comparison.report.picture import Against, draw
 from polyquant.comparison.report.rows import by_quality, first_line, plain_rows
 from polyquant.errors import ConfigError, SaveError
 from polyquant.support.shown import Look, Looked
@@ -50,10 +51,8 @@ class Comparison(Looked, Run, frozen=True):
         """Write the report as one HTML file that works offline, with CSV, JSON and Markdown beside it."""
         return write_report(self, Path(path))
 
-    def picture(self, path: str | Path, against: Literal["memory", "speed"] = "memory") -> Path:
+    def picture(self, path: str | Path, against: Against = "memory") -> Path:
         """Write KL against bytes, or generated tokens a second, as .svg, .png or .pdf: see `report.picture`."""
-        from polyquant.comparison.report.picture import draw
-
         return draw(self, Path(path), against)
 
 

@@ -112,8 +112,7 @@ def _draw_frontier(axes: Any, best: Sequence[Point], floor: float, *, falls: boo
 
 def _furnish(axes: Any, run: Run, axis: Column, floor: float, *, zero: bool) -> None:
     """Titles, and below them what was measured on what."""
-    unit = "MiB" if axis.key.endswith("_bytes") else axis.unit
-    axes.set_xlabel(f"{axis.axis}, {unit}" if unit and unit not in axis.axis else axis.axis)
+    axes.set_xlabel(f"{axis.axis_title}, MiB" if axis.key.endswith("_bytes") else axis.axis_title)
     axes.set_ylabel(f"{KL.heading} to {run.setting.reference}, {KL.unit} (lower is closer)")
     model = Path(run.setting.model).name or run.setting.model
     axes.set_title(f"{model}: quality against {axis.axis.lower()}", loc="left", fontweight="bold")
