@@ -1,5 +1,6 @@
 """What errors advise, in a shell's words."""
 
+import os
 import re
 
 import pytest
@@ -47,3 +48,13 @@ def test_a_shell_is_told_in_its_words(tmp_path, run_python):
     assert re.search(
         r"builtin:smollm2 is dense: name the backend to quantize it with \(--backend \.\.\.\)", result.stderr
     )
+
+
+def test_a_backend_that_is_broken_is_told_once(make_plugin, tmp_path, run_python):
+    make_plugin("import a_library_that_is_missing")
+    site = str(tmp_path / "site" / "polyquant-acme")
+    result = run_python("run", "m", "-b", "acme", "hello", env={**os.environ, "PYTHONPATH": site})
+    assert result.returncode == 1
+    assert result.stderr.count("polyquant-acme 1.0: import failed") == 1
+    assert "Traceback" not in result.stderr
+    assert option_names("acme") == option_names(None)

@@ -23,6 +23,11 @@ class Loading(NamedTuple):
     options: dict[str, Any]
 
 
+def sampling(temperature: float, **narrower: float) -> dict[str, Any]:
+    """Parameters of `generate` for a temperature, 0 for greedy decoding. narrower: others of sampling, where it is."""
+    return {"do_sample": True, "temperature": temperature, **narrower} if temperature else {"do_sample": False}
+
+
 def complete_backend(incomplete: str) -> list[str]:
     """Names of installed backends."""
     from polyquant.registry.installed import registry

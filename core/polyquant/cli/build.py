@@ -29,6 +29,13 @@ COMMANDS: Mapping[str, str] = {
     "compare": "comparing",
 }
 """Command -> the module beside this file whose function it is, in the order of the help."""
+RECORDS: Mapping[str, tuple[str, str, str, str]] = {
+    "finetune": ("training", "finetuning.options", "TrainingOptions", "Training"),
+    "serve": ("options", "serving.options", "ServeOptions", "How to serve"),
+    "search": ("how", "searching.options", "SearchOptions", "How to search"),
+    "compare": ("options", "comparison.options", "CompareOptions", "How to compare"),
+}
+"""Command -> the parameter that is spread into options, the module and name of their record, and their heading."""
 GROUPS: Mapping[str, str] = {"env": "environments", "cache": "caching"}
 """Word -> the module of the commands under it."""
 
@@ -58,7 +65,7 @@ def build(backend: str | None, command: str | None = None) -> typer.Typer:
     app.callback()(_root)
     for name in COMMANDS:
         if command in (None, name):
-            app.command(name)(_with_options(_function(name), backend))
+            app.command(name)(_with_options(name, backend))
         elif not alone:
             app.command(name, short_help=_promise(_function(name)))(_without_options(_function(name)))
     for name, module in GROUPS.items():
@@ -87,27 +94,23 @@ def _without_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _with_options(command: Callable[..., Any], backend: str | None) -> Callable[..., Any]:
-    """A command with the options that are made of records: how to load, a backend's, of a search, of a comparison."""
-    asks = inspect.signature(command).parameters
-    if not {"loading", "how", "options"} & asks.keys():
+def _with_options(name: str, backend: str | None) -> Callable[..., Any]:
+    """A command with the options that are made of records: how to load, a backend's, and its own of `RECORDS`."""
+    command = _function(name)
+    loads = "loading" in inspect.signature(command).parameters
+    if not loads and name not in RECORDS:
         return command
     from polyquant.cli.options import loads_models, spread
 
-    if "how" in asks:
+    if name in RECORDS:
+        parameter, module, record, panel = RECORDS[name]
+        command = spread(command, parameter, getattr(import_module(f"polyquant.{module}"), record), panel)
+    if not loads:
+        return command
+    if name == "search":
         from polyquant.cli.searching import BACKEND
-        from polyquant.searching.options import SearchOptions
 
-        return loads_models(spread(command, "how", SearchOptions, "How to search"), backend or BACKEND, chooses=True)
-    if "options" in asks and "loading" in asks:
-        from polyquant.serving.options import ServeOptions
-
-        return loads_models(spread(command, "options", ServeOptions, "How to serve"), backend)
-    if "options" in asks:
-        from polyquant.comparison.options import CompareOptions
-
-        compared: Callable[..., Any] = spread(command, "options", CompareOptions, "How to compare")
-        return compared
+        return loads_models(command, backend or BACKEND, chooses=True)
     return loads_models(command, backend)
 
 

@@ -17,7 +17,7 @@ from msgspec import Meta
 from msgspec.structs import asdict
 
 from polyquant.cli import choosing
-from polyquant.cli.arguments import Loading, MaxTokens, Model, Temperature
+from polyquant.cli.arguments import Loading, MaxTokens, Model, Temperature, sampling
 from polyquant.cli.loading import load_model
 from polyquant.cli.output import say, say_piece
 from polyquant.errors import ConfigError, PolyquantError, did_you_mean
@@ -58,11 +58,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def parameters(self) -> dict[str, Any]:
         """Those of `LoadedModel.tokens`."""
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature:
-            narrower = {} if self.top_p == 1 else {"top_p": self.top_p}
-            sampling = {"do_sample": True, "temperature": self.temperature, **narrower}
-        return {"seed": self.seed, "max_new_tokens": self.max_tokens, **sampling}
+        narrower = {} if self.top_p == 1 else {"top_p": self.top_p}
+        return {"seed": self.seed, "max_new_tokens": self.max_tokens, **sampling(self.temperature, **narrower)}
 
 
 def chat(

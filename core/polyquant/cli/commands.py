@@ -10,7 +10,7 @@ import typer
 
 import polyquant
 from polyquant.cli import choosing
-from polyquant.cli.arguments import Json, Loading, MaxTokens, Model, Temperature
+from polyquant.cli.arguments import Json, Loading, MaxTokens, Model, Temperature, sampling
 from polyquant.cli.loading import load_model
 from polyquant.cli.output import say, say_piece
 from polyquant.errors import ConfigError
@@ -55,8 +55,7 @@ def run(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = load_model(model, choosing.with_backend(model, loading))
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    for piece in loaded.stream(text, max_new_tokens=max_new_tokens, **sampling):
+    for piece in loaded.stream(text, max_new_tokens=max_new_tokens, **sampling(temperature)):
         say_piece(piece)
     say()
 

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 import polyquant
@@ -78,8 +79,6 @@ def compare(
 
 def runnable(device: str) -> list[str]:
     """The presets of every backend that the doctor lets run; asked in a process of its own, which imports them all."""
-    import msgspec
-
     from polyquant.comparison.candidates import presets_of
     from polyquant.registry.installed import registry
 
@@ -94,9 +93,15 @@ def runnable(device: str) -> list[str]:
     return [candidate.name for info in makes for candidate in presets_of(info)]
 
 
-def _read(file: Path) -> dict[str, Any]:
-    import msgspec
+class _Written(msgspec.Struct):
+    """What is no option in a file."""
 
+    model: str = ""
+    candidates: list[str | dict[str, Any]] = []
+    out: str = ""
+
+
+def _read(file: Path) -> dict[str, Any]:
     from polyquant.comparison.options import CompareOptions
     from polyquant.options import convert, describe_options
 
@@ -110,14 +115,8 @@ def _read(file: Path) -> dict[str, Any]:
     unknown = [name for name in content if name not in known]
     if unknown:
         raise ConfigError(f"{file} has {', '.join(unknown)}; there are {', '.join(known)}")
-    kinds: tuple[tuple[str, Any, Any], ...] = (
-        ("model", str, ""),
-        ("candidates", list[str | dict[str, Any]], []),
-        ("out", str, ""),
-    )
-    written = msgspec.defstruct("Written", kinds)
     try:
-        msgspec.convert({name: content[name] for name in NOT_OPTIONS if name in content}, written)
+        msgspec.convert({name: content[name] for name in NOT_OPTIONS if name in content}, _Written)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file}: {error}") from error
     own = {name: value for name, value in content.items() if name not in NOT_OPTIONS}

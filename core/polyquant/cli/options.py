@@ -95,13 +95,8 @@ def loads_models(command: Callable[..., Any], backend: str | None, *, chooses: b
     """`command` with its `loading` parameter spread into options: how to load, and those of `backend`.
 
     chooses: the command chooses the formats itself, and takes no options that do.
-    A parameter `training` is spread too, into those of a fine-tuning run.
     """
-    if "training" in inspect.signature(command).parameters:
-        from polyquant.finetuning.options import TrainingOptions
-
-        command = spread(command, "training", TrainingOptions, "Training")
-    info, signature = _info(backend), inspect.signature(command, eval_str=True).parameters
+    info, signature = usable_card(backend), inspect.signature(command, eval_str=True).parameters
     plain = [parameter for name, parameter in signature.items() if name != "loading"]
     shared = [parameter for parameter in _shared() if parameter.name not in signature]
     described = [*describe_options(info.options), *_query_words(info)] if info else []
@@ -133,16 +128,18 @@ def _signed(run: Callable[..., Any], parameters: list[inspect.Parameter]) -> Cal
     return run
 
 
-def _info(backend: str | None) -> BackendInfo | None:
+def usable_card(backend: str | None) -> BackendInfo | None:
     """The card of a usable backend, also of `backend:preset`; a wrong name is told when the command runs."""
     if backend is None:
         return None
     from polyquant.registry.installed import registry
 
     try:
-        return registry().info(backend.partition(":")[0])
+        info = registry().info(backend.partition(":")[0])
+        _ = info.options  # where the card is a file's, this imports the plugin
     except PolyquantError:
         return None
+    return info
 
 
 def _query_words(info: BackendInfo) -> list[Option]:

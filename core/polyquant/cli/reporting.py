@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import msgspec
 import typer
 
 import polyquant
@@ -41,8 +42,6 @@ def report(
     Examples: polyquant report before after ·
     polyquant report comparison --picture comparison.svg --against speed
     """
-    import msgspec
-
     from polyquant.cli.output import print_json
     from polyquant.comparison.report.difference import compare_runs
     from polyquant.comparison.report.exports import as_plain
@@ -78,8 +77,6 @@ def report(
 
 def _read(path: Path) -> Run:
     """The comparison, with where it lies now: two of them may come from folders of the same name."""
-    import msgspec
-
     return msgspec.structs.replace(polyquant.read_comparison(path), folder=str(path))
 
 

@@ -48,13 +48,14 @@ def doctor(diagnoses: Sequence[Diagnosis]) -> None:
 @contextmanager
 def loading(model: str, *, bars: bool = False) -> Iterator[None]:
     """A spinner on standard error where it is a terminal; bars: a line, since libraries draw bars there."""
-    if bars or not sys.stderr.isatty():
-        if sys.stderr.isatty():
-            say(f"loading {model}", error=True)
+    if not sys.stderr.isatty():
         yield
-        return
-    with Terminal(stderr=True).status(styled("loading {}", model)):
+    elif bars:
+        say(f"loading {model}", error=True)
         yield
+    else:
+        with Terminal(stderr=True).status(styled("loading {}", model)):
+            yield
 
 
 def loaded_json(model: LoadedModel) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
+from polyquant.cli.options import usable_card
 from polyquant.comparison.options import CompareOptions
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.loading.options import LoadOptions
-from polyquant.registry.installed import registry
 from polyquant.searching.options import SearchOptions
 
 VALUE = r"""True|False|\.\.\.|'[^']*'|"[^"]*"|\((?:'[^']*',?\ ?)+\)|\d[\w.]*"""
@@ -45,9 +45,8 @@ def in_shell(text: str, backend: str | None) -> str:
 def option_names(backend: str | None) -> Collection[str]:
     """The options that commands have, and those of `backend`, which may be `backend:preset`."""
     records: list[type[msgspec.Struct]] = [LoadOptions, TrainingOptions, CompareOptions, SearchOptions]
-    name = (backend or "").partition(":")[0]
-    if name in registry().names():
-        records.append(registry().info(name).options)
+    if (info := usable_card(backend)) is not None:
+        records.append(info.options)
     names = {field for record in records for field in record.__struct_fields__}
     return (names | {"backend", "revision", "memory", "bits", "scheme"}) - NOT_FLAGS
 
