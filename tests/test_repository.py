@@ -410,6 +410,7 @@ def test_the_workflow_runs_what_runs_here_and_a_fault_comes_with_the_doctors_ans
         == "3.11"
     )
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+    assert not re.search(r"PIP_\w+=", (ROOT / ".ci" / "run").read_text())
     fault = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "fault.yml").read_text())
     asked = [part for part in fault["body"] if part["attributes"]["label"] == "polyquant doctor --json"]
     assert [part["validations"]["required"] for part in asked] == [True]
