@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +13,11 @@ from typing import NamedTuple
 import msgspec
 from generate_backends import backend_page, backends_index, markdown
 from generate_gpu import GpuRun, read_gpu_run
+from generate_machines import formats_table, machines_table, runtimes_table
 from generate_oracles import oracles_page
-from generate_picture import picture_text, with_comparison
+from generate_picture import comparison_table, picture_text
 from generate_reference import command_line_page, hooks_page, python_page, records_page
+from generate_sizes import sizes_table
 from pluggy import PluginManager
 from polyquant.cli.show_backends import card_cells, quantizes
 from polyquant.comparison.candidates import DENSE
@@ -34,12 +36,12 @@ from polyquant.testing.oracles import read
 from polyquant.types import BackendInfo
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- backends:", "<!-- end of backends -->"
 HEADINGS = ("backend", "bits", "schemes", "devices", "quantizes", "can", "reads checkpoints of", "tested with")
 MEASURES = ("preset", "stored", "of bf16", "bits a weight", "KL (nats)", "top-1", "load s", "pp512", "tg128", "dtype",
             "kernel")  # fmt: skip
 DOCS = ROOT / "docs"
 MEASURED = DOCS / "reference" / "measured.json"
+SIZES = DOCS / "reference" / "sizes.json"  # as docs/examples/sizes.py writes it
 ORACLES = DOCS / "reference" / "oracles.json"  # as tests write it: see polyquant.testing.oracles
 GPU = DOCS / "reference" / "gpu.json"  # as docs/examples/gpu.py writes it; where there is none, no GPU was at hand yet
 
@@ -71,15 +73,15 @@ def main() -> None:
 
 def pages() -> dict[Path, str]:
     """Every file that is written, with what belongs there."""
-    readme, results = ROOT / "README.md", msgspec.json.decode(MEASURED.read_bytes(), type=dict[str, Result])
+    results = msgspec.json.decode(MEASURED.read_bytes(), type=dict[str, Result])
     reference = DOCS / "reference"
     return {
-        readme: with_comparison(with_table(readme.read_text(encoding="utf-8"))),
         DOCS / "comparison.svg": picture_text(),
         CATALOGUE: catalogue_text(),
         MARKS: marks_text(),
         reference / "backends.md": backends_page(results, read_gpu_run(GPU)),
         reference / "oracles.md": oracles_page(ours(), read(ORACLES), apart()),
+        **marked_pages(),
         reference / "python.md": python_page(),
         reference / "command-line.md": command_line_page(),
         reference / "hooks.md": hooks_page(),
@@ -88,6 +90,28 @@ def pages() -> dict[Path, str]:
         **card_files(),
         **{DOCS / "backends" / f"{plugin.card.name}.md": page_of(plugin, results) for plugin in plugins()},
     }
+
+
+def marked_pages() -> dict[Path, str]:
+    """Pages that are written by hand around tables that are not."""
+    cards = [Card(plugin.card, plugin.hooks) for plugin in plugins()]
+    tables = {
+        DOCS / "reference" / "sizes.md": {"sizes": sizes_table(SIZES)},
+        DOCS / "reference" / "formats.md": {"formats": formats_table(cards), "runtimes": runtimes_table(cards)},
+        ROOT / "README.md": {"backends": backends_table(), "comparison": comparison_table()},
+        DOCS / "how-to" / "machine.md": {"machines": machines_table(ours())},
+    }
+    return {path: with_tables(path.read_text(encoding="utf-8"), found) for path, found in tables.items()}
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """A page's text with the tables between their markers renewed."""
+    for name, table in tables.items():
+        head, rest = text.split(f"<!-- {name}:", 1)
+        marker, _, rest = rest.partition("\n")
+        tail = rest.split(f"<!-- end of {name} -->", 1)[1]
+        text = f"{head}<!-- {name}:{marker}\n{table}\n<!-- end of {name} -->{tail}"
+    return text
 
 
 def page_of(plugin: Plugin, results: dict[str, Result]) -> str:
@@ -160,18 +184,15 @@ def known(plugin: Plugin) -> Known:
     )
 
 
-def with_table(readme: str) -> str:
-    """The README's text with the table between its markers renewed."""
-    head, rest = readme.split(START, 1)
-    marker, _, rest = rest.partition("\n")
-    _, tail = rest.split(END, 1)
+def backends_table() -> str:
+    """The README's."""
     rows = []
     for plugin in plugins():
         libraries = plugin.card.libraries
         tested = ", ".join(f"{library.distribution} {library.versions}".strip() for library in libraries)
         name, *cells = card_cells(plugin.card)
         rows.append((f"[{name}](plugins/{plugin.folder}/README.md)", *cells, tested))
-    return f"{head}{START}{marker}\n{markdown(HEADINGS, rows)}\n{END}{tail}"
+    return markdown(HEADINGS, rows)
 
 
 def backends_page(results: dict[str, Result], gpu: GpuRun | None) -> str:

@@ -1,6 +1,7 @@
 """What the README and the docs show is run, and what they show of the output is there."""
 
 import ast
+import importlib
 import inspect
 import json
 import os
@@ -284,6 +285,52 @@ def test_calls_in_the_readmes_of_plugins_have_real_options(path):
                 polyquant.backend(backend).config({key: value for key, value in named.items() if key not in shared})
                 checked += 1
     assert checked, "no call of polyquant.load or polyquant.quantize stands there"
+
+
+PUBLISHED = {
+    "smollm2-135m": 0.135, "smollm2-1.7b": 1.71, "qwen2.5-0.5b": 0.494, "qwen2.5-7b": 7.62, "qwen3-0.6b": 0.596,
+    "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-14b": 14.8, "qwen3-32b": 32.8, "qwen3-30b-a3b": 30.5,
+    "llama-2-7b": 6.74, "llama-3-8b": 8.03, "llama-3-70b": 70.6, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21,
+    "mistral-7b-v0.3": 7.25, "mistral-nemo-12b": 12.2, "mistral-small-24b": 23.6, "mixtral-8x7b": 46.7,
+    "gemma-2-9b": 9.24, "gemma-2-27b": 27.2, "phi-3-mini-4k": 3.82, "phi-4": 14.7, "gpt-oss-20b": 20.9,
+    "gpt-oss-120b": 117, "deepseek-v3": 671,
+}  # fmt: skip
+"""Parameters as their makers give them, in billions, tied ones once."""
+SIZES = json.loads((ROOT / "docs" / "reference" / "sizes.json").read_text())
+
+
+def test_models_of_the_table_of_sizes_have_their_parameters():
+    assert {name: float(f"{row['dense_bytes'] / 2e9:.3g}") for name, row in SIZES.items()} == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(name, marks=[] if name in ("smollm2-135m", "gpt-oss-20b") else pytest.mark.slow)
+        for name in PUBLISHED
+    ],
+)
+def test_the_table_of_sizes_is_what_is_planned(model, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
+    planned = importlib.import_module("sizes").sizes(model)
+    for row in (planned, SIZES[model]):
+        for candidate in row["candidates"].values():
+            candidate["needed_bytes"] = pytest.approx(candidate["needed_bytes"], rel=0.05)  # transformers' activations
+    assert planned == SIZES[model]
+
+
+def test_the_page_of_machines_has_every_backend_where_its_card_puts_it():
+    page = (ROOT / "docs" / "how-to" / "machine.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    nvidia = "".join(row for row in rows if row.startswith("| NVIDIA"))
+    for info in polyquant.backends():
+        if info.name in catalogue():
+            kinds = {device.type for device in info.capabilities.devices}
+            link = f"[{info.name}](../backends/{info.name}.md)"
+            assert nvidia.count(link) == ("cuda" in kinds), info.name
+            for kind, start in (("cpu", "| CPU"), ("xpu", "| Intel"), ("mps", "| Apple")):
+                (row,) = (row for row in rows if row.startswith(start))
+                assert (link in row) == (kind in kinds), f"{info.name}, {kind}"
 
 
 @pytest.mark.slow

@@ -35,8 +35,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the front page, which is the README, and a page for each file that a page links to."""
-    files.append(File.generated(config, "index.md", content=front_page()))
+    """Adds a page for each file that a page links to."""
     wanted: set[str] = set()
     for file in files.documentation_pages():
         home, text = place(file.src_uri), expanded(file.src_uri, file.content_string)
@@ -57,7 +56,7 @@ def place(uri: str) -> str:
     """The folder of the repository that a page's links start from."""
     if uri.startswith("source/"):
         return ""
-    return "" if uri == "index.md" else posixpath.dirname(f"docs/{uri}")
+    return posixpath.dirname(f"docs/{uri}")
 
 
 def expanded(uri: str, text: str) -> str:
@@ -106,14 +105,6 @@ def relative(uri: str, home: str, link: str) -> str:
     else:
         page = target.removeprefix("docs/")
     return posixpath.relpath(page, posixpath.dirname(uri) or ".")
-
-
-def front_page() -> str:
-    """The README."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return "---\nhide: [navigation, toc]\n---\n" + re.sub(
-        r"^## Documentation\n.*?(?=^[A-Z#])", "", text, flags=re.DOTALL | re.MULTILINE
-    )
 
 
 def shown(path: Path) -> str:
