@@ -13,9 +13,8 @@ def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedW
     """A weight of the layout, the same as float32 by the format's formula, its codes and its scales."""
     torch.manual_seed(0)
     rows, columns = shape
-    padded = layout.padded(shape)[1]
-    group = layout.group_of(padded)
-    groups = padded // group
+    group = layout.group_of(layout.padded(shape)[1])
+    groups = -(-columns // group)
     wide = layout.kind in WIDE
     codes = torch.randint(-128 if wide else 0, 128 if wide else 16, shape).to(torch.int8 if wide else torch.uint8)
     if layout.kind == "float8":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from polyquant.errors import EnvironmentProblem, ModelError
 from polyquant.packed_weights import kernels
+from polyquant.packed_weights.codes import codes_of
 from polyquant.packed_weights.format import group_of_runs
 from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import MOST_INPUTS, RepackedLinear
@@ -90,6 +91,18 @@ def test_it_decodes_to_the_bits_of_its_formula_and_multiplies_with_them(
             wanted = functional.linear(inputs.double(), dense.double(), layer.bias.double())
             terms = functional.linear(inputs.abs(), dense.abs())  # whose sum may cancel
             assert (layer(inputs) - wanted).norm() <= 5e-5 * terms.norm()
+
+
+def test_groups_that_do_not_divide_the_columns_are_kept_in_parts() -> None:
+    layout = PackedFormat(kind="float8", group_size=128, scale_dtype="float32")
+    weight, dense, codes, scales = random_weight((16, 576), layout)
+    assert weight.padded == (16, 576)  # nothing is padded: whole steps multiply with it
+    assert (weight.group, weight.scales.shape) == (64, (2, 9, 8))
+    assert layout.nbytes((16, 576)) == 16 * 576 + 16 * 9 * 4
+    again = codes_of("layer", weight)
+    assert (again.group_size, again.scales.shape) == (128, (16, 5))  # as the format has them
+    assert torch.equal(again.scales, scales)
+    assert PackedFormat(kind="float8", group_size=128).padded((16, 560)) == (16, 640)  # whole blocks of 32 columns
 
 
 @pytest.mark.parametrize("activations", list(kernels.ACTIVATIONS))

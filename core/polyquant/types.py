@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import ceil, lcm
+from math import ceil, gcd, lcm, prod
 from typing import ClassVar, Literal
 
 import msgspec
@@ -14,17 +14,8 @@ DeviceMap = Mapping[str, int | str]
 Role = Literal[
     "linear", "experts", "embedding", "head", "convolution", "custom", "vector", "buffer", "adapter", "tower", "other"
 ]  # fmt: skip
-DTYPE_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
+_BYTES = {8: ("float64", "int64"), 4: ("float32", "int32"), 2: ("bfloat16", "float16"), 1: ("int8", "uint8", "bool")}
+DTYPE_BYTES = {name: size for size, names in _BYTES.items() for name in names}
 """Bytes of an element of a dense tensor, by the name of its dtype."""
 
 
@@ -199,16 +190,25 @@ class PackedFormat(Record, frozen=True):
         """Whether groups of this size have a place in the layout."""
         return self.group_size == -1 or self.group_size % self.LEAST_GROUP == 0
 
+    def fitted(self, columns: int) -> PackedFormat:
+        """The layout of so many columns: in parts of groups that do not divide them, where nothing is then padded."""
+        part = gcd(columns, self.group_size)
+        whole = self.group_size in (-1, part)
+        if whole or self.ordered or self.outer_group or part % self.LEAST_GROUP or columns % self.COLUMNS:
+            return self
+        return msgspec.structs.replace(self, group_size=part)
+
     def padded(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The rows and columns that are stored, of a weight (out_features, in_features)."""
         rows, columns = shape
-        whole = self.COLUMNS if self.group_size == -1 else lcm(self.COLUMNS, self.group_size)
+        size = self.fitted(columns).group_size
+        whole = self.COLUMNS if size == -1 else lcm(self.COLUMNS, size)
         return self.ROWS * ceil(rows / self.ROWS), whole * ceil(columns / whole)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a weight (out_features, in_features) with scales of all kinds, offsets, table and order."""
         rows, columns = self.padded(shape)
-        groups = rows * (columns // self.group_of(columns))
+        groups = rows * (columns // self.fitted(shape[1]).group_of(columns))
         minimum = 1 if self.outer_group else 4
         each = DTYPE_BYTES.get(self.scale_dtype, 1) + {"none": 0, "zeros": 1, "minima": minimum}[self.offsets]
         outer_each = 2 * (2 if self.offsets == "minima" else 1)  # float16
@@ -276,10 +276,7 @@ class LayerInfo(Record, frozen=True):
     @property
     def weights(self) -> int:
         """Number of logical elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
 
     @property
     def bits_per_weight(self) -> float:

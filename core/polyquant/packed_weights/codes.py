@@ -156,7 +156,8 @@ def codes_of(name: str, weight: PackedWeight) -> WeightCodes:
     (rows, columns), layout = weight.shape, weight.format
     if weight.column_scales is not None:
         raise Misfit("column scales", "each of its columns has a scale besides, and scales of groups alone are held")
-    count = ceil(columns / weight.group)
+    group = layout.group_of(weight.padded[1])
+    first = slice(0, ceil(columns / weight.group), group // weight.group)  # of the parts of each group
 
     def in_rows(part: Tensor) -> Tensor:
         return part.transpose(1, 2).flatten(0, 1)
@@ -168,7 +169,7 @@ def codes_of(name: str, weight: PackedWeight) -> WeightCodes:
         if outer is not None:
             each = in_rows(outer).float()
             values = values.float() * each.repeat_interleave(layout.outer_group // weight.group, 1)
-        return values[:rows, :count].contiguous()
+        return values[:rows, first].contiguous()
 
     scales = of_groups(weight.scales, weight.outer_scales)
     assert scales is not None
@@ -180,7 +181,7 @@ def codes_of(name: str, weight: PackedWeight) -> WeightCodes:
     if table is not None and table[E2M1_MOST] != 6 and torch.equal(table * 6 / table[E2M1_MOST], torch.tensor(E2M1)):
         table, scales = torch.tensor(E2M1), scales.float() * (table[E2M1_MOST] / 6)  # GGUF has E2M1 doubled
     found = WeightCodes(
-        name=name, shape=weight.shape, codes=codes, scales=scales, group_size=min(weight.group, columns),
+        name=name, shape=weight.shape, codes=codes, scales=scales, group_size=min(group, columns),
         minima=minima, table=table, groups=_groups_of(weight),
     )  # fmt: skip
     if found.kind != "integers":

@@ -14,7 +14,8 @@ A weight (out_features, in_features) lies with eight rows interleaved: a product
             repeated, since layers of several matrices have several
 
 In a lane of 4-bit codes, code t lies at bit SHIFTS[t]: the even nibbles are codes 0 to 3, the odd ones 4 to 7. Rows
-are padded to a multiple of 8, columns to one of 32 and of the group. What is stored is what is multiplied with, so that
+are padded to a multiple of 8, columns to one of 32 and of the group; groups that do not divide the columns are stored
+in parts that do, with the same scale each, where nothing has to be padded then. What is stored is what is multiplied with, so that
 files can be mapped. The same is said to C in core/kernels/src/polyquant_kernels.h.
 """
 
@@ -82,8 +83,8 @@ class PackedWeight:
 
     @property
     def group(self) -> int:
-        """Columns that share a scale."""
-        return self.format.group_of(self.padded[1])
+        """Columns that share a scale as they are stored: of groups that do not divide them a part."""
+        return self.format.fitted(self.in_features).group_of(self.padded[1])
 
     def decode(self, start: int = 0, end: int | None = None) -> Tensor:
         """Rows from `start`, a multiple of 8, to before `end`, as numbers: float32 (rows, in_features)."""
@@ -190,7 +191,12 @@ def pack_weight(
         row_scales="none" if row_scales is None else "divide" if rows_divide else "multiply",
     )
     padded_rows, padded_columns = layout.padded((rows, columns))
-    group = layout.group_of(padded_columns)
+    group = layout.fitted(columns).group_of(padded_columns)
+    if group_size not in (-1, group):
+        scales, zeros, minima = (
+            tensor if tensor is None else tensor.repeat_interleave(group_size // group, 1)[:, : columns // group]
+            for tensor in (scales, zeros, minima)
+        )
     groups = padded_columns // group
     if group % LEAST_GROUP or (order is not None and padded_columns != columns):
         raise ModelError(f"groups of {group_size} columns in {columns} have no place in the packed layout")
