@@ -117,7 +117,7 @@ def test_the_wheel_holds_the_template(tmp_path):
 def check(run_python, path, *arguments, **variables):
     result = run_python(
         "check-backend", *arguments,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "400", "OMP_NUM_THREADS": "1", **variables},
     )  # fmt: skip
     return result
 

@@ -161,12 +161,14 @@ class Terminal:
     def type(self, text):
         os.write(self._ours, text.encode())
 
-    def until(self, pattern, seconds=120):
-        """What is shown up to where `pattern` ends; later calls see what follows."""
+    def until(self, pattern, seconds=120, typing=""):
+        """What is shown up to where `pattern` ends; later calls see what follows. typing: again where nothing comes."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, self.seen
-            if select.select([self._ours], [], [], 1)[0]:
+            if not select.select([self._ours], [], [], 1)[0]:
+                self.type(typing)
+            else:
                 try:
                     self.seen += os.read(self._ours, 65536).decode(errors="replace")
                 except OSError:  # the other end is closed
@@ -193,9 +195,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_session(folder):
         shown = terminal.until(r"\[\d+ tokens, [\d.]+ tokens/s, the first after [\d.]+ s, interrupted\]")
         assert int(re.search(r"\[(\d+) tokens", shown)[1]) < 450
         terminal.until("you: ")
-        time.sleep(0.3)  # readline, once it has shown its prompt, waits for input: a signal before that waits with it
-        terminal.type("\x03")
-        terminal.until(r"\(Ctrl-D or /exit ends\)\r\nyou: ")
+        # readline, once it has shown its prompt, waits for input: a signal before that waits with it
+        terminal.until(r"\(Ctrl-D or /exit ends\)\r\nyou: ", typing="\x03")
         terminal.type("\n/set max_tokens 3\n")
         terminal.until("max_tokens=3")
         terminal.type("And now\n")
