@@ -15,8 +15,8 @@ A weight (out_features, in_features) lies with eight rows interleaved: a product
 
 In a lane of 4-bit codes, code t lies at bit SHIFTS[t]: the even nibbles are codes 0 to 3, the odd ones 4 to 7. Rows
 are padded to a multiple of 8, columns to one of 32 and of the group; groups that do not divide the columns are stored
-in parts that do, with the same scale each, where nothing has to be padded then. What is stored is what is multiplied with, so that
-files can be mapped. The same is said to C in core/kernels/src/polyquant_kernels.h.
+in parts that do, with the same scale each, where nothing has to be padded then. What is stored is what is multiplied
+with, so that files can be mapped. The same is said to C in core/kernels/src/polyquant_kernels.h.
 """
 
 from __future__ import annotations
