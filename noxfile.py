@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nox
 
@@ -97,6 +98,12 @@ def chosen(session: nox.Session, marks: str = "not slow and not gpu") -> list[st
     return given or ["-m", marks, *shared]
 
 
+def run_tests(session: nox.Session, *words: str) -> None:
+    """pytest; what tests and their processes leave in the temporary folder goes with it: whole runs left gigabytes."""
+    with TemporaryDirectory(prefix="pq", ignore_cleanup_errors=True) as folder:
+        session.run("python", "-m", "pytest", *words, env={"TMPDIR": folder})
+
+
 def apart() -> list[str]:
     """For pytest: leave out the tests of plugins that have an environment of their own."""
     return [f"--ignore={PLUGINS[name]}" for name in APART]
@@ -123,7 +130,7 @@ def tests(session: nox.Session) -> None:
     if not session.posargs:
         session.notify("own")
     install(session, *PLUGINS.values(), group="test")
-    session.run("python", "-m", "pytest", *apart(), *chosen(session))
+    run_tests(session, *apart(), *chosen(session))
 
 
 @nox.session
@@ -148,7 +155,7 @@ def plugin(session: nox.Session, name: str) -> None:
         install_own(session, PLUGINS[name])
     else:
         install(session, PLUGINS[name], group="plugin")
-    session.run("python", "-m", "pytest", str(PLUGINS[name] / "tests"), *chosen(session))
+    run_tests(session, str(PLUGINS[name] / "tests"), *chosen(session))
 
 
 @nox.session
@@ -160,7 +167,7 @@ def compatibility(session: nox.Session, end: str) -> None:
     session.install("--no-deps", BUILTIN_MODEL, *cards)
     session.env.update(variables(session) | {"POLYQUANT_CACHE": str(cache(session) / end)})
     whole = [f"--ignore=tests/test_{name}.py" for name in ("docs", "repository")]  # of the repository with all plugins
-    session.run("python", "-m", "pytest", "tests", *whole, *chosen(session, "not slow and not gpu and not real"))
+    run_tests(session, "tests", *whole, *chosen(session, "not slow and not gpu and not real"))
 
 
 @nox.session
@@ -168,7 +175,7 @@ def slow(session: nox.Session) -> None:
     """What takes minutes for each backend."""
     install(session, *PLUGINS.values(), group="test")
     session.env.setdefault("POLYQUANT_KERNEL", "library")
-    session.run("python", "-m", "pytest", *apart(), "-m", "slow", "--timeout=3600", *session.posargs)
+    run_tests(session, *apart(), "-m", "slow", "--timeout=3600", *session.posargs)
 
 
 @nox.session
@@ -179,15 +186,15 @@ def fuzz(session: nox.Session) -> None:
     """
     install(session, *PLUGINS.values(), group="test")
     files = sorted(str(path) for path in (ROOT / "tests").glob("test_fuzz_*.py"))
-    session.run("python", "-m", "pytest", *files, "--hypothesis-profile=fuzz", *session.posargs)
+    run_tests(session, *files, "--hypothesis-profile=fuzz", *session.posargs)
     kills = ["tests/test_kills.py", "tests/test_compare.py", "-k", "twenty_kills or ten_kills"]
-    session.run("python", "-m", "pytest", "-s", "-m", "slow", *kills)
+    run_tests(session, "-s", "-m", "slow", *kills)
 
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
     """The tests that need an accelerator, in the environment that runs nox (which has its own torch build)."""
-    session.run("python", "-m", "pytest", "-m", "gpu or not slow", *apart(), *session.posargs)
+    run_tests(session, "-m", "gpu or not slow", *apart(), *session.posargs)
 
 
 @nox.session
