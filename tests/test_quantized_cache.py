@@ -12,7 +12,7 @@ import polyquant
 import pytest
 import torch
 from polyquant.errors import ConfigError, EnvironmentProblem, PolyquantError
-from polyquant.loading import quantized_cache
+from polyquant.loading import entries, quantized_cache
 from polyquant.packable import PackableOptions
 from polyquant.packed_weights import kernels
 from polyquant.packed_weights.linear import RepackedLinear
@@ -32,7 +32,7 @@ FROM_CACHE = "come from the cache"
 def everything_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(quantized_cache, "LEAST_BYTES", 0)
     monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(quantized_cache.SIZE, raising=False)
+    monkeypatch.delenv(entries.SIZE, raising=False)
 
 
 def load(path, backend="bitsandbytes:nf4", **options):
@@ -205,13 +205,13 @@ def test_it_is_left_out_where_it_is_not_wanted_or_not_the_same_thing(tiny_model,
     path = tiny_model("llama")
     for options in ({"cache": False}, {"kernel": "library"}, {"trust_remote_code": True}):
         load(path, **options)
-        assert not quantized_cache.kept()
+        assert not entries.kept()
     monkeypatch.setattr(quantized_cache, "LEAST_BYTES", 2**26)
     load(path)
-    assert not quantized_cache.kept()
+    assert not entries.kept()
     monkeypatch.setattr(quantized_cache, "LEAST_BYTES", 0)
     load(path)
-    assert len(quantized_cache.kept()) == 1
+    assert len(entries.kept()) == 1
     assert not is_from_cache(load(path, cache=False))
 
 
@@ -222,7 +222,7 @@ def weights_of(entry):
 @pytest.mark.parametrize("damage", ["cut", "altered", "gone", "entry", "modules"])
 def test_what_is_damaged_is_made_again(tiny_model, damage):
     first = load(tiny_model("llama"))
-    (entry,) = quantized_cache.kept()
+    (entry,) = entries.kept()
     path = weights_of(entry)
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -243,24 +243,24 @@ def test_what_is_damaged_is_made_again(tiny_model, damage):
 def test_the_least_recently_used_go(tiny_model, monkeypatch):
     path = tiny_model("llama")
     load(path)
-    (one,) = quantized_cache.kept()
-    monkeypatch.setenv(quantized_cache.SIZE, str(int(one.entry.stored_bytes * 2.5)))
+    (one,) = entries.kept()
+    monkeypatch.setenv(entries.SIZE, str(int(one.entry.stored_bytes * 2.5)))
     load(path, skip="k_proj")
-    os.utime(Path(one.folder) / quantized_cache.ENTRY, (time.time() + 60,) * 2)  # used since
+    os.utime(Path(one.folder) / entries.ENTRY, (time.time() + 60,) * 2)  # used since
     load(path, skip="v_proj")
-    assert one.key in {each.key for each in quantized_cache.kept()}
-    assert len(quantized_cache.kept()) == 2
-    monkeypatch.setenv(quantized_cache.SIZE, "1KiB")
+    assert one.key in {each.key for each in entries.kept()}
+    assert len(entries.kept()) == 2
+    monkeypatch.setenv(entries.SIZE, "1KiB")
     large = load(path, skip="o_proj")
-    assert any("not kept for the next load: " in note and quantized_cache.SIZE in note for note in large.notes)
-    monkeypatch.setenv(quantized_cache.SIZE, "much")
+    assert any("not kept for the next load: " in note and entries.SIZE in note for note in large.notes)
+    monkeypatch.setenv(entries.SIZE, "much")
     with pytest.raises(ConfigError, match="a size is written as 6GiB"):
         load(path, skip="q_proj")
 
 
 def test_a_cache_that_cannot_be_written_to_is_said(tiny_model, tmp_path):
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / quantized_cache.FOLDER).write_text("no folder")
+    (tmp_path / "cache" / entries.FOLDER).write_text("no folder")
     loaded = load(tiny_model("llama"))
     assert any(note.startswith("not kept for the next load: ") for note in loaded.notes), loaded.notes
 
@@ -281,7 +281,7 @@ def test_two_makers_at_once_make_one(tiny_model):
     said = [each.communicate(timeout=300)[0] for each in both]
     assert [each.returncode for each in both] == [0, 0]
     assert all("not kept" not in text for text in said), said
-    assert len(quantized_cache.kept()) == 1
+    assert len(entries.kept()) == 1
     assert is_from_cache(load(tiny_model("llama")))
 
 
@@ -305,16 +305,16 @@ def test_kills_leave_nothing_that_is_taken_for_whole(tiny_model, moment):
     for _ in range(2):
         killed = warm.run(["-c", code, str(tiny_model("llama"))], seconds=300)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert not quantized_cache.kept()
+        assert not entries.kept()
     again = load(tiny_model("llama"))
     assert not is_from_cache(again)
     assert is_from_cache(load(tiny_model("llama")))
-    assert not list((cache_folder() / quantized_cache.FOLDER).glob(".*partial*/"))
+    assert not list((cache_folder() / entries.FOLDER).glob(".*partial*/"))
 
 
 def test_the_file_is_one_of_safetensors(tiny_model):
     loaded = load(tiny_model("llama"))
-    (entry,) = quantized_cache.kept()
+    (entry,) = entries.kept()
     with safe_open(weights_of(entry), framework="pt") as file:
         names = set(file.keys())
     assert "model.layers.0.self_attn.q_proj.qweight" in names
@@ -325,7 +325,7 @@ def test_the_file_is_one_of_safetensors(tiny_model):
 def test_the_commands(tiny_model, run_python):
     load(tiny_model("llama"))
     load(tiny_model("llama"), "hqq:int4")
-    first, second = quantized_cache.kept()
+    first, second = entries.kept()
     listed = run_python("cache", "list")
     assert listed.returncode == 0, listed.stderr
     assert "2 kept, " in listed.stdout
@@ -338,7 +338,7 @@ def test_the_commands(tiny_model, run_python):
     assert "there are " in unknown.stderr
     assert run_python("cache", "rm").returncode == 2
     assert "deleted" in run_python("cache", "rm", first.key[:8]).stdout
-    assert [each.key for each in quantized_cache.kept()] == [second.key]
+    assert [each.key for each in entries.kept()] == [second.key]
     run_python("cache", "rm", "--all")
-    assert not quantized_cache.kept()
+    assert not entries.kept()
     assert run_python("cache", "list").stdout.startswith("0 kept, 0 B of ")

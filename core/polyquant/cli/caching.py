@@ -14,13 +14,13 @@ from polyquant.support.cache import cache_folder
 from polyquant.support.sizes import size
 
 if TYPE_CHECKING:
-    from polyquant.loading.quantized_cache import Kept
+    from polyquant.loading.entries import Kept
 
 
 def _complete(incomplete: str) -> list[str]:
-    from polyquant.loading import quantized_cache
+    from polyquant.loading import entries
 
-    return [each.key for each in quantized_cache.kept() if each.key.startswith(incomplete)]
+    return [each.key for each in entries.kept() if each.key.startswith(incomplete)]
 
 
 Keys = Annotated[
@@ -38,9 +38,9 @@ def list_(json: Json = False) -> None:
 
     Example: polyquant cache list
     """
-    from polyquant.loading import quantized_cache
+    from polyquant.loading import entries
 
-    rows, most = quantized_cache.kept(), quantized_cache.most_bytes()
+    rows, most = entries.kept(), entries.most_bytes()
     if json:
         print_json(rows)
         return
@@ -48,7 +48,7 @@ def list_(json: Json = False) -> None:
         own = each.entry
         say(f"{each.key[:12]}  {size(own.stored_bytes):>10}  used {each.used[:16]}  {own.model} with {_how(each)}")
     taken = sum(each.entry.stored_bytes for each in rows)
-    say(f"{len(rows)} kept, {size(taken)} of {size(most)} ({quantized_cache.SIZE})")
+    say(f"{len(rows)} kept, {size(taken)} of {size(most)} ({entries.SIZE})")
 
 
 def rm(
@@ -59,14 +59,14 @@ def rm(
 
     Example: polyquant cache rm --all
     """
-    from polyquant.loading import quantized_cache
+    from polyquant.loading import entries
 
-    rows = quantized_cache.kept()
+    rows = entries.kept()
     if bool(keys) == all_:
         raise ConfigError("name what is to be deleted by its key (polyquant cache list), or --all")
     chosen = rows if all_ else [_named(key, rows) for key in keys or ()]
     for each in chosen:
-        quantized_cache.remove(Path(each.folder))
+        entries.remove(Path(each.folder))
         say(f"deleted {each.key[:12]}: {each.entry.model} with {_how(each)}")
 
 

@@ -2,16 +2,13 @@
 
 Kept are packed models whose every quantized weight polyquant's own runtime multiplies with, on a CPU. An entry's key is
 of all that goes into it: what the files of the dense model hold, backend, options, versions and sources. It is written
-all or nothing, its hash is proven when it is first read, and the least recently used entries go where all of them take
-more than $POLYQUANT_CACHE_SIZE.
+all or nothing, and its hash is proven when it is first read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -24,6 +21,7 @@ import msgspec
 
 from polyquant.errors import ModelError, SaveError
 from polyquant.loaded import LoadedModel
+from polyquant.loading.entries import ENTRY, FOLDER, SIZE, Entry, delete, make_room, most_bytes
 from polyquant.loading.settle import Settled
 from polyquant.models.hashing import content_hash
 from polyquant.models.headers import TORCH_NAMES
@@ -33,42 +31,16 @@ from polyquant.registry.backend import Backend
 from polyquant.registry.hooks import package_of
 from polyquant.request import LoadRequest
 from polyquant.support.cache import cache_folder
-from polyquant.support.files import PARTIAL, once
+from polyquant.support.files import once
 from polyquant.support.libraries import installed_version
-from polyquant.support.sizes import parse_size, size
-from polyquant.types import UNREADABLE, Record
+from polyquant.support.sizes import size
+from polyquant.types import UNREADABLE
 
 LAYOUT = 1  # of what is kept
-FOLDER, ENTRY, MODULES, WEIGHTS, PROVEN = "packed", "entry.json", "modules.json", "model.safetensors", "proven"
-ABANDONED_SECONDS = 24 * 3600
+MODULES, WEIGHTS, PROVEN = "modules.json", "model.safetensors", "proven"
 LEAST_BYTES = 2**26  # of a checkpoint: a smaller one is quantized in a moment
-SIZE, USUAL_SIZE = "POLYQUANT_CACHE_SIZE", "20GiB"
 DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 """torch's names of dtypes -> those of safetensors."""
-
-
-class Entry(Record, frozen=True):
-    """One quantized model that is kept, without its tensors."""
-
-    model: str
-    backend: str
-    options: dict[str, Any]
-    versions: dict[str, str]
-    created: str  # UTC, ISO 8601
-    stored_bytes: int  # of the file of weights
-    sha256: str  # of that file
-    quantization_config: dict[str, Any]  # of the model's config
-    is_transformers: bool  # whether that was an object of transformers', and no mapping
-    notes: tuple[str, ...] = ()  # of the load that it was made in
-
-
-class Kept(Record, frozen=True):
-    """An entry, where it is and when it was used."""
-
-    key: str
-    folder: str
-    used: str  # UTC, ISO 8601
-    entry: Entry
 
 
 def is_kept(backend: Backend, request: LoadRequest, settled: Settled) -> bool:
@@ -103,7 +75,7 @@ def restore(folder: Path, backend: Backend, request: LoadRequest, settled: Settl
         _prove(folder, entry)
         loaded = backend.take(lambda: _read(folder, entry, request, settled), request, settled)
     except (OSError, ModelError, msgspec.ValidationError, *UNREADABLE):
-        _delete(folder)
+        delete(folder)
         return None
     os.utime(folder / ENTRY)
     loaded.notes[:] = [*entry.notes, f"its weights were quantized on {entry.created[:10]} and come from the cache: "
@@ -147,57 +119,6 @@ def keep(folder: Path, loaded: LoadedModel, backend: Backend) -> None:
         make_room(limit, but=folder)
     except (OSError, SaveError) as error:
         loaded.notes.append(f"not kept for the next load: {error}")
-
-
-def kept() -> list[Kept]:
-    """What is kept, the last used first; entries that cannot be read are none."""
-    found = []
-    for folder in _folders():
-        with suppress(OSError, msgspec.ValidationError, *UNREADABLE):
-            entry = msgspec.json.decode((folder / ENTRY).read_bytes(), type=Entry)
-            used = datetime.fromtimestamp((folder / ENTRY).stat().st_mtime, UTC).isoformat(timespec="seconds")
-            found.append(Kept(key=folder.name, folder=str(folder), used=used, entry=entry))
-    return sorted(found, key=lambda each: each.used, reverse=True)
-
-
-def remove(folder: Path) -> None:
-    """Delete an entry, with its lock. Raises SaveError where it cannot be."""
-    _delete(folder)
-    if folder.exists():
-        raise SaveError(f"{folder} cannot be deleted; see whether its files may be written")
-
-
-def most_bytes() -> int:
-    """What all entries may take. Raises ConfigError for a size that is none."""
-    return parse_size(os.environ.get(SIZE) or USUAL_SIZE)
-
-
-def make_room(limit: int, *, but: Path) -> None:
-    """Delete the least recently used entries until all take at most `limit` bytes; `but` stays.
-
-    And what killed writers have left a day ago.
-    """
-    for left in (cache_folder() / FOLDER).glob(f".*{PARTIAL}*"):
-        with suppress(OSError):
-            if left.is_dir() and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-                _delete(left)
-    rows = kept()
-    taken = sum(each.entry.stored_bytes for each in rows)
-    for each in reversed(rows):
-        if taken > limit and Path(each.folder) != but:
-            _delete(Path(each.folder))
-            taken -= each.entry.stored_bytes
-
-
-def _folders() -> list[Path]:
-    parent = cache_folder() / FOLDER
-    return [path.parent for path in parent.glob(f"[!.]*/{ENTRY}")]
-
-
-def _delete(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        Path(f"{folder}.lock").unlink(missing_ok=True)
 
 
 def _read(folder: Path, entry: Entry, request: LoadRequest, settled: Settled) -> LoadedModel:
