@@ -26,7 +26,8 @@ def sizes_table(path: Path) -> str:
     candidates = list(next(iter(models.values()))["candidates"])
     headings = ("model", "parameters", "bfloat16", *(f"`{name}`" for name in candidates), "cache, 8192 tokens",
                 "card for 4 bits")  # fmt: skip
-    return markdown(headings, [row(name, models[name], candidates) for name in models])
+    rows = [row(name, models[name], candidates) for name in models]
+    return markdown(headings, [tuple(part.replace(" ", "\N{NO-BREAK SPACE}") for part in cells) for cells in rows])
 
 
 def row(name: str, model: Mapping[str, Any], candidates: list[str]) -> tuple[str, ...]:

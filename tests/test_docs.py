@@ -1,7 +1,7 @@
 """What the README and the docs show is run, and what they show of the output is there."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -331,6 +331,51 @@ def test_the_page_of_machines_has_every_backend_where_its_card_puts_it():
             for kind, start in (("cpu", "| CPU"), ("xpu", "| Intel"), ("mps", "| Apple")):
                 (row,) = (row for row in rows if row.startswith(start))
                 assert (link in row) == (kind in kinds), f"{info.name}, {kind}"
+
+
+CONFIGS = ("BitsAndBytesConfig", "GPTQConfig", "AwqConfig", "HqqConfig", "QuantoConfig", "TorchAoConfig")
+MIGRATE = ROOT / "docs" / "how-to" / "migrate.md"
+
+
+def section(path: Path, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return re.split(r"^## ", path.read_text().partition(f"\n## {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_field_of_a_config_of_transformers_has_its_name_here(config):
+    import transformers
+
+    fields = set(inspect.signature(getattr(transformers, config)).parameters) - {"kwargs"}
+    named = set(re.findall(r"`(\w+)(?:=[^`]*)?`", section(MIGRATE, config)))
+    assert len(fields) > 2 and not fields - named
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_options_that_take_the_place_of_fields_are_there(config):
+    backends = {"BitsAndBytesConfig": "bitsandbytes", "GPTQConfig": "gptq", "AwqConfig": "awq", "HqqConfig": "hqq",
+                "QuantoConfig": "quanto", "TorchAoConfig": "torchao"}  # fmt: skip
+    options = {option.name for option in describe_options(polyquant.backend(backends[config]).info.options)}
+    shared = {*inspect.signature(polyquant.load).parameters, *inspect.signature(polyquant.quantize).parameters}
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", section(MIGRATE, config), re.MULTILINE)[1:]
+    for old, new in rows:
+        named = old if "the same" in new else new
+        names = {name for name in re.findall(r"(?:`|, )(\w+)(?:=[^`,]*)?(?=[`,])", named)}
+        assert names or new.startswith("none") or "`loaded." in new, new
+        assert names <= options | shared, new
+
+
+def test_messages_of_other_libraries_are_theirs():
+    """Each heading stands in the file that is named first under it, as Python joins its strings."""
+    page = ROOT / "docs" / "reference" / "messages.md"
+    found = re.findall(r"^## (.+)\n\n`([\w/]+\.py)`", page.read_text(), re.MULTILINE)
+    assert len(found) > 14
+    for heading, file in found:
+        package, _, rest = file.partition("/")
+        source = Path(importlib.util.find_spec(package).origin).parent / rest
+        strings = [node.value for node in ast.walk(ast.parse(source.read_text()))
+                   if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip
+        assert any(heading in " ".join(text.replace("`", "").split()) for text in strings), f"{file}: {heading}"
 
 
 @pytest.mark.slow
