@@ -24,7 +24,7 @@ GROUPS = {
     "Plan": ("plan", "recommend"),
     "Search": ("search",),
     "Load, verify, run": ("load", "LoadedModel", "verify", "quantize"),
-    "Compare": ("compare", "read_comparison"),
+    "Compare": ("compare", "read_comparison", "difference"),
     "Fine-tune": ("finetune", "merge"),
     "Write and watch backends": ("hookimpl", "observing"),
 }
@@ -35,7 +35,9 @@ RECORDS = {
     "polyquant.searching.records": "What `polyquant.search` returns.",
     "polyquant.converting.records": "What `polyquant.convert` returns.",
     "polyquant.comparison.records": "What `polyquant.compare` returns: a `Comparison`, which is a `Run` with the "
-    "methods `best`, `report` and `to_pandas`; and what it is made of.",
+    "methods `best`, `gate`, `report`, `picture` and `to_pandas`; and what it is made of.",
+    "polyquant.comparison.gate": "What `Comparison.gate` is told and returns.",
+    "polyquant.comparison.report.difference": "What `polyquant.difference` returns, beside the method `report`.",
     "polyquant.support.progress": "What a `progress` sees of work while it goes on.",
     "polyquant.comparison.candidates": "What is compared.",
     "polyquant.measure.quality.records": "The measured quality of a model.",

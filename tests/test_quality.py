@@ -37,6 +37,7 @@ def test_figures_of_two_known_distributions():
     assert quality.perplexity == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.1)) / 2), rel=1e-5)
     assert quality.reference_perplexity == pytest.approx(math.exp(-(math.log(0.5) + math.log(0.1)) / 2), rel=1e-5)
     assert quality.perplexity_ratio == pytest.approx(math.sqrt(2), rel=1e-5)
+    assert quality.perplexity_ratio_standard_error == pytest.approx(math.sqrt(2) * math.log(2) / 2, rel=1e-5)
 
 
 def test_quantiles_over_many_positions():

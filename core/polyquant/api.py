@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from polyquant.comparison.candidates import Candidate
     from polyquant.comparison.options import EngineName
     from polyquant.comparison.progress import ComparisonProgress
-    from polyquant.comparison.records import Goal, Part
-    from polyquant.comparison.result import Comparison
+    from polyquant.comparison.records import Goal, Part, Run
+    from polyquant.comparison.result import Comparison, ComparisonDifference
     from polyquant.finetuning.merge_methods import Target
     from polyquant.finetuning.options import Tuned
     from polyquant.loaded import LoadedModel, Prompt
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from polyquant.support.progress import Progress
 
 __all__ = [
-    "Diagnosis", "backend", "backends", "compare", "convert", "doctor", "finetune", "load", "merge", "observing",
-    "plan", "quantize", "read_comparison", "recommend", "search", "verify",
+    "Diagnosis", "backend", "backends", "compare", "convert", "difference", "doctor", "finetune", "load", "merge",
+    "observing", "plan", "quantize", "read_comparison", "recommend", "search", "verify",
 ]  # fmt: skip
 
 
@@ -238,6 +238,16 @@ def read_comparison(path: str | Path) -> Comparison:
     from polyquant.comparison.result import read_comparison as read
 
     return read(path)
+
+
+def difference(before: Run | str | Path, after: Run | str | Path) -> ComparisonDifference:
+    """What changed from one comparison to another, beyond noise: `changed`, and `worsened` of it.
+
+    before, after: what `compare` or `read_comparison` returned, or where one lies. Raises ConfigError where none does.
+    """
+    from polyquant.comparison.result import difference as compared
+
+    return compared(before, after)
 
 
 def finetune(

@@ -7,11 +7,8 @@ python docs/examples/two_machines.py show FOLDER OTHER_FOLDER REPORT.html
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import polyquant
-from polyquant.comparison.report.difference import compare_runs
-from polyquant.comparison.report.page import write_difference
 
 
 def main() -> None:
@@ -22,10 +19,10 @@ def main() -> None:
         print(f"{len(comparison.done)} of {len(comparison.rows)} measured on {comparison.machine.processor}")
         return
     here, there, page = arguments
-    found = compare_runs(polyquant.read_comparison(here), polyquant.read_comparison(there))
+    found = polyquant.difference(here, there)
     for change in found.changed:
         print(f"{change.candidate}: {change.figure} {change.before:g} -> {change.after:g}")
-    print(f"report: {write_difference(found, Path(page))}")
+    print(f"report: {found.report(page)}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, str] = {
     "serve": "serving",
     "search": "searching",
     "compare": "comparing",
+    "gate": "gating",
 }
 """Command -> the module beside this file whose function it is, in the order of the help."""
 RECORDS: Mapping[str, tuple[str, str, str, str]] = {
@@ -34,6 +35,7 @@ RECORDS: Mapping[str, tuple[str, str, str, str]] = {
     "serve": ("options", "serving.options", "ServeOptions", "How to serve"),
     "search": ("how", "searching.options", "SearchOptions", "How to search"),
     "compare": ("options", "comparison.options", "CompareOptions", "How to compare"),
+    "gate": ("limits", "comparison.gate", "Limits", "Limits"),
 }
 """Command -> the parameter that is spread into options, the module and name of their record, and their heading."""
 GROUPS: Mapping[str, str] = {"env": "environments", "cache": "caching"}

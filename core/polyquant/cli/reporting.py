@@ -43,13 +43,12 @@ def report(
     polyquant report comparison --picture comparison.svg --against speed
     """
     from polyquant.cli.output import print_json
-    from polyquant.comparison.report.difference import compare_runs
     from polyquant.comparison.report.exports import as_plain
-    from polyquant.comparison.report.page import write_difference, write_report
+    from polyquant.comparison.report.page import write_report
 
     if picture is not None and other is not None:
         raise ConfigError("--picture draws one comparison; leave it out, or the second folder")
-    comparison = _read(run)
+    comparison = polyquant.read_comparison(run)
     if other is None:
         if picture is not None:
             from polyquant.cli.output import say
@@ -65,19 +64,14 @@ def report(
                 raise
         print_json(as_plain(comparison)) if json else show_comparison(comparison, written)
         return
-    difference = compare_runs(comparison, _read(other))
-    written = write_difference(difference, out) if out else None
+    difference = polyquant.difference(comparison, other)
+    written = difference.report(out) if out else None
     if json:
         print_json({"worsened": difference.worsened, "changed": difference.changed, **msgspec.to_builtins(difference)})
     else:
         show_difference(difference, written)
     if difference.worsened:
         raise typer.Exit(1)
-
-
-def _read(path: Path) -> Run:
-    """The comparison, with where it lies now: two of them may come from folders of the same name."""
-    return msgspec.structs.replace(polyquant.read_comparison(path), folder=str(path))
 
 
 def show_comparison(run: Run, written: Path | None = None) -> None:

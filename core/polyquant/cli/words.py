@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from polyquant.cli.options import usable_card
+from polyquant.comparison.gate import Limits
 from polyquant.comparison.options import CompareOptions
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.loading.options import LoadOptions
@@ -44,11 +45,11 @@ def in_shell(text: str, backend: str | None) -> str:
 
 def option_names(backend: str | None) -> Collection[str]:
     """The options that commands have, and those of `backend`, which may be `backend:preset`."""
-    records: list[type[msgspec.Struct]] = [LoadOptions, TrainingOptions, CompareOptions, SearchOptions]
+    records: list[type[msgspec.Struct]] = [LoadOptions, TrainingOptions, CompareOptions, SearchOptions, Limits]
     if (info := usable_card(backend)) is not None:
         records.append(info.options)
     names = {field for record in records for field in record.__struct_fields__}
-    return (names | {"backend", "revision", "memory", "bits", "scheme"}) - NOT_FLAGS
+    return (names | {"against", "backend", "revision", "memory", "bits", "scheme"}) - NOT_FLAGS
 
 
 def _flag(name: str, value: str) -> str:

@@ -96,9 +96,12 @@ COLUMNS = (
         short="ppl ratio",
         meaning="Over the reference's",
         format=ratio,
+        error="perplexity_ratio_standard_error",
         places=("page", "markdown", "wide terminal"),
         noted=True,
+        noise="standard error",
     ),
+    Column(key="perplexity_ratio_standard_error"),
     Column(key="tokens_scored", heading="tokens scored", places=("page details",)),
     Column(
         key="weights_stored_bytes",

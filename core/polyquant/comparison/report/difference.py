@@ -104,9 +104,9 @@ def compare_runs(before: Run, after: Run) -> Difference:
     """What changed from `before` to `after`.
 
     Candidates match by name, or else by backend, options and checkpoint. Noise: STANDARD_ERRORS of the difference for
-    KL, top-1 and tasks; for speeds STANDARD_DEVIATIONS of the difference, at least SPEED_SHARE; for peaks PEAK_SHARE;
-    for stored bytes none. On the same tokens the standard errors overstate the noise: what is flagged did change.
-    KL and top-1 are left out where model, reference, convention or text differ, speeds where one of the two was
+    KL, top-1, perplexity ratio and tasks; for speeds STANDARD_DEVIATIONS of the difference, at least SPEED_SHARE; for
+    peaks PEAK_SHARE; for stored bytes none. On the same tokens the standard errors overstate the noise: what is flagged
+    did change. Quality is left out where model, reference, convention or text differ, speeds where one of the two was
     measured beside other work.
     """
     pairs, only_before, only_after = _matched(before, after)
@@ -168,15 +168,20 @@ def _changes(one: Row, other: Row, columns: Sequence[Column]) -> Iterator[Change
 
 def _noise(column: Column, before: dict[str, Any], after: dict[str, Any]) -> float:
     """Differences up to so much mean nothing."""
-    if column.noise == "exact":
-        return 0.0
-    old = float(before[column.key])
+    error = math.hypot(before[column.error], after[column.error]) if column.error else 0.0
+    return margin(column, float(before[column.key]), error)
+
+
+def margin(column: Column, value: float, error: float) -> float:
+    """How far a figure may be from another and still mean the same.
+
+    error: its standard error or deviation, or that of a difference, as the column has it.
+    """
     if column.noise == "share":
-        return PEAK_SHARE * old
-    both = math.hypot(before[column.error], after[column.error])
+        return PEAK_SHARE * value
     if column.noise == "standard deviation":
-        return max(STANDARD_DEVIATIONS * both, SPEED_SHARE * old)
-    return max(STANDARD_ERRORS * both, 1e-9)
+        return max(STANDARD_DEVIATIONS * error, SPEED_SHARE * value)
+    return max(STANDARD_ERRORS * error, 1e-9) if column.noise == "standard error" else 0.0
 
 
 def _other_changes(before: Row, after: Row) -> Iterator[OtherChange]:

@@ -45,7 +45,7 @@ def sections(difference: Difference) -> list[dict[str, Any]]:
             "Measured on",
             ("what", "before", "after"),
             [((where.name, where.before, where.after), False) for where in difference.conditions],
-            "Where the two differ." + (" KL and top-1 are left out: they are not comparable." if hidden else ""),
+            "Where the two differ." + (" Quality is left out: it is not comparable." if hidden else ""),
         ),
         _section(
             "Status, checks, options, kernels",
@@ -59,7 +59,7 @@ def sections(difference: Difference) -> list[dict[str, Any]]:
             "Quality and memory beyond noise",
             CHANGE,
             [(_texts(change), change.worse) for change in figures],
-            f"Noise: {STANDARD_ERRORS:g} standard errors of the difference for KL, top-1 and tasks, {PEAK_SHARE:.0%} "
+            f"Noise: {STANDARD_ERRORS:g} standard errors of the difference for quality and tasks, {PEAK_SHARE:.0%} "
             "for peaks, none for stored bytes.",
         ),
         _section(

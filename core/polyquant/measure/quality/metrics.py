@@ -56,7 +56,7 @@ class Tally:
         count, agreement = len(kl), float(same.mean())
         quantiles = [float(value) for value in torch.quantile(kl, torch.tensor([0.5, 0.9, 0.95, 0.99, 0.999]).double())]
         change = (-candidate).exp() - (-reference).exp()
-        perplexity = math.exp(float(candidate.mean()))
+        perplexity, reference_perplexity = math.exp(float(candidate.mean())), math.exp(float(reference.mean()))
         return Quality(
             preset=preset,
             windows=self.windows,
@@ -74,8 +74,9 @@ class Tally:
             rms_probability_change=float(change.square().mean().sqrt()),
             perplexity=perplexity,
             perplexity_standard_error=perplexity * _standard_error(candidate),
-            reference_perplexity=math.exp(float(reference.mean())),
+            reference_perplexity=reference_perplexity,
             storage_error=storage_error,
+            perplexity_ratio_standard_error=perplexity / reference_perplexity * _standard_error(candidate - reference),
         )
 
 

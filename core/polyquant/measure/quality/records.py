@@ -26,6 +26,7 @@ class Quality(Record, frozen=True):
     perplexity_standard_error: float
     reference_perplexity: float
     storage_error: float  # KL(reference as stored || reference), nats: what the reference's storage format adds
+    perplexity_ratio_standard_error: float | None = None  # on the same tokens; None: measured before it was kept
 
     @property
     def perplexity_ratio(self) -> float:
