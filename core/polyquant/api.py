@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from polyquant.comparison.progress import ComparisonProgress
     from polyquant.comparison.records import Goal, Part, Run
     from polyquant.comparison.result import Comparison, ComparisonDifference
+    from polyquant.comparison.sweep import Sweep
     from polyquant.finetuning.merge_methods import Target
     from polyquant.finetuning.options import Tuned
     from polyquant.loaded import LoadedModel, Prompt
@@ -189,6 +190,7 @@ def compare(
     model: str | Path,
     candidates: Sequence[str | Candidate],
     *,
+    sweep: Sweep | None = None,
     out: str | Path | None = None,
     progress: ComparisonProgress | None = None,
     parts: Sequence[Part] = ("quality", "speed"),
@@ -210,12 +212,11 @@ def compare(
 ) -> Comparison:
     """Measure candidates on `model`: quality against the dense model, speed, and every kind of memory.
 
-    candidates: `bitsandbytes:nf4,double_quant=true`, `gguf:Q4_K_M`, `gptq@folder`, `dense:bfloat16`; each is measured
-        in a process of its own. One that fails is a row with its reason.
-    out: folder that keeps finished cells; what is there is not measured again, so that a run that was killed goes on.
-        None: one in the cache, for each model.
-    progress: sees the comparison while it runs: see `polyquant.comparison.progress.ComparisonProgress`.
-    The other keywords are described by `polyquant.comparison.options.CompareOptions`.
+    candidates: `bitsandbytes:nf4,double_quant=true`, `gguf:Q4_K_M`, `gptq@folder`, `dense:bfloat16`; each in a process
+        of its own. One that fails is a row with its reason.
+    sweep: option -> values, such as {"group_size": [32, 64]}: each candidate with each of them, whatever its backend.
+    out: folder that keeps finished cells: a run that was killed goes on, and measures what is new. None: in the cache.
+    progress: a `ComparisonProgress`. The other keywords are described by `polyquant.comparison.options.CompareOptions`.
 
     >>> comparison = polyquant.compare("builtin:smollm2", ["bitsandbytes:nf4", "gguf:Q8_0"])
     >>> comparison.best(memory="6GiB").candidate.name, comparison.report("report.html")
@@ -230,21 +231,18 @@ def compare(
         "jobs": jobs, "timeout_seconds": timeout_seconds, "speed_limit_seconds": speed_limit_seconds, "retry": retry,
         "emulate_activations": emulate_activations, "engine": engine, "address": address,
     }  # fmt: skip
-    return run(model, candidates, Path(out) if out else None, convert(CompareOptions, options), progress)
+    return run(model, candidates, Path(out) if out else None, convert(CompareOptions, options), progress, sweep)
 
 
 def read_comparison(path: str | Path) -> Comparison:
-    """The comparison that lies in a folder or a comparison.json. Raises ConfigError where none does."""
+    """The comparison in a folder or a comparison.json. Raises ConfigError where none is that can be read."""
     from polyquant.comparison.result import read_comparison as read
 
     return read(path)
 
 
 def difference(before: Run | str | Path, after: Run | str | Path) -> ComparisonDifference:
-    """What changed from one comparison to another, beyond noise: `changed`, and `worsened` of it.
-
-    before, after: what `compare` or `read_comparison` returned, or where one lies. Raises ConfigError where none does.
-    """
+    """What `changed` from one comparison to another, given as such or by folder, beyond noise; and what `worsened`."""
     from polyquant.comparison.result import difference as compared
 
     return compared(before, after)

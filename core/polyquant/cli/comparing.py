@@ -19,7 +19,7 @@ from polyquant.errors import ConfigError, EnvironmentProblem
 if TYPE_CHECKING:
     from polyquant.comparison.candidates import Candidate
 
-NOT_OPTIONS = ("model", "candidates", "out")  # in a file: everything else is an option
+NOT_OPTIONS = ("model", "candidates", "sweep", "out")  # in a file: everything else is an option
 
 
 def complete_candidate(incomplete: str) -> list[str]:
@@ -37,6 +37,10 @@ def compare(
         list[str] | None,
         typer.Option("--candidate", "-c", autocompletion=complete_candidate,
                      help="backend (its first preset), backend:preset,option=value or backend@checkpoint; repeat it."),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="OPTION=VALUE,VALUE", help="Each candidate with each value; repeat it."),
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every preset of every backend that runs here.")] = False,
     file: Annotated[Path | None, typer.Option("--file", help="TOML file with model, candidates, options.")] = None,
@@ -62,9 +66,10 @@ def compare(
     settings = {**{name: value for name, value in written.items() if name not in NOT_OPTIONS}, **options}
     if all_:
         chosen += ["dense:float32", *runnable(str(settings.get("device", "auto")))]
+    sweeps = {**written.get("sweep", {}), **dict(map(_sweep, sweep or ()))}
     folder = out or (Path(written["out"]) if "out" in written else None)
     with showing_rows(live=not json and sys.stderr.isatty()) as progress:
-        comparison = polyquant.compare(model, chosen, out=folder, progress=progress, **settings)
+        comparison = polyquant.compare(model, chosen, sweep=sweeps, out=folder, progress=progress, **settings)
     report, lacking = None, ""
     try:
         report = comparison.report(Path(comparison.folder) / "report.html")
@@ -98,6 +103,7 @@ class _Written(msgspec.Struct):
 
     model: str = ""
     candidates: list[str | dict[str, Any]] = []
+    sweep: dict[str, list[str | int | float | bool]] = {}
     out: str = ""
 
 
@@ -124,6 +130,15 @@ def _read(file: Path) -> dict[str, Any]:
         if name in own:
             content[name] = value
     return content
+
+
+def _sweep(text: str) -> tuple[str, list[str]]:
+    """An option and its values, as in group_size=32,64."""
+    option, _, values = text.partition("=")
+    found = [value.strip() for value in values.split(",") if value.strip()]
+    if not (option.strip() and found):
+        raise ConfigError(f"--sweep is written as group_size=32,64,128, got {text!r}")
+    return option.strip().replace("-", "_"), found
 
 
 def _candidate(entry: str | dict[str, Any]) -> str | Candidate:

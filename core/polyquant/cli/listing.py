@@ -22,6 +22,7 @@ def backends(
     trains: Annotated[bool | None, typer.Option(help="Adapters train on it.", show_default=False)] = None,
     compiles: Annotated[bool | None, typer.Option(help="torch.compile works.", show_default=False)] = None,
     offloads: Annotated[bool | None, typer.Option(help="Offloads to the CPU.", show_default=False)] = None,
+    option: Annotated[str | None, typer.Option(help="Has an option of this name, such as group_size.")] = None,
     json: Json = False,
 ) -> None:
     """List installed backends and what they can do.

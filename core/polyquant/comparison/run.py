@@ -20,6 +20,7 @@ from polyquant.comparison.records import Part, Result, Row, Setting
 from polyquant.comparison.reference import chosen_reference, compute_in_child, is_stored
 from polyquant.comparison.result import FILE, Comparison
 from polyquant.comparison.store import cell_path, comparisons_folder, joined, read_cell, write_cell
+from polyquant.comparison.sweep import Sweep, swept
 from polyquant.errors import ComparisonBusy, ConfigError
 from polyquant.measure.quality.windows import preset_named
 from polyquant.models import builtin
@@ -35,10 +36,11 @@ from polyquant.support.texts.named import named_text
 
 def compare(
     model: str | Path, candidates: Sequence[str | Candidate], out: Path | None, options: CompareOptions,
-    progress: ComparisonProgress | None = None,
+    progress: ComparisonProgress | None = None, sweep: Sweep | None = None,
 ) -> Comparison:  # fmt: skip
     """See `polyquant.compare`."""
     chosen = [parse(each, registry().info) if isinstance(each, str) else each for each in candidates]
+    chosen = swept(chosen, sweep or {}, registry().info)
     if options.emulate_activations:
         chosen = [with_emulation(each) for each in chosen]
     _require_candidates(chosen)

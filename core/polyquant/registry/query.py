@@ -7,11 +7,13 @@ from typing import overload
 
 import msgspec
 
-from polyquant.errors import ConfigError, did_you_mean
+from polyquant.errors import ConfigError, PolyquantError, did_you_mean
+from polyquant.options import describe_options
 from polyquant.support.shown import Look, Looked
 from polyquant.types import BackendInfo, Capabilities, Record
 
 PLURAL = {"scheme": "schemes", "device": "devices", "quant_method": "loads_prequantized"}
+OPTION = "option"  # in a query: a name, not a capability
 
 
 class Miss(Record, frozen=True):
@@ -66,22 +68,39 @@ def select(cards: Iterable[BackendInfo], query: Mapping[str, object], broken: It
     """Filter `cards` by capabilities.
 
     query: names of Capabilities fields, or `scheme`, `device`, `quant_method`; a value that a collection must
-    contain (bits=4), or True or False. Raises ConfigError for a name that is no capability.
+    contain (bits=4), or True or False; `option`: the name of an option that a backend must have, which imports its
+    plugin. Raises ConfigError for a name that is no capability, or no option of any backend.
     """
+    query = dict(query)
+    option = query.pop(OPTION, None)
     fields = [field.name for field in msgspec.structs.fields(Capabilities)]
     names = {key: PLURAL.get(key, key) for key in query}
     for key, field in names.items():
         if field not in fields:
-            known = [*fields, *PLURAL]
+            known = [*fields, *PLURAL, OPTION]
             raise ConfigError(f"unknown capability {key!r}; there are {', '.join(known)}.{did_you_mean(key, known)}")
     found, misses = [], list(broken)
+    options: set[str] = set()  # of all
     for card in cards:
         wanted = ((names[key], value) for key, value in query.items() if value is not None)
         reasons = [reason for field, value in wanted if (reason := _miss(card.capabilities, field, value))]
+        if option is not None:
+            try:
+                own = [each.name for each in describe_options(card.options)]
+            except PolyquantError as error:  # its plugin is imported for the first time
+                misses.append(Miss(name=card.name, reasons=(str(error),), broken=True))
+                continue
+            options.update(own)
+            reasons += [] if option in own else [f"options are {', '.join(own)}, not {option}"]
         if reasons:
             misses.append(Miss(name=card.name, reasons=tuple(reasons)))
         else:
             found.append(card)
+    if option is not None and option not in options and options:
+        raise ConfigError(
+            f"no backend has an option {option!r}; see one's: polyquant run --backend NAME --help."
+            f"{did_you_mean(str(option), options)}"
+        )
     return Selection(found, misses)
 
 
