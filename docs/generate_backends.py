@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from polyquant.options import BackendOptions, Option, describe_options
+from polyquant.registry.written import presets
 from polyquant.types import BackendInfo, Library
 
 NOTES = "<!-- notes -->"
@@ -33,7 +34,7 @@ def backend_page(info: BackendInfo, package: str, folder: str, measured: str, co
         "## Can",
         markdown(("capability", "value"), list(capability_rows(info))),
         "## Presets",
-        markdown(("preset", "options"), [(f"`{name}`", written(options)) for name, options in info.presets.items()])
+        markdown(("preset", "options"), [(f"`{name}`", written(options)) for name, options in presets(info).items()])
         if info.presets else "None: its options are given one by one.",
         f"In a candidate: `{info.name}:{next(iter(info.presets), '')}`; the first is what its name alone means.",
         "## Options",

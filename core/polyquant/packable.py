@@ -35,6 +35,8 @@ class PackableOptions(BackendOptions, frozen=True, kw_only=True, forbid_unknown_
     head: Annotated[VocabularyBits, Meta(description="bits of an output head that is not tied, as embeddings")] = "auto"
 
     load_time: ClassVar[frozenset[str]] = BackendOptions.load_time | {"kernel", "embeddings", "head"}
+    quantizes_vocabulary: ClassVar[bool] = False
+    """Whether the format has embedding and head in few bits of its own accord: there is then no preset `small`."""
 
 
 class ExpertsOptions(PackableOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -43,6 +43,8 @@ def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], conf
         ]
     for option in OPTIONS:
         if (bits := getattr(config, option, "")) in VOCABULARY:
+            if option == "head" and bits == getattr(config, "embeddings", "") and is_tied(weights):
+                continue  # they are asked for the same
             place = place_of(option, planned, weights)
             planned[place] = in_vocabulary(planned[place], bits)
     return planned
@@ -69,13 +71,20 @@ def is_halved(weight: WeightInfo, config: BackendOptions) -> bool:
     return weight.role in OPTIONS.values() and weight.dtype in HALVES and config.compute_dtype == "float32"
 
 
+def is_tied(weights: Sequence[WeightInfo]) -> bool:
+    """Whether the output head is the embedding's weight: `head` may then say no other than `embeddings`."""
+    heads = [weight for weight in weights if weight.role == "head" and len(weight.shape) == 2]
+    return bool(heads and heads[0].tied_to)
+
+
 def place_of(option: str, plans: Sequence[LayerPlan], weights: Sequence[WeightInfo]) -> int:
     """Where the embedding, or the head, is in the plans. Raises ConfigError where it is tied, quantized or absent."""
     role = OPTIONS[option]
     own = [place for place, weight in enumerate(weights) if weight.role == role and len(weight.shape) == 2]
-    if role == "head" and own and weights[own[0]].tied_to:
+    if role == "head" and is_tied(weights):
         raise ConfigError(
-            f"{weights[own[0]].name} is tied to {weights[own[0]].tied_to}: embeddings= is for both, leave head out"
+            f"{weights[own[0]].name} is tied to {weights[own[0]].tied_to}: embeddings= is for both, leave head out "
+            "or give it the same"
         )
     if not own:
         raise ConfigError(f"this model has no matrix that is its {role}: leave {option} out")

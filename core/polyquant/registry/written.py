@@ -12,10 +12,13 @@ from typing import Any
 
 from polyquant.errors import ConfigError, did_you_mean
 from polyquant.options import BackendOptions, convert, describe_options
+from polyquant.packable import PackableOptions
 from polyquant.types import BackendInfo
 
 SYNTAX = "backend (its first preset), backend:preset, backend:preset,option=value,... or backend@checkpoint"
 QUERY_WORDS = ("bits", "scheme")
+SMALL, IN_EIGHT = "small", {"embeddings": "8bit", "head": "8bit"}
+"""A preset of every backend that rounds to 4 bits while loading, and what it adds to the first of those."""
 
 
 def pairs(text: str, words: Sequence[str]) -> dict[str, str]:
@@ -46,15 +49,28 @@ def preset_and_pairs(text: str, rest: str) -> tuple[str, dict[str, str]]:
     return preset, pairs(text, words)
 
 
+def presets(info: BackendInfo) -> dict[str, Mapping[str, object]]:
+    """The card's by name, and SMALL where it rounds while loading: the first of 4 bits, embedding and head in 8."""
+    found = dict(info.presets)
+    options = info.options
+    packable = issubclass(options, PackableOptions) and not options.quantizes_vocabulary
+    if info.capabilities.on_the_fly and packable:
+        four = (each for each in info.presets.values() if convert(options, each).weight_bits == 4)
+        if (first := next(four, None)) is not None:
+            found.setdefault(SMALL, {**first, **IN_EIGHT})
+    return found
+
+
 def preset_options(info: BackendInfo, preset: str) -> Mapping[str, object]:
     """The options of a preset; none of the empty name. Raises ConfigError where the backend does not have it."""
-    if preset and preset not in info.presets:
-        known = ", ".join(info.presets) or "none"
+    known = presets(info)
+    if preset and preset not in known:
+        words = ", ".join(known) or "none"
         raise ConfigError(
-            f"{info.name} has no preset {preset!r}; there are {known}.{did_you_mean(preset, info.presets)} "
+            f"{info.name} has no preset {preset!r}; there are {words}.{did_you_mean(preset, known)} "
             "Options are written as name=value"
         )
-    return info.presets.get(preset, {})
+    return known.get(preset, {})
 
 
 def named(backend: str, options: Mapping[str, Any], card: Callable[[str], BackendInfo]) -> tuple[str, dict[str, Any]]:
@@ -99,13 +115,13 @@ def resolved(info: BackendInfo, given: Mapping[str, object], *, strict: bool = T
             ", ".join(f"{name}={value!r}" for name, value in each.items() if name not in own) for each in found
         )
         raise ConfigError(f"{asked} may be several of {info.name}'s: say which, {choices}")
-    can, presets = info.capabilities, ", ".join(info.presets) or "none"
+    can, known = info.capabilities, ", ".join(presets(info)) or "none"
     if not formats and len(words) == 1 and _is_declared(info, *next(iter(words.items()))):
-        said = f"reads checkpoints with {asked}, and none of its options makes one; presets are {presets}"
+        said = f"reads checkpoints with {asked}, and none of its options makes one; presets are {known}"
         raise ConfigError(f"{info.name} {said}")
     raise ConfigError(
         f"{info.name} has nothing with {asked}; bits are {', '.join(f'{bits:g}' for bits in can.bits)}, schemes "
-        f"{', '.join(can.schemes)}, presets {presets}"
+        f"{', '.join(can.schemes)}, presets {known}"
     )
 
 

@@ -62,6 +62,7 @@ class MlxOptions(MixableOptions, PackableOptions, frozen=True, kw_only=True, for
     format_options: ClassVar[tuple[str, ...]] = ("mode", "bits", "group_size")
     mixes: ClassVar[tuple[str, ...]] = ("linear", "head", "embedding", "experts")
     takes_experts: ClassVar[bool] = True
+    quantizes_vocabulary: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         fixed = FLOATS.get(self.mode)
