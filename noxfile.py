@@ -5,6 +5,8 @@ Python 3.11 and pip are all that is needed: `python -m pip install nox && python
 
 from __future__ import annotations
 
+import os
+import shutil
 import tomllib
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +42,7 @@ without an index of one's own, several gigabytes each."""
 CORE_TESTS = ("editables", "hatchling", "hypothesis", "jinja2", "matplotlib", "openai", "pandas", "plotly",
               "prometheus-client", "pytest", "pytest-timeout", "pytest-xdist", "starlette", "tensorboard",
               "uvicorn")  # fmt: skip
+RELEASED = ("polyquant", "polyquant_kernels", "polyquant_bitsandbytes")  # that `nox -s release` installs with libraries
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 
 nox.needs_version = ">=2024.4"
@@ -239,6 +242,31 @@ def docs(session: nox.Session) -> None:
     session.chdir("docs/site")  # mkdocstrings finds its extension from here
     session.run("python", "-m", "mkdocs", "build", "--quiet", "--clean")
     session.run("python", "check.py")
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Every distribution as it is published, in dist/: built, checked, installed where nothing else is, and tried.
+
+    The wheels are built from the sdists. What is in none of them is in no release: tests/packages.py looks.
+    """
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.install("-c", "constraints.txt", "build", "packaging", "pytest", "twine")
+    build = ("python", "-m", "build", "--outdir", str(dist))
+    session.run(*build, str(ROOT), silent=True)
+    for path in (KERNELS, *PLUGINS.values()):
+        source = Path(session.create_tmp()) / path.name
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(path, source, ignore=shutil.ignore_patterns("__pycache__", "build"))
+        shutil.copy(ROOT / "LICENSE", source)  # once in the repository, and in each distribution
+        session.run(*build, str(source), silent=True)
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    wheels = {path.name.partition("-")[0]: str(path) for path in sorted(dist.glob("*.whl"))}
+    session.install("-c", "constraints.txt", *(wheels.pop(name) for name in RELEASED))
+    session.install("--no-deps", *wheels.values())
+    session.env["HF_HUB_OFFLINE"] = "1"
+    session.run("python", "-m", "pytest", "-c", os.devnull, "--noconftest", "tests/packages.py")
 
 
 @nox.session

@@ -27,6 +27,7 @@ SHOWN = ("text", "toml", "json", "svg")  # nothing to run
 NOT_RUN = {
     ("README.md", "python -m pip install nox"): "makes an environment and runs the demo; CI does",
     ("README.md", "python -m nox -s tests"): "is what runs this",
+    ("README.md", "pip install"): "installs; packages.py tries what was",
     ("authors/index.md", "pip install 'polyquant[testing]'"): "installs from an index",
     ("authors/index.md", "polyquant check-backend acme"): "needs acme installed; test_authoring.py does all of it",
     ("how-to/index.md", "pip install polyquant-autoawq"): "installs from an index",
