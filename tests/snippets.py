@@ -83,7 +83,8 @@ def furnish(folder: Path) -> None:
     from polyquant.testing.texts import CALIBRATION
 
     shutil.copytree(tiny_model("llama", folder.parent / "tiny"), folder / "MODEL")
-    shutil.copy(ROOT / "docs" / "examples" / "captain.jsonl", folder / "captain.jsonl")
+    for name in ("captain.jsonl", "train.yaml"):
+        shutil.copy(ROOT / "docs" / "examples" / name, folder / name)
     example = json.dumps({"prompt": "What is the capital of Norway?", "completion": " Oslo."})
     (folder / "train.jsonl").write_text(f"{example}\n" * 20)
     (folder / "pages.txt").write_text("\n\n".join([*CALIBRATION] * 8))

@@ -74,4 +74,18 @@ def backend_named_in(words: list[str]) -> str | None:
             return words[index + 1]
         if word.startswith("--backend="):
             return word.partition("=")[2]
+    return _backend_in_file(words)
+
+
+def _backend_in_file(words: list[str]) -> str | None:
+    """The backend that the file of `--config` names, whose options are flags too."""
+    for index, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        path = value if equals else "".join(words[index + 1 : index + 2])
+        if flag == "--config" and path:
+            from pathlib import Path
+
+            from polyquant.cli.training_file import backend_in
+
+            return backend_in(Path(path))
     return None

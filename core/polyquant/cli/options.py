@@ -85,7 +85,7 @@ def spread(command: Callable[..., Any], parameter: str, options_type: type[msgsp
     @functools.wraps(command)
     def run(**values: Any) -> Any:
         given = {each.name: values.pop(each.name) for each in own}
-        typed = _typed(options_type, {name: value for name, value in given.items() if value not in (None, [])})
+        typed = typed_text(options_type, {name: value for name, value in given.items() if value not in (None, [])})
         return command(**values, **{parameter: typed})
 
     return _signed(run, [each for name, each in signature.items() if name != parameter] + own)
@@ -152,7 +152,8 @@ def _query_words(info: BackendInfo) -> list[Option]:
     ]
 
 
-def _typed(options_type: type[msgspec.Struct], text: dict[str, object]) -> dict[str, object]:
+def typed_text(options_type: type[msgspec.Struct], text: dict[str, object]) -> dict[str, object]:
+    """Values of some options of a record, of text or already typed. Raises ConfigError for what is not allowed."""
     found = convert(options_type, text, strict=False)
     return {name: getattr(found, name) for name in text}
 

@@ -144,7 +144,8 @@ def verification(report: Verification) -> None:
     console.print(styled("[green]verified[/]" if report.passed else "[red]verification failed[/]"))
 
 
-def tuned(run: Tuned) -> None:
+def tuned(run: Tuned, command: str) -> None:
+    """command: runs the model with the adapter."""
     table = _pairs()
     table.add_row("adapter", f"{run.adapter} ({size(run.adapter_bytes)})")
     table.add_row(
@@ -158,7 +159,7 @@ def tuned(run: Tuned) -> None:
     )
     console.print(table)
     _notes(run.notes)
-    console.print(f'use it: polyquant run MODEL --backend NAME --adapter {run.adapter} "..."')
+    console.print(f"use it: {command}", soft_wrap=True, markup=False, highlight=False)
 
 
 def merged(out: Path, quality: Quality) -> None:

@@ -2,40 +2,114 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import typer
 
 import polyquant
 from polyquant.cli.arguments import Json, Loading, Model
-from polyquant.cli.output import print_json
+from polyquant.cli.options import typed_text, usable_card
+from polyquant.cli.output import print_json, say
+from polyquant.cli.training_file import ARGUMENTS, backend_in, read_training_file
+from polyquant.errors import ConfigError
+from polyquant.finetuning.options import TrainingOptions
+from polyquant.loading.options import LoadOptions
+from polyquant.options import describe_options, pairs_of
+
+USUAL = {field.name: field.default for field in msgspec.structs.fields(LoadOptions)}
+"""How the options of loading are where no flag says otherwise: what `run_command` need not say."""
 
 
 def finetune(
-    model: Model,
-    data: Annotated[str, typer.Option(help="JSONL, a text file, or the name of a dataset.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.", show_default=False)],
+    context: typer.Context,
     loading: Loading,
     training: dict[str, Any],
+    model: Annotated[str, typer.Argument(help="Hub name, local folder, or builtin:smollm2.")] = "",
+    data: Annotated[str, typer.Option(help="JSONL, a text file, or the name of a dataset.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder for the adapter.", show_default=False)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML, JSON or TOML file with any of these options, by their names or TRL's; flags win."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of polyquant.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was left unfinished.")] = False,
     json: Json = False,
 ) -> None:
     """Train LoRA adapters on a quantized base. Killed or interrupted, the same command goes on.
 
-    Example: polyquant finetune builtin:smollm2 -b bitsandbytes --bits 4 --data train.jsonl --out adapter --steps 30
+    Example: polyquant finetune builtin:smollm2 -b bitsandbytes --bits 4 --data train.jsonl --out adapter --steps 30 ·
+    polyquant finetune --config train.yaml
     """
     from polyquant.cli import show
     from polyquant.cli.progress import showing_training
 
+    written = _from_file(config, context, loading) if config else {}
+    given = {"model": model, "data": data, "out": out, "overwrite": overwrite, "restart": restart}
+    values = given | {name: written.pop(name) for name in given if name in written}
+    for name, flag in (("model", "MODEL"), ("data", "--data FILE"), ("out", "--out DIR")):
+        if not values[name]:
+            where = f", or {name} in {config}" if config else ", or a file of options with --config"
+            raise ConfigError(f"no {name} is given: {flag}{where}")
+    out = Path(values["out"])
+    trained = {name: written.pop(name) for name in TrainingOptions.__struct_fields__ if name in written}
+    training = {**typed_text(TrainingOptions, trained), **training}
+    backend, revision = written.pop("backend", loading.backend), written.pop("revision", loading.revision)
+    options = {**loading.options, **written}
     with nullcontext() if json else showing_training() as progress:
         tuned = polyquant.finetune(
-            model, data, out, backend=loading.backend, overwrite=overwrite, restart=restart, progress=progress,
-            revision=loading.revision, **training, **loading.options,
+            str(values["model"]), str(values["data"]), out, backend=backend, overwrite=bool(values["overwrite"]),
+            restart=bool(values["restart"]), progress=progress, revision=revision, **training, **options,
         )  # fmt: skip
-    print_json(tuned) if json else show.tuned(tuned)
+    if json:
+        print_json(tuned)
+    else:
+        command = run_command(str(values["model"]), backend, {"revision": revision, **options}, tuned.adapter)
+        show.tuned(tuned, command)
+
+
+def _from_file(path: Path, context: typer.Context, loading: Loading) -> dict[str, Any]:
+    """The options of the file, less those that flags give, of which it says so."""
+    info = usable_card(backend_in(path) or loading.backend)
+    own = [option.name for option in describe_options(info.options)] if info else []
+    known = {*ARGUMENTS, *TrainingOptions.__struct_fields__, *loading.options, *own}
+    written, fields = read_training_file(path, known)
+    for name in list(written):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = name.upper() if name == "model" else f"--{name.replace('_', '-')}"
+            say(f"{flag} takes the place of {fields[name]} in {path}", error=True)
+            del written[name]
+    return written
+
+
+def run_command(model: str, backend: str | None, options: Mapping[str, Any], adapter: str) -> str:
+    """The command line that runs a model with the adapter that was trained on it, as it was loaded."""
+    words = ["polyquant", "run", model, *(["--backend", backend] if backend else [])]
+    info = usable_card(backend)
+    tables = (
+        {option.name: option.flag for option in describe_options(info.options) if option.kind == "table"}
+        if info
+        else {}
+    )
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value in (None, "", [], ()) or (name in USUAL and value == USUAL[name]):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif name in tables:
+            for pattern, form in pairs_of(value):
+                words += [tables[name], f"{pattern}={form}"]
+        elif isinstance(value, Mapping):
+            words += [flag, ",".join(f"{key}={entry}" for key, entry in value.items())]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
+    return shlex.join([*words, "--adapter", adapter, "Once upon a time"])
 
 
 def merge(
