@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 READMES = sorted(ROOT.glob("plugins/*/README.md"))
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-SHOWN = ("text", "toml", "json", "svg")  # nothing to run
+SHOWN = ("text", "toml", "json", "yaml", "svg")  # nothing to run
 NOT_RUN = {
     ("README.md", "python -m pip install nox"): "makes an environment and runs the demo; CI does",
     ("README.md", "python -m nox -s tests"): "is what runs this",

@@ -18,12 +18,7 @@ from polyquant.cli.output import print_json, say
 from polyquant.cli.training_file import ARGUMENTS, backend_in, read_training_file
 from polyquant.errors import ConfigError
 from polyquant.finetuning.options import TrainingOptions
-from polyquant.loading.options import LoadOptions
 from polyquant.options import describe_options, pairs_of
-
-USUAL = {field.name: field.default for field in msgspec.structs.fields(LoadOptions)}
-"""How the options of loading are where no flag says otherwise: what `run_command` need not say."""
-
 
 def finetune(
     context: typer.Context,
@@ -89,6 +84,9 @@ def _from_file(path: Path, context: typer.Context, loading: Loading) -> dict[str
 
 def run_command(model: str, backend: str | None, options: Mapping[str, Any], adapter: str) -> str:
     """The command line that runs a model with the adapter that was trained on it, as it was loaded."""
+    from polyquant.loading.options import LoadOptions
+
+    usual = {field.name: field.default for field in msgspec.structs.fields(LoadOptions)}
     words = ["polyquant", "run", model, *(["--backend", backend] if backend else [])]
     info = usable_card(backend)
     tables = (
@@ -98,7 +96,7 @@ def run_command(model: str, backend: str | None, options: Mapping[str, Any], ada
     )
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
-        if value in (None, "", [], ()) or (name in USUAL and value == USUAL[name]):
+        if value in (None, "", [], ()) or (name in usual and value == usual[name]):
             continue
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
