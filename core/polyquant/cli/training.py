@@ -20,6 +20,7 @@ from polyquant.errors import ConfigError
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.options import describe_options, pairs_of
 
+
 def finetune(
     context: typer.Context,
     loading: Loading,
