@@ -166,7 +166,7 @@ def test_verification_reports_the_planned_peak(bitsandbytes, tmp_path):
     loaded = polyquant.load(folder, "bitsandbytes", bits=4, device="cpu")
     memory = polyquant.verify(loaded).memory
     (record,) = [record for record in loaded.records if record.hook == "load"]
-    assert record.held_bytes < memory.load_peak_bytes
+    assert record.held_bytes <= memory.load_peak_bytes
     assert record.held_bytes < memory.load_peak_planned_bytes < 2 * memory.load_peak_bytes
 
 

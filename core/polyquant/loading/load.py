@@ -95,7 +95,7 @@ def load_model(
         given = {**given, "kernel": config.kernel} if isinstance(config, PackableOptions) else given
     adapters = adapter.require(how.adapter, backend.capabilities)  # before the weights are read
     request, settled = prepare(model, backend, config, given, how, route)
-    with giving_back(settled) if how.return_freed_memory else nullcontext():
+    with giving_back(settled, asked=how.return_freed_memory):
         chosen = kernel.is_chosen(config, settled.options)
         loaded, failed = _tried(backend, request, settled, chosen=chosen, cached=how.cache)
         if loaded is None:
@@ -142,7 +142,7 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled, *, ca
         place = quantized_cache.place_of(backend, request, settled)
     restored = quantized_cache.restore(place, backend, request, settled) if place is not None else None
     with as_stored(settled, request.source.name, backend.name):
-        loaded = restored or backend.load(request, settled)
+        loaded = restored or _loaded(backend, request, settled)
     if loaded.tokenizer is None:
         loaded.tokenizer = tokenizer
     if loaded.tokenizer is None:
@@ -168,6 +168,16 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled, *, ca
     if place is not None and restored is None:
         quantized_cache.keep(place, loaded, backend)
     return loaded
+
+
+def _loaded(backend: Backend, request: LoadRequest, settled: Settled) -> LoadedModel:
+    """What the backend loads, as far as it goes layer by layer with each packed at once."""
+    if not backend.capabilities.runs_on_torch:
+        return backend.load(request, settled)
+    from polyquant.registry import repacked
+
+    with repacked.at_once(backend, request, settled):
+        return backend.load(request, settled)
 
 
 def _emulate(loaded: LoadedModel) -> None:
@@ -235,13 +245,18 @@ def _packed_later(backend: Backend, settled: Settled, source: str) -> frozenset[
     return frozenset(plan.name for plan in plans if plan.role == "experts" and plan.packed is not None)
 
 
-def giving_back(settled: Settled) -> AbstractContextManager[None]:
-    """Within it, memory that a load on the CPU frees goes back to the system; see `support.malloc`."""
+def giving_back(settled: Settled, *, asked: bool) -> AbstractContextManager[None]:
+    """Within it, memory that a load on the CPU frees goes back to the system; see `support.malloc`.
+
+    Of a checkpoint that is quantized as it is read always, beside what `polyquant.plugin.stream` does between tensors:
+    int4 of HQQ keeps 180 MB of SmolLM2, and its load added 1039 MB without either, and 259 MB with this. asked: of
+    others too.
+    """
     from polyquant.support.malloc import freeing_at_once, returning_freed_memory
 
-    if settled.device != "cpu":
+    if settled.device != "cpu" or not (asked or settled.checkpoint.in_turn):
         return nullcontext()
-    # the first leaves least behind, and takes a tenth longer where every layer is quantized
+    # the first leaves least behind, and takes up to three times as long where every layer is quantized
     return freeing_at_once() if settled.checkpoint.quantized else returning_freed_memory()
 
 

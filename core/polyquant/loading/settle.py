@@ -236,4 +236,5 @@ def _checkpoint(model: Model, weights: tuple[WeightInfo, ...], route: Route) -> 
         dtype = next((found.dtype for found in embeddings if found), outline.dtype)
         return Checkpoint(nbytes=outline.checkpoint_bytes, dtype=dtype, quantized=True)
     dtype = "float32" if model.source.gguf_file else outline.dtype
-    return Checkpoint(nbytes=model.dense_file_bytes(weights), dtype=dtype, quantized=False)
+    in_turn = route != "make first" and model.is_read_in_turn()
+    return Checkpoint(nbytes=model.dense_file_bytes(weights), dtype=dtype, quantized=False, in_turn=in_turn)

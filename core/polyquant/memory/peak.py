@@ -42,7 +42,7 @@ def measure_peak() -> Iterator[Peak]:
             peak.device = "cuda"
             peak.peak_bytes = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
         elif resettable:
-            peak.peak_bytes = _resident_peak()
+            peak.peak_bytes = max(_resident_peak(), peak.held_bytes or 0)  # Linux counts pages of threads in batches
 
 
 def _reset_resident_peak() -> bool:

@@ -94,6 +94,12 @@ class Model:
         each = 4 if self.source.gguf_file else DTYPE_BYTES.get(self.outline.dtype, 2)  # GGUFs are made float32
         return sum(each * prod(weight.shape) for weight in weights if not weight.tied_to and weight.role != "buffer")
 
+    def is_read_in_turn(self) -> bool:
+        """Whether a load can quantize the dense checkpoint tensor by tensor as it is read; else it is loaded whole."""
+        from polyquant.models import conversions
+
+        return conversions.read_in_turn(self.source, trust_remote_code=self._trust)
+
     def _require_fit(self, skeleton: Any) -> None:
         """Raises ModelError where the checkpoint's headers lack a tensor of the model, or hold others."""
         if self.source.gguf_file or not self.outline.tensors:

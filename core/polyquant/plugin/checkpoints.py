@@ -28,6 +28,7 @@ from polyquant.models.versions import tied_tensors
 from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype
 from polyquant.packed_weights.experts import ExpertStack, put_in
+from polyquant.plugin import stream
 from polyquant.plugin.dtypes import cast_dense, dense_dtypes, stored_dtype
 from polyquant.plugin.experts import stored_part
 from polyquant.plugin.layers import fill_empty
@@ -93,7 +94,7 @@ def read_layers(
         dense[name] = tensor if as_stored else cast_dense(source, name, tensor, dtypes.get(name, wanted))
     for name in tqdm(names, desc="Loading", unit="layer", disable=not request.progress):
         try:
-            layer = make(name, _dense(model, name), layers.pop(name, {}))
+            layer = make(name, stream.named(model, name), layers.pop(name, {}))
         except (AttributeError, ModelError) as error:
             raise ModelError(f"{source.name}: {name} cannot be read: {error}") from error
         put(model, name, layer)
@@ -118,36 +119,40 @@ def quantize_layers(
     The twin of `read_layers`. make: (name, dense module or tensor of experts) -> the module in its place, whose
     tensors, but for a bias, keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on
     the device of the request.
-    after: called with the model before its dense tensors are cast and moved, to tie what was tied to a replaced module.
-    The model is loaded in the checkpoint's dtype: on the CPU its weights are then pages of the file, read in turn.
+    after: called with the model where what others are tied to has been replaced, and before its dense tensors are cast
+    and moved, to tie them.
+    Each is handed over in the checkpoint's dtype, and read when its turn comes; see `polyquant.plugin.stream`.
     Raises ModelError, with the checkpoint's name, where `make` does.
     """
     source, wanted, dtypes = request.source, getattr(torch, dtype), dense_dtypes(request)
     where = msgspec.structs.replace(request, device_map={"": "cpu"}) if on_cpu else request
-    model = load_causal_lm(where, stored_dtype(source, dtype))
-    for name in tqdm(names, desc="Quantizing", unit="layer", disable=not request.progress):
+    held, turns = stored_dtype(source, dtype), iter(names)
+    if streamed := stream.is_streamed(request):
+        model = empty_causal_lm(request, held)
+        turns = stream.quantized_in_turn(model, request, held, names, where.device_map)
+    else:
+        model = load_causal_lm(where, held)
+    ties = {tied.rpartition(".")[0]: origin.rpartition(".")[0] for tied, origin in tied_tensors(model).items()}
+    for name in tqdm(turns, desc="Quantizing", unit="layer", total=len(names), disable=not request.progress):
         try:
-            layer = make(name, _dense(model, name))
+            layer = make(name, stream.named(model, name))
         except ModelError as error:
             raise ModelError(f"{source.name}: {name} cannot be quantized: {error}") from error
         put(model, name, layer)
-    if after is not None:
-        after(model)
-    made, named = set(names), list(model.named_parameters(remove_duplicate=False))
-    packed = {id(each) for name, each in named if name.rpartition(".")[0] in made and not name.endswith(".bias")}
-    for name, parameter in model.named_parameters():  # a tied head may come before the embedding that it shares with
-        if name not in request.later and parameter.is_floating_point() and id(parameter) not in packed:
+        del layer
+        if after is not None and name in ties.values():
+            after(model)
+        stream.packed_at_once(model, name)
+    made = {*names, *request.later}
+    made |= {tied for tied, origin in ties.items() if origin in made}
+    for name, parameter in model.named_parameters():
+        is_packed = name.rpartition(".")[0] in made and not name.endswith(".bias")
+        if name not in request.later and parameter.is_floating_point() and not is_packed:
             parameter.data = cast_dense(source, name, parameter.data, dtypes.get(name, wanted))
     model.config.dtype = wanted
-    if on_cpu:
+    if on_cpu or streamed:
         place(model, request)
     return model
-
-
-def _dense(model: Any, name: str) -> Any:
-    """The module of that name, or the tensor of fused experts."""
-    owner, _, short = name.rpartition(".")
-    return getattr(model.get_submodule(owner), short)
 
 
 def put(model: Any, name: str, layer: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from polyquant.errors import ModelError
 from polyquant.models.headers import stored_tensors
 from polyquant.options import Dtype
+from polyquant.plugin.parts import is_finite
 from polyquant.request import LoadRequest, ModelSource
 
 
@@ -37,7 +38,7 @@ def dense_dtypes(request: LoadRequest) -> dict[str, torch.dtype]:
 def cast_dense(source: ModelSource, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A dense tensor in `dtype`. Raises ModelError where it holds numbers that this dtype does not."""
     narrowed = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not bool(torch.isfinite(narrowed).all()):
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not is_finite(narrowed):
         largest, kind = float(tensor.abs().max()), str(dtype).removeprefix("torch.")
         raise ModelError(
             f"{source.name}: {name} holds {largest:.3g}, and {kind} ends at {torch.finfo(dtype).max:.3g}; "

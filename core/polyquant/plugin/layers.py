@@ -24,7 +24,7 @@ from polyquant.packed_weights.frozen import (
 )
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.plugin.describe import Quantized, describe
-from polyquant.plugin.parts import Part, layer_tensors, parts_of, require_parts
+from polyquant.plugin.parts import Part, is_finite, layer_tensors, parts_of, require_parts
 
 __all__ = [
     "CHUNK_WEIGHTS",
@@ -35,6 +35,7 @@ __all__ = [
     "Part",
     "Quantized",
     "WeightCodes",
+    "assign",
     "bias_as_parameter",
     "describe",
     "differentiable",
@@ -44,6 +45,7 @@ __all__ = [
     "frozen_for_adapters",
     "frozen_linear",
     "gptq_tensors",
+    "is_finite",
     "layer_tensors",
     "needs_gradient",
     "pack_weight",
@@ -67,15 +69,20 @@ def fill_empty(module: Any, tensors: Mapping[str, Tensor], *, tied: Collection[s
         named = ", ".join(astray[:3])
         raise ModelError(f"{len(astray)} tensors are missing or have no place in the model: {named}")
     for name, tensor in tensors.items():
-        owner, _, short = name.rpartition(".")
-        wanted = own[name]
-        if wanted.shape != tensor.shape:
-            raise ModelError(f"{name} has shape {tuple(tensor.shape)}, {tuple(wanted.shape)} was expected")
-        if wanted.is_floating_point() and not tensor.is_floating_point():
-            raise ModelError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, a floating point was expected")
-        is_parameter = isinstance(wanted, torch.nn.Parameter)
-        value = torch.nn.Parameter(tensor, wanted.requires_grad) if is_parameter else tensor
-        setattr(module.get_submodule(owner), short, value)
+        assign(module, name, tensor)
+
+
+def assign(module: Any, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the parameter or buffer of `module` of that name. Raises ModelError for a misfit."""
+    owner, _, short = name.rpartition(".")
+    home = module.get_submodule(owner)
+    wanted = getattr(home, short)
+    if wanted.shape != tensor.shape:
+        raise ModelError(f"{name} has shape {tuple(tensor.shape)}, {tuple(wanted.shape)} was expected")
+    if wanted.is_floating_point() and not tensor.is_floating_point():
+        raise ModelError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, a floating point was expected")
+    is_parameter = isinstance(wanted, torch.nn.Parameter)
+    setattr(home, short, torch.nn.Parameter(tensor, wanted.requires_grad) if is_parameter else tensor)
 
 
 def bias_as_parameter(layer: Any) -> None:
@@ -127,7 +134,7 @@ def frozen_for_adapters(model: Any) -> Any:
 def finite_weight(linear: Any) -> Tensor:
     """The weight of a dense layer, to be quantized. Raises ModelError where it holds NaN or infinity."""
     weight: Tensor = linear.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise ModelError("it holds NaN or infinity; the checkpoint is damaged")
     return weight
 

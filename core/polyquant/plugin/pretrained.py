@@ -14,6 +14,7 @@ from polyquant.errors import PlacementError
 from polyquant.loaded import LoadedModel
 from polyquant.models import hf, versions
 from polyquant.options import Dtype
+from polyquant.plugin import stream
 from polyquant.request import LoadRequest
 
 
@@ -31,11 +32,19 @@ def empty_causal_lm(request: LoadRequest, dtype: Dtype) -> Any:
             **versions.dtype_argument(getattr(torch, dtype)),
             **attention,
         )
-    if (source.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(
-            source.path, local_files_only=True, trust_remote_code=request.trust_remote_code
-        )
+    if model.can_generate():
+        _read_generation_config(model, request)
     return model.eval()
+
+
+def _read_generation_config(model: Any, request: LoadRequest) -> None:
+    """As `from_pretrained` does: older checkpoints have it in config.json."""
+    folder, own = request.source.path, (request.source.path / "generation_config.json").exists()
+    named = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
+    if own or (folder / "config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=request.trust_remote_code, **named
+        )
 
 
 def single_device(request: LoadRequest) -> str:
@@ -59,7 +68,16 @@ def place(model: Any, request: LoadRequest) -> None:
 
 
 def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode."""
+    """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode.
+
+    quantization_config: quantize a dense checkpoint, tensor by tensor as `polyquant.plugin.stream` reads it; whole
+    where it cannot, or where its modules go to several devices.
+    """
+    several = len({str(device) for device in request.device_map.values()}) > 1
+    if quantization_config is not None and not several and stream.is_streamed(request):
+        model = empty_causal_lm(request, dtype)
+        stream.quantized_by_library(model, request, dtype, quantization_config)
+        return model.eval()
     source, arguments = request.source, dict[str, Any]()
     if quantization_config is not None:
         arguments["quantization_config"] = quantization_config

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 import torch
@@ -13,9 +13,10 @@ from safetensors import safe_open
 
 from polyquant.errors import ModelError
 from polyquant.models import versions
-from polyquant.models.headers import located_tensors
+from polyquant.models.headers import StoredTensor, located_tensors
 from polyquant.request import ModelSource
 
+PIECE_WEIGHTS = 2**21  # that are read at once where they are cast: 8 MB in float32
 OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 
 
@@ -39,14 +40,47 @@ def _views(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _copies(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with path.open("rb") as file:
         for key, (stored, start) in sorted(located_tensors(path).items()):  # the order of views
-            dtype = getattr(torch, stored.dtype, None)
-            if dtype is None:
-                raise ModelError(f"{path.name}: {key} is {stored.dtype}, for which torch has no dtype")
-            tensor = torch.empty(stored.shape, dtype=dtype)
+            tensor = torch.empty(stored.shape, dtype=_dtype(path, key, stored))
             file.seek(start)
-            if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != stored.nbytes:
-                raise ModelError(f"{path.name} ended while {key} was read; fetch or write it again")
+            _read_into(tensor, file, path, key)
             yield key, tensor
+
+
+def read_tensor(
+    path: Path, key: str, stored: StoredTensor, start: int, cast: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """A tensor of a file, in memory of its own, with one copy of it at a time.
+
+    stored, start: as `located_tensors` has them. cast: gives a tensor in the dtype that is wanted; called with pieces
+    of it, as stored.
+    """
+    own = _dtype(path, key, stored)
+    dtype = cast(torch.empty(0, dtype=own)).dtype
+    with path.open("rb") as file:
+        file.seek(start)
+        tensor = torch.empty(stored.shape, dtype=dtype)
+        if own == dtype:
+            _read_into(tensor, file, path, key)
+            return cast(tensor)
+        whole = tensor.view(-1)
+        piece = torch.empty(min(PIECE_WEIGHTS, len(whole)), dtype=own)
+        for first in range(0, len(whole), PIECE_WEIGHTS):
+            part = piece[: len(whole) - first]
+            _read_into(part, file, path, key)
+            whole[first : first + len(part)] = cast(part)
+    return tensor
+
+
+def _dtype(path: Path, key: str, stored: StoredTensor) -> torch.dtype:
+    dtype: torch.dtype | None = getattr(torch, stored.dtype, None)
+    if dtype is None:
+        raise ModelError(f"{path.name}: {key} is {stored.dtype}, for which torch has no dtype")
+    return dtype
+
+
+def _read_into(tensor: torch.Tensor, file: BinaryIO, path: Path, key: str) -> None:
+    if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
+        raise ModelError(f"{path.name} ended while {key} was read; fetch or write it again")
 
 
 def own_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import torch
 from tqdm import tqdm
 
-from polyquant.errors import BrokenBackend, ConfigError, ModelError
+from polyquant.errors import BrokenBackend, ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.experts import left_dense, one_expert
 from polyquant.memory.packed import is_halved, scheme_of
-from polyquant.models.versions import tied_tensors
 from polyquant.modules import module_of
 from polyquant.packable import is_packed, packs_any
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.experts import ExpertStack, LinearExperts, RepackedExperts, put_in
-from polyquant.packed_weights.half import HalfEmbedding, HalfLinear
 from polyquant.packed_weights.linear import RepackedLinear
-from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
+from polyquant.packed_weights.vocabulary import RepackedEmbedding
 from polyquant.packed_weights.weight import PackedWeight
+from polyquant.plugin import stream
 from polyquant.plugin.dtypes import cast_dense
+from polyquant.plugin.parts import is_finite
 from polyquant.plugin.quantizer import forget_library
-from polyquant.types import LayerInfo, LayerPlan, PackedFormat, WeightInfo
+from polyquant.registry import vocabulary
+from polyquant.request import LoadRequest, ModelSource
+from polyquant.types import LayerInfo, LayerPlan, WeightInfo
+
+if TYPE_CHECKING:
+    from polyquant.loading.settle import Settled
 
 SHOWN = 3  # names of layers in a note
 LEFT_DENSE = (
@@ -43,6 +49,30 @@ class Packing(Protocol):
     def pack(self, module: Any) -> Any: ...
     def quantize_linear(self, linear: Any, config: Any) -> Any: ...
     def load(self, request: Any, settled: Any) -> LoadedModel: ...
+
+
+@contextmanager
+def at_once(backend: Packing, request: LoadRequest, settled: Settled) -> Iterator[None]:
+    """Within it, a load that goes layer by layer has each packed when the backend has quantized it, experts too."""
+    config = settled.options
+    if settled.route == "as stored" or not packs_any(config):
+        yield
+        return
+    weights = {weight.name: weight for weight in settled.weights}
+    plans = {plan.name: plan for plan in backend.plan_layers(settled.weights, config)}
+
+    def pack(model: Any, name: str) -> None:
+        plan = plans.get(name) or plans.get(f"{name}.weight")
+        if plan is None or plan.packed is None:
+            return
+        weight = weights[plan.name]
+        if plan.role == "experts" and not is_stack(model, plan.name):
+            _pack_experts(model, weight, plan, request.source, config, backend)
+        elif is_packed(config):
+            _pack_one(model, plan, weight.as_linear, config, backend)
+
+    with stream.packing(pack):
+        yield
 
 
 def finish(loaded: LoadedModel, backend: Packing) -> None:
@@ -78,13 +108,16 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         loaded.kernel = kernels.name()
     dense = [plan for plan in plans.values() if plan.role == "experts" and plan.packed
              and not is_stack(loaded.model, plan.name)]  # fmt: skip
-    _pack_experts(loaded, dense, backend)
+    quiet, named = not dense or loaded.request is None or not loaded.request.progress, {w.name: w for w in weights}
+    for plan in tqdm(dense, desc="Quantizing experts", unit="tensor", disable=quiet):
+        assert loaded.request is not None
+        _pack_experts(loaded.model, named[plan.name], plan, loaded.request.source, loaded.config, backend)
     for plan in plans.values():
         if plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed):
-            _pack_vocabulary(loaded.model, plan, plan.packed)
+            vocabulary.pack_vocabulary(loaded.model, plan, plan.packed)
     for weight in weights:
         if is_halved(weight, loaded.config) and not weight.tied_to:
-            _halve(loaded, weight)
+            vocabulary.halve(loaded, weight)
     if kernels.library() is None:
         loaded.notes.append(f"plain torch multiplies, slowly: {kernels.INSTALL}")
     if is_packed(loaded.config) and step.attach(loaded.model):
@@ -104,24 +137,35 @@ def _pack_quantized(
         if plan is None or plan.packed is None:
             left.append(layer.name)
             continue
-        if plan.role == "experts":
-            _pack_stack(loaded.model, plan, shapes[layer.name], backend)
-            continue
-        name = module_of(layer)
-        module = loaded.model.get_submodule(name)
-        weight = _packed(module, plan, shapes[layer.name], backend)
-        if plan.role == "embedding":
-            dtype = getattr(torch, loaded.config.compute_dtype)
-            embedding = RepackedEmbedding(weight, dtype, layer.scheme, layer.bits, scale_of(module))
-            put_embedding(loaded.model, name, embedding, partial(tied_head, embedding))
-            continue
-        bias = getattr(module, "bias", None)
-        loaded.model.set_submodule(name, RepackedLinear(weight, bias, layer.scheme, layer.bits))
+        as_described = msgspec.structs.replace(plan, scheme=layer.scheme, bits=layer.bits)
+        _pack_one(loaded.model, as_described, shapes[layer.name], loaded.config, backend)
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         loaded.notes.append(
             f"the library multiplies with {', '.join(left[:SHOWN])}{more}: they have no place in the packed layout"
         )
+
+
+def _pack_one(model: Any, plan: LayerPlan, shape: tuple[int, ...], config: Any, backend: Packing) -> None:
+    """Put what the backend has quantized into the packed layout, where it is not yet: experts, an embedding, a layer.
+
+    shape: (out_features, in_features), or of the dense tensor of experts.
+    """
+    if plan.role == "experts":
+        if not isinstance(stream.named(model, plan.name), RepackedExperts):
+            _pack_stack(model, plan, shape, backend)
+        return
+    name = module_of(plan)
+    module = model.get_submodule(name)
+    if isinstance(module, (RepackedLinear, RepackedEmbedding)):  # while it was loaded
+        return
+    weight = _packed(module, plan, shape, backend)
+    if plan.role == "embedding":
+        vocabulary.put_packed(model, plan, weight, getattr(torch, config.compute_dtype))
+    else:
+        bias = getattr(module, "bias", None)
+        model.set_submodule(name, RepackedLinear(weight, bias, plan.scheme, plan.bits))
+    module._parameters.clear()  # libraries' tensors and modules know each other: they would stay until a collection
 
 
 def is_stack(model: Any, name: str) -> bool:
@@ -146,33 +190,28 @@ def packed_stack(stack: LinearExperts, plan: LayerPlan, backend: Packing) -> Ite
     return (_packed(stack.expert(number), plan, stack.shape, backend) for number in range(stack.count))
 
 
-def _pack_experts(loaded: LoadedModel, plans: list[LayerPlan], backend: Packing) -> None:
-    """Round the experts of each layer as the backend rounds linear layers. Raises ModelError for NaN or infinity."""
-    assert loaded.settled is not None  # every load sets it
-    weights = {weight.name: weight for weight in loaded.settled.weights}
-    quiet = not plans or loaded.request is None or not loaded.request.progress
-    for plan in tqdm(plans, desc="Quantizing experts", unit="tensor", disable=quiet):
-        owner, _, name = plan.name.rpartition(".")
-        module = loaded.model.get_submodule(owner)
-        each = rounded_experts(getattr(module, name).detach(), weights[plan.name], plan, loaded, backend)
-        transposed = weights[plan.name].stacked == "in_out"
-        put_in(module, name, RepackedExperts(each, plan.shape[0], plan.scheme, plan.bits, transposed=transposed))
+def _pack_experts(
+    model: Any, weight: WeightInfo, plan: LayerPlan, source: ModelSource, config: Any, backend: Packing
+) -> None:
+    """Round the dense experts of a layer as the backend rounds linear layers. Raises ModelError for NaN, infinity."""
+    owner, _, name = plan.name.rpartition(".")
+    module, transposed = model.get_submodule(owner), weight.stacked == "in_out"
+    each = rounded_experts(getattr(module, name).detach(), weight, plan, source, config, backend)
+    put_in(module, name, RepackedExperts(each, plan.shape[0], plan.scheme, plan.bits, transposed=transposed))
 
 
 def rounded_experts(
-    whole: torch.Tensor, weight: WeightInfo, plan: LayerPlan, loaded: LoadedModel, backend: Packing
+    whole: torch.Tensor, weight: WeightInfo, plan: LayerPlan, source: ModelSource, config: Any, backend: Packing
 ) -> Iterator[PackedWeight]:
     """Each expert of a dense tensor, as the backend rounds a linear layer with that weight in the compute dtype."""
-    assert loaded.request is not None
-    source = loaded.request.source
     shape, dtype = one_expert(weight).shape, getattr(torch, weight.dtype)
     for number, matrix in enumerate(whole):
-        if not bool(torch.isfinite(matrix).all()):
+        if not is_finite(matrix):
             raise ModelError(f"{plan.name}: expert {number} holds NaN or infinity; the checkpoint is damaged")
         rows = cast_dense(source, plan.name, matrix.T if weight.stacked == "in_out" else matrix, dtype).contiguous()
         linear = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
         linear.weight = torch.nn.Parameter(rows, requires_grad=False)
-        yield _packed(backend.quantize_linear(linear, loaded.config), plan, shape, backend)
+        yield _packed(backend.quantize_linear(linear, config), plan, shape, backend)
 
 
 def left_with_library(model: Any, backend: Packing) -> bool:
@@ -184,62 +223,6 @@ def left_with_library(model: Any, backend: Packing) -> bool:
         not isinstance(each, ours) and not any(isinstance(child, RepackedExperts) for child in each.children())
         for each in modules
     )
-
-
-def _pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
-    """Round the embedding, with a head that is tied to it, or the head. Raises ConfigError for modules that do more."""
-    name = module_of(plan)
-    module = _that_does_no_more(model, name, plan.role)
-    weight = rounded(module.weight, layout)
-    if plan.role == "head":
-        model.set_submodule(name, RepackedLinear(weight, module.bias, plan.scheme, plan.bits))
-        return
-    embedding = RepackedEmbedding(weight, module.weight.dtype, plan.scheme, plan.bits, scale_of(module))
-    put_embedding(model, name, embedding, partial(tied_head, embedding))
-
-
-def _halve(loaded: LoadedModel, weight: WeightInfo) -> None:
-    """Keep the embedding, with a head that is tied to it, or the head in 16 bits, dense.
-
-    Raises ConfigError for modules that do more, ModelError for numbers that are too large.
-    """
-    assert loaded.request is not None
-    name, model = module_of(weight), loaded.model
-    module = _that_does_no_more(model, name, weight.role)
-    narrow = cast_dense(loaded.request.source, weight.name, module.weight.detach(), getattr(torch, weight.dtype))
-    half = torch.nn.Parameter(narrow, requires_grad=module.weight.requires_grad)
-    if weight.role == "head":
-        model.set_submodule(name, HalfLinear(half, module.bias))
-        return
-    embedding = HalfEmbedding(half, getattr(torch, loaded.config.compute_dtype), module.padding_idx, scale_of(module))
-    put_embedding(model, name, embedding, partial(HalfLinear, half))
-
-
-def _that_does_no_more(model: Any, name: str, role: str) -> Any:
-    """The module of an embedding or a head, which looks up rows or multiplies. Raises ConfigError for another."""
-    module = model.get_submodule(name)
-    plain, option = (torch.nn.Linear, "head") if role == "head" else (torch.nn.Embedding, "embeddings")
-    scale, longest = getattr(module, "embed_scale", None), getattr(module, "max_norm", None)
-    if not isinstance(module, plain) or isinstance(scale, float) or longest is not None:
-        raise ConfigError(f"{name} is {type(module).__name__}, and does more than {plain.__name__}: {option}='keep'")
-    return module
-
-
-def scale_of(embedding: Any) -> torch.Tensor | None:
-    """Gemma's factor of an embedding."""
-    return getattr(embedding, "embed_scale", None)
-
-
-def put_embedding(model: Any, name: str, embedding: Any, head_of: Callable[[torch.Tensor | None], Any]) -> None:
-    """Put an embedding in the place of a model's own, and in that of a head that is tied to it.
-
-    head_of: a bias, or None -> the head.
-    """
-    tied = [each for each, origin in tied_tensors(model).items() if origin == f"{name}.weight"]
-    model.set_submodule(name, embedding)
-    for other in tied:
-        head = other.rpartition(".")[0]
-        model.set_submodule(head, head_of(getattr(model.get_submodule(head), "bias", None)))
 
 
 def _packed(module: Any, plan: LayerPlan, shape: tuple[int, ...], backend: Packing) -> PackedWeight:

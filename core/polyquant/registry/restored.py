@@ -22,7 +22,7 @@ from polyquant.packed_weights.weight import PackedWeight
 from polyquant.plugin.layers import fill_empty
 from polyquant.plugin.pretrained import empty_causal_lm
 from polyquant.plugin.quantizer import forget_library
-from polyquant.registry.repacked import put_embedding, scale_of
+from polyquant.registry.vocabulary import put_embedding, scale_of
 from polyquant.request import LoadRequest
 from polyquant.types import PackedFormat, Record
 

@@ -91,13 +91,17 @@ def _require_same_experts(
 ) -> None:
     """Raises SaveError where experts of a model that was loaded again, dense, are not those that are packed."""
     assert loaded.settled is not None
+    assert loaded.request is not None
     weights = {weight.name: weight for weight in loaded.settled.weights}
     plans = {plan.name: plan for plan in backend.plan_layers(loaded.settled.weights, loaded.config)}
     for name, mine in experts.items():
         if is_stack(again.model, name):
             now = packed_stack(again.model.get_submodule(name), plans[name], backend)
         else:
-            now = rounded_experts(again.model.get_parameter(name).detach(), weights[name], plans[name], loaded, backend)
+            now = rounded_experts(
+                again.model.get_parameter(name).detach(), weights[name], plans[name], loaded.request.source,
+                loaded.config, backend,
+            )  # fmt: skip
         if not all(same(one, other) for one, other in zip(now, mine.packed, strict=True)):
             raise _changed(loaded, name)
 

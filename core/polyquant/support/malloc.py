@@ -65,6 +65,12 @@ def returning_freed_memory() -> Iterator[None]:
         trim(0)
 
 
+def give_back() -> None:
+    """Hand freed heap memory back now (malloc_trim(3)); no effect without glibc."""
+    if (trim := _glibc("malloc_trim")) is not None:
+        trim(0)
+
+
 def _set_for_the_process(variable: str, usual: int) -> int:
     """What the user set for the C library with a variable of the environment; glibc tells nobody what holds."""
     value = os.environ.get(variable, "")

@@ -9,7 +9,7 @@ import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 from polyquant.plugin.gguf import BlockType, read_header
-from polyquant.plugin.layers import LinearExperts, finite_weight
+from polyquant.plugin.layers import LinearExperts, finite_weight, is_finite
 
 from polyquant_gguf import _modules
 from polyquant_gguf._quantize import quantize
@@ -68,7 +68,7 @@ def _on_the_fly(request: LoadRequest, config: GgufOptions) -> Any:
 def _experts(dense: torch.Tensor, block: BlockType, *, transposed: bool) -> LinearExperts:
     """dense: (experts, out_features, in_features), the last two the other way round where transposed."""
     rows = dense.detach().transpose(1, 2) if transposed else dense.detach()
-    if not bool(torch.isfinite(dense).all()):
+    if not is_finite(dense):
         raise ModelError("an expert holds NaN or infinity; the checkpoint is damaged")
     packed = torch.stack([quantize(matrix, block) for matrix in rows])
     return _modules.experts_of(packed, block, transposed=transposed)

@@ -21,9 +21,11 @@ from polyquant.plugin.layers import (
     describe,
     finite_weight,
     fits,
+    is_finite,
     pack_weight,
     prepare_for_training,
     require_parts,
+    rows_at_a_time,
 )
 from polyquant.plugin.packing import exponents, fp4_codes, unsigned
 from torch import Tensor, nn
@@ -66,10 +68,17 @@ def quantize_experts(stack: Tensor, form: Format, config: MlxOptions, *, transpo
 
 def encoded(weight: Tensor, form: Format, config: MlxOptions) -> dict[str, Tensor]:
     """PARTS of a dense matrix, which is rounded to the dtype of the scales first, as mlx-lm does."""
-    rounded = weight.to(getattr(torch, config.scale_dtype))
-    if not bool(torch.isfinite(rounded).all()):
-        raise ModelError(f"it holds numbers that {config.scale_dtype} does not: take scale_dtype='bfloat16'")
-    return encode(rounded, form, metal=config.layout == "metal")
+    dtype, metal = getattr(torch, config.scale_dtype), config.layout == "metal"
+    step, parts = rows_at_a_time(weight.shape[1], weight.device), dict[str, Tensor]()
+    for start in range(0, len(weight), step):
+        rounded = weight[start : start + step].to(dtype)
+        if not is_finite(rounded):
+            raise ModelError(f"it holds numbers that {config.scale_dtype} does not: take scale_dtype='bfloat16'")
+        for name, piece in encode(rounded, form, metal=metal).items():
+            if name not in parts:
+                parts[name] = piece.new_empty((len(weight), piece.shape[1]))
+            parts[name][start : start + step] = piece
+    return parts
 
 
 def _linear(shape: Any, weight: Tensor | None = None) -> nn.Linear:

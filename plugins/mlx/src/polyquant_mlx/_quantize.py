@@ -9,7 +9,6 @@ from torch import Tensor
 
 from polyquant_mlx.formats import Format
 
-ROWS_AT_A_TIME = 2048  # bounds the float32 copies
 LEAST_SCALE = 1e-7
 LEAST_OF_METAL = 1e-8
 NEGATIVE_ZERO = 8  # of E2M1, which MLX writes as zero
@@ -21,11 +20,6 @@ def encode(weight: Tensor, form: Format, *, metal: bool = False) -> dict[str, Te
 
     metal: by transformers' rule for its Metal kernels, which begins each group at its minimum.
     """
-    pieces = [_encode(rows, form, metal) for rows in weight.split(ROWS_AT_A_TIME)]
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-
-
-def _encode(weight: Tensor, form: Format, metal: bool) -> dict[str, Tensor]:
     if form.mode != "affine":
         return _floats(weight.unflatten(1, (-1, form.group_size)), form)
     groups = weight.float().unflatten(1, (-1, form.group_size))

@@ -121,10 +121,9 @@ def pack(module: SinqLinear) -> PackedWeight:
     return pack_weight(codes, scales, module.tile, minima=minima, column_scales=module.columns.view(-1))
 
 
-def rounded_plainly(model: Any) -> tuple[int, int]:
-    """(layers whose columns are not scaled, layers): sinq leaves weights with a kurtosis above 5 as they are."""
-    layers = [module for module in model.modules() if isinstance(module, SinqLinear)]
-    return sum(bool((layer.columns == 1).all()) for layer in layers), len(layers)
+def is_rounded_plainly(layer: SinqLinear) -> bool:
+    """Whether its columns are not scaled: sinq leaves weights with a kurtosis above 5 as they are."""
+    return bool((layer.columns == 1).all())
 
 
 def describe_layers(model: Any) -> list[LayerInfo]:

@@ -14,7 +14,7 @@ import torch
 from polyquant.errors import ConfigError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, quantized_modules, resolved_dtype
 
-from polyquant_sinq._layers import KERNEL, SinqLinear, linear_from_tensors, quantize_linear, rounded_plainly
+from polyquant_sinq._layers import KERNEL, SinqLinear, is_rounded_plainly, linear_from_tensors, quantize_linear
 from polyquant_sinq.options import SinqOptions
 from polyquant_sinq.planning import STORED_NAMES, plan_layers
 
@@ -26,16 +26,17 @@ PATCHED = (
 
 
 def load(request: LoadRequest, config: SinqOptions) -> LoadedModel:
+    plain: list[bool] = []
     notes = [PATCHED] if getattr(sys.modules.get("sinq._autopatch"), "_ALREADY", False) else []
     if request.source.stored_quantization:
         packed = checkpoints.packed_modules(request.source, (STORED_NAMES["weight"],))
         config, dense = checkpoints.with_stored_skips(config, request.weights, packed, request.source)
-        model, notes = _read(request, config, sorted(packed)), notes + dense
+        model, notes = _read(request, config, sorted(packed), plain), notes + dense
     else:
-        model = _quantize(request, config)
-    plain, layers = rounded_plainly(model)
-    if plain:
-        notes.append(f"{plain} of {layers} layers have so heavy tails (kurtosis above 5) that sinq rounds them plainly")
+        model = _quantize(request, config, plain)
+    if any(plain):
+        heavy = f"{sum(plain)} of {len(plain)} layers have so heavy tails (kurtosis above 5)"
+        notes.append(f"{heavy} that sinq rounds them plainly")
     return LoadedModel(model=model, config=config, kernel=KERNEL, notes=notes)
 
 
@@ -48,24 +49,31 @@ def save(loaded: LoadedModel, out: Path) -> Path:
     return checkpoints.save(loaded, out, tensors)
 
 
-def _quantize(request: LoadRequest, config: SinqOptions) -> Any:
+def _quantize(request: LoadRequest, config: SinqOptions, plain: list[bool]) -> Any:
+    """plain: takes whether each layer is rounded plainly; the layers may become others at once."""
     if config.method != "sinq":
         raise ConfigError(
             f"method {config.method!r} is read from checkpoints only; use method='sinq' for a dense model"
         )
+
+    def make(_: str, linear: Any) -> SinqLinear:
+        layer = quantize_linear(linear, config)
+        plain.append(is_rounded_plainly(layer))
+        return layer
+
     names = quantized_modules(plan_layers(request.weights, config))
-    return checkpoints.quantize_layers(
-        request, resolved_dtype(config), names, lambda _, linear: quantize_linear(linear, config), on_cpu=False
-    )
+    return checkpoints.quantize_layers(request, resolved_dtype(config), names, make, on_cpu=False)
 
 
-def _read(request: LoadRequest, config: SinqOptions, names: list[str]) -> Any:
+def _read(request: LoadRequest, config: SinqOptions, names: list[str], plain: list[bool]) -> Any:
     wanted = resolved_dtype(config)
     dtype, device = getattr(torch, wanted), checkpoints.single_device(request)
 
     def make(_: str, linear: Any, tensors: dict[str, torch.Tensor]) -> SinqLinear:
         moved = {OWN_NAMES.get(name, name): tensor.to(device) for name, tensor in tensors.items()}
-        return linear_from_tensors(linear, config, dtype, moved)
+        layer = linear_from_tensors(linear, config, dtype, moved)
+        plain.append(is_rounded_plainly(layer))
+        return layer
 
     return checkpoints.read_layers(request, wanted, names, make, owner=_owner)
 
