@@ -140,8 +140,9 @@ def test_help_names_every_command(talk):
 
 
 TAKES_OVER = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell runs the tests in the background
 os.execv(sys.executable, [sys.executable, "-m", "polyquant", *sys.argv[1:]])
 """
 

@@ -71,9 +71,8 @@ def load(
     kv_cache: older keys and values: keep, or codes: int8, int4. `LoadedModel.new_cache`: for transformers' `generate`.
     emulate_activations: round the inputs of layers as the format's kernels do (NVFP4, MX, FP8, int8), in software.
     adapter: a LoRA adapter of PEFT's to put on the model, by its folder or hub name; of several the products are added.
-    return_freed_memory: give memory that is freed while loading on a CPU back, of a dense checkpoint that is quantized
-        as it is read always: a lower peak, a slower load. Of a quantized one glibc's own adjustment of its thresholds
-        is off from then on.
+    return_freed_memory: give memory that is freed while loading on a CPU back: a lower peak, a slower load. Of a dense
+        checkpoint that is always done; of a quantized one glibc's adjustment of its thresholds is off from then on.
     cache: whether weights that polyquant's packed runtime multiplies with are kept, quantized, for the next load of the
         same, which maps them; of checkpoints from 64 MiB on. `polyquant cache list` shows them.
 

@@ -29,6 +29,7 @@ def main() -> None:
         if error.filename is not None or error.errno != errno.ENOSPC:
             raise
         output.say(f"polyquant: standard output cannot be written: {error}", error=True)  # a help text, most likely
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which ends without what could not be written
         sys.exit(1)
     sys.exit(code)
 

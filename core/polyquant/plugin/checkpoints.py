@@ -132,7 +132,7 @@ def quantize_layers(
         turns = stream.quantized_in_turn(model, request, held, names, where.device_map)
     else:
         model = load_causal_lm(where, held)
-    ties = {tied.rpartition(".")[0]: origin.rpartition(".")[0] for tied, origin in tied_tensors(model).items()}
+    ties = [(tied.rpartition(".")[0], origin.rpartition(".")[0]) for tied, origin in tied_tensors(model).items()]
     for name in tqdm(turns, desc="Quantizing", unit="layer", total=len(names), disable=not request.progress):
         try:
             layer = make(name, stream.named(model, name))
@@ -140,11 +140,11 @@ def quantize_layers(
             raise ModelError(f"{source.name}: {name} cannot be quantized: {error}") from error
         put(model, name, layer)
         del layer
-        if after is not None and name in ties.values():
+        if after is not None and any(origin == name for _, origin in ties):
             after(model)
         stream.packed_at_once(model, name)
     made = {*names, *request.later}
-    made |= {tied for tied, origin in ties.items() if origin in made}
+    made |= {tied for tied, origin in ties if origin in made}
     for name, parameter in model.named_parameters():
         is_packed = name.rpartition(".")[0] in made and not name.endswith(".bias")
         if name not in request.later and parameter.is_floating_point() and not is_packed:
