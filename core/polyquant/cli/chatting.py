@@ -180,10 +180,10 @@ class Chat:
 
         asked = Message("user", question)
         messages = [asdict(message) for message in [*self._messages(), asked]]
-        ids = encode_prompt(self._loaded.tokenizer, messages, self._switches)
-        made, decoder = self._loaded.tokens(ids, **self._settings.parameters()), self._loaded.decoder()
-        text, count, began, first = "", 0, monotonic(), 0.0
+        text, count, began, first, decoder = "", 0, monotonic(), 0.0, self._loaded.decoder()
         with _until_interrupted() as interrupted:
+            ids = encode_prompt(self._loaded.tokenizer, messages, self._switches)
+            made = self._loaded.tokens(ids, **self._settings.parameters())
             try:
                 for token in made:
                     count, first = count + 1, first or monotonic()
