@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,13 @@ def test_those_that_round_to_four_bits_have_it() -> None:
     assert SMALL not in presets(polyquant.backend("gptq").info)  # not while loading
     with pytest.raises(ConfigError, match="fp8 has no preset 'small'; there are"):
         polyquant.load("nowhere", "fp8:small")
+
+
+def test_a_list_of_backends_imports_none_of_them() -> None:
+    code = "import sys, polyquant; str(polyquant.backends(bits=4)); print(sorted(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "polyquant.registry" in said
+    assert "polyquant_" not in said
 
 
 @pytest.mark.parametrize("backend", HAVING)

@@ -9,7 +9,6 @@ import msgspec
 
 from polyquant.errors import ConfigError, PolyquantError, did_you_mean
 from polyquant.options import describe_options
-from polyquant.registry.written import presets
 from polyquant.support.shown import Look, Looked
 from polyquant.types import BackendInfo, Capabilities, Record
 
@@ -59,7 +58,7 @@ class Selection(Looked, Sequence[BackendInfo]):
     def look(self) -> Look:
         if not self._found:
             return Look(repr(self))
-        rows = [(info.name, info.summary, ", ".join(presets(info)), ", ".join(info.capabilities.loads_prequantized))
+        rows = [(info.name, info.summary, ", ".join(info.presets), ", ".join(info.capabilities.loads_prequantized))
                 for info in self._found]  # fmt: skip
         broken = [f"{miss.name}: {'; '.join(miss.reasons)}" for miss in self.misses if miss.broken]
         return Look(f"{len(rows)} backends", ("backend", "", "presets", "reads"), rows, broken)

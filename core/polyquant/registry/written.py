@@ -63,14 +63,16 @@ def presets(info: BackendInfo) -> dict[str, Mapping[str, object]]:
 
 def preset_options(info: BackendInfo, preset: str) -> Mapping[str, object]:
     """The options of a preset; none of the empty name. Raises ConfigError where the backend does not have it."""
-    known = presets(info)
-    if preset and preset not in known:
+    if not preset or preset in info.presets:
+        return info.presets.get(preset, {})
+    known = presets(info)  # which imports the plugin
+    if preset not in known:
         words = ", ".join(known) or "none"
         raise ConfigError(
             f"{info.name} has no preset {preset!r}; there are {words}.{did_you_mean(preset, known)} "
             "Options are written as name=value"
         )
-    return known.get(preset, {})
+    return known[preset]
 
 
 def named(backend: str, options: Mapping[str, Any], card: Callable[[str], BackendInfo]) -> tuple[str, dict[str, Any]]:
