@@ -12,7 +12,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from polyquant.errors import ConfigError
-from polyquant.memory.packed import HALVES, OPTIONS, is_tied, place_of
+from polyquant.memory.packed import HALVES, OPTIONS, is_asked_before, place_of
 from polyquant.options import BackendOptions
 from polyquant.packable import AUTO, HALF, KEEP, is_packed
 from polyquant.types import LayerPlan, WeightInfo
@@ -48,7 +48,7 @@ def settled(
     beside_packed = is_packed(config) and any(plan.quantized and plan.packed is not None for plan in plans)
     asked = [option for option, bits in chosen.items() if bits == HALF or beside_packed]
     for option in asked:
-        if option == "head" and chosen.get("embeddings") == chosen[option] and is_tied(weights):
+        if is_asked_before(option, chosen, weights):
             continue
         try:
             place = place_of(option, plans, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -41,10 +41,9 @@ def packed_plans(plans: Sequence[LayerPlan], weights: Sequence[WeightInfo], conf
             plan if plan.packed is None else replace(plan, stored_bytes=_packed_bytes(plan.packed, weight))
             for plan, weight in zip(planned, weights, strict=True)
         ]
-    for option in OPTIONS:
-        if (bits := getattr(config, option, "")) in VOCABULARY:
-            if option == "head" and bits == getattr(config, "embeddings", "") and is_tied(weights):
-                continue  # they are asked for the same
+    asked = {option: getattr(config, option, "") for option in OPTIONS}
+    for option, bits in asked.items():
+        if bits in VOCABULARY and not is_asked_before(option, asked, weights):
             place = place_of(option, planned, weights)
             planned[place] = in_vocabulary(planned[place], bits)
     return planned
@@ -71,7 +70,12 @@ def is_halved(weight: WeightInfo, config: BackendOptions) -> bool:
     return weight.role in OPTIONS.values() and weight.dtype in HALVES and config.compute_dtype == "float32"
 
 
-def is_tied(weights: Sequence[WeightInfo]) -> bool:
+def is_asked_before(option: str, asked: Mapping[str, str], weights: Sequence[WeightInfo]) -> bool:
+    """Whether `head` asks of a tied head what `embeddings` asks of both. asked: option -> what it says."""
+    return option == "head" and asked.get("embeddings") == asked["head"] and _is_tied(weights)
+
+
+def _is_tied(weights: Sequence[WeightInfo]) -> bool:
     """Whether the output head is the embedding's weight: `head` may then say no other than `embeddings`."""
     heads = [weight for weight in weights if weight.role == "head" and len(weight.shape) == 2]
     return bool(heads and heads[0].tied_to)
@@ -81,7 +85,7 @@ def place_of(option: str, plans: Sequence[LayerPlan], weights: Sequence[WeightIn
     """Where the embedding, or the head, is in the plans. Raises ConfigError where it is tied, quantized or absent."""
     role = OPTIONS[option]
     own = [place for place, weight in enumerate(weights) if weight.role == role and len(weight.shape) == 2]
-    if role == "head" and is_tied(weights):
+    if role == "head" and _is_tied(weights):
         raise ConfigError(
             f"{weights[own[0]].name} is tied to {weights[own[0]].tied_to}: embeddings= is for both, leave head out "
             "or give it the same"
