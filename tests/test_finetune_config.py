@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 import transformers
-from polyquant.cli.training_file import ARGUMENTS, TRL, read_training_file
+from polyquant.cli.training_file import TRL, Arguments, read_training_file
 from polyquant.errors import ConfigError
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.loading.options import LoadOptions
 from polyquant.testing import tiny_model, warm
 
 ROOT = Path(__file__).parent.parent
-KNOWN = {*ARGUMENTS, *TrainingOptions.__struct_fields__, *LoadOptions.__struct_fields__, "bits", "quant_type"}
+KNOWN = {
+    *Arguments.__struct_fields__,
+    *TrainingOptions.__struct_fields__,
+    *LoadOptions.__struct_fields__,
+    "bits",
+    "quant_type",
+}
 YAML = """
 model_name_or_path: {model}
 backend: bitsandbytes
@@ -106,6 +112,18 @@ def test_yaml_json_and_toml_say_the_same(tmp_path):
 def test_the_file_that_the_page_shows_is_the_one_that_is_run():
     page = (ROOT / "docs" / "how-to" / "finetune.md").read_text()
     assert f"```yaml\n{(ROOT / 'docs' / 'examples' / 'train.yaml').read_text()}```" in page
+
+
+def test_a_truth_in_quotes_is_read_as_what_it_says(folder):
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "mine").write_text("kept")
+    (folder / "train.yaml").write_text(YAML.format(model="llama") + "overwrite: 'false'\n")
+    said = polyquant(folder, "finetune", "--config", "train.yaml")
+    assert said.returncode != 0
+    assert "adapter" in said.stderr
+    (folder / "train.yaml").write_text("model: llama\ndata: train.jsonl\nout: o\noverwrite: perhaps")
+    assert "overwrite" in polyquant(folder, "finetune", "--config", "train.yaml").stderr
+    assert (folder / "adapter" / "mine").read_text() == "kept"
 
 
 def test_names_are_those_of_transformers_and_of_this_project():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ import typer
 import polyquant
 from polyquant.cli.arguments import Json
 from polyquant.cli.output import say
+from polyquant.cli.tables import read_table
 from polyquant.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
@@ -111,12 +111,7 @@ def _read(file: Path) -> dict[str, Any]:
     from polyquant.comparison.options import CompareOptions
     from polyquant.options import convert, describe_options
 
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from error
+    content = read_table(file, "toml")
     known = [*NOT_OPTIONS, *(option.name for option in describe_options(CompareOptions))]
     unknown = [name for name in content if name not in known]
     if unknown:

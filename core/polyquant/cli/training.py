@@ -15,10 +15,10 @@ import polyquant
 from polyquant.cli.arguments import Json, Loading, Model
 from polyquant.cli.options import typed_text, usable_card
 from polyquant.cli.output import print_json, say
-from polyquant.cli.training_file import ARGUMENTS, backend_in, read_training_file
+from polyquant.cli.training_file import Arguments, backend_in, read_training_file
 from polyquant.errors import ConfigError
 from polyquant.finetuning.options import TrainingOptions
-from polyquant.options import describe_options, pairs_of
+from polyquant.options import describe_options
 
 
 def finetune(
@@ -45,8 +45,8 @@ def finetune(
     from polyquant.cli.progress import showing_training
 
     written = _from_file(config, context, loading) if config else {}
-    given = {"model": model, "data": data, "out": out, "overwrite": overwrite, "restart": restart}
-    values = given | {name: written.pop(name) for name in given if name in written}
+    given: dict[str, Any] = {"model": model, "data": data, "out": out, "overwrite": overwrite, "restart": restart}
+    values = given | typed_text(Arguments, {name: written.pop(name) for name in given if name in written})
     for name, flag in (("model", "MODEL"), ("data", "--data FILE"), ("out", "--out DIR")):
         if not values[name]:
             where = f", or {name} in {config}" if config else ", or a file of options with --config"
@@ -58,13 +58,13 @@ def finetune(
     options = {**loading.options, **written}
     with nullcontext() if json else showing_training() as progress:
         tuned = polyquant.finetune(
-            str(values["model"]), str(values["data"]), out, backend=backend, overwrite=bool(values["overwrite"]),
-            restart=bool(values["restart"]), progress=progress, revision=revision, **training, **options,
+            values["model"], values["data"], out, backend=backend, overwrite=values["overwrite"],
+            restart=values["restart"], progress=progress, revision=revision, **training, **options,
         )  # fmt: skip
     if json:
         print_json(tuned)
     else:
-        command = run_command(str(values["model"]), backend, {"revision": revision, **options}, tuned.adapter)
+        command = run_command(values["model"], backend, {"revision": revision, **options}, tuned.adapter)
         show.tuned(tuned, command)
 
 
@@ -72,7 +72,7 @@ def _from_file(path: Path, context: typer.Context, loading: Loading) -> dict[str
     """The options of the file, less those that flags give, of which it says so."""
     info = usable_card(backend_in(path) or loading.backend)
     own = [option.name for option in describe_options(info.options)] if info else []
-    known = {*ARGUMENTS, *TrainingOptions.__struct_fields__, *loading.options, *own}
+    known = {*Arguments.__struct_fields__, *TrainingOptions.__struct_fields__, *loading.options, *own}
     written, fields = read_training_file(path, known)
     for name in list(written):
         source = context.get_parameter_source(name)
@@ -86,29 +86,17 @@ def _from_file(path: Path, context: typer.Context, loading: Loading) -> dict[str
 def run_command(model: str, backend: str | None, options: Mapping[str, Any], adapter: str) -> str:
     """The command line that runs a model with the adapter that was trained on it, as it was loaded."""
     from polyquant.loading.options import LoadOptions
+    from polyquant.loading.settle import flag_words
 
     usual = {field.name: field.default for field in msgspec.structs.fields(LoadOptions)}
-    words = ["polyquant", "run", model, *(["--backend", backend] if backend else [])]
-    info = usable_card(backend)
-    tables = (
-        {option.name: option.flag for option in describe_options(info.options) if option.kind == "table"}
-        if info
-        else {}
-    )
-    for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value in (None, "", [], ()) or (name in usual and value == usual[name]):
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif name in tables:
-            for pattern, form in pairs_of(value):
-                words += [tables[name], f"{pattern}={form}"]
-        elif isinstance(value, Mapping):
-            words += [flag, ",".join(f"{key}={entry}" for key, entry in value.items())]
-        else:
-            words += [flag, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
-    return shlex.join([*words, "--adapter", adapter, "Once upon a time"])
+    chosen = {
+        name: value
+        for name, value in options.items()
+        if value not in (None, "", [], ()) and not (name in usual and value == usual[name])
+    }
+    named = {"backend": backend} if backend else {}
+    words = flag_words({**named, **chosen, "adapter": adapter})
+    return shlex.join(["polyquant", "run", model, *words, "Once upon a time"])
 
 
 def merge(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from polyquant.cli.tables import read_table
 from polyquant.errors import ConfigError, did_you_mean
 
 TRL = {
@@ -21,8 +21,18 @@ TRL = {
     "use_rslora": "rslora", "use_dora": "dora",
 }  # fmt: skip
 """A field of TRL's SFTConfig or ModelConfig, or of TrainingArguments -> the option here, where names differ."""
-ARGUMENTS = ("model", "data", "out", "backend", "revision", "overwrite", "restart")
-"""What the command takes beside the options of loading and training."""
+
+
+class Arguments(msgspec.Struct, frozen=True):
+    """What the command takes beside the options of loading and training."""
+
+    model: str = ""
+    data: str = ""
+    out: str = ""
+    backend: str | None = None
+    revision: str | None = None
+    overwrite: bool = False
+    restart: bool = False
 
 
 def read_training_file(path: Path, known: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -33,7 +43,7 @@ def read_training_file(path: Path, known: Collection[str]) -> tuple[dict[str, An
     """
     found: dict[str, Any] = {}
     fields: dict[str, str] = {}
-    for field, value in _content(path).items():
+    for field, value in read_table(path).items():
         option = TRL.get(field, str(field).replace("-", "_"))
         if option not in known:
             names = [*known, *TRL]
@@ -52,40 +62,7 @@ def read_training_file(path: Path, known: Collection[str]) -> tuple[dict[str, An
 def backend_in(path: Path) -> str | None:
     """The backend that a file names; None where it names none, or cannot be read, which the command then says."""
     try:
-        backend = _content(path).get("backend")
+        backend = read_table(path).get("backend")
     except ConfigError:
         return None
     return backend if isinstance(backend, str) else None
-
-
-def _content(path: Path) -> Mapping[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    kind = path.suffix.lower().removeprefix(".")
-    try:
-        content = _parsed(text, kind)
-    except (tomllib.TOMLDecodeError, msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is no {kind.upper()}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path} must hold options with their values, as in `rank: 16`; it holds {type(content).__name__}"
-        )
-    return content
-
-
-def _parsed(text: str, kind: str) -> Any:
-    """Raises ValueError for what is not of that kind."""
-    if kind == "toml":
-        return tomllib.loads(text)
-    if kind == "json":
-        return msgspec.json.decode(text)
-    if kind not in ("yaml", "yml"):
-        raise ConfigError(f"a file of options ends in .yaml, .json or .toml, got .{kind}")
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(error) from error

@@ -195,16 +195,23 @@ def make_command(model: str, backend: Quantizer, options: Mapping[str, object]) 
 
 def as_flags(options: Mapping[str, object]) -> str:
     """Options as the command line takes them, with a blank before each."""
+    return "".join(f" {word}" for word in flag_words(options))
+
+
+def flag_words(options: Mapping[str, object]) -> list[str]:
+    """Options as the words of a command line."""
     words = []
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f" --{flag}" if value else f" --no-{flag}")
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         elif name == "layers":  # of MixableOptions, in any of the forms that users write
-            words += [f" --layer {pattern}={chosen}" for pattern, chosen in pairs_of(value)]
+            words += [word for pattern, chosen in pairs_of(value) for word in ("--layer", f"{pattern}={chosen}")]
+        elif isinstance(value, Mapping):
+            words += [f"--{flag}", ",".join(f"{key}={entry}" for key, entry in value.items())]
         else:
-            words.append(f" --{flag} {','.join(value) if isinstance(value, (list, tuple)) else value}")
-    return "".join(words)
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
+    return words
 
 
 def compute_dtype(config: BackendOptions, info: BackendInfo, device: str) -> Dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shlex import join, split
+from shlex import join
 from typing import Any
 
 from polyquant.errors import ConfigError
@@ -12,7 +12,7 @@ from polyquant.isolated import handles
 from polyquant.loading import emulation
 from polyquant.loading.options import split_options
 from polyquant.loading.quantize import save_verified
-from polyquant.loading.settle import as_flags
+from polyquant.loading.settle import flag_words
 from polyquant.models import builtin
 from polyquant.searching.formats import Formats
 from polyquant.searching.knapsack import assign
@@ -71,7 +71,7 @@ def search(
         notes.append(f"{better[0].format} for everything fits, and is closer: what the parts lose does not add up here")
     if caution := builtin.CAUTION.get(formats.name):
         notes.append(caution)
-    words = ["polyquant", "quantize", formats.name, "--backend", handle.name, *split(as_flags(formats.options(found)))]
+    words = ["polyquant", "quantize", formats.name, "--backend", handle.name, *flag_words(formats.options(found))]
     return Assignment(
         model=formats.name, backend=handle.name, memory_bytes=budget,
         stored_bytes=formats.planned(found).stored_bytes,
