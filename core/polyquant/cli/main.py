@@ -23,13 +23,13 @@ def main() -> None:
         output.say(f"polyquant: {error}", error=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.drop()
         sys.exit(141)
     except OSError as error:
         if error.filename is not None or error.errno != errno.ENOSPC:
             raise
         output.say(f"polyquant: standard output cannot be written: {error}", error=True)  # a help text, most likely
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which ends without what could not be written
+        output.drop()
         sys.exit(1)
     sys.exit(code)
 
@@ -69,24 +69,22 @@ def _command() -> int | str | None:
 
 
 def backend_named_in(words: list[str]) -> str | None:
-    """The value of --backend or -b, wherever it stands."""
+    """The value of --backend or -b, wherever it stands; else the backend of the file of --config."""
+    backend = _value_of(words, "--backend", "-b")
+    if backend is not None or (path := _value_of(words, "--config")) is None:
+        return backend
+    from pathlib import Path
+
+    from polyquant.cli.training_file import backend_in
+
+    return backend_in(Path(path))
+
+
+def _value_of(words: list[str], *flags: str) -> str | None:
+    """flags: the long one first, which may be written with =."""
     for index, word in enumerate(words):
-        if word in ("--backend", "-b") and index + 1 < len(words):
+        if word in flags and index + 1 < len(words):
             return words[index + 1]
-        if word.startswith("--backend="):
+        if word.startswith(f"{flags[0]}="):
             return word.partition("=")[2]
-    return _backend_in_file(words)
-
-
-def _backend_in_file(words: list[str]) -> str | None:
-    """The backend that the file of `--config` names, whose options are flags too."""
-    for index, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        path = value if equals else "".join(words[index + 1 : index + 2])
-        if flag == "--config" and path:
-            from pathlib import Path
-
-            from polyquant.cli.training_file import backend_in
-
-            return backend_in(Path(path))
     return None

@@ -63,9 +63,14 @@ def finish(*, failed: bool) -> None:
         with writing():
             sys.stdout.flush()
     except SaveError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop()
         if not failed:
             raise
+
+
+def drop() -> None:
+    """Let what standard output has not taken go nowhere: nothing is tried again at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
