@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from fouroversix import FourOverSixLinear, ModuleQuantizationConfig, quantize_to_fp4
+from fouroversix import (
+    FourOverSixLinear,
+    ModuleQuantizationConfig,
+    QuantizationConfig,
+    QuantizeBackend,
+    quantize_to_fp4,
+)
 from fouroversix import dequantize as dequantize_by_library
 from polyquant.support import libraries
 from polyquant.errors import ConfigError
@@ -11,9 +17,8 @@ from polyquant.testing.checkpoints import assert_verified
 from polyquant.testing.models import tiny_model
 from polyquant.testing.reference import reference_logits
 from polyquant.testing.texts import EVALUATION
-from polyquant_fouroversix import _decode
+from polyquant_fouroversix import _decode, _library
 from polyquant_fouroversix._layers import quantize_linear
-from polyquant_fouroversix._library import quantize_config
 from polyquant_fouroversix.formats import RULES
 from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix.options import FouroversixOptions
@@ -33,6 +38,15 @@ PLAIN = {"nvfp4": "mse", "mxfp4": "static_6", "if4": "mse", "nvint4": "static_6"
 def logits(model, tokens=TOKENS):
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].float()
+
+
+def by_library(weight, config):
+    """A weight as the library's quantizer in torch packs it, all rows at once."""
+    options = QuantizationConfig(
+        backend=QuantizeBackend.pytorch, block_scale_2d=config.weight_scale_2d, dtype=config.dtype,
+        scale_rule=config.scale_rule,
+    )  # fmt: skip
+    return quantize_to_fp4(weight, options)
 
 
 def weight_of(layer):
@@ -81,17 +95,33 @@ def test_bad_options(options, words):
         load("nowhere", **options)
 
 
+@pytest.mark.parametrize("dtype_of_weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 64), (300, 90), (30, 200)])
+@pytest.mark.parametrize(
+    ("dtype", "rule", "square"),
+    [(*each, False) for each in FORMATS] + [("nvfp4", rule, True) for rule in RULES["nvfp4"]],
+)
+def test_bands_of_rows_are_packed_as_all_rows_are(monkeypatch, dtype, rule, square, shape, dtype_of_weights):
+    monkeypatch.setitem(_library.CHUNK_WEIGHTS, "cpu", 2**8)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype_of_weights)
+    config = FouroversixOptions(dtype=dtype, scale_rule=rule, weight_scale_2d=square)
+    ours, theirs = _library.quantize(weight, config), by_library(weight, config)
+    assert torch.equal(ours["weight"], theirs.values)
+    assert torch.equal(ours["scales"].view(torch.uint8), theirs.scale_factors.view(torch.uint8))
+    assert torch.equal(ours["amax"], theirs.amax.float().reshape(1))
+
+
 @pytest.mark.parametrize("chunk", [2**18, 2**8])
 @pytest.mark.parametrize("shape", [(128, 64), (203, 90), (30, 200)])
 @pytest.mark.parametrize(("dtype", "rule"), FORMATS)
 def test_weights_are_those_that_the_library_dequantizes(monkeypatch, dtype, rule, shape, chunk):
-    monkeypatch.setitem(_decode.CHUNK_WEIGHTS, "cpu", chunk)
+    monkeypatch.setitem(_library.CHUNK_WEIGHTS, "cpu", chunk)
     linear = torch.nn.Linear(shape[1], shape[0])
     linear.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     linear.weight.data[:20] = 0
     config = FouroversixOptions(dtype=dtype, scale_rule=rule)
     weight = weight_of(quantize_linear(linear, config))
-    theirs = dequantize_by_library(quantize_to_fp4(linear.weight.detach(), quantize_config(config)), torch.float32)
+    theirs = dequantize_by_library(by_library(linear.weight.detach(), config), torch.float32)
     # the library multiplies IF4 blocks in float16
     torch.testing.assert_close(weight, theirs, rtol=2e-3 if dtype == "if4" else 1e-6, atol=0)
     agree("fouroversix", "fouroversix's dequantize", weight, theirs, allowed=2e-3)

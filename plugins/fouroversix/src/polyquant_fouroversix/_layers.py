@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fouroversix import quantize_to_fp4
 from polyquant.errors import ModelError
 from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import (
@@ -19,7 +18,7 @@ from polyquant.plugin.layers import (
 )
 from torch import Tensor
 
-from polyquant_fouroversix._library import quantize_config
+from polyquant_fouroversix._library import quantize
 from polyquant_fouroversix._modules import FouroversixLinear
 from polyquant_fouroversix._pack import metadata, pack, unpack
 from polyquant_fouroversix.options import FouroversixOptions
@@ -37,9 +36,7 @@ def kernel(config: FouroversixOptions) -> str:
 
 def quantize_linear(linear: Any, config: FouroversixOptions) -> FouroversixLinear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
-    packed = quantize_to_fp4(finite_weight(linear), quantize_config(config))
-    tensors = {"weight": packed.values, "scales": packed.scale_factors, "amax": packed.amax.float().reshape(1)}
-    return FouroversixLinear(linear, config, tensors)
+    return FouroversixLinear(linear, config, quantize(finite_weight(linear), config))
 
 
 def linear_from_tensors(
