@@ -39,9 +39,9 @@ ENDS = {
 }
 """The ends of the versions that the core supports, less torch: before 2.13 there are builds for CUDA alone to be had
 without an index of one's own, several gigabytes each."""
-CORE_TESTS = ("editables", "hatchling", "hypothesis", "jinja2", "matplotlib", "openai", "pandas", "plotly",
-              "prometheus-client", "pytest", "pytest-timeout", "pytest-xdist", "starlette", "tensorboard",
-              "uvicorn")  # fmt: skip
+CORE_TESTS = ("editables", "hatchling", "hypothesis", "jinja2", "jsonschema", "llguidance", "matplotlib", "openai",
+              "pandas", "plotly", "prometheus-client", "pytest", "pytest-timeout", "pytest-xdist", "starlette",
+              "tensorboard", "uvicorn")  # fmt: skip
 RELEASED = ("polyquant", "polyquant_kernels", "polyquant_bitsandbytes")  # that `nox -s release` installs with libraries
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 

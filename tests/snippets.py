@@ -113,23 +113,25 @@ def run_command(command: str) -> tuple[int, str]:
 def run_page(path: Path) -> list[str]:
     """What does not hold of a page, whose blocks run in the current folder."""
     namespace: dict[str, object] = {"__name__": "__main__"}
+    real = path.parent.name in ("tutorial", path.anchor) or path.name == "README.md"
+
+    def tiny(text: str) -> str:
+        return text if real else text.replace("builtin:smollm2", "MODEL")
+
     for language, text in blocks(path):
-        tiny = text if path.parent.name in ("tutorial", path.anchor) or path.name == "README.md" else text.replace(
-            "builtin:smollm2", "MODEL"
-        )  # fmt: skip
         if language == "python":
             importlib.invalidate_caches()  # a command before it may have written a package
             try:
-                exec(compile(tiny, path.name, "exec"), namespace)
+                exec(compile(tiny(text), path.name, "exec"), namespace)
             except BaseException:
                 return [f"{text}\n{traceback.format_exc()}"]
-        for command, shown in commands(language, tiny) if language in ("sh", "console") else ():
+        for command, shown in commands(language, text) if language in ("sh", "console") else ():
             if reason_not_to_run(path, command):
                 continue
-            code, happened = run_command(command)
+            code, happened = run_command(tiny(command))
             if code != (2 if shown and "polyquant: " in shown else 0):
                 return [f"$ {command}\nexit code {code}\n{happened}"]
-            missing = [line for line in comparable(shown or "") if line not in comparable(happened)]
+            missing = [line for line in comparable(tiny(shown or "")) if line not in comparable(happened)]
             if missing:
                 return [f"$ {command}\nis shown with {missing}, and gave\n{happened}"]
     return []

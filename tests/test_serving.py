@@ -303,8 +303,20 @@ def iter_of(ids):
         ("/v1/chat/completions", {"messages": [{"content": "a"}]}, 400, "messages[0] has no role"),
         ("/v1/chat/completions", {"messages": MESSAGES, "top_logprobs": 2}, 400, "goes with logprobs"),
         (
-            "/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_object"}}, 400,
-            'response_format={"type":"json_object"} is not supported',
+            "/v1/chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_schema"}}, 400,
+            "json_schema goes with type 'json_schema'",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "response_format": {"type": "json_object"}, "tools": TOOLS}, 400,
+            "calls tools, or fits response_format",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": MESSAGES,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}},
+            }, 400, "schema cannot be kept to: Invalid type: x",
         ),
         (
             "/v1/chat/completions", {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"}, 400,

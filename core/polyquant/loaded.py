@@ -15,6 +15,7 @@ from polyquant.support.sizes import size
 if TYPE_CHECKING:
     from polyquant.loading.settle import Settled
     from polyquant.measure.speed import Feed
+    from polyquant.models.structured import Schema
     from polyquant.options import BackendOptions
     from polyquant.request import KvCache, LoadRequest
     from polyquant.types import Capabilities, HookRecord, LayerInfo, LayerPlan, WeightInfo
@@ -103,8 +104,8 @@ class LoadedModel(Looked):
         """The text that follows `prompt`.
 
         parameters: those of transformers' `generate`; `template`: switches of the model's chat template, where the
-        prompt is messages; and `seed`, of what is drawn in sampling. Raises ConfigError for what the model, or one
-        text, cannot hold.
+        prompt is messages; `seed`, of what is drawn in sampling; and `schema`: a JSON schema, which the whole answer
+        fits as far as `max_new_tokens` lets it end. Raises ConfigError for what the model, or one text, cannot hold.
 
         >>> loaded.generate([{"role": "user", "content": "Hello"}], template={"enable_thinking": False})
         """
@@ -120,16 +121,20 @@ class LoadedModel(Looked):
         return pieces(self.tokens(ids, **generation_parameters), self.decoder())
 
     def tokens(
-        self, ids: Sequence[int], *, seed: int | None = None, top: int | None = None, **generation_parameters: Any
-    ) -> Tokens:
+        self, ids: Sequence[int], *, seed: int | None = None, top: int | None = None, schema: Schema | None = None,
+        **generation_parameters: Any,
+    ) -> Tokens:  # fmt: skip
         """The tokens that follow `ids`, as they come. Raises ConfigError as `generate` does, before there are any.
 
         seed: of what is drawn in sampling; None: torch's generator as it stands. top: give log-probabilities, and those
-        of so many of the likeliest tokens.
+        of so many of the likeliest tokens. schema: of JSON, which the answer fits; EnvironmentProblem without the
+        extra `schema`.
         """
         from polyquant.models.generation import tokens
 
-        return tokens(self.model, self.tokenizer, ids, generation_parameters, self.kv_cache, seed=seed, top=top)
+        return tokens(
+            self.model, self.tokenizer, ids, generation_parameters, self.kv_cache, seed=seed, top=top, schema=schema
+        )
 
     def decoder(self) -> Decoder:
         """What makes text of the tokens of one answer."""

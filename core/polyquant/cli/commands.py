@@ -13,7 +13,9 @@ from polyquant.cli import choosing
 from polyquant.cli.arguments import Json, Loading, MaxTokens, Model, Temperature, sampling
 from polyquant.cli.loading import load_model
 from polyquant.cli.output import say, say_piece
+from polyquant.cli.tables import read_table
 from polyquant.errors import ConfigError
+from polyquant.models.structured import require_llguidance
 
 
 def load(model: Model, loading: Loading, json: Json = False) -> None:
@@ -46,6 +48,9 @@ def run(
     loading: Loading,
     max_new_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
+    schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema, which the text that follows fits.", dir_okay=False)
+    ] = None,
 ) -> None:
     """Load a model and continue a text, token by token.
 
@@ -54,8 +59,12 @@ def run(
     Example: polyquant run builtin:smollm2 -b bitsandbytes:nf4 "The capital of France is"
     """
     text = sys.stdin.read() if prompt == "-" else prompt
+    fits = {}
+    if schema:
+        require_llguidance()
+        fits["schema"] = read_table(schema, holding="a JSON schema")
     loaded = load_model(model, choosing.with_backend(model, loading))
-    for piece in loaded.stream(text, max_new_tokens=max_new_tokens, **sampling(temperature)):
+    for piece in loaded.stream(text, max_new_tokens=max_new_tokens, **sampling(temperature), **fits):
         say_piece(piece)
     say()
 

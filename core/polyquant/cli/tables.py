@@ -11,8 +11,10 @@ import msgspec
 from polyquant.errors import ConfigError
 
 
-def read_table(path: Path, kind: str = "") -> dict[str, Any]:
-    """What a file holds. kind: toml, json or yaml; left out, the end of its name says it.
+def read_table(
+    path: Path, kind: str = "", *, holding: str = "options with their values, as in `rank: 16`"
+) -> dict[str, Any]:
+    """What a file holds. kind: toml, json or yaml; left out, the end of its name says it. holding: what it is to hold.
 
     Raises ConfigError for a file that cannot be read, or is something else.
     """
@@ -24,9 +26,7 @@ def read_table(path: Path, kind: str = "") -> dict[str, Any]:
     except (ValueError, msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no {kind.upper()}: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path} must hold options with their values, as in `rank: 16`; it holds {type(content).__name__}"
-        )
+        raise ConfigError(f"{path} must hold {holding}; it holds {type(content).__name__}")
     return content
 
 
@@ -37,7 +37,7 @@ def _parsed(text: str, kind: str) -> Any:
     if kind == "json":
         return msgspec.json.decode(text)
     if kind not in ("yaml", "yml"):
-        raise ConfigError(f"a file of options ends in .yaml, .json or .toml, got .{kind}")
+        raise ConfigError(f"such a file ends in .yaml, .json or .toml, got .{kind}")
     import yaml
 
     try:

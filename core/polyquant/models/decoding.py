@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from polyquant.models import versions
+from polyquant.models.structured import Fitting
 from polyquant.models.tokens import LEAST_LOGPROB, Token, likeliest
 
 TAKEN = ("past_key_values", "use_cache", "logits_to_keep", "position_ids", "attention_mask", "tokenizer")
@@ -72,6 +73,25 @@ class Seen:
         values, ids = logprobs.topk(min(self._top, len(logprobs)))
         top = likeliest(zip(ids.tolist(), values.tolist(), strict=True))
         return Token(token, max(float(logprobs[token]), LEAST_LOGPROB), top)
+
+
+class Structured:
+    """A processor of logits that leaves those tokens alone with which an answer can be as it has to."""
+
+    def __init__(self, fitting: Fitting, prompt: int) -> None:
+        """prompt: tokens before the answer."""
+        self._fitting, self._taken = fitting, prompt
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        for token in ids[0, self._taken :].tolist():
+            self._fitting.take(token)
+        self._taken = ids.shape[1]
+        eight = torch.frombuffer(bytearray(self._fitting.allowed()), dtype=torch.uint8)
+        allowed = (eight[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
+        known = min(len(allowed), scores.shape[1])  # an embedding may have more rows than there are tokens
+        forbidden = torch.ones(scores.shape[1], dtype=torch.bool)
+        forbidden[:known] = ~allowed[:known]
+        return scores.masked_fill(forbidden.to(scores.device), -float("inf"))
 
 
 class _Ended(BaseException):

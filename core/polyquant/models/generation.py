@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from polyquant.errors import ConfigError
-from polyquant.models import decoding, versions
+from polyquant.models import decoding, structured, versions
 from polyquant.models.limits import limits_of
+from polyquant.models.structured import Schema
 from polyquant.models.tokens import Token, Tokens
 from polyquant.request import KvCache
 
@@ -35,12 +36,14 @@ def tokens(
     *,
     seed: int | None = None,
     top: int | None = None,
+    schema: Schema | None = None,
 ) -> Tokens:
     """Tokens after `ids` as `model.generate` makes them; its error, if any, is raised here.
 
     kv_cache: where `parameters` choose no other cache. seed: of torch's generators, set as it begins. top: give
-    log-probabilities, and those of so many of the likeliest tokens. Raises ConfigError, before anything is generated,
-    for parameters that do not go with one text, and for more tokens than the model has positions for.
+    log-probabilities, and those of so many of the likeliest tokens. schema: of JSON, which the whole answer fits.
+    Raises ConfigError, before anything is generated, for parameters that do not go with one text or with the schema,
+    and for more tokens than the model has positions for.
     """
     import torch
 
@@ -51,11 +54,18 @@ def tokens(
     given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "tokenizer": tokenizer, **parameters}
     if kv_cache != "keep" and not asked.chooses_cache:
         given[STATES[0]] = new_cache(model, kv_cache)
-    seen = None
+    seen, processors = None, list(parameters.get("logits_processor") or ())
     if top is not None:
-        asked.require_token_by_token()
+        asked.require_token_by_token("log-probabilities are those")
         seen = decoding.Seen(top)
-        given["logits_processor"] = [*(parameters.get("logits_processor") or ()), seen]
+        processors.append(seen)
+    if schema is not None:
+        asked.require_token_by_token("a schema is kept to in the course")
+        asked.require_free_end()
+        fitting = structured.fitting(tokenizer, schema, asked.ends(tokenizer))
+        processors.append(decoding.Structured(fitting, len(ids)))
+    if processors:
+        given["logits_processor"] = processors
     if asked["num_beams"] > 1:  # which text it is to be shows at the end only
         return _seeded(seed, _at_once(model, len(ids), given))
     return _seeded(seed, _as_it_comes(model, given, seen.token if seen is not None else Token))
@@ -92,16 +102,28 @@ class _Asked:
                 "do_sample=True, or call model.generate"
             )
 
-    def require_token_by_token(self) -> None:
+    def require_token_by_token(self, what: str) -> None:
         """Raises ConfigError for ways to generate in which a token is not chosen from the logits at its place."""
         others = [name for name in NOT_BY_TOKEN if self._given.get(name) or getattr(self._config, name, None)]
         if self["num_beams"] > 1:
             others.append("num_beams")
         if others:
             raise ConfigError(
-                f"log-probabilities are those of greedy decoding and of sampling, and {', '.join(others)} asks for "
-                "another way: leave it out, or ask for none"
+                f"{what} of greedy decoding and of sampling, and {', '.join(others)} asks for another way: leave it "
+                "out, or ask for none"
             )
+
+    def require_free_end(self) -> None:
+        """Raises ConfigError for parameters by which a text may not end where it is whole."""
+        if late := [name for name in ("min_new_tokens", "min_length") if self[name]]:
+            raise ConfigError(f"an answer that fits a schema ends where it is whole: leave {', '.join(late)} out")
+
+    def ends(self, tokenizer: Any) -> frozenset[int]:
+        """The tokens that end a text: as given, else the model's, else the tokenizer's."""
+        said = self._given.get("eos_token_id", getattr(self._config, "eos_token_id", None))
+        if said is None:
+            said = getattr(tokenizer, "eos_token_id", None)
+        return frozenset([] if said is None else [said] if isinstance(said, int) else map(int, said))
 
     @property
     def chooses_cache(self) -> bool:

@@ -22,6 +22,7 @@ from polyquant.memory.planned import (
 from polyquant.mixing import LayerFormats, MixableOptions
 from polyquant.models.prompts import encode_prompt
 from polyquant.models.roles import REASONS, TIED
+from polyquant.models.structured import Fitting, Schema, fitting
 from polyquant.models.tokens import LEAST_LOGPROB, Decoder, Token, Tokens, likeliest
 from polyquant.modules import module_of
 from polyquant.options import BackendOptions, Dtype, NumberFormat, RoundingMethod, convert, resolved_dtype
@@ -67,6 +68,7 @@ __all__ = [
     "Dtype",
     "ExpertsOptions",
     "Feed",
+    "Fitting",
     "HeldWeight",
     "Isolated",
     "LayerFormats",
@@ -86,6 +88,7 @@ __all__ = [
     "Prompt",
     "Role",
     "RoundingMethod",
+    "Schema",
     "Token",
     "Tokens",
     "WeightInfo",
@@ -95,6 +98,7 @@ __all__ = [
     "dense_linears",
     "device_problems",
     "encode_prompt",
+    "fitting",
     "group_of_runs",
     "hookimpl",
     "import_problems",

@@ -45,7 +45,10 @@ class Served:
         ids = await asyncio.to_thread(self._ids, asked)
         most = self._room(len(ids), asked.most)
         seed = secrets.randbelow(2**63) if asked.seed is None else asked.seed
-        job = Job(ids, {"max_new_tokens": most, **asked.sampling()}, seed, asked.top)
+        parameters = {"max_new_tokens": most, **asked.sampling()}
+        if asked.schema is not None:
+            parameters["schema"] = asked.schema
+        job = Job(ids, parameters, seed, asked.top)
         return Answer(self, asked, job, most)
 
     def _ids(self, asked: Request) -> list[int]:

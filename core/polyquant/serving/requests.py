@@ -18,7 +18,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}), "echo": (None, False), "suffix": (None, ""), "functions": (None, []),
     "function_call": (None, "none"), "modalities": (None, ["text"]), "parallel_tool_calls": (None, True),
     "reasoning_effort": (None,), "store": (None, False), "audio": (None,), "prediction": (None,),
-    "web_search_options": (None,), "verbosity": (None,), "response_format": (None, {"type": "text"}),
+    "web_search_options": (None,), "verbosity": (None,),
 }  # fmt: skip
 """Fields that nothing here obeys -> values with which they ask for nothing."""
 
@@ -28,6 +28,33 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False  # a padding against listeners, which is OpenAI's alone
+
+
+class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A schema by its name."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None  # an answer fits in any case
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an answer has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def __post_init__(self) -> None:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type 'json_schema', and with no other")
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """None: any text."""
+        if self.json_schema is not None:
+            return self.json_schema.schema
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +98,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def top(self) -> int | None:
         """How many of the likeliest tokens to give log-probabilities of; None: no log-probabilities."""
         raise NotImplementedError
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Of JSON, which the answer has to fit; None: any text."""
+        return None
 
     @property
     def wants_usage(self) -> bool:
@@ -129,7 +161,7 @@ class ChatRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
@@ -154,8 +186,17 @@ class ChatRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True
         """The tools that the model may call."""
         return () if self.tool_choice == "none" else self.tools or ()
 
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        return self.response_format.schema if self.response_format is not None else None
+
     def require_obeyed(self) -> None:
         super().require_obeyed()
+        if self.schema is not None and self.offered:
+            raise Refused(
+                400, "an answer calls tools, or fits response_format: leave one of them out",
+                code="unsupported_parameter", parameter="response_format",
+            )  # fmt: skip
         if self.offered and self.tool_choice not in (None, "auto"):
             raise Refused(
                 400, "tool_choice must be 'auto' or 'none': no model can be made to call a tool here",

@@ -10,7 +10,7 @@ import msgspec
 import psutil
 from llama_cpp import llama_cpp as lib
 from polyquant.errors import ConfigError, ModelError, PlacementError
-from polyquant.plugin import Decoder, Feed, LoadedModel, LoadRequest, Token, Tokens
+from polyquant.plugin import Decoder, Feed, LoadedModel, LoadRequest, Schema, Token, Tokens, fitting
 from polyquant.plugin.gguf import Header, read_header
 
 from polyquant_llama_cpp import _layers, _sampling
@@ -29,8 +29,9 @@ class LlamaCppModel(LoadedModel):
     tokenizer: LlamaTokenizer
 
     def tokens(
-        self, ids: Sequence[int], *, seed: int | None = None, top: int | None = None, **generation_parameters: Any
-    ) -> Tokens:
+        self, ids: Sequence[int], *, seed: int | None = None, top: int | None = None, schema: Schema | None = None,
+        **generation_parameters: Any,
+    ) -> Tokens:  # fmt: skip
         """The tokens that follow; a parameter that llama.cpp does not follow is a ConfigError."""
         wanted = _sampling.parameters(generation_parameters)
         least, most = wanted.limits(len(ids))
@@ -40,7 +41,11 @@ class LlamaCppModel(LoadedModel):
                 f"{self.model.n_ctx}; ask for fewer, or load with n_ctx={count} or more"
             )
         ends = wanted.ends(self.model.vocabulary, self.tokenizer.end_ids)
-        sampler = _sampling.Sampler(wanted, ids, self.model.vocabulary, self.model.n_ctx, seed)
+        fits = None
+        if schema is not None:
+            wanted.require_free_end()
+            fits = fitting(self.tokenizer, schema, ends, self.tokenizer.for_grammars)
+        sampler = _sampling.Sampler(wanted, ids, self.model.vocabulary, self.model.n_ctx, seed, fits)
         return self._tokens(ids, sampler, ends, least, most, top)
 
     def decoder(self) -> Decoder:
@@ -75,10 +80,11 @@ class LlamaCppModel(LoadedModel):
             logits = session.feed(ids)[-1]
             if count < least:
                 logits[list(ends)] = -float("inf")
+            made = Token if top is None else _sampling.token_with_logprobs(logits, top)
             token = sampler.choose(logits)
             if token in ends:
                 break
-            yield Token(token) if top is None else _sampling.token_with_logprobs(token, logits, top)
+            yield made(token)
             ids = [token]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,7 +12,7 @@ import numpy as np
 from llama_cpp import llama_cpp as lib
 from msgspec import Meta
 from polyquant.errors import ConfigError, did_you_mean
-from polyquant.plugin import LEAST_LOGPROB, Token, likeliest
+from polyquant.plugin import LEAST_LOGPROB, Fitting, Token, likeliest
 
 from polyquant_llama_cpp._library import captured
 from polyquant_llama_cpp._runtime import Logits
@@ -61,6 +61,13 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(f"at least {least} new tokens are asked for, and at most {most}")
         return least, most
 
+    def require_free_end(self) -> None:
+        """Raises ConfigError where a text may not end where it is whole."""
+        if self.min_new_tokens or self.min_length:
+            raise ConfigError(
+                "an answer that fits a schema ends where it is whole: leave min_new_tokens and min_length out"
+            )
+
     def ends(self, vocabulary: int, of_the_model: frozenset[int]) -> frozenset[int]:
         """The tokens that end the generation. Raises ConfigError where one is not in the vocabulary."""
         if self.eos_token_id is None:
@@ -91,10 +98,12 @@ class Sampler:
     """Chooses the next token: the greatest logit, or llama.cpp's samplers in the order of transformers' processors."""
 
     def __init__(
-        self, wanted: Parameters, prompt: Sequence[int], vocabulary: int, n_ctx: int, seed: int | None = None
-    ) -> None:
-        """seed: of what is drawn; None: torch's generator decides, as it does for transformers' generate."""
-        self._chain = None
+        self, wanted: Parameters, prompt: Sequence[int], vocabulary: int, n_ctx: int, seed: int | None = None,
+        fits: Fitting | None = None,
+    ) -> None:  # fmt: skip
+        """seed: of what is drawn; None: torch's generator decides, as it does for transformers' generate. fits: what
+        the answer has to fit."""
+        self._chain, self._fits = None, fits
         if wanted.do_sample or wanted.repetition_penalty != 1.0:
             with captured():
                 self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
@@ -105,7 +114,16 @@ class Sampler:
                     lib.llama_sampler_accept(self._chain, token)
 
     def choose(self, logits: Logits) -> int:
-        """logits: (vocabulary,)."""
+        """logits: (vocabulary,); those that do not fit become minus infinity."""
+        if self._fits is not None:
+            bits = np.frombuffer(self._fits.allowed(), np.uint8)
+            logits[np.unpackbits(bits, count=len(logits), bitorder="little") == 0] = -np.inf
+        token = self._chosen(logits)
+        if self._fits is not None:
+            self._fits.take(token)
+        return token
+
+    def _chosen(self, logits: Logits) -> int:
         if self._chain is None:
             return int(logits.argmax())
         candidates = np.zeros(len(logits), CANDIDATE)
@@ -144,9 +162,10 @@ def _samplers(wanted: Parameters, vocabulary: int, n_ctx: int, seed: int | None)
     return [*chosen, lib.llama_sampler_init_dist(drawn)]
 
 
-def token_with_logprobs(token: int, logits: Logits, top: int) -> Token:
-    """A token that was chosen from `logits`, (vocabulary,), with log-probabilities: its own, and of the likeliest."""
+def token_with_logprobs(logits: Logits, top: int) -> Callable[[int], Token]:
+    """A token that is chosen from `logits`, (vocabulary,), with log-probabilities: its own, and of the likeliest."""
     shifted = logits.astype(np.float64) - logits.max()
     logprobs = shifted - np.log(np.exp(shifted).sum())
     best = np.argpartition(-logprobs, top)[:top] if top < len(logprobs) else np.arange(len(logprobs))
-    return Token(token, max(float(logprobs[token]), LEAST_LOGPROB), likeliest((int(i), logprobs[i]) for i in best))
+    top_of_them = likeliest((int(i), logprobs[i]) for i in best)
+    return lambda token: Token(token, max(float(logprobs[token]), LEAST_LOGPROB), top_of_them)

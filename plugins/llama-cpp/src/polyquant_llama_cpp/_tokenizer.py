@@ -37,6 +37,17 @@ class PieceDecoder(Decoder):
         return self._text.decode(b"", final=True)
 
 
+class _Bytes:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokenizer: LlamaTokenizer, tokens: Sequence[bytes], special_token_ids: Sequence[int]) -> None:
+        self._tokenizer, self.tokens, self.special_token_ids = tokenizer, tokens, special_token_ids
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._tokenizer.encode(text if isinstance(text, str) else text.decode(), add_special_tokens=False)
+
+
 class LlamaTokenizer:
     """Text to token ids and back. Special tokens written out in a text are read as such, as transformers does."""
 
@@ -127,6 +138,14 @@ class LlamaTokenizer:
         except Exception as error:  # of the template: it raises what it likes
             raise ConfigError(f"the model's chat template does not take these messages: {error}") from error
         return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def for_grammars(self, ends: list[int]) -> Any:
+        """The vocabulary as llguidance has it: what each token adds to a text, and which are no text."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        pieces = [self.piece(token) for token in range(len(self))]
+        vocabulary = _Bytes(self, pieces, [token for token, piece in enumerate(pieces) if not piece])
+        return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=ends)
 
     def _special(self, find: Any) -> int | None:
         token = int(find(self._vocab))
