@@ -1,16 +1,20 @@
 """The picture of a comparison: every candidate that was measured is named in it, and what it was measured on."""
 
+import random
 from pathlib import Path
 from xml.etree import ElementTree
 
 import msgspec
 import pytest
 from polyquant.comparison.report.columns import AXES
-from polyquant.comparison.report.picture import Point, _around, _Box, draw, points_of
+from polyquant.comparison.report.names import NEAR, Box, placed
+from polyquant.comparison.report.picture import HEIGHT, Point, draw, figure_of, points_of
 from polyquant.comparison.result import read_comparison
 from polyquant.errors import ConfigError
 
+Text = pytest.importorskip("matplotlib.text", reason="matplotlib is not installed").Text
 DATA = Path(__file__).parent / "data" / "comparison.json"
+DOCS = Path(__file__).parent.parent / "docs" / "reference" / "comparison.json"
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +64,75 @@ def test_the_same_comparison_gives_the_same_file(comparison, tmp_path, suffix):
     assert len(one) > 5000
 
 
-def test_names_stand_where_they_cover_nothing():
-    taken = _Box(0, 0, 10, 10)
-    assert taken.covers(_Box(5, 5, 20, 20)) == 25
-    assert taken.covers(_Box(10, 0, 20, 10)) == 0
-    assert _Box.beside((5, 5), (2, 1), (8, 4)) == (7, 4, 15, 8)
-    assert _Box(5, 5, 20, 20).outside(taken) == 200
-    places = _around(40)
-    assert places[0] == (9, 0)
-    assert len(set(places)) == len(places)
+AREA = Box(0, 0, 560, 330)
+
+
+def require_apart(names, area, marks=()):
+    for index, name in enumerate(names):
+        assert area.holds(name)
+        for other in (*names[index + 1 :], *marks):
+            assert name.apart(other)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_name_has_a_place_of_its_own(seed):
+    rng = random.Random(seed)
+    middles = [(rng.uniform(0, 560), rng.uniform(0, 330)) for _ in range(rng.randint(1, 4))]
+    points = [
+        tuple(min(max(rng.gauss(at, 25), 0), most) for at, most in zip(rng.choice(middles), (560, 330), strict=True))
+        for _ in range(rng.randint(1, 24))
+    ]
+    sizes = [(rng.uniform(30, 150), rng.choice((12, 24))) for _ in points]
+    named = placed(points, sizes, AREA)
+    assert named is not None
+    require_apart([name.box for name in named], AREA, [Box.around(point, 12, 12) for point in points])
+    for name, point in zip(named, points, strict=True):
+        assert name.leader or name.box.way(point) <= NEAR + 1e-9
+
+
+def test_names_without_room_are_not_placed():
+    assert placed([(50, 50)], [(90, 12)], Box(0, 0, 100, 100)) is not None
+    assert placed([(50, 50)], [(101, 12)], Box(0, 0, 100, 100)) is None
+    assert placed([(50, 50)] * 2, [(90, 45)] * 2, Box(0, 0, 100, 100)) is None
+
+
+def test_a_way_through_a_box():
+    box = Box(0, 0, 10, 10)
+    assert box.crossed((-5, 5), (20, 5)) and box.crossed((5, -5), (5, 20)) and box.crossed((-1, 3), (8, 12))
+    assert (
+        not box.crossed((-5, 11), (20, 11)) and not box.crossed((-5, 5), (-1, 5)) and not box.crossed((-9, 0), (0, 9))
+    )
+
+
+def many(comparison, seed):
+    """A comparison of many candidates with long names, near to each other."""
+    rng = random.Random(seed)
+    row = next(row for row in comparison.rows if row.candidate.name == "bitsandbytes:nf4")
+
+    def another(number):
+        name = f"backend-{number}:" + rng.choice(("int4", "nf4,double_quant=true", "bits=3,group_size=64,skip=lm_head"))
+        quality = msgspec.structs.replace(row.result.quality, kl_mean=10 ** rng.gauss(-1, 0.2))
+        result = msgspec.structs.replace(row.result, quality=quality, stored_bytes=int(2**27 * rng.gauss(1, 0.02)))
+        return msgspec.structs.replace(row, candidate=msgspec.structs.replace(row.candidate, name=name), result=result)
+
+    return msgspec.structs.replace(comparison, rows=tuple(map(another, range(70))))
+
+
+@pytest.mark.parametrize("against", ["memory", "speed"])
+@pytest.mark.parametrize("which", ["data", "docs", "many"])
+def test_no_name_is_over_another_or_outside(comparison, which, against):
+    run = {"data": lambda: comparison, "docs": lambda: read_comparison(DOCS), "many": lambda: many(comparison, 1)}[
+        which
+    ]()
+    figure = figure_of(run, against)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = {point.label for point in points_of(run, next(column for column in AXES if column.goal == against))}
+    names = [text for text in axes.texts if text.get_text().replace("\n", "") in labels]
+    assert len(names) == len(labels)
+    boxes = [Text.get_window_extent(name).extents for name in names]  # without the line
+    require_apart([Box(*extent) for extent in boxes], Box(*axes.bbox.extents).grown(1))
+    assert (figure.get_figheight() > HEIGHT) == (which == "many")
 
 
 def test_what_cannot_be_drawn_is_refused(comparison, tmp_path):

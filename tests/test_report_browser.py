@@ -14,6 +14,7 @@ from polyquant.comparison.result import Comparison
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 DATA = Path(__file__).parent / "data" / "comparison.json"
+DOCUMENTED = Path(__file__).parent.parent / "docs" / "reference" / "comparison.json"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 HOSTILE = (
     "<b>bold</b><a href='https://example.org'>there</a></script><script>document.title = 'taken'</script>"
@@ -106,6 +107,82 @@ def test_the_plot_has_every_measured_candidate_and_its_frontier(opened, comparis
     by_speed = page.locator("#frontier tbody th").all_text_contents()
     assert by_speed[-1] == "llama-cpp:Q4_0" and by_speed != by_size
     assert "generated tokens/s" in page.locator("#plot .xtitle").text_content()
+
+
+RANDOM_LAYOUTS = """(count) => {
+    let state = 1, wrong = [];
+    const random = (most) => (state = (state * 48271) % 2147483647) / 2147483647 * most;
+    const kinds = ["nf4", "nf4,double_quant=true", "bits=3,group_size=64,skip=lm_head", "a_word_without_any_sign_in_it_at_all_of_fifty_letters"];
+    for (let layout = 0; layout < count; layout++) {
+        const [width, height] = layout % 2 ? [300, 330] : [1140, 410], middles = Array.from({length: 1 + random(3)}, () => [random(width), random(height)]);
+        const points = Array.from({length: 1 + random(layout % 2 ? 12 : 40)}, (_, index) => {
+            const middle = middles[Math.floor(random(middles.length))];
+            return {at: [width, height].map((most, side) => Math.min(most, Math.max(0, middle[side] + random(120) - 60))), bold: random(2) < 1,
+                name: `backend-${index}:${kinds[Math.floor(random(kinds.length))]}`};
+        });
+        const marks = points.map((point) => point.at);
+        let area = [width, height], places = null;
+        while (!(places = placed(points, marks, [], area, 12, "sans-serif"))) { area = [width, area[1] * 1.2]; if (area[1] > 3000) break; }
+        if (!places) { wrong.push([layout, "no places"]); continue; }
+        places.forEach(({box, lines, leader}, index) => {
+            if (box[0] < 0 || box[1] < 0 || box[2] > width || box[3] > area[1]) wrong.push([layout, "outside", points[index].name]);
+            if (lines.join("") !== points[index].name) wrong.push([layout, "another name", lines]);
+            if (!leader && Math.hypot(...nearest(box, points[index].at).map((end, side) => end - points[index].at[side])) > 14) wrong.push([layout, "far, without a line"]);
+            for (const other of places.slice(index + 1)) if (!apart(box, other.box)) wrong.push([layout, "over another"]);
+            for (const [x, y] of marks) if (!apart(box, [x - 6, y - 6, x + 6, y + 6])) wrong.push([layout, "over a mark"]);
+        });
+    }
+    return wrong;
+}"""
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+
+def test_names_of_random_layouts_cover_nothing(opened):
+    assert opened().evaluate(RANDOM_LAYOUTS, 60) == []
+
+
+def require_named(page):
+    """Every point that is drawn has its name, as the browser drew it: inside the plot, and over no other."""
+    wanted = page.evaluate("drawing.drawn.filter((point) => shown.has(point.index)).map((point) => point.candidate)")
+    texts = page.locator("#plot .annotation-text").all_text_contents()
+    assert len(texts) == len(wanted) and all(any(text.startswith(name) for text in texts) for name in wanted)
+    boxes = page.locator("#plot .annotation-text").evaluate_all(
+        "all => all.map((each) => each.getBoundingClientRect()).map(({left, top, right, bottom}) => [left, top, right, bottom])"
+    )
+    left, top, right, bottom = page.evaluate(
+        "(({left, top, right, bottom}) => [left, top, right, bottom])(document.querySelector('#plot .nsewdrag').getBoundingClientRect())"
+    )
+    for index, box in enumerate(boxes):
+        assert box[0] >= left - 2 and box[1] >= top - 2 and box[2] <= right + 2 and box[3] <= bottom + 2, texts[index]
+        for other in boxes[index + 1 :]:
+            assert (
+                min(box[2], other[2]) - max(box[0], other[0]) < 1 or min(box[3], other[3]) - max(box[1], other[1]) < 2
+            )
+
+
+@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["desktop", "dark", "phone"])
+def test_every_point_is_named(opened, comparison, tmp_path, options):
+    measured = [row for row in comparison.rows if row.status == "done" and not comparison.is_reference(row)]
+    crowd = tuple(
+        replace(row, candidate=replace(row.candidate, name=f"{row.candidate.name},group_size={2**power},skip=lm_head"))
+        for row in measured for power in range(3)
+    )  # fmt: skip
+    documented = msgspec.json.decode(DOCUMENTED.read_bytes(), type=Comparison)
+    for run in (comparison, documented, replace(comparison, rows=crowd)):
+        page = opened(write_report(run, tmp_path / "report.html"), **options)
+        require_named(page)
+        page.get_by_label("generation speed").check()
+        require_named(page)
+    page.get_by_label("Filter").fill("hqq")
+    require_named(page)
+
+
+def test_names_follow_the_view(opened):
+    page = opened()
+    before = page.locator("#plot .annotation-text").count()
+    page.evaluate("Plotly.relayout('plot', {'xaxis.range': [Math.log10(200), Math.log10(300)]})")
+    inside = page.evaluate("drawing.drawn.filter((point) => drawing.x(point) >= 200 && drawing.x(point) <= 300).length")
+    assert page.locator("#plot .annotation-text").count() == inside < before
 
 
 def test_headings_sort_both_ways_also_from_the_keyboard(opened, comparison):
@@ -225,7 +302,7 @@ def contrast(one, other):
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(opened):
-    page = opened(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = opened(**PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.querySelector('#plot .main-svg').getBoundingClientRect().right") <= 390
     page.get_by_role("button", name="hqq:int4").tap()

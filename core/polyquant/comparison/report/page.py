@@ -40,7 +40,7 @@ def html(run: Run) -> str:
     rows = page_table.rows_of(run)
     return _render(
         "report.html.j2",
-        scripts=[_plotly(), "".join(_file(name) for name in ("plot.js", "table.js", "layers.js"))],
+        scripts=[_plotly(), "".join(_file(name) for name in ("labels.js", "plot.js", "table.js", "layers.js"))],
         setting=run.setting,
         version=run.version,
         created=run.created[:16].replace("T", " "),

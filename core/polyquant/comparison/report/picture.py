@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from polyquant.comparison.records import Run
 from polyquant.comparison.report import measured_on
 from polyquant.comparison.report.columns import AXES, Column
+from polyquant.comparison.report.names import Box, placed
 from polyquant.comparison.report.plot import KL, frontiers, group
 from polyquant.comparison.report.rows import plain_rows
 from polyquant.errors import ConfigError
@@ -17,8 +18,7 @@ from polyquant.support.pictures import new_figure, require_suffix, save
 
 Against = Literal["memory", "speed"]
 WIDTH, HEIGHT, FONT_SIZE = 9.6, 6.0, 9.0  # inches, and points
-LETTER, LINE = 0.56, 1.35  # of a label's letters, in font sizes: mean width, and height
-GAP = 9.0  # points between a mark's middle and its name
+GROWTH = 1.15  # in height, where the names have no room
 LONG = 22  # letters: names of more are broken
 ZERO = 1e-7  # nats: below it a candidate computes what the reference does
 QUIET = "#5b6570"
@@ -59,6 +59,11 @@ def draw(run: Run, path: Path, against: Against = "memory") -> Path:
     matplotlib.
     """
     require_suffix(path)
+    return save(figure_of(run, against), path)
+
+
+def figure_of(run: Run, against: Against) -> Any:
+    """The picture as a matplotlib Figure. Raises as `draw` does."""
     axis = next(column for column in AXES if column.goal == against)
     points = points_of(run, axis)
     if not points:
@@ -70,9 +75,9 @@ def draw(run: Run, path: Path, against: Against = "memory") -> Path:
     _draw_frontier(axes, [point for point in points if point.best], floor, falls=axis.better == "lower")
     axes.set_yscale("log")
     axes.margins(x=0.16, y=0.1)
-    _name_points(figure, axes, points, floor)
     _furnish(axes, run, axis, floor, zero=any(point.y <= ZERO for point in points))
-    return save(figure, path)
+    _name_points(figure, axes, points, floor)
+    return figure
 
 
 def points_of(run: Run, axis: Column) -> list[Point]:
@@ -122,7 +127,7 @@ def _furnish(axes: Any, run: Run, axis: Column, floor: float, *, zero: bool) -> 
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(which="major", color="#eef1f4", zorder=0)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize="small", loc="best")
+    axes.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=4)
     said = [f"{measured_on.one_line(run)}. Bars are one standard error.", *(f"Note: {note}." for note in run.notes)]
     axes.annotate(
         "\n".join(line for each in said for line in textwrap.wrap(each, 150)), (0, 0), xycoords="axes fraction",
@@ -131,63 +136,36 @@ def _furnish(axes: Any, run: Run, axis: Column, floor: float, *, zero: bool) -> 
 
 
 def _name_points(figure: Any, axes: Any, points: Sequence[Point], floor: float) -> None:
-    """Each point's name beside it, inside the axes, where it covers neither a point nor another name."""
-    figure.draw_without_rendering()  # so that the scale is known
-    pixels = figure.dpi / 72
-    inside = _Box(*(axes.bbox.extents / pixels))
-    places = {point: axes.transData.transform((point.x, max(point.y, floor))) / pixels for point in points}
-    taken = [_Box(x - 6, y - 6, x + 6, y + 6) for x, y in places.values()]
-    for point in sorted(points, key=lambda each: -each.y):
-        name = _broken(point.label)
-        size = max(map(len, name.split("\n"))) * LETTER * FONT_SIZE, (name.count("\n") + 1) * LINE * FONT_SIZE
-        tried = [(_Box.beside(places[point], offset, size), offset) for offset in _around(size[0])]
-        box, offset = min(
-            tried, key=lambda each: (sum(map(each[0].covers, taken)) + each[0].outside(inside), abs(each[1][1]))
-        )
-        taken.append(box)
-        far = abs(offset[1]) > 2 * FONT_SIZE
-        side = "left" if offset[0] > 0 else "right" if offset[0] < -size[0] else "center"
+    """Each point's name beside it, or further off with a line to it; the figure grows until all have room."""
+    labels = [_broken(point.label) for point in points]
+    weights = ["bold" if point.best else "normal" for point in points]
+    named = None
+    while named is None:
+        figure.draw_without_rendering()  # so that the scale is known
+        pixels = figure.dpi / 72
+        places = [axes.transData.transform((point.x, max(point.y, floor))) / pixels for point in points]
+        sizes = [_size(axes, label, weight, pixels) for label, weight in zip(labels, weights, strict=True)]
+        named = placed([(float(x), float(y)) for x, y in places], sizes, Box(*(axes.bbox.extents / pixels)))
+        if named is None:
+            figure.set_size_inches(WIDTH, figure.get_figheight() * GROWTH)
+    for point, label, weight, (x, y), name in zip(points, labels, weights, places, named, strict=True):
+        middle = name.box.middle
         axes.annotate(
-            name, (point.x, max(point.y, floor)), textcoords="offset points", va="center", ha=side,
-            xytext=({"left": GAP, "right": -GAP, "center": 0}[side], offset[1]), fontsize=FONT_SIZE, zorder=4,
-            fontweight="bold" if point.best else "normal",
+            label, (point.x, max(point.y, floor)), textcoords="offset points", va="center", ha="center",
+            xytext=(middle[0] - x, middle[1] - y), fontsize=FONT_SIZE, fontweight=weight, zorder=4,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "color": "#b8c0c8", "linewidth": 0.6} if far else None,
-        )  # fmt: skip
+            arrowprops={"arrowstyle": "-", "color": "#9aa4ae", "linewidth": 0.6} if name.leader else None,
+        ).set_in_layout(False)  # fmt: skip
+
+
+def _size(axes: Any, label: str, weight: str, pixels: float) -> tuple[float, float]:
+    """Width and height of a name, in points."""
+    text = axes.text(0, 0, label, fontsize=FONT_SIZE, fontweight=weight)
+    extent = text.get_window_extent()
+    text.remove()
+    return extent.width / pixels, extent.height / pixels
 
 
 def _broken(label: str) -> str:
     """A long name in lines, an option each."""
     return label.replace(",", ",\n") if len(label) > LONG else label
-
-
-class _Box(NamedTuple):
-    """In points."""
-
-    left: float
-    bottom: float
-    right: float
-    top: float
-
-    @classmethod
-    def beside(cls, place: Sequence[float], offset: Sequence[float], size: Sequence[float]) -> _Box:
-        """That of a name of this width and height, its left end in the middle at an offset from a place."""
-        (x, y), (dx, dy), (width, height) = place, offset, size
-        return cls(x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2)
-
-    def covers(self, other: _Box) -> float:
-        """The area that both cover."""
-        width = min(self.right, other.right) - max(self.left, other.left)
-        height = min(self.top, other.top) - max(self.bottom, other.bottom)
-        return max(0.0, width) * max(0.0, height)
-
-    def outside(self, other: _Box) -> float:
-        """Its area that the other does not cover."""
-        return (self.right - self.left) * (self.top - self.bottom) - self.covers(other)
-
-
-def _around(wide: float) -> list[tuple[float, float]]:
-    """Where a name may stand, from its point: right, left, then further up and down."""
-    step = LINE * FONT_SIZE
-    heights = [sign * count * step for count in range(6) for sign in (1, -1)][1:]
-    return [(dx, dy) for dy in heights for dx in (GAP, -GAP - wide, -wide / 2) if dy or dx != -wide / 2]

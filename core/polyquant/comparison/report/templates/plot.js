@@ -1,4 +1,3 @@
-"use strict";
 // Distance from the reference against size or speed. What plotly draws of the data goes through `plain`: it reads tags.
 const data = JSON.parse(document.getElementById("data").textContent);
 const ZERO = 1e-6; // nats: as close as the reference is to itself
@@ -20,7 +19,8 @@ const mebibytes = (bytes) => bytes === null ? "not measured" : bytes < 1024 * 2 
 const narrow = () => document.getElementById("plot").clientWidth < 600;
 const touch = matchMedia("(pointer: coarse)").matches;
 const font = getComputedStyle(document.body).fontFamily;
-let shown = new Set(data.points.keys());
+const HIGHEST = 6000; // pixels
+let shown = new Set(data.points.keys()), drawing = null;
 
 const hover = ({candidate, status, texts: {kl_mean, top1, weights_stored_bytes, ratio_to_bfloat16, generated_tokens_per_second, prompt_tokens_per_second}}) => [`<b>${plain(candidate)}</b>`, ...[
   kl_mean && `KL ${kl_mean} nats`, top1 && `top-1 ${top1}`, weights_stored_bytes && `stored ${weights_stored_bytes}, ${ratio_to_bfloat16} bfloat16`,
@@ -47,6 +47,7 @@ function draw() {
   document.getElementById("unplotted").textContent = missing.length ? `Not in this plot: ${missing.map((point) =>
     `${point.candidate} (${point.status === "done" ? "not measured for it" : point.status})`).join(", ")}.` : "";
   if (!drawn.length) {
+    drawing = null;
     Plotly.purge(target);
     target.textContent = "No candidate has both figures of this plot.";
     list([]);
@@ -92,37 +93,44 @@ function draw() {
       tickvals: [...zero, ...yticks], ticktext: [...zero.map(() => "0"), ...yticks.map((tick) => Number(tick.toPrecision(2))).map((tick) => tick < 1e-3 ? tick.toExponential() : String(tick))]},
   };
   target.querySelectorAll(":scope > :not(.plot-container)").forEach((child) => child.nodeType === 3 && child.remove());
-  const named = [...line, ...drawn.filter((point) => point.reference)];
-  Plotly.react(target, traces, layout, CONFIG).then(() => label(target, named, drawn, line, x, y, wide, log));
+  drawing = {drawn, line, x, y, log, falls: of.better === "lower"};
+  Plotly.react(target, traces, layout, CONFIG).then(label);
+  target.removeAllListeners("plotly_click");
+  target.removeAllListeners("plotly_relayout");
+  target.on("plotly_click", (event) => event.points[0]?.customdata !== undefined && show(event.points[0].customdata));
+  target.on("plotly_relayout", (changed) => Object.keys(changed).some((key) => /^[xy]axis/.test(key)) && label()); // another view
   list(data.frontiers[axis]);
 }
 
-// Names of some points, each where it hides neither a point, nor the line, nor another name; left out where there is no room.
-function label(target, named, drawn, line, x, y, wide, log) {
-  const {xaxis, yaxis} = target._fullLayout, size = wide ? 12 : 10;
-  const at = (point) => [xaxis.d2p(x(point)), yaxis.d2p(y(point))];
-  const taken = drawn.map(at).map(([left, top]) => [left - 6, top - 6, left + 6, top + 6]);
-  const falls = AXES[document.querySelector("#axis input:checked").value].better === "lower";
-  line.slice(1).forEach((point, index) => { // the steps of the line
-    const [one, other] = [at(line[index]), at(point)], corner = falls ? [other[0], one[1]] : [one[0], other[1]];
-    for (const end of [one, other])
-      taken.push([Math.min(end[0], corner[0]) - 1, Math.min(end[1], corner[1]) - 1, Math.max(end[0], corner[0]) + 1, Math.max(end[1], corner[1]) + 1]);
-  });
-  const free = (box) => box[0] >= 0 && box[2] <= xaxis._length && box[1] >= 0 && box[3] <= yaxis._length &&
-    taken.every((other) => box[2] < other[0] || box[0] > other[2] || box[3] < other[1] || box[1] > other[3]);
-  const annotations = [], text = (point) => point.candidate + (point.reference ? " (reference)" : "");
-  for (const point of named) {
-    const width = text(point).length * size * 0.6, height = size * 1.3, [left, top] = at(point);
-    const places = [[10, -height / 2], [8, 4 - 1.5 * height], [8, height / 2 - 4], [-10 - width, -height / 2], [-8 - width, height / 2 - 4], [-8 - width, 4 - 1.5 * height],
-      [-width / 2, 9], [-width / 2, -9 - height]];
-    const box = places.map(([right, below]) => [left + right, top + below, left + right + width, top + below + height]).find(free);
-    if (!box) continue;
-    taken.push(box);
-    annotations.push({x: log ? Math.log10(x(point)) : x(point), y: Math.log10(y(point)), text: plain(text(point)), showarrow: false, font: {size},
-      xanchor: box[0] >= left ? "left" : box[2] <= left ? "right" : "center", yanchor: "middle", borderpad: 0,
-      xshift: box[0] >= left ? box[0] - left : box[2] <= left ? box[2] - left : 0, yshift: top - (box[1] + box[3]) / 2});
+// Every point that is drawn and in view gets its name; the plot grows until all have room.
+function label() {
+  const target = document.getElementById("plot");
+  if (!drawing || !target._fullLayout) return;
+  const {drawn, line, x, y, log, falls} = drawing, size = narrow() ? 10 : 12, onLine = new Set(line);
+  for (let height = target._fullLayout.height; ; height = Math.round(height * 1.2)) {
+    if (height !== target._fullLayout.height) Plotly.relayout(target, {height});
+    const {xaxis, yaxis} = target._fullLayout, area = [xaxis._length, yaxis._length];
+    const at = (point) => [xaxis.d2p(x(point)), yaxis.d2p(y(point))];
+    const inside = ([left, top]) => left >= 0 && top >= 0 && left <= area[0] && top <= area[1];
+    const named = drawn.filter((point) => shown.has(point.index) && inside(at(point)));
+    const steps = line.slice(1).flatMap((point, index) => {
+      const [one, other] = [at(line[index]), at(point)], corner = falls ? [other[0], one[1]] : [one[0], other[1]];
+      return [one, other].map((end) => [Math.min(end[0], corner[0]) - 1, Math.min(end[1], corner[1]) - 1, Math.max(end[0], corner[0]) + 1, Math.max(end[1], corner[1]) + 1]);
+    });
+    const points = named.map((point) => ({at: at(point), bold: onLine.has(data.points[point.index]),
+      name: point.candidate + (point.reference ? " (reference)" : point.status === "done" ? "" : ` (${point.status})`)}));
+    const places = placed(points, drawn.map(at).filter(inside), steps, area, size, font);
+    if (!places && height < HIGHEST) continue;
+    Plotly.relayout(target, {annotations: (places ?? []).map(({box, lines, leader}, index) => {
+      const {at: [left, top], bold} = points[index], text = lines.map(plain).join("<br>");
+      const middle = [(box[0] + box[2]) / 2 - left, (box[1] + box[3]) / 2 - top];
+      return {x: log ? Math.log10(x(named[index])) : x(named[index]), y: Math.log10(y(named[index])), text: bold ? `<b>${text}</b>` : text,
+        font: {size}, borderpad: 0, xanchor: "center", yanchor: "middle", align: middle[0] > 0 ? "left" : "right",
+        ...(leader ? {showarrow: true, arrowhead: 0, arrowwidth: 0.8, arrowcolor: "#868e98", standoff: 6, ax: middle[0], ay: middle[1]}
+          : {showarrow: false, xshift: middle[0], yshift: -middle[1]})};
+    })});
+    return;
   }
-  Plotly.relayout(target, {annotations});
 }
 
 function list(indices) {
@@ -144,8 +152,7 @@ function list(indices) {
 
 document.getElementById("axis").addEventListener("change", draw);
 draw();
-document.getElementById("plot").on?.("plotly_click", (event) => event.points[0]?.customdata !== undefined && show(event.points[0].customdata));
 let last = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== last) { last = innerWidth; draw(); } });
-addEventListener("beforeprint", () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, {width: 980, autosize: false})));
-addEventListener("afterprint", () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, {width: null, autosize: true})));
+addEventListener("beforeprint", () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, {width: 980, autosize: false}).then(label)));
+addEventListener("afterprint", () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, {width: null, autosize: true}).then(label)));
