@@ -47,7 +47,7 @@ def test_help_shows_the_options_of_the_backend_named(run_python):
         (("load", "./nowhere", "-b", "bitsandbytes"), "./nowhere: no such file or folder"),
         (
             ("load", "m", "-b", "bitsandbytes", "--offload", "gpu"),
-            "offload must be 'error' or 'cpu', got 'gpu'. Did you mean 'cpu'",
+            "offload must be 'error', 'cpu' or 'disk', got 'gpu'. Did you mean 'cpu'",
         ),
         (("load", "m", "-b", "bitsandbytes", "--max-memory", "6GiB"), "--max-memory must look like '0=6GiB,cpu=24GiB'"),
         (

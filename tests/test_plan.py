@@ -245,7 +245,9 @@ def test_arguments_that_contradict_each_other():
         devices("cuda=24GiB", memory="1GiB")
     with pytest.raises(ConfigError, match="context and batch are 1 or more"):
         devices("cuda=24GiB", context=0)
-    with pytest.raises(ConfigError, match="offload must be 'error' or 'cpu', got 'disk'"):
+    with pytest.raises(ConfigError, match="offload must be 'error', 'cpu' or 'disk', got 'gpu'"):
+        devices("cuda=24GiB", offload="gpu")
+    with pytest.raises(ConfigError, match="offload='disk' is for a CPU, and this is cuda"):
         devices("cuda=24GiB", offload="disk")
     with pytest.raises(ConfigError, match="name the backend that bits belongs to"):
         polyquant.plan(CONFIGS / "llama-3-8b.json", bits=4)

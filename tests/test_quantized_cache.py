@@ -287,11 +287,12 @@ def test_two_makers_at_once_make_one(tiny_model):
 
 KILLED = """
 import os, signal
+from polyquant.packed_weights import tensor_file
 from polyquant.support import files
 kill = lambda *ignored, **more: os.kill(os.getpid(), signal.SIGKILL)
 """
 MOMENTS = {
-    "writing": "quantized_cache._write_tensors = kill",
+    "writing": "tensor_file.TensorWriter.add = kill",
     "before its entry": "quantized_cache.Entry = kill",
     "synchronizing": "os.fsync = kill",
     "before it takes its place": "files._swap = kill",

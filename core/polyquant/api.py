@@ -66,7 +66,7 @@ def load(
         (`polyquant.backend(name).info.options` has them). A record names its backend too.
     device: cpu, cuda, cuda:1, ...; auto: the fastest here that the backend supports.
     device_map: auto, or module name -> device. max_memory: device -> bytes or '6GiB', for auto.
-    offload: what may happen where the model does not fit `device`: error, or cpu.
+    offload: what may happen where the model does not fit `device`: error, cpu, or disk (packed weights, on a CPU).
     allow_dequantize: accept a model that ends dense. attention: transformers' attn_implementation.
     kv_cache: older keys and values: keep, or codes: int8, int4. `LoadedModel.new_cache`: for transformers' `generate`.
     emulate_activations: round the inputs of layers as the format's kernels do (NVFP4, MX, FP8, int8), in software.

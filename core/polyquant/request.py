@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from polyquant.types import DeviceMap, Record, WeightInfo
 
-Offload = Literal["error", "cpu"]
+Offload = Literal["error", "cpu", "disk"]
+"""What may happen to a part of a model for which `device` has no room. error: nothing, the load is refused. cpu: it
+goes to the CPU. disk, on a CPU: packed blocks stay in a file of the cache, and are read for each token."""
 KvCache = Literal["keep", "int8", "int4"]
 """Keys and values between tokens. keep: as the model computes them. int8, int4: codes with a scale and a minimum for
 each 64 of a head, and the newest tokens in full."""
@@ -54,6 +56,7 @@ class LoadRequest(Record, frozen=True):
     later: frozenset[str] = frozenset()  # of those, fused experts that the core quantizes after the load, if it may
     names: Mapping[str, str] = {}  # of stored tensors -> in the model, where transformers renames them
     offload: Offload = "error"  # what may happen where the model does not fit `device`
+    on_disk: tuple[str, ...] = ()  # blocks, such as model.layers.7, whose packed weights are read for each token
     allow_dequantize: bool = False
     trust_remote_code: bool = False
     allow_pickle: bool = False

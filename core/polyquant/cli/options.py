@@ -31,7 +31,7 @@ def _shared() -> list[inspect.Parameter]:
                "--backend", "-b", autocompletion=complete_backend),
         option("device", str, "auto", "cpu, cuda, cuda:1, xpu, mps; auto: the fastest that the backend supports."),
         option("max_memory", str | None, None, "Room on each device, as in '0=6GiB,cpu=24GiB'."),
-        option("offload", str, "error", "Where the model does not fit the device: error, or cpu."),
+        option("offload", str, "error", "Where the model does not fit the device: error, cpu, disk (packed, on CPUs)."),
         option("attention", str, "", "Attention implementation: eager, sdpa, flash_attention_2."),
         option("kv_cache", Literal["keep", "int8", "int4"], "keep",
                "Keys and values between tokens: as they are, or the older ones as codes: less memory, less exact."),

@@ -65,6 +65,7 @@ def plan(found: Plan, *, layers: bool) -> None:
         (f"key-value cache{kind}", "not counted" if found.kv_cache_bytes is None else size(found.kv_cache_bytes)),
         ("activations", "not counted" if found.activation_bytes is None else size(found.activation_bytes)),
         ("process", size(found.process_bytes)),
+        *_disk(found),
         ("load peak", size(found.load_peak_bytes) + given_back),
         ("run peak", size(found.run_peak_bytes)),
         ("needed", f"{size(found.needed_bytes)} of {size(found.memory_bytes)}"),
@@ -85,6 +86,14 @@ def plan(found: Plan, *, layers: bool) -> None:
     _notes(found.notes)
     fits = found.fits and not found.spilled
     console.print(styled("[green]fits[/]" if fits else "[red]does not fit[/]"))
+
+
+def _disk(found: Plan) -> list[tuple[str, str]]:
+    if not found.on_disk:
+        return []
+    most = found.most_tokens_per_second
+    speed = "" if most is None else f", at most {most:.2g} tokens/s"
+    return [("on disk", f"{len(found.on_disk)} blocks, {size(found.read_bytes_per_token)} read for each token{speed}")]
 
 
 def _devices(found: Plan) -> None:

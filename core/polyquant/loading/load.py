@@ -15,6 +15,7 @@ from polyquant.isolated import handles
 from polyquant.loaded import LoadedModel
 from polyquant.loading import adapter, emulation, kernel, quantized_cache
 from polyquant.loading.cache import require_cache
+from polyquant.loading.disk import blocks_on_disk
 from polyquant.loading.options import LoadOptions, split_options
 from polyquant.loading.placement import device_map_for
 from polyquant.loading.records import total
@@ -138,10 +139,13 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled, *, ca
         # before the weights: reading it takes more memory for a moment than it keeps
         tokenizer = hf.load_tokenizer(request.source, trust_remote_code=request.trust_remote_code)
     place = None
-    if cached and not request.emulate_activations and quantized_cache.is_kept(backend, request, settled):
+    kept = cached and not request.emulate_activations and quantized_cache.is_kept(backend, request, settled)
+    if kept or request.on_disk:
         place = quantized_cache.place_of(backend, request, settled)
     restored = quantized_cache.restore(place, backend, request, settled) if place is not None else None
     with as_stored(settled, request.source.name, backend.name):
+        if place is not None and restored is None and request.on_disk:
+            restored = quantized_cache.make(place, backend, request, settled, _loaded)
         loaded = restored or _loaded(backend, request, settled)
     if loaded.tokenizer is None:
         loaded.tokenizer = tokenizer
@@ -165,7 +169,7 @@ def load_settled(backend: Backend, request: LoadRequest, settled: Settled, *, ca
         require_running(loaded)
         require_keeping(loaded)
         loaded.tried_bytes = total(loaded.layers)
-    if place is not None and restored is None:
+    if kept and place is not None and restored is None:
         quantized_cache.keep(place, loaded, backend)
     return loaded
 
@@ -212,6 +216,8 @@ def prepare(
     settled = settle(model, backend, config, given, device, route)
     if how.emulate_activations:
         emulation.require(settled, backend.name)
+    if (disk := blocks_on_disk(model, backend, settled, how)) is not None:
+        settled = msgspec.structs.replace(settled, notes=(*settled.notes, disk.told))
     if first:
         note = f"{packed_name} was dequantized to a float32 checkpoint first, then quantized again"
         settled = msgspec.structs.replace(settled, notes=(note, *settled.notes))
@@ -224,6 +230,7 @@ def prepare(
             later=_packed_later(backend, settled, model.name),
             names=model.renamed,
             offload=how.offload,
+            on_disk=disk.on_disk if disk is not None else (),
             allow_dequantize=how.allow_dequantize,
             trust_remote_code=how.trust_remote_code,
             allow_pickle=how.allow_pickle,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
 
-from polyquant.errors import ConfigError, PlacementError, did_you_mean
+from polyquant.errors import ConfigError, PlacementError, PolyquantError, did_you_mean
+from polyquant.loading.disk import plans_for_disk, room_for_weights
 from polyquant.loading.options import LoadOptions
-from polyquant.loading.settle import Settled, as_stored
+from polyquant.loading.settle import Settled, as_stored, settle
+from polyquant.memory.on_disk import split
 from polyquant.models.model import Model
 from polyquant.registry.backend import Backend
 from polyquant.request import MaxMemory, Offload
 from polyquant.support.devices import available_devices
 from polyquant.support.libraries import quiet_imports
+from polyquant.support.sizes import size
 from polyquant.types import DeviceMap, LayerPlan, WeightInfo
 
 
@@ -24,6 +28,13 @@ def device_map_for(model: Model, backend: Backend, settled: Settled, how: LoadOp
     Raises PlacementError where something would spill and `offload` is 'error', ConfigError for what the backend cannot.
     """
     device = settled.device
+    if how.offload == "disk" and (how.device_map != "auto" or device != "cpu"):
+        raise ConfigError(
+            "offload='disk' is for a model that is on a CPU as a whole: leave device_map out and take device='cpu'; "
+            "max_memory={'cpu': '6GiB'} says how much of it stays in memory"
+        )
+    if how.offload == "disk":  # which blocks, `blocks_on_disk` says
+        return {"": device}
     if how.device_map != "auto":
         device_map = check_device_map(how.device_map, settled.weights)
         check_spill(device_map, device, how.offload)
@@ -38,7 +49,30 @@ def device_map_for(model: Model, backend: Backend, settled: Settled, how: LoadOp
         raise ConfigError(f"{backend.name} does not plan its memory, so max_memory cannot be kept; leave it out")
     with as_stored(settled, model.name, backend.name):
         planned = backend.plan_layers(settled.weights, settled.options)
-    return fill_devices(model.skeleton(settled.dtype), planned, device, how.max_memory, how.offload)
+    try:
+        return fill_devices(model.skeleton(settled.dtype), planned, device, how.max_memory, how.offload)
+    except PlacementError as error:
+        raise PlacementError(f"{error}. {_what_fits(model, backend, settled, how)}") from None
+
+
+def _what_fits(model: Model, backend: Backend, settled: Settled, how: LoadOptions) -> str:
+    """What would fit where a model does not: presets of the same backend, and reading from the disk."""
+    room, ways = room_for_weights(how.max_memory) if settled.device == "cpu" else 0, list[str]()
+    if settled.route == "on the fly" and settled.device == "cpu":
+        for preset, options in backend.info.presets.items():
+            try:
+                other = settle(model, backend, backend.config(options), options, settled.device, settled.route)
+                nbytes = sum(plan.stored_bytes for plan in backend.plan_layers(other.weights, other.options))
+            except ConfigError:
+                continue
+            if nbytes <= room:
+                ways.append(f"{backend.name}:{preset} ({size(nbytes)})")
+    with suppress(PolyquantError):
+        disk = split(plans_for_disk(model, backend, settled), room)
+        if settled.device == "cpu" and disk.resident_bytes <= room:
+            ways.append(f"offload='disk' (--offload disk), which keeps {size(disk.resident_bytes)} in memory")
+    shown = f"What would fit: {', '.join(ways)}" if ways else f"None of {backend.name}'s presets would fit"
+    return f"{shown}; polyquant plan {model.name} shows every backend's"
 
 
 def fill_devices(

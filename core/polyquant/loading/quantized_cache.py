@@ -1,30 +1,32 @@
 """Quantized weights that are kept in the user's cache: the second load of the same maps them, and quantizes nothing.
 
 Kept are packed models whose every quantized weight polyquant's own runtime multiplies with, on a CPU. An entry's key is
-of all that goes into it: what the files of the dense model hold, backend, options, versions and sources. It is written
+of all that goes into it: what the files of the model hold, backend, options, versions and sources. It is written
 all or nothing, and its hash is proven when it is first read.
+
+A model that is larger than the memory (`offload="disk"`) runs from its entry: while it is made, each layer is in the
+entry's file as soon as it is packed, and what runs is always what was read from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from polyquant.errors import ModelError, SaveError
+from polyquant.errors import BackendFailed, ConfigError, ModelError, SaveError
 from polyquant.loaded import LoadedModel
 from polyquant.loading.entries import ENTRY, FOLDER, SIZE, Entry, delete, make_room, most_bytes
 from polyquant.loading.settle import Settled
 from polyquant.models.hashing import content_hash
-from polyquant.models.headers import TORCH_NAMES
 from polyquant.packable import is_packed
 from polyquant.packed_weights import kernels
 from polyquant.registry.backend import Backend
@@ -36,11 +38,13 @@ from polyquant.support.libraries import installed_version
 from polyquant.support.sizes import size
 from polyquant.types import UNREADABLE
 
-LAYOUT = 1  # of what is kept
+if TYPE_CHECKING:
+    from polyquant.packed_weights.tensor_file import TensorWriter
+
+LAYOUT = 2  # of what is kept
 MODULES, WEIGHTS, PROVEN = "modules.json", "model.safetensors", "proven"
+PARTS_OF_EACH = 6  # tensors that a packed weight has at most
 LEAST_BYTES = 2**26  # of a checkpoint: a smaller one is quantized in a moment
-DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
-"""torch's names of dtypes -> those of safetensors."""
 
 
 def is_kept(backend: Backend, request: LoadRequest, settled: Settled) -> bool:
@@ -85,34 +89,21 @@ def restore(folder: Path, backend: Backend, request: LoadRequest, settled: Settl
 
 def keep(folder: Path, loaded: LoadedModel, backend: Backend) -> None:
     """Keep a model that was just loaded, for the next load; why it is not goes into its notes."""
+    from polyquant.packed_weights.tensor_file import TensorWriter
     from polyquant.registry import repacked, restored
 
     if loaded.settled is None or loaded.request is None or repacked.left_with_library(loaded.model, backend):
         return
-    modules, tensors = restored.stored_modules(loaded.model), restored.stored_tensors(loaded.model)
+    tensors = restored.stored_tensors(loaded.model)
     limit, nbytes = most_bytes(), sum(tensor.nbytes for tensor in tensors.values())
     if nbytes > limit:
         loaded.notes.append(f"not kept for the next load: {size(nbytes)} are more than {SIZE}, {size(limit)}")
         return
-    stored = loaded.model.config.quantization_config
-    source, options, notes = loaded.request.source, msgspec.to_builtins(loaded.settled.options), tuple(loaded.notes)
 
     def write(out: Path) -> None:
-        digest = _write_tensors(out / WEIGHTS, tensors)
-        (out / MODULES).write_bytes(msgspec.json.encode(modules))
-        entry = Entry(
-            model=source.name,
-            backend=backend.name,
-            options=options,
-            versions=_versions(backend),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            stored_bytes=(out / WEIGHTS).stat().st_size,
-            sha256=digest,
-            quantization_config=dict(stored) if isinstance(stored, Mapping) else stored.to_dict(),
-            is_transformers=not isinstance(stored, Mapping),
-            notes=notes,
-        )
-        (out / ENTRY).write_text(entry.to_json(), encoding="utf-8")
+        with TensorWriter(out / WEIGHTS, tensors) as writer:
+            _add_rest(writer, tensors)
+        _describe(out, loaded, backend, writer.sha256)
 
     try:
         once(folder, write)
@@ -121,74 +112,118 @@ def keep(folder: Path, loaded: LoadedModel, backend: Backend) -> None:
         loaded.notes.append(f"not kept for the next load: {error}")
 
 
+def make(
+    folder: Path, backend: Backend, request: LoadRequest, settled: Settled,
+    load: Callable[[Backend, LoadRequest, Settled], LoadedModel],
+) -> LoadedModel:  # fmt: skip
+    """A model that is not to be in memory as a whole, from its entry, which is made: each layer is written when packed.
+
+    Raises SaveError where the entry cannot be written, ConfigError where the library multiplies with some of its
+    layers, and what `load` does.
+    """
+    from polyquant.packed_weights.tensor_file import TensorWriter
+    from polyquant.registry import repacked, restored
+
+    names = [f"{weight.name}.{part}" for weight in settled.weights for part in range(PARTS_OF_EACH)]
+
+    def write(out: Path) -> None:
+        with TensorWriter(out / WEIGHTS, names) as writer:
+            with repacked.putting_away(writer):
+                loaded = load(backend, request, settled)
+                repacked.finish(loaded, backend)
+            if repacked.left_with_library(loaded.model, backend):
+                raise ConfigError(
+                    f"offload='disk' reads layers in the packed layout, and {backend.name} multiplies with some "
+                    f"itself: {'; '.join(loaded.notes)}; take other options, or more memory"
+                )
+            _add_rest(writer, restored.stored_tensors(loaded.model))
+        _describe(out, loaded, backend, writer.sha256)
+
+    try:
+        once(folder, write)
+    except SaveError as error:
+        if isinstance(error.__cause__, BackendFailed):  # it was loading that failed, and not writing
+            raise error.__cause__ from error
+        raise SaveError(
+            f"offload='disk' keeps the packed weights in the user's cache, where they could not be written: {error}. "
+            "POLYQUANT_CACHE names another folder"
+        ) from error
+    make_room(most_bytes(), but=folder)
+    made = restore(folder, backend, request, settled)
+    if made is None:
+        raise ModelError(f"{folder} was made and cannot be read: something else writes there; load the model again")
+    made.notes.pop()  # that it comes from the cache
+    return made
+
+
+def _add_rest(writer: TensorWriter, tensors: Mapping[str, Any]) -> None:
+    from polyquant.packed_weights.tensor_file import ordered
+
+    for name in ordered(tensors):
+        if name not in writer.names:
+            writer.add(name, tensors[name])
+
+
+def _describe(out: Path, loaded: LoadedModel, backend: Backend, digest: str) -> None:
+    """Write what an entry has beside its tensors."""
+    from polyquant.registry import restored
+
+    assert loaded.settled is not None  # every load sets both
+    assert loaded.request is not None
+    stored = loaded.model.config.quantization_config
+    entry = Entry(
+        model=loaded.request.source.name,
+        backend=backend.name,
+        options=msgspec.to_builtins(loaded.settled.options),
+        versions=_versions(backend),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        stored_bytes=(out / WEIGHTS).stat().st_size,
+        sha256=digest,
+        quantization_config=dict(stored) if isinstance(stored, Mapping) else stored.to_dict(),
+        is_transformers=not isinstance(stored, Mapping),
+        notes=tuple(loaded.notes),
+    )
+    (out / MODULES).write_bytes(msgspec.json.encode(restored.stored_modules(loaded.model)))
+    (out / ENTRY).write_text(entry.to_json(), encoding="utf-8")
+
+
 def _read(folder: Path, entry: Entry, request: LoadRequest, settled: Settled) -> LoadedModel:
     """The model of an entry, whose tensors are the file's pages. Raises ModelError, OSError."""
-    from safetensors import SafetensorError, safe_open
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    from polyquant.packed_weights import step
+    from polyquant.packed_weights import on_disk, step
+    from polyquant.packed_weights.tensor_file import MappedFile
     from polyquant.registry import restored
 
     modules = msgspec.json.decode((folder / MODULES).read_bytes(), type=list[restored.StoredModule])
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except SafetensorError as error:
-        raise ModelError(f"{folder / WEIGHTS}: {error}") from error
-    model = restored.restore(request, settled.dtype, modules, tensors)
+    file = MappedFile(folder / WEIGHTS)
+    model = restored.restore(request, settled.dtype, modules, file.tensors())
     model.config.quantization_config = (
         AutoQuantizationConfig.from_dict(entry.quantization_config) if entry.is_transformers
         else entry.quantization_config
     )  # fmt: skip
-    kernel = f"{kernels.name()}, whole steps" if step.attach(model) else kernels.name()
+    kernel = kernels.name()
+    if request.on_disk:
+        on_disk.read_by_block(model, file, request.on_disk)
+        kernel += ", blocks from disk"
+    elif step.attach(model):
+        kernel += ", whole steps"
     return LoadedModel(model=model, config=settled.options, kernel=kernel)
 
 
 def _prove(folder: Path, entry: Entry) -> None:
     """Raises ModelError where the file of weights is not the one that was written; once for as long as it stays."""
+    from polyquant.packed_weights.tensor_file import digest_of
+
     status = (folder / WEIGHTS).stat()
     mark, seen = folder / PROVEN, f"{status.st_size} {status.st_mtime_ns}"
     with suppress(OSError):
         if mark.read_text(encoding="utf-8") == seen:
             return
-    with (folder / WEIGHTS).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-            raise ModelError(f"{folder / WEIGHTS} is damaged")
+    if digest_of(folder / WEIGHTS) != entry.sha256:
+        raise ModelError(f"{folder / WEIGHTS} is damaged")
     with suppress(OSError):  # of a cache that may only be read: it is proven again
         mark.write_text(seen, encoding="utf-8")
-
-
-def _write_tensors(path: Path, tensors: dict[str, Any]) -> str:
-    """Write a safetensors file, tensor by tensor and without a copy of all; the SHA-256 of what was written.
-
-    The library's own writer copies every tensor first.
-    """
-    import torch
-
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # each aligned to its numbers
-    header, at = dict[str, Any](), 0
-    for name in names:
-        tensor = tensors[name]
-        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
-    head = msgspec.json.encode(header)
-    head += b" " * (-len(head) % 64)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-
-        def write(content: Any) -> None:
-            digest.update(content)
-            file.write(content)
-
-        write(len(head).to_bytes(8, "little"))
-        write(head)
-        for name in names:
-            if tensors[name].numel():
-                write(memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()))
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
 
 
 def _versions(backend: Backend) -> dict[str, str]:

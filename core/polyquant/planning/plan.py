@@ -10,14 +10,16 @@ import msgspec
 
 from polyquant.errors import ConfigError, UnsupportedOperation
 from polyquant.loading.cache import require_cache
+from polyquant.loading.disk import plans_for_disk
 from polyquant.loading.settle import Settled, as_stored, make_command, route_of, settle
 from polyquant.memory.predicted import predict, weights_of
 from polyquant.planning.devices import Budget, arrange
+from polyquant.planning.disk import disk_plan
 from polyquant.planning.model import PlannedModel
 from polyquant.planning.process import process_bytes
 from polyquant.planning.records import Plan, PlannedTensor, total
 from polyquant.registry.backend import Backend
-from polyquant.request import KvCache
+from polyquant.request import KvCache, Offload
 from polyquant.support.devices import choose_device
 from polyquant.types import DTYPE_BYTES, LayerPlan, Record
 
@@ -36,8 +38,8 @@ class Asked(Record, frozen=True):
     def __post_init__(self) -> None:
         if self.context < 1 or self.batch < 1:
             raise ConfigError(f"context and batch are 1 or more, got context={self.context}, batch={self.batch}")
-        if self.offload not in ("error", "cpu"):
-            raise ConfigError(f"offload must be 'error' or 'cpu', got {self.offload!r}")
+        if self.offload not in get_args(Offload):
+            raise ConfigError(f"offload must be 'error', 'cpu' or 'disk', got {self.offload!r}")
         if self.kv_cache not in get_args(KvCache):
             raise ConfigError(f"kv_cache must be 'keep', 'int8' or 'int4', got {self.kv_cache!r}")
 
@@ -64,11 +66,19 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
     context = model.context(dtype if on_torch else "float16", asked.context, asked.batch, asked.kv_cache)
     if context is None:
         notes.append("the key-value cache is not counted: the model's forward pass cannot be followed without weights")
-    sizes = weights_of(tensors, settled.checkpoint, dtype, backend.capabilities)
+    sizes, disk = weights_of(tensors, settled.checkpoint, dtype, backend.capabilities), None
     process = process_bytes(model.process_bytes, backend, device)
     kept, activations = (context.kv_cache_bytes, context.activation_bytes) if context else (0, 0)
+    if asked.offload == "disk":
+        if device.partition(":")[0] != "cpu":
+            raise ConfigError(f"offload='disk' is for a CPU, and this is {device}: take device='cpu', or leave it out")
+        beside = predict(device, process, sizes._replace(planned=0, file=0), kept, activations).needed
+        plans_for_disk(model, backend, settled)
+        disk = disk_plan(plans, budget.total_bytes(device) - beside, model.source.config)
+        sizes = sizes._replace(planned=disk.split.resident_bytes)
+        notes.append(disk.told)
     peaks = predict(device, process, sizes, kept, activations)
-    placement = arrange(model, plans, dtype, device, budget, asked.offload)
+    placement = arrange(model, plans, dtype, device, budget if disk is None else Budget(), asked.offload)
     quantized = [tensor for tensor in tensors if tensor.quantized]
     if not quantized:
         notes.append(DENSE)
@@ -107,6 +117,9 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         device_map=placement.device_map,
         placed=placement.placed,
         spilled=placement.spilled,
+        on_disk=disk.split.on_disk if disk else (),
+        read_bytes_per_token=disk.split.read_bytes if disk else 0,
+        disk_bytes_per_second=disk.bytes_per_second if disk else None,
         notes=(*notes, *placement.notes),
     )
 

@@ -68,6 +68,16 @@ class Plan(Looked, Record, frozen=True):
     spilled: tuple[str, ...] = ()  # modules that do not fit the device asked for
     notes: tuple[str, ...] = ()
     kv_cache: KvCache = "keep"  # how keys and values are kept
+    on_disk: tuple[str, ...] = ()  # with offload="disk": blocks whose packed weights are read for each token
+    read_bytes_per_token: int = 0  # of them; of a mixture's experts those that a token is routed to
+    disk_bytes_per_second: float | None = None  # as it was measured; None: it is not needed, or could not be
+
+    @property
+    def most_tokens_per_second(self) -> float | None:
+        """What the disk allows with the blocks that are read from it; None where none are, or its rate is not known."""
+        if not self.read_bytes_per_token or self.disk_bytes_per_second is None:
+            return None
+        return self.disk_bytes_per_second / self.read_bytes_per_token
 
     @property
     def ratio(self) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -13,12 +14,14 @@ from tqdm import tqdm
 from polyquant.errors import BrokenBackend, ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.experts import left_dense, one_expert
+from polyquant.memory.on_disk import block_of
 from polyquant.memory.packed import is_halved, scheme_of
 from polyquant.modules import module_of
 from polyquant.packable import is_packed, packs_any
 from polyquant.packed_weights import kernels, step
 from polyquant.packed_weights.experts import ExpertStack, LinearExperts, RepackedExperts, put_in
 from polyquant.packed_weights.linear import RepackedLinear
+from polyquant.packed_weights.tensor_file import TensorWriter
 from polyquant.packed_weights.vocabulary import RepackedEmbedding
 from polyquant.packed_weights.weight import PackedWeight
 from polyquant.plugin import stream
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from polyquant.loading.settle import Settled
 
 SHOWN = 3  # names of layers in a note
+_put_away: ContextVar[Callable[[str, Any], None] | None] = ContextVar("put_away", default=None)
 LEFT_DENSE = (
     "fused experts stay dense: kernel='packed' quantizes them, or experts='quantize' beside the library's kernel; "
     "experts='keep' leaves this note out"
@@ -49,6 +53,28 @@ class Packing(Protocol):
     def pack(self, module: Any) -> Any: ...
     def quantize_linear(self, linear: Any, config: Any) -> Any: ...
     def load(self, request: Any, settled: Any) -> LoadedModel: ...
+
+
+@contextmanager
+def putting_away(writer: TensorWriter) -> Iterator[None]:
+    """Within it, each module of a model's blocks is in the writer's file as soon as it is packed, and no longer in
+    memory."""
+
+    def put_away(name: str, module: Any) -> None:
+        if block_of(name):
+            writer.put_away(name, module)
+
+    token = _put_away.set(put_away)
+    try:
+        yield
+    finally:
+        _put_away.reset(token)
+
+
+def _packed_now(name: str, module: Any) -> None:
+    """To be called for each module that was packed; see `putting_away`."""
+    if (put_away := _put_away.get()) is not None:
+        put_away(name, module)
 
 
 @contextmanager
@@ -120,7 +146,8 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
             vocabulary.halve(loaded, weight)
     if kernels.library() is None:
         loaded.notes.append(f"plain torch multiplies, slowly: {kernels.INSTALL}")
-    if is_packed(loaded.config) and step.attach(loaded.model):
+    is_whole = loaded.request is None or not loaded.request.on_disk
+    if is_packed(loaded.config) and is_whole and step.attach(loaded.model):
         loaded.kernel += ", whole steps"
 
 
@@ -163,8 +190,9 @@ def _pack_one(model: Any, plan: LayerPlan, shape: tuple[int, ...], config: Any, 
     if plan.role == "embedding":
         vocabulary.put_packed(model, plan, weight, getattr(torch, config.compute_dtype))
     else:
-        bias = getattr(module, "bias", None)
-        model.set_submodule(name, RepackedLinear(weight, bias, plan.scheme, plan.bits))
+        layer = RepackedLinear(weight, getattr(module, "bias", None), plan.scheme, plan.bits)
+        model.set_submodule(name, layer)
+        _packed_now(name, layer)
     module._parameters.clear()  # libraries' tensors and modules know each other: they would stay until a collection
 
 
@@ -182,7 +210,7 @@ def _pack_stack(model: Any, plan: LayerPlan, shape: tuple[int, ...], backend: Pa
     if not isinstance(stack, LinearExperts):
         raise BrokenBackend(f"{backend.name}: {plan.name} is {type(stack).__name__}, and not a LinearExperts")
     each = packed_stack(stack, plan, backend)
-    put_in(module, name, RepackedExperts(each, shape[0], plan.scheme, plan.bits, transposed=stack.transposed))
+    _put_experts(module, plan, RepackedExperts(each, shape[0], plan.scheme, plan.bits, transposed=stack.transposed))
 
 
 def packed_stack(stack: LinearExperts, plan: LayerPlan, backend: Packing) -> Iterator[PackedWeight]:
@@ -197,7 +225,12 @@ def _pack_experts(
     owner, _, name = plan.name.rpartition(".")
     module, transposed = model.get_submodule(owner), weight.stacked == "in_out"
     each = rounded_experts(getattr(module, name).detach(), weight, plan, source, config, backend)
-    put_in(module, name, RepackedExperts(each, plan.shape[0], plan.scheme, plan.bits, transposed=transposed))
+    _put_experts(module, plan, RepackedExperts(each, plan.shape[0], plan.scheme, plan.bits, transposed=transposed))
+
+
+def _put_experts(module: Any, plan: LayerPlan, stack: RepackedExperts) -> None:
+    put_in(module, plan.name.rpartition(".")[2], stack)
+    _packed_now(plan.name, stack)
 
 
 def rounded_experts(
