@@ -102,9 +102,12 @@ def chosen(session: nox.Session, marks: str = "not slow and not gpu") -> list[st
 
 
 def run_tests(session: nox.Session, *words: str) -> None:
-    """pytest; what tests and their processes leave in the temporary folder goes with it: whole runs left gigabytes."""
+    """pytest; what tests and their processes leave in the temporary folder goes with it: whole runs left gigabytes.
+
+    They keep compiled modules, whatever this process is told: hundreds of processes would compile the core anew.
+    """
     with TemporaryDirectory(prefix="pq", ignore_cleanup_errors=True) as folder:
-        session.run("python", "-m", "pytest", *words, env={"TMPDIR": folder})
+        session.run("python", "-m", "pytest", *words, env={"TMPDIR": folder, "PYTHONDONTWRITEBYTECODE": ""})
 
 
 def apart() -> list[str]:

@@ -102,6 +102,14 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture(scope="module")
+def warm_children():
+    """What this process starts as sys.executable has torch and transformers imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm.interpreter())
+        yield
+
+
 @pytest.fixture(scope="session")
 def rowwise_package(tmp_path_factory) -> Path:
     """The package that `polyquant new-backend rowwise` writes."""

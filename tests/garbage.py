@@ -15,8 +15,9 @@ import gc
 import os
 
 import pytest
+from polyquant.testing.forking import read_on_import
 
-BEFORE = dict(os.environ)
+BEFORE = read_on_import(os.environ)
 
 
 @pytest.hookimpl(trylast=True)
@@ -28,9 +29,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         assert transformers
         gc.collect()
         gc.freeze()
-    from polyquant.testing.warm import read_on_import  # which keeps what test files set for their processes
-
-    before = read_on_import(BEFORE)
-    for name in read_on_import(os.environ).keys() - before.keys():
+    for name in read_on_import(os.environ).keys() - BEFORE.keys():
         del os.environ[name]
-    os.environ.update(before)
+    os.environ.update(BEFORE)

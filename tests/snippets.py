@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def run_command(command: str) -> tuple[int, str]:
     """Exit code, and standard output and error together."""
     words = shlex.split(command, comments=True)
     if words[0] != "polyquant" or re.search(r"[|&;<>]", command.partition(" #")[0].replace('"', "")):
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
         bash = ["bash", "-c", command]
         done = subprocess.run(bash, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
         return done.returncode, done.stdout + done.stderr

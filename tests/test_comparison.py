@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import msgspec
@@ -12,6 +11,7 @@ from polyquant.comparison.cell.run import run
 from polyquant.comparison.records import Job, Result
 from polyquant.comparison.cell.reference import dense_reference
 from polyquant.models.resolve import resolve_dense
+from polyquant.testing import warm
 from polyquant.testing.models import tiny_model
 from polyquant.support.texts import evaluation_text
 
@@ -59,7 +59,7 @@ def test_a_cell_in_a_process_of_its_own_gives_the_same(model, stored, tmp_path, 
     asked = job(model, stored, parts=("quality", "speed"))
     (tmp_path / "job.json").write_text(asked.to_json())
     command = [
-        sys.executable,
+        warm.interpreter(),
         "-m",
         "polyquant.comparison.cell.run",
         str(tmp_path / "job.json"),

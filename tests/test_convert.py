@@ -17,6 +17,7 @@ from polyquant.packed_weights.weight import pack_weight
 from polyquant.plugin import E2M1, unpacked
 from polyquant.plugin.packing import e4m3_scales, exponents, in_awq_words, in_words, unpacked_awq
 from polyquant.plugin.packing import unpacked as out_of_words
+from polyquant.testing import warm
 from polyquant.testing.models import tiny_model
 from safetensors.torch import load_file
 
@@ -190,7 +191,9 @@ def test_a_kill_leaves_nothing(checkpoint, tmp_path):
         "            print('writing', flush=True); time.sleep(0.2)\n    write(each(), *rest)\n"
         "unpacked._write_shards = slow\npolyquant.convert(sys.argv[1], 'gptq', sys.argv[2])\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(source), str(out)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [warm.interpreter(), "-c", code, str(source), str(out)], stdout=subprocess.PIPE, text=True
+    )
     with process:
         assert process.stdout.readline() == "writing\n"
         time.sleep(0.5)

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import polyquant
@@ -22,6 +21,7 @@ from polyquant.finetuning import state
 from polyquant.finetuning.data import IGNORED, Example, pack, read_examples
 from polyquant.finetuning.options import TrainingOptions
 from polyquant.finetuning.run import split
+from polyquant.testing import warm
 from polyquant.testing.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("rowwise")
@@ -257,7 +257,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(model, data, tmp_pa
     whole = tune(model, data, tmp_path / "whole", **options)
     for killed_at in ("3", "7"):
         code = KILLED.replace("{QUICK}", repr(options))
-        command = [sys.executable, "-c", code, model, str(data), str(tmp_path / "out"), killed_at]
+        command = [warm.interpreter(), "-c", code, model, str(data), str(tmp_path / "out"), killed_at]
         environment = {**os.environ, "PYTHONPATH": rowwise}
         ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert ended.returncode == 9, ended.stderr
@@ -276,7 +276,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(model, data, tmp_pa
 def test_two_processes_share_the_steps_and_write_one_adapter(model, data, tmp_path, rowwise):
     out = tmp_path / "out"
     options = ["--rank", "4", "--batch-size", "2", "--steps", "3", "--checkpoint-every", "2"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    launch = [warm.interpreter(), "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     command = [*launch, "-m", "polyquant", "finetune", model, "--backend", "rowwise", "--device", "cpu", *options,
                "--data", str(data), "--out", str(out), "--json"]  # fmt: skip

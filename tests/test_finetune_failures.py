@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import polyquant
 import pytest
 from polyquant.errors import SaveError, TrainingConflict
 from polyquant.finetuning import state
+from polyquant.testing import warm
 from polyquant.testing.models import tiny_model
 
 LINES = [{"prompt": f"What is {number}? ", "completion": f"It is {number}, sir."} for number in range(16)]
@@ -59,7 +59,7 @@ def tune(model, data, out, **more):
 def failed(model, data, out, rowwise, before, ends=0):
     """What a run in a process of its own says, in which the code `before` has made something fail."""
     code = RUN.replace("{OPTIONS}", repr(OPTIONS)).replace("{BEFORE}", before)
-    command = [sys.executable, "-c", code, model, str(data), str(out)]
+    command = [warm.interpreter(), "-c", code, model, str(data), str(out)]
     environment = {**os.environ, "PYTHONPATH": rowwise}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert ended.returncode == ends, ended.stderr[-3000:]

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 
 import polyquant
 import psutil
@@ -23,6 +22,7 @@ from polyquant.isolated.worker import InWorker
 from polyquant.registry.observers import Recorder
 from polyquant.models.model import Model
 from polyquant.packed_weights import kernels
+from polyquant.testing import warm
 from polyquant.testing.models import tiny_model
 
 from .installing import write_metadata
@@ -149,7 +149,11 @@ def test_a_worker_finds_them_where_its_parent_has_them():
     )
     for variables, found in (({}, False), (kernels.lent(), True)):
         done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, check=True
+            [warm.interpreter(), "-c", code],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert ("polyquant_kernels" in done.stdout) is found
 
@@ -270,7 +274,7 @@ sys.stdin.read()
 def test_a_worker_ends_with_its_parent(environment, folder, isolated_rowwise, moment):
     variables = {**os.environ, "PYTHONPATH": isolated_rowwise}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, folder, moment], env=variables, **pipes)
+    parent = subprocess.Popen([warm.interpreter(), "-c", PARENT, folder, moment], env=variables, **pipes)
     pid = int(parent.stdout.readline())
     assert psutil.pid_exists(pid)
     parent.kill()

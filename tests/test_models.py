@@ -4,7 +4,6 @@ import json
 import os
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from polyquant.errors import ModelError
 from polyquant.support.cache import cache_folder
 from polyquant.models.resolve import resolve
+from polyquant.testing import warm
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
@@ -197,7 +197,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
 def test_two_processes_make_the_dense_checkpoint_once(tmp_path):
     code = "from polyquant.models.resolve import resolve_dense; print(resolve_dense('builtin:smollm2').path)"
     variables = {**os.environ, "POLYQUANT_CACHE": str(tmp_path)}
-    command = [sys.executable, "-c", code]
+    command = [warm.interpreter(), "-c", code]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, env=variables, text=True) for _ in range(2)]
     (first, _), (second, _) = (process.communicate() for process in both)
     assert [process.returncode for process in both] == [0, 0]

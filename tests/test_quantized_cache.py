@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -276,7 +275,7 @@ print(loaded.notes)
 
 
 def test_two_makers_at_once_make_one(tiny_model):
-    command = [sys.executable, "-c", LOADS, str(tiny_model("llama"))]
+    command = [warm.interpreter(), "-c", LOADS, str(tiny_model("llama"))]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [each.communicate(timeout=300)[0] for each in both]
     assert [each.returncode for each in both] == [0, 0]

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +21,7 @@ from polyquant.serving import server as serving
 from polyquant.serving.options import ServeOptions
 from polyquant.serving.text import Text
 from polyquant.serving.toolcalls import read_calls
+from polyquant.testing import warm
 from polyquant.testing.models import tiny_model
 
 from .serving import PROMPT, answers_like, client_of, serving_of
@@ -518,7 +518,7 @@ def test_other_machines_are_let_in_with_a_key_alone(monkeypatch):
 def test_a_signal_ends_it_in_good_order(folder, number):
     """In the middle of a stream: the client is told, the exit code is 0, and nothing is left."""
     words = ["serve", str(folder), "-b", "bitsandbytes", "--port", "0", "--name", "tiny"]
-    command = [sys.executable, "-m", "polyquant", *words]
+    command = [warm.interpreter(), "-m", "polyquant", *words]
     environment = {**os.environ, "POLYQUANT_KERNEL": "library"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:

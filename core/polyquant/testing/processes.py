@@ -24,10 +24,10 @@ def run_python(code: str, *arguments: str, imported: bool = False) -> Any:
     if imported:
         result = warm.run(command, seconds=LIMIT_SECONDS, environment=environment)
     else:
+        fresh = [sys.executable, "-u", *command]  # with an option it is so where warm.interpreter() stands for it
         result = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
-            env=environment,
-        )  # fmt: skip
+            fresh, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False, env=environment
+        )
     lines = result.stdout.splitlines()
     if result.returncode or not lines:
         raise CheckFailed(f"a fresh process ended with code {result.returncode}: {result.stderr.strip()[-1500:]}")
