@@ -202,6 +202,7 @@ def compare(
     tasks: Sequence[str] = (),
     task_folder: str = "",
     task_limit: int = 0,
+    behaviour: bool = False,
     jobs: int = 1,
     timeout_seconds: float = 3600,
     speed_limit_seconds: float = 30,
@@ -228,7 +229,8 @@ def compare(
     options = {
         "parts": tuple(parts), "device": device, "preset": preset, "text": text, "windows": windows,
         "reference": reference, "tasks": tuple(tasks), "task_folder": task_folder, "task_limit": task_limit,
-        "jobs": jobs, "timeout_seconds": timeout_seconds, "speed_limit_seconds": speed_limit_seconds, "retry": retry,
+        "behaviour": behaviour, "jobs": jobs, "timeout_seconds": timeout_seconds,
+        "speed_limit_seconds": speed_limit_seconds, "retry": retry,
         "emulate_activations": emulate_activations, "engine": engine, "address": address,
     }  # fmt: skip
     return run(model, candidates, Path(out) if out else None, convert(CompareOptions, options), progress, sweep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -82,7 +82,8 @@ def show_comparison(run: Run, written: Path | None = None) -> None:
     from polyquant.cli.show import console
     from polyquant.cli.terminal import styled
     from polyquant.comparison.report import measured_on
-    from polyquant.comparison.report.columns import COLUMNS, GOALS, MARK, shown
+    from polyquant.comparison.report.column import MARK
+    from polyquant.comparison.report.columns import COLUMNS, GOALS, shown
     from polyquant.comparison.report.plot import frontiers
     from polyquant.comparison.report.rows import by_quality, first_line, plain_rows
 
@@ -110,9 +111,32 @@ def show_comparison(run: Run, written: Path | None = None) -> None:
     console.print(measured_on.one_line(run), style="dim")
     if beside := measured_on.other_work(run):
         console.print(styled("[yellow]{}[/] {}", MARK, beside))
+    _show_behaviour(rows)
     for note in run.notes:
         console.print(f"note: {note}")
     _show_path(written)
+
+
+def _show_behaviour(rows: list[dict[str, Any]]) -> None:
+    """How candidates answered the prompts, where they were asked."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from polyquant.cli.show import console
+    from polyquant.comparison.report.behaviour import FIGURES
+
+    asked = [values for values in rows if values.get(FIGURES[0].key) is not None]
+    if not asked:
+        return
+    table = Table(box=None, pad_edge=False, header_style="underline", title_justify="left")
+    table.title = "answers to 64 prompts, beside the reference's (intervals of 95 %)"
+    table.add_column("candidate", overflow="fold")
+    columns = [figure for figure in FIGURES if "page" in figure.places or "markdown" in figure.places]
+    for column in columns:
+        table.add_column(column.heading, justify="right")
+    for values in asked:
+        table.add_row(Text(values["candidate"]), *(column.text(values) for column in columns))
+    console.print(table)
 
 
 def show_difference(difference: Difference, written: Path | None = None) -> None:

@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from polyquant.comparison.records import Row, Run
-from polyquant.comparison.report.columns import COLUMNS, Column, columns_of
+from polyquant.comparison.report.column import Column
+from polyquant.comparison.report.columns import COLUMNS, columns_of
 from polyquant.comparison.report.difference import Difference, compare_runs, margin
 from polyquant.comparison.report.rows import first_line, values_of
 from polyquant.errors import ConfigError, did_you_mean

@@ -12,14 +12,16 @@ from msgspec import Meta
 from polyquant.comparison.records import Part
 
 EngineName = Literal["local", "ray"]
-NOT_MEASURED = ("jobs", "retry", "engine", "address", "emulate_activations")
-"""Options that change no figure of a candidate; which one's activations are rounded, its own name says."""
+NOT_MEASURED = ("jobs", "retry", "engine", "address", "emulate_activations", "behaviour")
+"""Options that change no figure of a candidate, or that say what its name or `parts` say too."""
 
 
 class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to measure, on what, and how; the defaults take a few minutes a candidate for a small model on a CPU."""
 
-    parts: Annotated[tuple[Part, ...], Meta(description="what to measure: quality, speed, tasks", min_length=1)] = (
+    parts: Annotated[
+        tuple[Part, ...], Meta(description="what to measure: quality, speed, tasks, behaviour", min_length=1)
+    ] = (
         "quality",
         "speed",
     )
@@ -37,6 +39,9 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tasks: Annotated[tuple[str, ...], Meta(description="tasks of lm-eval")] = ()
     task_folder: Annotated[str, Meta(description="folder with lm-eval tasks of your own")] = ""
     task_limit: Annotated[int, Meta(description="examples of each task at most; 0: all", ge=0)] = 0
+    behaviour: Annotated[
+        bool, Meta(description="64 prompts too, answered greedily beside the reference; or name it among parts")
+    ] = False
     jobs: Annotated[int, Meta(description="quality cells at a time; speed is always measured alone", ge=1)] = 1
     timeout_seconds: Annotated[float, Meta(description="seconds a cell may take", gt=0)] = 3600
     speed_limit_seconds: Annotated[
@@ -54,6 +59,8 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         if self.tasks and "tasks" not in self.parts:
             msgspec.structs.force_setattr(self, "parts", (*self.parts, "tasks"))
+        if self.behaviour and "behaviour" not in self.parts:
+            msgspec.structs.force_setattr(self, "parts", (*self.parts, "behaviour"))
         if "tasks" in self.parts and not self.tasks:
             raise ValueError("parts has tasks, and no task is named: give tasks (--tasks)")
 

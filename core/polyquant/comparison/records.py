@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from polyquant.comparison.candidates import DENSE, Candidate
 from polyquant.loading.records import Check, Memory
+from polyquant.measure.behaviour.records import Behaviour
 from polyquant.measure.quality.records import Quality
 from polyquant.measure.speed import Speed
 from polyquant.support.machine import Machine
 from polyquant.types import Record
 
-Part = Literal["quality", "speed", "tasks"]
+Part = Literal["quality", "speed", "tasks", "behaviour"]
 """What a cell measures after it has loaded and verified the model."""
 Goal = Literal["quality", "speed", "memory"]
 OTHER_WORK = 0.05
@@ -31,7 +32,7 @@ class Job(Record, frozen=True):
     options: Mapping[str, Any] = {}
     device: str = "auto"
     parts: tuple[Part, ...] = ("speed",)
-    reference: str = ""  # folder of the reference's stored log-probabilities, for quality
+    reference: str = ""  # folder of the reference's stored log-probabilities and answers
     reference_key: str = ""
     dense: str = ""  # the dense model, for the error of each layer's weights; empty: not measured
     tasks: tuple[str, ...] = ()  # of lm-eval
@@ -61,6 +62,8 @@ class ReferenceJob(Record, frozen=True):
     device: str
     folder: str
     key: str
+    quality: bool = True  # whether its log-probabilities are wanted
+    behaviour: bool = False  # whether its answers to the shipped prompts are
 
 
 class Layer(Record, frozen=True):
@@ -115,6 +118,7 @@ class Result(Record, frozen=True):
     speed: Speed | None = None
     other_work_share: float | None = None  # of the cores' time, what other processes used meanwhile; None: not known
     scores: tuple[Score, ...] = ()
+    behaviour: Behaviour | None = None
     seconds: float = 0.0  # of the processes that measured it, imports included
     own_seconds: float = 0.0  # of these: loading and measuring
     import_seconds: float = 0.0  # of these: until the libraries were there

@@ -12,6 +12,7 @@ from polyquant.comparison.candidates import DENSE, Candidate, parse
 from polyquant.comparison.options import CompareOptions
 from polyquant.comparison.records import ReferenceJob
 from polyquant.errors import BackendFailed, ConfigError
+from polyquant.measure.behaviour.stored import answers_in
 from polyquant.measure.quality.index import INDEX, stored_in
 from polyquant.measure.quality.windows import preset_named
 from polyquant.models.hashing import content_hash
@@ -38,7 +39,12 @@ def chosen_reference(source: ModelSource, text: str, options: CompareOptions, no
     candidate = parse(options.reference, registry().info)
     if candidate.options.get("compute_dtype") != "float32" or candidate.backend != DENSE:
         notes.append(f"the reference is {candidate.name}, not the dense model in float32")
-    return reference_job(source, text, options.preset, options.windows or None, candidate, options.device)
+    job = reference_job(source, text, options.preset, options.windows or None, candidate, options.device)
+    return msgspec.structs.replace(job, **_wanted(options))
+
+
+def _wanted(options: CompareOptions) -> dict[str, bool]:
+    return {"quality": "quality" in options.parts, "behaviour": "behaviour" in options.parts}
 
 
 def _reference_in(
@@ -53,10 +59,15 @@ def _reference_in(
             f"{folder} holds a reference of the preset {stored.get('preset')}, and {options.preset} is asked for; "
             f"give --preset {stored.get('preset')}"
         )
+    if "behaviour" in options.parts and answers_in(folder) is None:
+        raise ConfigError(
+            f"{folder} holds no answers to the prompts of behaviour; leave behaviour out, or name a candidate as "
+            "the reference (--reference dense)"
+        )
     notes.append(f"the reference is what {folder} holds; its text and model are not known here")
     return msgspec.structs.replace(
         reference_job(source, text, options.preset, options.windows or None, Candidate(name="", backend=""), ""),
-        folder=str(folder.absolute()), key=str(stored.get("key")),
+        folder=str(folder.absolute()), key=str(stored.get("key")), **_wanted(options),
     )  # fmt: skip
 
 
@@ -77,8 +88,18 @@ def reference_job(
 
 
 def is_stored(job: ReferenceJob) -> bool:
-    """Whether it has been computed already."""
-    return stored_in(Path(job.folder), job.key) is not None
+    """Whether all that is wanted of it has been computed already."""
+    return quality_stored(job) and behaviour_stored(job)
+
+
+def quality_stored(job: ReferenceJob) -> bool:
+    """Whether its log-probabilities are there, or not wanted."""
+    return not job.quality or stored_in(Path(job.folder), job.key) is not None
+
+
+def behaviour_stored(job: ReferenceJob) -> bool:
+    """Whether its answers are there, or not wanted."""
+    return not job.behaviour or answers_in(Path(job.folder)) is not None
 
 
 def compute_in_child(job: ReferenceJob, work: Path, options: CompareOptions, progress: Progress) -> None:

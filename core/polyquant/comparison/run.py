@@ -22,6 +22,7 @@ from polyquant.comparison.result import FILE, Comparison
 from polyquant.comparison.store import cell_path, comparisons_folder, joined, read_cell, write_cell
 from polyquant.comparison.sweep import Sweep, swept
 from polyquant.errors import ComparisonBusy, ConfigError
+from polyquant.measure.behaviour.prompts import prompts_hash
 from polyquant.measure.quality.windows import preset_named
 from polyquant.models import builtin
 from polyquant.models.hashing import content_hash
@@ -74,7 +75,8 @@ def _compare(
             f"activations of {', '.join(emulated)} are emulated, rounded in software: quality is that of kernels which "
             "do so, speed is not"
         )
-    reference = chosen_reference(source, text, options, notes) if "quality" in options.parts else None
+    referred = {"quality", "behaviour"} & set(options.parts)
+    reference = chosen_reference(source, text, options, notes) if referred else None
     planner = CellPlanner(source, options, reference, content_hash(source))
     cells = [planner.plan(candidate) for candidate in candidates]
     setting = Setting(
@@ -139,7 +141,9 @@ def _missing(result: Result | None, options: CompareOptions) -> tuple[Part, ...]
     same_tasks = (result.job.tasks, result.job.task_limit, result.job.task_folder) == (
         options.tasks, options.task_limit, options.task_folder,
     )  # fmt: skip
-    return tuple(part for part in options.parts if part not in result.parts or (part == "tasks" and not same_tasks))
+    same_prompts = result.behaviour is not None and result.behaviour.prompts == prompts_hash()
+    old = {"tasks": not same_tasks, "behaviour": not same_prompts}
+    return tuple(part for part in options.parts if part not in result.parts or old.get(part))
 
 
 def _tasks(cell: PlannedCell, missing: Sequence[Part], options: CompareOptions) -> list[CellTask]:

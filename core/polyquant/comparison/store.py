@@ -80,11 +80,12 @@ def joined(before: Result | None, new: Result) -> Result:
     if before is None:
         return new
     kept = {part for part in before.parts if part not in new.parts}
-    fields = {"quality": ("quality", "layers"), "speed": ("speed", "other_work_share"), "tasks": ("scores",)}
+    fields = {"quality": ("quality", "layers"), "speed": ("speed", "other_work_share"), "tasks": ("scores",),
+              "behaviour": ("behaviour",)}  # fmt: skip
     carried = {field: getattr(before, field) for part in kept for field in fields[part]}
     return msgspec.structs.replace(
         new,
-        parts=tuple(part for part in ("quality", "speed", "tasks") if part in kept or part in new.parts),
+        parts=tuple(part for part in fields if part in kept or part in new.parts),
         seconds=before.seconds + new.seconds,
         own_seconds=before.own_seconds + new.own_seconds,
         import_seconds=before.import_seconds + new.import_seconds,

@@ -10,7 +10,7 @@ import msgspec
 
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.records import ReferenceJob
-from polyquant.comparison.reference import DENSE_FLOAT32, is_stored, reference_job
+from polyquant.comparison.reference import DENSE_FLOAT32, behaviour_stored, is_stored, quality_stored, reference_job
 from polyquant.measure.quality.windows import cut, preset_named
 from polyquant.models.resolve import resolve_dense
 from polyquant.request import ModelSource
@@ -43,19 +43,27 @@ def dense_reference(
 
 
 def compute(job: ReferenceJob, progress: Progress = SILENT) -> None:
-    """Run the reference over the text, and store what it predicts, unless another process does it meanwhile.
+    """Run the reference over the text, and the prompts if asked for, and store what it predicts and answers, unless
+    another process does it meanwhile.
 
     Raises ConfigError where the text is too short.
     """
     with locked(Path(job.folder)):
-        if not is_stored(job):
-            _store(job, progress)
+        if is_stored(job):
+            return
+        loaded = _loaded(job)
+        if not quality_stored(job):
+            _store(job, loaded, progress)
+        if not behaviour_stored(job):
+            from polyquant.comparison.cell.behaviour import ask
+            from polyquant.measure.behaviour import stored
+
+            stored.store(Path(job.folder), ask(loaded, progress))
 
 
-def _store(job: ReferenceJob, progress: Progress) -> None:
+def _store(job: ReferenceJob, loaded: LoadedModel, progress: Progress) -> None:
     from polyquant.measure.quality import stored
 
-    loaded = _loaded(job)
     tokenizer = loaded.tokenizer
     tokens = tokenizer(job.text, add_special_tokens=False).input_ids
     windows = cut(tokens, preset_named(job.preset), bos=tokenizer.bos_token_id, limit=job.limit)

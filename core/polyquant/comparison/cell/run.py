@@ -137,6 +137,10 @@ def _measure(part: str, loaded: LoadedModel, job: Job, measured: dict[str, Any],
         others = OtherWork()
         measured["speed"] = measure_speed(loaded.session, loaded.vocabulary, limit_seconds=job.speed_limit_seconds)
         measured["other_work_share"] = others.share(min(measured["threads"], len(usable_cores())))
+    elif part == "behaviour":
+        from polyquant.comparison.cell.behaviour import measure_behaviour
+
+        measured["behaviour"] = measure_behaviour(loaded, Path(job.reference), progress)
     else:
         from polyquant.comparison.cell.tasks import measure_tasks
 

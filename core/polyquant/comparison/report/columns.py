@@ -2,61 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
 
-from polyquant.comparison.records import OTHER_WORK, Goal, Run
-from polyquant.comparison.report.formats import percent, ratio, significant, times, with_error
+from polyquant.comparison.records import Run
+from polyquant.comparison.report import behaviour
+from polyquant.comparison.report.column import Column, Place
+from polyquant.comparison.report.formats import percent, ratio, significant, times
 from polyquant.support.sizes import size
 
-Place = Literal["page", "page details", "page conditions", "frontier", "markdown", "terminal", "wide terminal"]
-"""Where a column appears, beside CSV, JSON and pandas, which have all of them.
-
-page: the table of candidates, whose rows open and show the details, conditions first; frontier: the page's table below
-the plot, and the texts of its points; wide terminal: only where a terminal has room for it.
-"""
-Noise = Literal["standard error", "standard deviation", "exact", "share"]
-"""What two comparisons may differ by, and mean nothing: see `difference`."""
-MARK = "*"
-"""After a speed that was measured beside other work; `measured_on.other_work` says what it means."""
 STANDARD_ERROR = "_standard_error"  # ends the key of the standard error of a task's score
-
-
-class Column(NamedTuple):
-    """A column: one figure, or one text, of every row."""
-
-    key: str  # in CSV, JSON, pandas and `plain_rows`
-    heading: str = ""
-    unit: str = ""  # after the heading of a table, or after the text of a detail; empty where one of these has it
-    short: str = ""  # heading in a terminal, where it is another
-    meaning: str = ""  # what the page says of a heading that is pointed at
-    format: Callable[[Any], str] | None = None  # None: with its error, or as it is
-    error: str = ""  # key of its standard error or deviation
-    places: tuple[Place, ...] = ()
-    noted: bool = False  # whether notes on the whole comparison concern it
-    better: Literal["lower", "higher"] = "lower"
-    goal: Goal | None = None  # the goal whose best candidate it decides
-    axis: str = ""  # its name where KL can be plotted against it
-    axis_title: str = ""
-    timed: bool = False  # whether other work on the same cores changes it: it is marked there
-    noise: Noise | None = None  # None: two comparisons are not compared by it
-
-    @property
-    def title(self) -> str:
-        """The heading with its unit."""
-        return f"{self.heading} ({self.unit})" if self.unit else self.heading
-
-    def text(self, values: Mapping[str, Any]) -> str:
-        """The figure of a row as people read it; empty where it was not measured."""
-        value = values.get(self.key)
-        if value is None or value == "":
-            return ""
-        if self.format is not None:
-            text = self.format(value)
-        else:
-            text = with_error(value, values.get(self.error)) if self.error else str(value)
-        return f"{text} {MARK}" if self.timed and (values.get("other_work_share") or 0.0) > OTHER_WORK else text
-
 
 COLUMNS = (
     Column(key="candidate", heading="candidate"),
@@ -205,9 +159,10 @@ AXES = sorted((column for column in COLUMNS if column.axis), key=lambda column: 
 
 
 def columns_of(run: Run) -> list[Column]:
-    """COLUMNS, and two for each metric of each task that was run: the score and its standard error."""
+    """COLUMNS, those of behaviour where it was measured, and two for each metric of each task."""
     names = dict.fromkeys(score.column for row in run.rows if row.result for score in row.result.scores)
-    return [*COLUMNS, *(column for name in names for column in _of_score(name))]
+    of_behaviour = behaviour.COLUMNS if behaviour.asked_in(run) else ()
+    return [*COLUMNS, *of_behaviour, *(column for name in names for column in _of_score(name))]
 
 
 def shown(columns: Sequence[Column], *places: Place) -> list[Column]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from polyquant.comparison.records import Row, Run
 from polyquant.comparison.report import measured_on
-from polyquant.comparison.report.columns import COLUMNS, SPEEDS, Column, Noise, columns_of
+from polyquant.comparison.report.column import Column, Noise
+from polyquant.comparison.report.columns import COLUMNS, SPEEDS, columns_of
 from polyquant.comparison.report.rows import values_of
 from polyquant.support.machine import Machine
 from polyquant.types import Record

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyquant.comparison.records import Run
-from polyquant.comparison.report import measured_on
-from polyquant.comparison.report.columns import COLUMNS, MARK, columns_of, shown
+from polyquant.comparison.report import behaviour, measured_on
+from polyquant.comparison.report.column import MARK
+from polyquant.comparison.report.columns import COLUMNS, columns_of, shown
 from polyquant.comparison.report.rows import by_quality, first_line, plain_rows
 
 
@@ -37,6 +38,7 @@ def as_plain(run: Run) -> dict[str, Any]:
         "machine": run.machine,
         "notes": [*run.notes, *filter(None, [measured_on.other_work(run)])],
         "rows": plain_rows(run),
+        **({"answers": answers} if (answers := behaviour.side_by_side(run)) else {}),
     }
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 
 from polyquant.comparison.records import Run
-from polyquant.comparison.report import difference_tables, measured_on, page_table
-from polyquant.comparison.report.columns import AXES, MARK
+from polyquant.comparison.report import behaviour, difference_tables, measured_on, page_table
+from polyquant.comparison.report.column import MARK
+from polyquant.comparison.report.columns import AXES
 from polyquant.comparison.report.difference import Difference
 from polyquant.comparison.report.exports import as_csv, as_markdown, as_plain
 from polyquant.comparison.report.plot import FRONTIER, plot_data
@@ -57,6 +58,7 @@ def html(run: Run) -> str:
         open=any(row["status"] == "check failed" for row in rows),
         done=sum(row["status"] in ("done", "check failed") for row in rows),
         failed=[row for row in rows if row["status"] in ("failed", "check failed")],
+        behaviour=behaviour.side_by_side(run),
         layered=[row for row in rows if row["layers"]],
         backends=sorted({row["backend"] for row in rows}),
         machines=measured_on.measurers(run),

@@ -7,10 +7,9 @@ from typing import Any
 import msgspec
 
 from polyquant.comparison.records import Run
-from polyquant.comparison.report.columns import COLUMNS, Column, columns_of, shown
+from polyquant.comparison.report.column import Column
+from polyquant.comparison.report.columns import columns_of, shown
 from polyquant.comparison.report.rows import by_quality, first_line, last_lines, plain_rows
-
-DETAILS = (*shown(COLUMNS, "page conditions"), *shown(COLUMNS, "page details"))
 
 
 def headings_of(run: Run) -> list[dict[str, Any]]:
@@ -21,9 +20,11 @@ def headings_of(run: Run) -> list[dict[str, Any]]:
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
     """What the page shows of every row, closest to the reference first."""
-    columns = shown(columns_of(run), "page")
+    all_columns = columns_of(run)
+    columns = shown(all_columns, "page")
+    details = [*shown(all_columns, "page conditions"), *shown(all_columns, "page details")]
     values = [{**plain, "index": index} for index, plain in enumerate(plain_rows(run))]
-    return [_row(run, plain, columns) for plain in by_quality(values)]
+    return [_row(run, plain, columns, details) for plain in by_quality(values)]
 
 
 def _heading(column: Column) -> dict[str, Any]:
@@ -35,11 +36,9 @@ def _heading(column: Column) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(run: Run, values: dict[str, Any], columns: list[Column]) -> dict[str, Any]:
+def _row(run: Run, values: dict[str, Any], columns: list[Column], details: list[Column]) -> dict[str, Any]:
     row = run.rows[values["index"]]
-    details = [
-        (column.heading, f"{text} {column.unit}".rstrip()) for column in DETAILS if (text := column.text(values))
-    ]
+    found = [(column.heading, f"{text} {column.unit}".rstrip()) for column in details if (text := column.text(values))]
     options = ", ".join(f"{name}={_option(value)}" for name, value in row.candidate.options.items())
     return {
         "index": values["index"],
@@ -55,7 +54,7 @@ def _row(run: Run, values: dict[str, Any], columns: list[Column]) -> dict[str, A
         "notes": row.result.notes if row.result else (),
         "reference": run.is_reference(row),
         "command": row.command,
-        "details": [*([("options", options)] if options else []), *details],
+        "details": [*([("options", options)] if options else []), *found],
         "searched": " ".join((row.candidate.label, values["kernel"] or "", row.status, options, row.reason)).lower(),
         "layers": bool(row.result and row.result.layers),
     }

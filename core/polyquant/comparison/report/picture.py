@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from polyquant.comparison.records import Run
 from polyquant.comparison.report import measured_on
-from polyquant.comparison.report.columns import AXES, Column
+from polyquant.comparison.report.column import Column
+from polyquant.comparison.report.columns import AXES
 from polyquant.comparison.report.names import Box, placed
 from polyquant.comparison.report.plot import KL, frontiers, group
 from polyquant.comparison.report.rows import plain_rows

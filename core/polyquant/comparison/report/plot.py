@@ -9,7 +9,8 @@ from typing import Any
 from polyquant.comparison.candidates import DENSE
 from polyquant.comparison.choice import frontier
 from polyquant.comparison.records import Layer, Run
-from polyquant.comparison.report.columns import AXES, COLUMNS, GOALS, Column, shown
+from polyquant.comparison.report.column import Column
+from polyquant.comparison.report.columns import AXES, COLUMNS, GOALS, shown
 from polyquant.comparison.report.rows import plain_rows
 
 KL = GOALS["quality"]

@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 from polyquant.comparison.records import Result, Row, Run
+from polyquant.comparison.report import behaviour
 from polyquant.comparison.report.columns import GOALS, KEYS, SPEEDS, STANDARD_ERROR
 
 
@@ -51,7 +52,7 @@ def values_of(row: Row, dense_bytes: int | None = None) -> dict[str, Any]:
         for column in SPEEDS:
             rate = getattr(result.speed, column.key)
             values |= {column.key: rate.mean, column.error: rate.standard_deviation}
-    return values | _scores(result)
+    return values | behaviour.values_of(result) | _scores(result)
 
 
 def by_quality(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""How a quantized model answers beside the dense one: shipped prompts, judged by a program."""
