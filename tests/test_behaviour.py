@@ -137,7 +137,7 @@ def test_a_comparison_asks_and_shows_both_answers(model, tmp_path):
     assert [each["prompt"] for each in asked] == [question.prompt for question in questions()]
     assert [each["candidate"] for each in asked[0]["answers"]] == candidates
     page = html(comparison)
-    assert page.count('<details class="asked">') == 64 and "Answers side by side" not in html(first)
+    assert page.count('<details class="asked" name="asked">') == 64 and "Answers side by side" not in html(first)
     comparison.report(tmp_path / "report.html")
     assert json.loads((tmp_path / "report.json").read_text())["answers"][3]["prompt"] == questions()[3].prompt
     assert "same answers" in (tmp_path / "report.md").read_text()

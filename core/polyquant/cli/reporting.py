@@ -131,7 +131,7 @@ def _show_behaviour(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="underline", title_justify="left")
     table.title = "answers to 64 prompts, beside the reference's (intervals of 95 %)"
     table.add_column("candidate", overflow="fold")
-    columns = [figure for figure in FIGURES if "page" in figure.places or "markdown" in figure.places]
+    columns = [figure for figure in FIGURES if "page" in figure.places]
     for column in columns:
         table.add_column(column.heading, justify="right")
     for values in asked:

@@ -52,7 +52,8 @@ class Column(NamedTuple):
             return ""
         ends = [values[key] for key in self.interval if values.get(key) is not None]
         if self.format is not None:
-            text = self.format(value) + (f" ({self.format(ends[0])} to {self.format(ends[1])})" if ends else "")
+            low_high = " to ".join(self.format(end).removesuffix(" %") for end in ends)
+            text = self.format(value) + (f" ({low_high})" if ends else "")
         else:
             text = with_error(value, values.get(self.error)) if self.error else str(value)
         return f"{text} {MARK}" if self.timed and (values.get("other_work_share") or 0.0) > OTHER_WORK else text
