@@ -211,10 +211,9 @@ def compare(
     engine: EngineName = "local",
     address: str = "",
 ) -> Comparison:
-    """Measure candidates on `model`: quality against the dense model, speed, and every kind of memory.
+    """Measure candidates on `model`, each in a process of its own: quality against the dense model, speed, memory.
 
-    candidates: `bitsandbytes:nf4,double_quant=true`, `gguf:Q4_K_M`, `gptq@folder`, `dense:bfloat16`; each in a process
-        of its own. One that fails is a row with its reason.
+    candidates: `bitsandbytes:nf4,double_quant=true`, `gptq@folder`, `dense:bfloat16`; a failed one says why in its row.
     sweep: option -> values, such as {"group_size": [32, 64]}: each candidate with each of them, whatever its backend.
     out: folder that keeps finished cells: a run that was killed goes on, and measures what is new. None: in the cache.
     progress: a `ComparisonProgress`. The other keywords are described by `polyquant.comparison.options.CompareOptions`.
@@ -229,9 +228,8 @@ def compare(
     options = {
         "parts": tuple(parts), "device": device, "preset": preset, "text": text, "windows": windows,
         "reference": reference, "tasks": tuple(tasks), "task_folder": task_folder, "task_limit": task_limit,
-        "behaviour": behaviour, "jobs": jobs, "timeout_seconds": timeout_seconds,
-        "speed_limit_seconds": speed_limit_seconds, "retry": retry,
-        "emulate_activations": emulate_activations, "engine": engine, "address": address,
+        "behaviour": behaviour, "jobs": jobs, "timeout_seconds": timeout_seconds, "engine": engine, "address": address,
+        "speed_limit_seconds": speed_limit_seconds, "retry": retry, "emulate_activations": emulate_activations,
     }  # fmt: skip
     return run(model, candidates, Path(out) if out else None, convert(CompareOptions, options), progress, sweep)
 
