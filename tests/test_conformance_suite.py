@@ -12,7 +12,7 @@ import pytest
 import torch
 from polyquant.authoring.new import TEMPLATE
 from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
-from polyquant.testing import keeping
+from polyquant.testing import keeping, warm
 from polyquant.testing.catalog import ALL, cases
 from polyquant.testing.check import FIRST, Floor
 from polyquant.testing.models import ARCHITECTURES, tiny_model
@@ -128,7 +128,7 @@ def run_pytest(site, tmp_path_factory):
             (folder / "test_own.py").write_text(header + textwrap.dedent(code))
         path = os.pathsep.join(entry for entry in sys.path if entry)
         command = [
-            sys.executable,
+            warm.interpreter(),
             "-m",
             "pytest",
             "-rA",
@@ -317,7 +317,7 @@ def test_what_fails_to_be_made_leaves_nothing(make_subject, tmp_path, monkeypatc
 
 def test_the_checks_run_without_pytest():
     code = "import sys; sys.modules['pytest'] = None; from polyquant.testing import running, catalog, Floor; print(len(catalog.ALL))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = warm.run(["-c", code], seconds=300)
     assert result.stdout.strip() == str(len(ALL)), result.stderr
 
 

@@ -95,7 +95,7 @@ def test_a_candidate_says_that_it_is_emulated():
             read(text)
 
 
-def test_every_figure_of_a_comparison_says_so(model, tmp_path, monkeypatch):
+def test_every_figure_of_a_comparison_says_so(model, tmp_path, monkeypatch, warm_children):
     monkeypatch.setenv("POLYQUANT_CACHE", str(tmp_path / "cache"))
     run = polyquant.compare(
         str(model), ["nvfp4", "bitsandbytes:nf4"], out=tmp_path / "out", parts=("quality",), device="cpu", windows=1,

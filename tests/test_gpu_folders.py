@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from polyquant.testing import warm
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "examples" / "gpu.py"
 
@@ -20,7 +21,7 @@ def folders(monkeypatch):
 
 def ran(*arguments, **more):
     """The runner where no GPU is, which ends at its first step; of what it would do on one, its folders are the same."""
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    command = [warm.interpreter(), str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **more)
 
 

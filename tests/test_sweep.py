@@ -76,7 +76,7 @@ def test_a_shell_and_a_file_write_sweeps(tmp_path, run_python):
     assert "polyquant backends --option group_size" in refused.stderr
 
 
-def test_a_sweep_is_measured_row_by_row(tmp_path, rowwise):
+def test_a_sweep_is_measured_row_by_row(tmp_path, rowwise, warm_children):
     found = polyquant.compare(
         tiny_model("llama", tmp_path / "tiny"), ["rowwise:int8", "bitsandbytes:nf4"], out=tmp_path / "out",
         sweep={"compute_dtype": ["float32", "bfloat16"]}, **QUICK,

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import polyquant
 import pytest
@@ -17,6 +16,7 @@ from polyquant.errors import (
     SaveError,
     UnknownBackend,
 )
+from polyquant.testing import warm
 
 from .conftest import CONFIGURATIONS, NF4, TOKENS, load
 
@@ -108,7 +108,7 @@ def test_a_full_disk_during_save_leaves_the_old_checkpoint(tiny, saved, tmp_path
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
     code = SAVE.format(before=limit)
     result = subprocess.run(
-        [sys.executable, "-c", code, tiny, out], capture_output=True, text=True, timeout=120, check=False
+        [warm.interpreter(), "-c", code, tiny, out], capture_output=True, text=True, timeout=120, check=False
     )
     assert "SaveError writing" in result.stdout, result.stdout + result.stderr
     assert "is unchanged" in result.stdout
@@ -125,7 +125,7 @@ def test_a_kill_during_save_leaves_the_old_checkpoint(tiny, saved, tmp_path):
     for attempt in range(4):
         out = shutil.copytree(saved, tmp_path / str(attempt) / "out")
         process = subprocess.Popen(
-            [sys.executable, "-c", SAVE.format(before=""), tiny, out], stdout=subprocess.PIPE, text=True
+            [warm.interpreter(), "-c", SAVE.format(before=""), tiny, out], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout.readline() == "loaded\n"
         time.sleep(random.uniform(0, 0.15))
