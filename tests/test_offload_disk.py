@@ -179,7 +179,7 @@ def test_a_plan_says_what_stays_and_what_is_read(deep, monkeypatch):
     assert plan.fits
     assert 0 < len(plan.on_disk) < 12
     assert plan.read_bytes_per_token == len(plan.on_disk) * (split(plan.tensors, 1).disk_bytes // 12)
-    assert plan.most_tokens_per_second == plan.disk_bytes_per_second / plan.read_bytes_per_token > 0
+    assert plan.disk_tokens_per_second == plan.disk_bytes_per_second / plan.read_bytes_per_token > 0
     (note,) = [note for note in plan.notes if "stay on disk" in note]
     room = int(note.rpartition("--max-memory cpu=")[2].rstrip(")"))
     loaded = load(deep, offload="disk", max_memory={"cpu": room})
@@ -223,6 +223,11 @@ def test_without_the_cache_it_cannot_be(llama, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(PlacementError, match="0 B are free there: make room, or set POLYQUANT_CACHE"):
         load(path, offload="disk", max_memory=room)
+    with monkeypatch.context() as enough:
+        enough.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 0, 2**30))
+        load(path, offload="disk", max_memory=room)
+    again = load(path, offload="disk", max_memory=room)  # nothing is written any more
+    assert any("come from the cache" in note for note in again.notes)
 
 
 def test_what_does_not_fit_is_refused_with_what_would(llama):

@@ -1,5 +1,6 @@
 """Quantized weights that are kept: the second load is the first one's model, and never that of anything else."""
 
+import errno
 import json
 import os
 import signal
@@ -262,6 +263,21 @@ def test_a_cache_that_cannot_be_written_to_is_said(tiny_model, tmp_path):
     (tmp_path / "cache" / entries.FOLDER).write_text("no folder")
     loaded = load(tiny_model("llama"))
     assert any(note.startswith("not kept for the next load: ") for note in loaded.notes), loaded.notes
+
+
+def test_a_cache_that_may_only_be_read_is_used(tiny_model, monkeypatch):
+    first = load(tiny_model("llama"))
+    (kept,) = entries.kept()
+    (Path(kept.folder) / quantized_cache.PROVEN).unlink(missing_ok=True)
+
+    def refuse(*ignored, **more):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    again = load(tiny_model("llama"))
+    assert is_from_cache(again)
+    assert_same(first, again)
 
 
 LOADS = """

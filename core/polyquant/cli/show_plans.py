@@ -91,8 +91,8 @@ def plan(found: Plan, *, layers: bool) -> None:
 def _disk(found: Plan) -> list[tuple[str, str]]:
     if not found.on_disk:
         return []
-    most = found.most_tokens_per_second
-    speed = "" if most is None else f", at most {most:.2g} tokens/s"
+    rate = found.disk_tokens_per_second
+    speed = "" if rate is None else f", {rate:.2g} tokens/s by the disk's rate"
     return [("on disk", f"{len(found.on_disk)} blocks, {size(found.read_bytes_per_token)} read for each token{speed}")]
 
 

@@ -27,8 +27,7 @@ from polyquant.types import LayerPlan
 def blocks_on_disk(model: Model, backend: Backend, settled: Settled, how: LoadOptions) -> Split | None:
     """What of a load is read from the disk for each token; None where that is not asked for.
 
-    Raises ConfigError where the options are not for that, PlacementError where what stays does not fit either, or the
-    cache has no room for what is read.
+    Raises ConfigError where the options are not for that, PlacementError where what stays does not fit either.
     """
     if how.offload != "disk":
         return None
@@ -40,7 +39,7 @@ def blocks_on_disk(model: Model, backend: Backend, settled: Settled, how: LoadOp
     room = room_for_weights(how.max_memory)
     found = split(planned, room, experts_per_token(model.source.config))
     if found.on_disk:
-        _require_cache(how, sum(plan.stored_bytes for plan in planned))
+        _require_cache(how)
     if found.resident_bytes > room:
         raise PlacementError(
             f"{model.name} takes {size(found.resident_bytes)} of memory even with offload='disk': embedding, head, "
@@ -77,8 +76,8 @@ def room_for_weights(max_memory: MaxMemory | None) -> int:
     return parse_size(max_memory["cpu"])
 
 
-def _require_cache(how: LoadOptions, nbytes: int) -> None:
-    """Raises ConfigError and PlacementError where what is read from the disk cannot be kept there."""
+def _require_cache(how: LoadOptions) -> None:
+    """Raises ConfigError where the cache, from which blocks are read, is left out."""
     without = {
         "cache=False": not how.cache, "trust_remote_code": how.trust_remote_code,
         "emulate_activations": how.emulate_activations,
@@ -88,6 +87,10 @@ def _require_cache(how: LoadOptions, nbytes: int) -> None:
             f"offload='disk' reads blocks from the cache of quantized weights, and nothing is kept there with "
             f"{', '.join(named)}: leave one of them out"
         )
+
+
+def require_space(nbytes: int) -> None:
+    """Raises PlacementError where an entry of so many bytes, which is not there yet, has no place in the cache."""
     if nbytes > (limit := most_bytes()):
         raise PlacementError(
             f"offload='disk' keeps {size(nbytes)} in the cache of quantized weights, and {SIZE} is {size(limit)}: set "

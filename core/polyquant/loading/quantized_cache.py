@@ -24,6 +24,7 @@ import msgspec
 
 from polyquant.errors import BackendFailed, ConfigError, ModelError, SaveError
 from polyquant.loaded import LoadedModel
+from polyquant.loading.disk import require_space
 from polyquant.loading.entries import ENTRY, FOLDER, SIZE, Entry, delete, make_room, most_bytes
 from polyquant.loading.settle import Settled
 from polyquant.models.hashing import content_hash
@@ -81,7 +82,8 @@ def restore(folder: Path, backend: Backend, request: LoadRequest, settled: Settl
     except (OSError, ModelError, msgspec.ValidationError, *UNREADABLE):
         delete(folder)
         return None
-    os.utime(folder / ENTRY)
+    with suppress(OSError):  # of a cache that may only be read
+        os.utime(folder / ENTRY)
     loaded.notes[:] = [*entry.notes, f"its weights were quantized on {entry.created[:10]} and come from the cache: "
                        "cache=False (--no-cache) quantizes them again"]  # fmt: skip
     return loaded
@@ -118,12 +120,13 @@ def make(
 ) -> LoadedModel:  # fmt: skip
     """A model that is not to be in memory as a whole, from its entry, which is made: each layer is written when packed.
 
-    Raises SaveError where the entry cannot be written, ConfigError where the library multiplies with some of its
-    layers, and what `load` does.
+    Raises PlacementError where there is no room for the entry, SaveError where it cannot be written, ConfigError where
+    the library multiplies with some of its layers, and what `load` does.
     """
     from polyquant.packed_weights.tensor_file import TensorWriter
     from polyquant.registry import repacked, restored
 
+    require_space(sum(plan.stored_bytes for plan in backend.plan_layers(settled.weights, settled.options)))
     names = [f"{weight.name}.{part}" for weight in settled.weights for part in range(PARTS_OF_EACH)]
 
     def write(out: Path) -> None:

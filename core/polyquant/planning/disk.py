@@ -27,8 +27,8 @@ class DiskPlan(NamedTuple):
         if self.bytes_per_second is None:
             speed = "how fast the disk is could not be measured, since the cache cannot be written to"
         else:
-            most = self.bytes_per_second / self.split.read_bytes
-            speed = f"the disk of the cache reads {size(self.bytes_per_second)}/s, so at most {most:.2g} tokens/s"
+            tokens = self.bytes_per_second / self.split.read_bytes
+            speed = f"the disk of the cache read {size(self.bytes_per_second)}/s, which is {tokens:.2g} tokens/s"
         if self.split.resident_bytes > self.room:
             return f"{self.split.told}; {speed}. That does not fit either: take embeddings='8bit', or fewer bits"
         option = f"max_memory={{'cpu': {self.room}}} (--max-memory cpu={self.room})"

@@ -73,8 +73,8 @@ class Plan(Looked, Record, frozen=True):
     disk_bytes_per_second: float | None = None  # as it was measured; None: it is not needed, or could not be
 
     @property
-    def most_tokens_per_second(self) -> float | None:
-        """What the disk allows with the blocks that are read from it; None where none are, or its rate is not known."""
+    def disk_tokens_per_second(self) -> float | None:
+        """What reading blocks comes to by the disk's rate alone; None where none are read, or that is not known."""
         if not self.read_bytes_per_token or self.disk_bytes_per_second is None:
             return None
         return self.disk_bytes_per_second / self.read_bytes_per_token

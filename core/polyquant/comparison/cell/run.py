@@ -76,6 +76,7 @@ def _conditions(job: Job) -> dict[str, Any]:
 def _load(job: Job, measured: dict[str, Any]) -> LoadedModel:
     if job.backend == DENSE:
         return _dense(job, measured)
+    # without the cache: a cell's time and peak are of quantizing, whoever has quantized the same before
     return load(job.model, job.backend or None, device=job.device, return_freed_memory=True, cache=False, **job.options)
 
 
