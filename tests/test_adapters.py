@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 
 import huggingface_hub
 import peft
@@ -12,6 +11,7 @@ import pytest
 import torch
 from polyquant.errors import AdapterError, ConfigError, MergeRefused, UnsupportedOperation
 from polyquant.support.processes import import_path
+from polyquant.testing import warm
 from polyquant.testing.models import tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -187,11 +187,11 @@ def test_the_command_line_takes_several_adapters(models, two, rowwise):
         "water",
     ]
     ended = subprocess.run(
-        [sys.executable, "-m", "polyquant", *command], env=environment, capture_output=True, text=True, check=False
+        [warm.interpreter(), "-m", "polyquant", *command], env=environment, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
     missing = subprocess.run(
-        [sys.executable, "-m", "polyquant", *command, "--adapter", "owner/absent"], env=environment, capture_output=True,
+        [warm.interpreter(), "-m", "polyquant", *command, "--adapter", "owner/absent"], env=environment, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     assert missing.returncode == 2

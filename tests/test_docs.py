@@ -25,6 +25,7 @@ from polyquant.cli.main import backend_named_in
 from polyquant.loading.options import LoadOptions
 from polyquant.options import describe_options
 from polyquant.registry.registry import Registry
+from polyquant.testing import warm
 
 from .installing import importable, write_metadata
 from .snippets import NOT_RUN, PAGES, READMES, ROOT, SHOWN, blocks, commands, reason_not_to_run
@@ -79,9 +80,7 @@ def test_the_tutorial_shows_what_happens(tmp_path):
 def test_the_readmes_ten_lines_run(tmp_path):
     code, _ = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
     assert len(code.splitlines()) <= 11
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
-    )
+    result = warm.run(["-c", code], seconds=300, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
     assert "True 1" in result.stdout, "the report must have passed"
