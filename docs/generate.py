@@ -15,6 +15,7 @@ from generate_backends import backend_page, backends_index, markdown
 from generate_gpu import GpuRun, read_gpu_run
 from generate_machines import formats_table, machines_table, runtimes_table
 from generate_oracles import oracles_page
+from generate_peaks import peaks_table
 from generate_picture import comparison_table, picture_text
 from generate_reference import command_line_page, hooks_page, python_page, records_page
 from generate_sizes import sizes_table
@@ -42,6 +43,7 @@ MEASURES = ("preset", "stored", "of bf16", "bits a weight", "KL (nats)", "top-1"
 DOCS = ROOT / "docs"
 MEASURED = DOCS / "reference" / "measured.json"
 SIZES = DOCS / "reference" / "sizes.json"  # as docs/examples/sizes.py writes it
+PEAKS = DOCS / "reference" / "peaks.json"  # as docs/examples/peaks.py writes it
 ORACLES = DOCS / "reference" / "oracles.json"  # as tests write it: see polyquant.testing.oracles
 GPU = DOCS / "reference" / "gpu.json"  # as docs/examples/gpu.py writes it; where there is none, no GPU was at hand yet
 
@@ -99,6 +101,7 @@ def marked_pages() -> dict[Path, str]:
         DOCS / "reference" / "sizes.md": {"sizes": sizes_table(SIZES)},
         DOCS / "reference" / "formats.md": {"formats": formats_table(cards), "runtimes": runtimes_table(cards)},
         ROOT / "README.md": {"backends": backends_table(), "comparison": comparison_table()},
+        DOCS / "explanation" / "memory.md": {"peaks": peaks_table(PEAKS)},
         DOCS / "how-to" / "machine.md": {"machines": machines_table(ours())},
     }
     return {path: with_tables(path.read_text(encoding="utf-8"), found) for path, found in tables.items()}

@@ -1,4 +1,4 @@
-"""Dense checkpoints are quantized tensor by tensor: the same as of a dense model in memory, bit for bit."""
+"""Dense checkpoints are quantized tensor by tensor, and some rows at a time: as dense models in memory, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from polyquant.memory.storage import _module_tensors
 from polyquant.models.versions import VERSION_5
+from polyquant.packed_weights import bands
 from polyquant.plugin import stream
 from polyquant.testing.processes import run_python as run_alone
 from polyquant.testing.models import ONE_BY_ONE, SIZES, tiny_model, write_random
@@ -63,7 +64,8 @@ def require_same(folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch, **
     turns = list[str]()
     with monkeypatch.context() as patch:
         seen = stream.dense_tensors
-        patch.setattr(stream, "dense_tensors", lambda *given: (turns.append("seen"), seen(*given))[1])
+        patch.setitem(bands.BAND_WEIGHTS, "cpu", 2**12)
+        patch.setattr(stream, "dense_tensors", lambda *given, **more: (turns.append("seen"), seen(*given, **more))[1])
         streamed = polyquant.load(folder, backend, device="cpu", **options)
     with monkeypatch.context() as patch:
         patch.setattr(stream, "is_streamed", lambda request: False)
@@ -123,14 +125,17 @@ def test_other_architectures(
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("embeddings", ["8bit", "16bit"])
+@pytest.mark.parametrize("bits", ["4bit", "8bit", "16bit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["mixed", "llama-tied"])
+@pytest.mark.parametrize("backend", ["bitsandbytes", "hqq"])
 def test_vocabulary_and_dtypes(
-    embeddings: str, dtype: str, bitsandbytes: None, models: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, model: str, bits: str, dtype: str, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"embeddings": embeddings, "compute_dtype": dtype}
-    if (embeddings, dtype) != ("16bit", "bfloat16"):
-        require_same(made("mixed", models), "bitsandbytes", monkeypatch, preset="nf4", **options)
+    preset = dict(FIRST).get(backend) or pytest.skip(f"{backend} is not here")
+    options = {"embeddings": bits, "head": bits, "compute_dtype": dtype}
+    if (bits, dtype) != ("16bit", "bfloat16"):
+        require_same(made(model, models), backend, monkeypatch, preset=preset, **options)
 
 
 PEAK = """
@@ -153,7 +158,6 @@ print(json.dumps([peak.peak_bytes - record.held_bytes, stored_bytes(loaded.model
 MANY_LAYERS = {**SIZES, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 14, "vocab_size": 1024}
 LAYER_BYTES = 4 * 512 * 1408  # of its largest layer in float32
 AT_WORK = 16  # layers that the roundings of libraries take at once, with what the allocator keeps of them
-LEAST = [each for each in FIRST if each[0] != "higgs"]  # its search for the nearest of 256 grid points takes 500 MB
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +168,7 @@ def large(models: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("backend", "preset"), LEAST)
+@pytest.mark.parametrize(("backend", "preset"), FIRST)
 def test_a_load_takes_little_more_than_what_stays(backend: str, preset: str, large: Path, models: Path) -> None:
     options = json.dumps(dict(polyquant.backend(backend).info.presets[preset]))
     added, kept, planned = run_alone(PEAK, str(large), str(tiny_model("llama", models)), backend, options)

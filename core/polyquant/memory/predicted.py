@@ -8,20 +8,19 @@ from typing import NamedTuple
 
 import psutil
 
-from polyquant.memory.packed import VOCABULARY_SCHEMES
 from polyquant.options import Dtype
 from polyquant.types import DTYPE_BYTES, Capabilities, LayerPlan, Record
 
-TOKENIZER_BYTES = 13_000_000  # what a load adds beside weights: tokenizer and modules, measured on SmolLM2
+TOKENIZER_BYTES = 20_000_000  # what a load adds beside weights: tokenizer and modules, measured on SmolLM2
 RUN_BYTES = 60_000_000  # kernels and workspaces that torch takes when it first computes; 30 to 190 MB were measured
-WORKSPACE = 4  # times the largest layer in float32: what rounding and packing one take at once
+WORKING = 6.5  # bytes of each weight of the largest layer, dense and as it is rounded; 3 to 12 were measured
 
 
 class Weights(NamedTuple):
     """Bytes of a model's weights, as far as peaks depend on them."""
 
     planned: int  # all of them, after loading
-    file: int  # what a load has read before the model is put together; in turn no more than a table that is quantized
+    file: int  # what a load has read before the model is put together; in turn nothing
     largest_dense: int  # the largest tensor that is quantized, in the compute dtype
     working: int = 0  # what one layer takes while it is quantized, beside all that is there already
     own_runtime: bool = False  # not torch's: it maps the file, and makes room for the context while it loads
@@ -58,24 +57,25 @@ def weights_of(
     planned = sum(plan.stored_bytes for plan in plans)
     quantized = sum(plan.stored_bytes for plan in plans if plan.quantized)
     dense, file = planned - quantized, checkpoint.nbytes
-    # a table that the backend rounds comes before the blocks, and is rounded some rows at a time
-    tables = [plan for plan in plans if plan.quantized and plan.role == "embedding"
-              and plan.scheme not in VOCABULARY_SCHEMES]  # fmt: skip
     stored = DTYPE_BYTES.get(checkpoint.dtype, 2)
     if not checkpoint.quantized and capabilities.on_the_fly:
-        table = max((prod(plan.shape) * stored for plan in tables), default=0)
-        file = table if checkpoint.in_turn else file + planned
+        file = 0 if checkpoint.in_turn else file + planned
     elif not checkpoint.quantized:
         file = quantized + dense * stored // DTYPE_BYTES[compute_dtype]
-    largest = max((prod(plan.shape[-2:]) for plan in plans if plan.quantized and plan not in tables), default=0)
+
+    def largest(*without: str) -> int:
+        taken = (plan for plan in plans if plan.quantized and plan.role not in without)
+        return max((prod(plan.shape[-2:]) for plan in taken), default=0)
+
     stacks = max((prod(plan.shape) for plan in plans if plan.quantized and len(plan.shape) > 2), default=0)
-    working = WORKSPACE * DTYPE_BYTES["float32"] * largest + 2 * stored * stacks
+    # embedding and head come before the blocks, while there is room
+    working = int(WORKING * largest("embedding", "head")) + 2 * stored * stacks
     return Weights(
         planned=planned,
         file=file,
         working=working if checkpoint.in_turn else 0,
         own_runtime=not capabilities.runs_on_torch,
-        largest_dense=largest * DTYPE_BYTES[compute_dtype] if capabilities.runs_on_torch else 0,
+        largest_dense=largest("embedding") * DTYPE_BYTES[compute_dtype] if capabilities.runs_on_torch else 0,
     )
 
 

@@ -18,6 +18,8 @@ from polyquant.request import ModelSource
 
 Read = Callable[[str, str, bool], torch.Tensor]
 """(name in the checkpoint, name in the model, whether the one is the other) -> the tensor that is stored there."""
+Rounded = Callable[[Any, torch.Tensor], Any]
+"""(module of the library, dense weight) -> what transformers' quantizer makes of the weight."""
 
 
 def read_in_turn(source: ModelSource, *, trust_remote_code: bool) -> bool:
@@ -72,11 +74,14 @@ class OnTheFly:
     It puts the modules of its library in the place of the model's own first.
     """
 
-    def __init__(self, model: Any, config: Any, dtype: torch.dtype, device_map: Any) -> None:
-        """config: transformers' config of the quantizer. dtype: of dense tensors."""
+    def __init__(
+        self, model: Any, config: Any, dtype: torch.dtype, device_map: Any, rounded: Rounded | None = None
+    ) -> None:
+        """config: transformers' config of the quantizer. dtype: of dense tensors. rounded: does that in less memory."""
         from transformers.modeling_utils import local_torch_dtype
         from transformers.quantizers import AutoHfQuantizer
 
+        self.rounded = rounded
         self.model, self.quantizer = model, AutoHfQuantizer.from_config(config, pre_quantized=False)
         self.quantizer.validate_environment(device_map=device_map, weights_only=True)
         model.config.quantization_config = config
@@ -89,6 +94,10 @@ class OnTheFly:
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Quantize a tensor, and put what comes of it where it belongs."""
+        if self.rounded is not None and name.endswith(".weight"):
+            module = self.model.get_submodule(name.removesuffix(".weight"))
+            module.weight, module._is_hf_initialized = self.rounded(module, tensor), True
+            return
         operation = self.quantizer.get_quantize_ops()
         made = operation.convert(
             {name: [tensor]}, full_layer_name=name, model=self.model, config=self.model.config, missing_keys=set()

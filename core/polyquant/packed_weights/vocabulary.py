@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyquant.packed_weights import kernels
+from polyquant.packed_weights.bands import Rows, in_bands
+from polyquant.packed_weights.format import ROWS
 from polyquant.packed_weights.linear import Repacked, RepackedLinear, named
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.types import PackedFormat
@@ -15,11 +18,24 @@ from polyquant.types import PackedFormat
 LARGEST, LEVELS = 127, 15  # codes of 8 bits; steps of 4 bits
 
 
-def rounded(weight: Tensor, layout: PackedFormat) -> PackedWeight:
+def rounded(weight: Rows, layout: PackedFormat) -> PackedWeight:
     """A matrix (rows, columns) in 8 bits, or in 4 with zero points, each rounded to the nearest, in its group.
 
     Columns that do not fill the last group count as zeros.
     """
+    first: list[PackedWeight] = []
+
+    def parts(rows: Tensor) -> dict[str, Tensor]:
+        packed = _rounded(rows, layout)
+        if not first:
+            first.append(packed)
+        return packed.parts
+
+    whole = in_bands(weight, parts, multiple=ROWS)
+    return replace(first[0], shape=tuple(weight.shape), **whole)
+
+
+def _rounded(weight: Tensor, layout: PackedFormat) -> PackedWeight:
     group = layout.group_size
     rows, columns = weight.shape
     groups = nn.functional.pad(weight.detach().float(), (0, -columns % group)).view(rows, -1, group)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyquant.errors import ModelError
+from polyquant.packed_weights.bands import in_bands
 from polyquant.packed_weights.format import LEAST_GROUP, ROWS
 from polyquant.types import PackedFormat
 
@@ -221,13 +222,16 @@ def pack_weight(
         whole = functional.pad(bytes_of, (0, count - tensor.shape[1], 0, padded_rows - rows))
         return whole.view(-1, ROWS, count).transpose(1, 2).contiguous().view(dtype)
 
+    def lanes(some: Tensor) -> dict[str, Tensor]:
+        whole = functional.pad(some, (0, padded_columns - columns, 0, -len(some) % ROWS)).contiguous()
+        return {"lanes": _wide_lanes(whole) if wide else _lanes(whole)}
+
     bytes_of = codes.view(torch.int8) if wide else codes
-    whole = functional.pad(bytes_of, (0, padded_columns - columns, 0, padded_rows - rows)).contiguous()
     outer_groups = padded_columns // layout.outer_group if layout.outer_group else 0
     packed_scales = of_groups(scales, scales.dtype)
     assert packed_scales is not None
     return PackedWeight(
-        shape=(rows, columns), format=layout, codes=_wide_lanes(whole) if wide else _lanes(whole),
+        shape=(rows, columns), format=layout, codes=in_bands(bytes_of, lanes, multiple=ROWS)["lanes"],
         scales=packed_scales, zeros=of_groups(zeros, torch.int8),
         minima=of_groups(minima, torch.int8 if layout.outer_group else torch.float32),
         outer_scales=of_groups(outer_scales, torch.float16, outer_groups),

@@ -113,6 +113,7 @@ def quantize_layers(
     *,
     on_cpu: bool = True,
     after: Callable[[Any], None] | None = None,
+    by_rows: bool = False,
 ) -> Any:
     """The dense model, its modules `names` replaced one by one by what is made of them; everything else in `dtype`.
 
@@ -120,7 +121,7 @@ def quantize_layers(
     tensors, but for a bias, keep the dtypes they have. on_cpu: quantize there, and move the model afterwards; else on
     the device of the request.
     after: called with the model where what others are tied to has been replaced, and before its dense tensors are cast
-    and moved, to tie them.
+    and moved, to tie them. by_rows: `make` takes weights of modules with `layers.rows_of`; they may be in the file.
     Each is handed over in the checkpoint's dtype, and read when its turn comes; see `polyquant.plugin.stream`.
     Raises ModelError, with the checkpoint's name, where `make` does.
     """
@@ -129,7 +130,9 @@ def quantize_layers(
     held, turns = stored_dtype(source, dtype), iter(names)
     if streamed := stream.is_streamed(request):
         model = empty_causal_lm(request, held)
-        turns = stream.quantized_in_turn(model, request, held, names, where.device_map)
+        tied = set() if after is not None else set(tied_tensors(model).values())
+        rows = {f"{name}.weight" for name in names}.difference(tied) if by_rows else set()
+        turns = stream.quantized_in_turn(model, request, held, names, where.device_map, rows)
     else:
         model = load_causal_lm(where, held)
     ties = [(tied.rpartition(".")[0], origin.rpartition(".")[0]) for tied, origin in tied_tensors(model).items()]
@@ -144,6 +147,8 @@ def quantize_layers(
             after(model)
         stream.packed_at_once(model, name)
     made = {*names, *request.later}
+    if streamed:
+        made |= {name.removesuffix(".weight") for name in stream.rounded_tables()}
     made |= {tied for tied, origin in ties if origin in made}
     for name, parameter in model.named_parameters():
         is_packed = name.rpartition(".")[0] in made and not name.endswith(".bias")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polyquant.errors import ModelError
 from polyquant.loaded import LoadedModel
+from polyquant.packed_weights.bands import Rows, in_bands, largest
 from polyquant.packed_weights.codes import WeightCodes, fits
 from polyquant.packed_weights.experts import ExpertStack, LinearExperts
 from polyquant.packed_weights.frozen import (
@@ -24,7 +25,8 @@ from polyquant.packed_weights.frozen import (
 )
 from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from polyquant.plugin.describe import Quantized, describe
-from polyquant.plugin.parts import Part, is_finite, layer_tensors, parts_of, require_parts
+from polyquant.plugin.parts import Part, is_finite, layer_tensors, parts_of, require_finite, require_parts
+from polyquant.plugin.tensors import STORED_ROWS
 
 __all__ = [
     "CHUNK_WEIGHTS",
@@ -34,6 +36,7 @@ __all__ = [
     "PackedWeight",
     "Part",
     "Quantized",
+    "Rows",
     "WeightCodes",
     "assign",
     "bias_as_parameter",
@@ -45,13 +48,16 @@ __all__ = [
     "frozen_for_adapters",
     "frozen_linear",
     "gptq_tensors",
+    "in_bands",
     "is_finite",
+    "largest",
     "layer_tensors",
     "needs_gradient",
     "pack_weight",
     "parts_of",
     "prepare_for_training",
     "rows_at_a_time",
+    "rows_of",
     "take_bias",
     "weight_rows",
 ]
@@ -133,10 +139,17 @@ def frozen_for_adapters(model: Any) -> Any:
 
 def finite_weight(linear: Any) -> Tensor:
     """The weight of a dense layer, to be quantized. Raises ModelError where it holds NaN or infinity."""
-    weight: Tensor = linear.weight.detach()
-    if not is_finite(weight):
-        raise ModelError("it holds NaN or infinity; the checkpoint is damaged")
-    return weight
+    return require_finite(linear.weight.detach())
+
+
+def rows_of(dense: Any) -> Rows:
+    """The weight of a dense layer or a table, to be quantized by `in_bands`: while a checkpoint is read its rows come
+    from the file when they are asked for (`checkpoints.quantize_layers` with `by_rows`).
+
+    Raises ModelError, here or where rows are asked for, as `finite_weight` does.
+    """
+    stored: Rows | None = vars(dense).get(STORED_ROWS)
+    return finite_weight(dense) if stored is None else stored
 
 
 def take_bias(linear: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -148,6 +148,13 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def require_finite(weight: Tensor) -> Tensor:
+    """A dense weight, or some of it. Raises ModelError where it holds NaN or infinity."""
+    if not is_finite(weight):
+        raise ModelError("it holds NaN or infinity; the checkpoint is damaged")
+    return weight
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor infinity; types of one byte are looked up by their bits.
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from polyquant.errors import PlacementError
 from polyquant.loaded import LoadedModel
 from polyquant.models import hf, versions
+from polyquant.models.conversions import Rounded
 from polyquant.options import Dtype
 from polyquant.plugin import stream
 from polyquant.request import LoadRequest
@@ -67,16 +68,19 @@ def place(model: Any, request: LoadRequest) -> None:
         accelerate.dispatch_model(model, dict(request.device_map))
 
 
-def load_causal_lm(request: LoadRequest, dtype: Dtype, quantization_config: Any = None) -> Any:
+def load_causal_lm(
+    request: LoadRequest, dtype: Dtype, quantization_config: Any = None, rounded: Rounded | None = None
+) -> Any:
     """`AutoModelForCausalLM.from_pretrained` as every backend on transformers' own path calls it, in eval mode.
 
     quantization_config: quantize a dense checkpoint, tensor by tensor as `polyquant.plugin.stream` reads it; whole
-    where it cannot, or where its modules go to several devices.
+    where it cannot, or where its modules go to several devices. rounded: what its quantizer does to one weight, in less
+    memory; the same bit for bit.
     """
     several = len({str(device) for device in request.device_map.values()}) > 1
     if quantization_config is not None and not several and stream.is_streamed(request):
         model = empty_causal_lm(request, dtype)
-        stream.quantized_by_library(model, request, dtype, quantization_config)
+        stream.quantized_by_library(model, request, dtype, quantization_config, rounded)
         return model.eval()
     source, arguments = request.source, dict[str, Any]()
     if quantization_config is not None:

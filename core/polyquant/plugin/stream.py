@@ -18,7 +18,8 @@ from polyquant.models.headers import located_tensors
 from polyquant.options import Dtype
 from polyquant.plugin.dtypes import cast_dense, dense_dtypes
 from polyquant.plugin.layers import assign, fill_empty
-from polyquant.plugin.tensors import read_tensor
+from polyquant.plugin.parts import require_finite
+from polyquant.plugin.tensors import STORED_ROWS, StoredRows, read_tensor
 from polyquant.request import LoadRequest
 from polyquant.support import malloc
 
@@ -26,14 +27,19 @@ GIVEN_BACK_BYTES = 2**20
 """After so many bytes of dense tensors freed memory is handed back. Of a dense model of 200 MB, int8 of optimum-quanto
 keeps 53 MB; its load added 420 MB to the process without that, and 96 MB with it."""
 Pack = Callable[[Any, str], None]
-_pack: ContextVar[Pack | None] = ContextVar("pack", default=None)
+Round = Callable[[Any, StoredRows, torch.dtype], None]
+_pack: ContextVar[tuple[Pack, Mapping[str, Round]] | None] = ContextVar("pack", default=None)
 
 
 @contextmanager
-def packing(pack: Pack) -> Iterator[None]:
+def packing(pack: Pack, tables: Mapping[str, Round] = {}) -> Iterator[None]:
     """Within it `pack` is called with a model and the name of each module of it that was just quantized, or of each
-    tensor of experts that the core quantizes; so a layer is not kept as the library has it until all are there."""
-    token = _pack.set(pack)
+    tensor of experts that the core quantizes; so a layer is not kept as the library has it until all are there.
+
+    tables: names of tensors that the core rounds -> what does so, given the model, the tensor's rows, which are read
+    when they are asked for, and their dtype; so the dense tensor is never there whole.
+    """
+    token = _pack.set((pack, tables))
     try:
         yield
     finally:
@@ -42,8 +48,14 @@ def packing(pack: Pack) -> Iterator[None]:
 
 def packed_at_once(model: Any, name: str) -> None:
     """To be called for each module that has been quantized; see `packing`."""
-    if (pack := _pack.get()) is not None:
-        pack(model, name)
+    if (packs := _pack.get()) is not None:
+        packs[0](model, name)
+
+
+def rounded_tables() -> Mapping[str, Round]:
+    """The tensors that the core rounds while they are read; see `packing`."""
+    packs = _pack.get()
+    return {} if packs is None else packs[1]
 
 
 def is_streamed(request: LoadRequest) -> bool:
@@ -53,13 +65,15 @@ def is_streamed(request: LoadRequest) -> bool:
 
 
 def quantized_in_turn(
-    model: Any, request: LoadRequest, held: Dtype, names: Collection[str], device_map: Mapping[str, Any]
-) -> Iterator[str]:
+    model: Any, request: LoadRequest, held: Dtype, names: Collection[str], device_map: Mapping[str, Any],
+    by_rows: Collection[str] = (),
+) -> Iterator[str]:  # fmt: skip
     """Fill `model`, whose parameters are on the meta device; gives each of `names` as soon as its tensors are there.
 
     held: the dtype in which those are handed over, and in which transformers would load the model. names: of modules,
     or of tensors of experts. device_map: where tensors go. Everything else is in the dtype that it stays in. What is
-    tied to a tensor is so when that is there. Raises ModelError where a tensor of the model is in no file.
+    tied to a tensor is so when that is there. by_rows: tensors that may stay in the file, as `STORED_ROWS` of their
+    modules, until their rows are asked for. Raises ModelError where a tensor of the model is in no file.
     """
     left = dict.fromkeys(names)
     ties = versions.tied_tensors(model)
@@ -67,8 +81,12 @@ def quantized_in_turn(
     def is_dense(name: str) -> bool:
         return name not in left and name.rpartition(".")[0] not in left
 
-    for name, tensor in dense_tensors(model, request, held, is_dense):
-        _put(model, name, tensor, request, device_map, ties)
+    here = {name for name in by_rows if torch.device(_device(name, device_map)).type == "cpu"}
+    for name, tensor in dense_tensors(model, request, held, is_dense, by_rows=here):
+        if isinstance(tensor, StoredRows):
+            setattr(model.get_submodule(name.rpartition(".")[0]), STORED_ROWS, tensor)
+        else:
+            _put(model, name, tensor, request, device_map, ties)
         del tensor
         for home in (name, name.rpartition(".")[0]):
             if home in left and _is_whole(model, home):
@@ -78,19 +96,23 @@ def quantized_in_turn(
     yield from left  # tied to one that came before
 
 
-def quantized_by_library(model: Any, request: LoadRequest, dtype: Dtype, config: Any) -> None:
+def quantized_by_library(
+    model: Any, request: LoadRequest, dtype: Dtype, config: Any, rounded: conversions.Rounded | None = None
+) -> None:
     """Fill `model`, whose parameters are on the meta device, as a quantizer of transformers' own does on the fly.
 
     dtype: of what is handed to the quantizer, and of dense tensors. config: transformers' config of the quantizer.
+    rounded: does what the quantizer does to a weight, in less memory.
     """
     device_map, ties = dict(request.device_map), versions.tied_tensors(model)
-    quantizer = conversions.OnTheFly(model, config, getattr(torch, dtype), device_map)
+    quantizer = conversions.OnTheFly(model, config, getattr(torch, dtype), device_map, rounded)
     made = set[str]()
 
     def is_dense(name: str) -> bool:
         return not quantizer.takes(name)
 
     for name, tensor in dense_tensors(model, request, dtype, is_dense, quantizer.takes):
+        assert isinstance(tensor, torch.Tensor)  # nothing is asked for by rows
         home = name.rpartition(".")[0]
         if quantizer.takes(name):
             quantizer.put(name, tensor.to(_device(name, device_map)))
@@ -107,9 +129,10 @@ def quantized_by_library(model: Any, request: LoadRequest, dtype: Dtype, config:
 
 def dense_tensors(
     model: Any, request: LoadRequest, held: Dtype, is_dense: Callable[[str], bool],
-    taken_as_is: Callable[[str], bool] = lambda name: False,
-) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-    """(name in the model, tensor) of a dense checkpoint, one after the other, on the CPU.
+    taken_as_is: Callable[[str], bool] = lambda name: False, by_rows: Collection[str] = (),
+) -> Iterator[tuple[str, torch.Tensor | StoredRows]]:  # fmt: skip
+    """(name in the model, tensor) of a dense checkpoint, one after the other, on the CPU; of those of `by_rows` that
+    are stored as they are, what reads their rows, which are finite.
 
     held: the dtype in which transformers would load the model; it has others for some tensors, but for those that
     `taken_as_is` is true of. is_dense: whether a tensor stays dense: it comes in the dtype in which it is kept.
@@ -117,7 +140,7 @@ def dense_tensors(
     source, own, wanted = request.source, model.state_dict(), dense_dtypes(request)
     first_dtype, in_float32 = getattr(torch, held), versions.kept_in_float32(model, held)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    ties = versions.tied_tensors(model)
+    ties, tables, rows_of = versions.tied_tensors(model), rounded_tables(), dict[str, StoredRows]()
     where = {
         key: (source.path / file, *located)
         for file in source.weight_files
@@ -143,15 +166,26 @@ def dense_tensors(
             piece = piece.to(first)
             return kept(name, piece) if alone else piece
 
+        if alone and (name in tables or name in by_rows):
+            checked = cast if name in tables else lambda piece: require_finite(cast(piece))
+            rows_of[name] = StoredRows(path, key, stored, start, checked)
+            return torch.empty(stored.shape, device="meta")
         return read_tensor(path, key, stored, start, cast)
 
     seen, nbytes = set[str](), 0
     for alias, tensor in conversions.arriving(model, where, read):
         name = ties.get(alias, alias)  # what is shared may be stored under one of its names alone
         nbytes += tensor.nbytes
-        if name not in seen:
-            seen.add(name)
+        rows = rows_of.pop(name, None)
+        if name in seen:
+            continue
+        seen.add(name)
+        if rows is None:
             yield name, kept(name, tensor)
+        elif name in tables:
+            tables[name](model, rows, rows.dtype)
+        else:
+            yield name, rows
         del tensor
         if nbytes > GIVEN_BACK_BYTES:  # what came of them is there, and what that took is free
             nbytes = 0
@@ -191,8 +225,10 @@ def named(model: Any, name: str) -> Any:
 def _is_whole(model: Any, name: str) -> bool:
     """Whether every tensor of a module, or the tensor of that name, is there."""
     one = named(model, name)
-    own = one.parameters(recurse=False) if isinstance(one, torch.nn.Module) else [one]
-    return not any(tensor.is_meta for tensor in own)
+    if not isinstance(one, torch.nn.Module):
+        return not one.is_meta
+    in_file = {"weight"} if STORED_ROWS in vars(one) else set()
+    return not any(tensor.is_meta for own, tensor in one.named_parameters(recurse=False) if own not in in_file)
 
 
 def _device(name: str, device_map: Mapping[str, Any]) -> Any:

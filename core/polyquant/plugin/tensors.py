@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from polyquant.models.headers import StoredTensor, located_tensors
 from polyquant.request import ModelSource
 
 PIECE_WEIGHTS = 2**21  # that are read at once where they are cast: 8 MB in float32
+STORED_ROWS = "stored_rows"  # attribute of a module whose weight is in the file, read as its rows are asked for
 OBSOLETE = r"rotary_emb\.inv_freq$"  # older transformers stored it; it follows from the config
 
 
@@ -69,6 +71,30 @@ def read_tensor(
             _read_into(part, file, path, key)
             whole[first : first + len(part)] = cast(part)
     return tensor
+
+
+class StoredRows:
+    """A tensor of a file, of which rows are read when they are asked for, into memory of their own."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, path: Path, key: str, stored: StoredTensor, start: int, cast: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """As `read_tensor` takes them."""
+        self.path, self.key, self.stored, self.start, self.cast = path, key, stored, start, cast
+        self.shape = torch.Size(stored.shape)
+        self._own = _dtype(path, key, stored)
+        self.dtype = cast(torch.empty(0, dtype=self._own)).dtype
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """(rows, ...), in the dtype of `cast`."""
+        first, last, _ = rows.indices(self.shape[0])
+        piece = torch.empty((max(0, last - first), *self.shape[1:]), dtype=self._own)
+        with self.path.open("rb") as file:
+            file.seek(self.start + first * prod(self.shape[1:]) * piece.itemsize)
+            _read_into(piece, file, self.path, self.key)
+        return self.cast(piece)
 
 
 def _dtype(path: Path, key: str, stored: StoredTensor) -> torch.dtype:

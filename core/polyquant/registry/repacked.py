@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -15,10 +16,11 @@ from polyquant.errors import BrokenBackend, ModelError
 from polyquant.loaded import LoadedModel
 from polyquant.memory.experts import left_dense, one_expert
 from polyquant.memory.on_disk import block_of
-from polyquant.memory.packed import is_halved, scheme_of
+from polyquant.memory.packed import is_halved
 from polyquant.modules import module_of
 from polyquant.packable import is_packed, packs_any
 from polyquant.packed_weights import kernels, step
+from polyquant.packed_weights.bands import Rows
 from polyquant.packed_weights.experts import ExpertStack, LinearExperts, RepackedExperts, put_in
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.tensor_file import TensorWriter
@@ -79,7 +81,8 @@ def _packed_now(name: str, module: Any) -> None:
 
 @contextmanager
 def at_once(backend: Packing, request: LoadRequest, settled: Settled) -> Iterator[None]:
-    """Within it, a load that goes layer by layer has each packed when the backend has quantized it, experts too."""
+    """Within it, a load that goes layer by layer has each packed when the backend has quantized it, experts too,
+    and an embedding or a head that the core rounds as it is read."""
     config = settled.options
     if settled.route == "as stored" or not packs_any(config):
         yield
@@ -97,8 +100,13 @@ def at_once(backend: Packing, request: LoadRequest, settled: Settled) -> Iterato
         elif is_packed(config):
             _pack_one(model, plan, weight.as_linear, config, backend)
 
-    with stream.packing(pack):
+    tables = {plan.name: partial(_pack_table, plan) for plan in plans.values() if vocabulary.is_vocabulary(plan)}
+    with stream.packing(pack, tables):
         yield
+
+
+def _pack_table(plan: LayerPlan, model: Any, rows: Rows, dtype: torch.dtype) -> None:
+    vocabulary.pack_vocabulary(model, plan, rows, dtype)
 
 
 def finish(loaded: LoadedModel, backend: Packing) -> None:
@@ -139,8 +147,8 @@ def repack(loaded: LoadedModel, backend: Packing) -> None:
         assert loaded.request is not None
         _pack_experts(loaded.model, named[plan.name], plan, loaded.request.source, loaded.config, backend)
     for plan in plans.values():
-        if plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed):
-            vocabulary.pack_vocabulary(loaded.model, plan, plan.packed)
+        if vocabulary.is_vocabulary(plan):
+            vocabulary.pack_vocabulary(loaded.model, plan)
     for weight in weights:
         if is_halved(weight, loaded.config) and not weight.tied_to:
             vocabulary.halve(loaded, weight)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from polyquant.errors import ConfigError
 from polyquant.loaded import LoadedModel
+from polyquant.memory.packed import scheme_of
 from polyquant.models.versions import tied_tensors
 from polyquant.modules import module_of
+from polyquant.packed_weights.bands import Rows
 from polyquant.packed_weights.half import HalfEmbedding, HalfLinear
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
@@ -20,15 +22,26 @@ from polyquant.plugin.dtypes import cast_dense
 from polyquant.types import LayerPlan, PackedFormat, WeightInfo
 
 
-def pack_vocabulary(model: Any, plan: LayerPlan, layout: PackedFormat) -> None:
-    """Round the embedding, with a head that is tied to it, or the head. Raises ConfigError for modules that do more."""
+def is_vocabulary(plan: LayerPlan) -> bool:
+    """Whether the core rounds it: the embedding, with a head that is tied to it, or the head."""
+    is_table = plan.packed is not None and plan.role in ("embedding", "head")
+    return is_table and plan.scheme == scheme_of(cast("PackedFormat", plan.packed))
+
+
+def pack_vocabulary(model: Any, plan: LayerPlan, rows: Rows | None = None, dtype: torch.dtype | None = None) -> None:
+    """Round what `is_vocabulary`, where it has not been yet. Raises ConfigError for modules that do more.
+
+    rows: of its weight, where the model does not have that; dtype: of these.
+    """
     name = module_of(plan)
+    if isinstance(model.get_submodule(name), (RepackedEmbedding, RepackedLinear)):  # while it was loaded
+        return
     module = _that_does_no_more(model, name, plan.role)
-    weight = rounded(module.weight, layout)
+    weight = rounded(module.weight if rows is None else rows, cast("PackedFormat", plan.packed))
     if plan.role == "head":
         model.set_submodule(name, RepackedLinear(weight, module.bias, plan.scheme, plan.bits))
         return
-    put_packed(model, plan, weight, module.weight.dtype)
+    put_packed(model, plan, weight, module.weight.dtype if dtype is None else dtype)
 
 
 def put_packed(model: Any, plan: LayerPlan, weight: PackedWeight, dtype: torch.dtype) -> None:

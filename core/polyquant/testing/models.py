@@ -49,15 +49,17 @@ def tiny_model(name: str, folder: Path) -> Path:
     return once(folder / name, lambda out: _build(name, out))
 
 
-def write_random(architecture: str, sizes: Mapping[str, Any], out: Path, tokenizer: Path) -> None:
-    """Write a seeded model as transformers initializes it, float32. tokenizer: a folder that has one."""
+def write_random(
+    architecture: str, sizes: Mapping[str, Any], out: Path, tokenizer: Path, dtype: str = "float32"
+) -> None:
+    """Write a seeded model as transformers initializes it, rounded to `dtype`. tokenizer: a folder that has one."""
     import torch
     import transformers
 
     config = getattr(transformers, f"{architecture}Config")(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        getattr(transformers, f"{architecture}ForCausalLM")(config).float().save_pretrained(out)
+        getattr(transformers, f"{architecture}ForCausalLM")(config).to(getattr(torch, dtype)).save_pretrained(out)
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, out)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from polyquant.testing.oracles import agree
 import transformers
+from bitsandbytes.nn import Params4bit
 from polyquant.errors import (
     ConfigError,
     DenseModelError,
@@ -13,6 +14,9 @@ from polyquant.errors import (
     ModelError,
     PlacementError,
 )
+
+from polyquant.packed_weights import bands
+from polyquant_bitsandbytes._quantize import quantize_4bit
 
 from .conftest import CONFIGURATIONS, NF4, TOKENS, load
 
@@ -197,3 +201,31 @@ def test_hook_calls_are_recorded(tiny, tmp_path):
     loaded.save(tmp_path / "out")
     assert [record.hook for record in loaded.records] == ["load", "save"]
     assert all(record.seconds > 0 for record in loaded.records)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "storage"),
+    [
+        ((256, 512), torch.float32, torch.uint8),
+        ((300, 192), torch.bfloat16, torch.bfloat16),
+        ((203, 90), torch.float32, torch.uint8),  # blocks that end in the next row, and a last one that is short
+    ],
+)
+def test_some_blocks_at_a_time_as_all_at_once(monkeypatch, shape, dtype, storage, nested, quant_type):
+    monkeypatch.setitem(bands.BAND_WEIGHTS, "cpu", 2**12)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    options = {"quant_type": quant_type, "compress_statistics": nested, "quant_storage": storage}
+    ours = quantize_4bit(weight, **options)
+    theirs = Params4bit(weight.clone(), requires_grad=False, **options).to("cpu")
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    assert torch.equal(ours.data.view(torch.uint8), theirs.data.view(torch.uint8))
+    states = [each.quant_state.as_dict(packed=True) for each in (ours, theirs)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    for own, other in ((vars(ours), vars(theirs)), (vars(ours.quant_state), vars(theirs.quant_state))):
+        assert own.keys() == other.keys()
+        assert {name: value for name, value in own.items() if isinstance(value, (bool, int, str, torch.dtype))} == {
+            name: value for name, value in other.items() if isinstance(value, (bool, int, str, torch.dtype))
+        }

@@ -9,6 +9,8 @@ from hqq.core.quantize import HQQLinear
 from polyquant.errors import CheckpointConflict, ConfigError, ModelError
 from polyquant.testing.checkpoints import adapter_gradients, assert_verified
 from polyquant.testing.models import tiny_model
+from polyquant_hqq import _layers, _quantize
+from polyquant_hqq.options import HqqOptions
 from transformers import LlamaForCausalLM
 
 TOKENS = [3, 4, 5, 6, 7, 8, 9]
@@ -187,3 +189,22 @@ def test_adapters_get_the_gradients_of_the_dequantized_model(folder, bits):
     assert found.keys() == {name for name in expected if "lora" in name}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("power", [1, 3])
+def test_some_groups_at_a_time_as_all_at_once(monkeypatch, power, bits, axis):
+    monkeypatch.setattr(_quantize, "SEARCHED_WEIGHTS", 2**14)
+    config = HqqOptions(bits=bits, axis=axis, compute_dtype="float32")
+    weight = (torch.randn(288, 768, generator=torch.Generator().manual_seed(0)) * 0.05) ** power * 20
+
+    def linear():
+        layer = torch.nn.Linear(768, 288, bias=False)
+        layer.weight.data = weight.clone()
+        return layer
+
+    ours = _layers.quantize_linear(linear(), config)
+    theirs = HQQLinear(linear(), config.quantize_config(), compute_dtype=torch.float32, device="cpu")
+    assert torch.equal(ours.W_q, theirs.W_q)
+    assert all(torch.equal(ours.meta[name], theirs.meta[name]) for name in ("scale", "zero"))

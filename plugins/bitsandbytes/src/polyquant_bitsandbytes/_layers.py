@@ -12,6 +12,7 @@ from polyquant.plugin import LayerInfo, LoadedModel, group_of_runs
 from polyquant.plugin.layers import PackedWeight, Quantized, WeightCodes, describe, pack_weight
 
 from polyquant_bitsandbytes._library import kernel
+from polyquant_bitsandbytes._quantize import quantize_4bit
 from polyquant_bitsandbytes.options import BLOCK, BitsAndBytesOptions
 
 LARGEST = 127  # of the 8-bit codes, to which a row's scale belongs
@@ -82,10 +83,10 @@ def quantize_linear(linear: torch.nn.Linear, config: BitsAndBytesOptions) -> Any
         layer.weight = bnb.Int8Params(dense, requires_grad=False, has_fp16_weights=False).to(device)
         return layer
     layer = bnb.Linear4bit(*size, bias=False, device="meta")
-    layer.weight = bnb.Params4bit(
-        dense, requires_grad=False, quant_type=config.quant_type, compress_statistics=bool(config.double_quant),
+    layer.weight = quantize_4bit(
+        dense, quant_type=config.quant_type, compress_statistics=bool(config.double_quant),
         quant_storage=getattr(torch, config.quant_storage or "uint8"),
-    ).to(device)  # fmt: skip
+    )  # fmt: skip
     return layer
 
 

@@ -14,6 +14,7 @@ from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dty
 
 from polyquant_bitsandbytes._checks import require_sound
 from polyquant_bitsandbytes._library import kernel, quantize_config
+from polyquant_bitsandbytes._quantize import quantized_4bit
 from polyquant_bitsandbytes.options import BitsAndBytesOptions
 
 
@@ -31,7 +32,8 @@ def _load_model(request: LoadRequest, config: BitsAndBytesOptions) -> Any:
     require_offload(request, config)
     dtype = resolved_dtype(config)
     if not request.source.stored_quantization:
-        return checkpoints.load_causal_lm(request, dtype, quantize_config(config))
+        rounded = quantized_4bit if config.bits == 4 else None
+        return checkpoints.load_causal_lm(request, dtype, quantize_config(config), rounded)
     require_sound(request, config)
     model = checkpoints.load_causal_lm(request, dtype)
     _cast_dense(model, checkpoints.dense_dtypes(request))

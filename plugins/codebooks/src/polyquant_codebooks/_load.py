@@ -25,7 +25,11 @@ def load(request: LoadRequest, config: CodebookOptions) -> LoadedModel:
     names = quantized_modules(plan_layers(request.weights, config))
     config = config.with_templates(names)
     model = checkpoints.quantize_layers(
-        request, resolved_dtype(config), names, lambda name, linear: quantize_linear(name, linear, config)
+        request,
+        resolved_dtype(config),
+        names,
+        lambda name, linear: quantize_linear(name, linear, config),
+        by_rows=True,
     )
     return LoadedModel(model=model, config=config, kernel=MODULES[type(config)].kernel)
 

@@ -14,10 +14,10 @@ from polyquant.plugin.layers import (
     PackedWeight,
     Quantized,
     describe,
-    finite_weight,
     layer_tensors,
     pack_weight,
     prepare_for_training,
+    rows_of,
     take_bias,
 )
 from polyquant.plugin.packing import scales_of_rows
@@ -39,7 +39,7 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 def quantize_linear(linear: Any, config: Float8Options) -> Fp8Linear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
-    weight, scales = quantize(finite_weight(linear), config.block, powers_of_two=config.powers_of_two)
+    weight, scales = quantize(rows_of(linear), config.block, powers_of_two=config.powers_of_two)
     return Fp8Linear(linear, weight, scales, config).eval()
 
 

@@ -37,7 +37,7 @@ def load(request: LoadRequest, config: Float8Options) -> LoadedModel:
         raise ConfigError("activation_scheme 'static' needs scales that a checkpoint brings; quantize with 'dynamic'")
     names = quantized_modules(plan_layers(request.weights, config))
     model = checkpoints.quantize_layers(
-        request, resolved_dtype(config), names, lambda _, linear: quantize_linear(linear, config)
+        request, resolved_dtype(config), names, lambda _, linear: quantize_linear(linear, config), by_rows=True
     )
     return LoadedModel(model=model, config=config, kernel=KERNEL)
 

@@ -9,7 +9,7 @@ import torch
 from polyquant.errors import ModelError
 from polyquant.plugin import LoadedModel, LoadRequest, checkpoints, resolved_dtype
 from polyquant.plugin.gguf import BlockType, read_header
-from polyquant.plugin.layers import LinearExperts, finite_weight, is_finite
+from polyquant.plugin.layers import LinearExperts, is_finite, rows_of
 
 from polyquant_gguf import _modules
 from polyquant_gguf._quantize import quantize
@@ -56,13 +56,13 @@ def _on_the_fly(request: LoadRequest, config: GgufOptions) -> Any:
         if isinstance(dense, torch.Tensor):
             return _experts(dense, types[name], transposed=transposed[name])
         block = types[f"{name}.weight"]
-        return _modules.packed_like(dense, quantize(finite_weight(dense), block), block, dtype)
+        return _modules.packed_like(dense, quantize(rows_of(dense), block), block, dtype)
 
     def share(model: Any) -> None:
         _modules.share_tied(model, checkpoints.tied_tensors(model), dtype)
 
     names = [name.removesuffix(".weight") for name in types]
-    return checkpoints.quantize_layers(request, wanted, names, pack, after=share).eval()
+    return checkpoints.quantize_layers(request, wanted, names, pack, after=share, by_rows=True).eval()
 
 
 def _experts(dense: torch.Tensor, block: BlockType, *, transposed: bool) -> LinearExperts:

@@ -21,6 +21,7 @@ from polyquant.plugin.layers import (
 )
 from polyquant.plugin.packing import unsigned
 
+from polyquant_hqq._quantize import searching_in_bands
 from polyquant_hqq.options import HqqOptions
 from polyquant_hqq.planning import KINDS, packed_shape
 
@@ -36,7 +37,8 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 def quantize_linear(linear: torch.nn.Linear, config: HqqOptions) -> HQQLinear:
     """A layer that takes the place of `linear`, whose own weight is let go."""
     dtype = getattr(torch, resolved_dtype(config))
-    layer = HQQLinear(linear, config.quantize_config(), compute_dtype=dtype, device=str(linear.weight.device))
+    with searching_in_bands():
+        layer = HQQLinear(linear, config.quantize_config(), compute_dtype=dtype, device=str(linear.weight.device))
     bias_as_parameter(layer)
     return layer.eval()
 

@@ -17,15 +17,16 @@ from polyquant.plugin.layers import (
     PackedWeight,
     Part,
     Quantized,
+    Rows,
     WeightCodes,
     describe,
-    finite_weight,
     fits,
+    in_bands,
     is_finite,
     pack_weight,
     prepare_for_training,
     require_parts,
-    rows_at_a_time,
+    rows_of,
 )
 from polyquant.plugin.packing import exponents, fp4_codes, unsigned
 from torch import Tensor, nn
@@ -49,13 +50,13 @@ def quantize_linear(linear: Any, config: MlxOptions, form: Format | None = None)
     Raises ModelError where it holds NaN or infinity.
     """
     form = config.format if form is None else form
-    tensors = encoded(finite_weight(linear), form, config)
+    tensors = encoded(rows_of(linear), form, config)
     return MlxLinear(linear, form, tensors if linear.bias is None else {**tensors, "bias": linear.bias.detach()})
 
 
 def quantize_embedding(embedding: Any, form: Format, config: MlxOptions, dtype: torch.dtype) -> MlxEmbedding:
     """An embedding that takes the place of a dense one. Raises ModelError where that holds NaN or infinity."""
-    return MlxEmbedding(embedding, form, encoded(finite_weight(embedding), form, config), dtype)
+    return MlxEmbedding(embedding, form, encoded(rows_of(embedding), form, config), dtype)
 
 
 def quantize_experts(stack: Tensor, form: Format, config: MlxOptions, *, transposed: bool) -> LinearExperts:
@@ -66,19 +67,17 @@ def quantize_experts(stack: Tensor, form: Format, config: MlxOptions, *, transpo
     return LinearExperts.of(each, len(stack), transposed=transposed)
 
 
-def encoded(weight: Tensor, form: Format, config: MlxOptions) -> dict[str, Tensor]:
+def encoded(weight: Rows, form: Format, config: MlxOptions) -> dict[str, Tensor]:
     """PARTS of a dense matrix, which is rounded to the dtype of the scales first, as mlx-lm does."""
     dtype, metal = getattr(torch, config.scale_dtype), config.layout == "metal"
-    step, parts = rows_at_a_time(weight.shape[1], weight.device), dict[str, Tensor]()
-    for start in range(0, len(weight), step):
-        rounded = weight[start : start + step].to(dtype)
+
+    def parts(rows: Tensor) -> dict[str, Tensor]:
+        rounded = rows.to(dtype)
         if not is_finite(rounded):
             raise ModelError(f"it holds numbers that {config.scale_dtype} does not: take scale_dtype='bfloat16'")
-        for name, piece in encode(rounded, form, metal=metal).items():
-            if name not in parts:
-                parts[name] = piece.new_empty((len(weight), piece.shape[1]))
-            parts[name][start : start + step] = piece
-    return parts
+        return encode(rounded, form, metal=metal)
+
+    return in_bands(weight, parts)
 
 
 def _linear(shape: Any, weight: Tensor | None = None) -> nn.Linear:

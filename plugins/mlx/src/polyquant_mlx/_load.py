@@ -76,7 +76,7 @@ def _quantize(request: LoadRequest, config: MlxOptions, forms: Mapping[str, Form
     def share(model: Any) -> None:
         share_tied(model, checkpoints.tied_tensors(model))
 
-    return checkpoints.quantize_layers(request, wanted, list(forms), make, after=share)
+    return checkpoints.quantize_layers(request, wanted, list(forms), make, after=share, by_rows=True)
 
 
 def _read(request: LoadRequest, config: MlxOptions, forms: Mapping[str, Format], notes: list[str]) -> Any:

@@ -16,10 +16,10 @@ from polyquant.plugin.layers import (
     Quantized,
     WeightCodes,
     describe,
-    finite_weight,
     layer_tensors,
     pack_weight,
     prepare_for_training,
+    rows_of,
 )
 from polyquant.plugin.packing import e4m3_scales, exponents, fp4_codes
 from torch import Tensor
@@ -52,7 +52,7 @@ def quantize_linear(linear: Any, config: MxOptions) -> MxLinear:
 def linear_of(linear: Any, scheme: Scheme) -> MxLinear:
     """As `quantize_linear`, in a format of its own."""
     bias = {} if linear.bias is None else {"bias": linear.bias}
-    return MxLinear(linear, scheme, {**quantized(finite_weight(linear), scheme), **bias})
+    return MxLinear(linear, scheme, {**quantized(rows_of(linear), scheme), **bias})
 
 
 def experts_of(dense: Tensor, scheme: Scheme, *, transposed: bool) -> LinearExperts:

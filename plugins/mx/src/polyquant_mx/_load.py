@@ -51,7 +51,7 @@ def load(request: LoadRequest, config: MxOptions) -> LoadedModel:
                 return experts_of(dense, scheme, transposed=weight.stacked == "in_out")
             return linear_of(dense, scheme)
 
-        model = checkpoints.quantize_layers(request, resolved_dtype(config), names, make)
+        model = checkpoints.quantize_layers(request, resolved_dtype(config), names, make, by_rows=True)
     model.config.quantization_config = config.to_stored()
     return LoadedModel(model=model, config=config, kernel=KERNEL, notes=notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from polyquant.plugin.floats import MOST_E2M1, MOST_E4M3, e2m1_codes, e8m0_bytes, pairs_of_codes
+from polyquant.plugin.layers import Rows, in_bands, largest
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,16 +17,35 @@ OUTER_MXFP4, OUTER_NVFP4 = 3.0, 10.0
 """FP-Quant's: what weights are multiplied with before they are rounded, so that more of the range is used."""
 
 
-def quantized(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def quantized(weight: Rows, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of `Scheme.parts`. weight: (out_features, in_features), finite."""
-    numbers = weight.float()
+    of_all = _of_all(weight, scheme)
+
+    def rounded(rows: Tensor) -> dict[str, Tensor]:
+        numbers = rows.float()
+        if scheme.rotation:
+            return _rotated(numbers, scheme, of_all["rotation"])
+        if scheme.codes == "e2m1":
+            in_mx = scheme.scales == "e8m0"
+            return _mxfp4(numbers, scheme.columns) if in_mx else _nvfp4(numbers, scheme.columns, of_all["outer_scale"])
+        if scheme.codes == "int4":
+            return _int4(numbers, scheme.columns)
+        return _mxfp8(numbers, scheme.columns) if scheme.scales == "e8m0" else _fp8(numbers, scheme, of_all)
+
+    return {**in_bands(weight, rounded, multiple=2 if scheme.codes == "int4" else scheme.rows or 1), **of_all}
+
+
+def _of_all(weight: Rows, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors that all rows have together."""
+    in_mx = scheme.scales == "e8m0"
     if scheme.rotation:
-        return _rotated(numbers, scheme)
-    if scheme.codes == "e2m1":
-        return _mxfp4(numbers, scheme.columns) if scheme.scales == "e8m0" else _nvfp4(numbers, scheme.columns)
-    if scheme.codes == "int4":
-        return _int4(numbers, scheme.columns)
-    return _mxfp8(numbers, scheme.columns) if scheme.scales == "e8m0" else _fp8(numbers, scheme)
+        outer = torch.tensor([OUTER_MXFP4 if in_mx else OUTER_NVFP4])
+        return {"outer_scale": outer, "rotation": hadamard(scheme.rotation)}
+    if scheme.codes == "e2m1" and not in_mx:
+        return {"outer_scale": _or_one(largest(weight) / (MOST_E2M1 * MOST_E4M3)).view(1)}
+    if scheme.codes == "e4m3" and not in_mx and not scheme.rows:
+        return {"scales": _or_one(largest(weight) / MOST_E4M3).view(1, 1)}
+    return {}
 
 
 def hadamard(size: int) -> Tensor:
@@ -64,18 +84,19 @@ def _mxfp8(numbers: Tensor, columns: int) -> dict[str, Tensor]:
     return {"qweight": scaled[:, : numbers.shape[1]].contiguous(), "scales": e8m0_bytes(exponents)}
 
 
-def _nvfp4(numbers: Tensor, columns: int) -> dict[str, Tensor]:
+def _nvfp4(numbers: Tensor, columns: int, outer: Tensor) -> dict[str, Tensor]:
     """ModelOpt's rule: the largest number of the matrix is 6 * 448, and that of each block 6."""
     blocks = _blocks(numbers, columns)
-    outer = _or_one(numbers.abs().amax() / (MOST_E2M1 * MOST_E4M3))
     scales = _or_one(blocks.abs().amax(-1) / (MOST_E2M1 * outer)).clamp(LEAST_E4M3, MOST_E4M3).to(E4M3)
     codes = e2m1_codes(blocks / (scales.float() * outer)[..., None])
-    return {"qweight": pairs_of_codes(codes.flatten(1)), "scales": scales, "outer_scale": outer.view(1)}
+    return {"qweight": pairs_of_codes(codes.flatten(1)), "scales": scales}
 
 
-def _fp8(numbers: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def _fp8(numbers: Tensor, scheme: Scheme, of_all: dict[str, Tensor]) -> dict[str, Tensor]:
     """The largest number of the matrix, of each row, or of each block is 448."""
-    (rows, columns), height, width = numbers.shape, scheme.rows or len(numbers), scheme.columns or numbers.shape[1]
+    if of_all:
+        return {"qweight": (numbers / of_all["scales"]).to(E4M3)}
+    (rows, columns), height, width = numbers.shape, scheme.rows, scheme.columns or numbers.shape[1]
     whole = functional.pad(numbers, (0, -columns % width, 0, -rows % height))
     blocks = whole.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # (blocks, height, groups, width)
     scales = _or_one(blocks.abs().amax((1, 3)) / MOST_E4M3)
@@ -92,20 +113,15 @@ def _int4(numbers: Tensor, columns: int) -> dict[str, Tensor]:
     return {"qweight": first | (second << 4), "scales": scales}
 
 
-def _rotated(numbers: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def _rotated(numbers: Tensor, scheme: Scheme, rotation: Tensor) -> dict[str, Tensor]:
     """FP-Quant's rule 'abs_max': scales of MXFP4 are floor(log2) of the largest number, and codes 3 times theirs."""
-    rotation = hadamard(scheme.rotation)
     blocks = _blocks(rotated(numbers, rotation), scheme.columns)
-    largest = blocks.abs().amax(-1)
+    edges = blocks.abs().amax(-1)
     if scheme.scales == "e8m0":
-        outer = torch.tensor([OUTER_MXFP4])
-        parts = _in_e2m1(blocks * OUTER_MXFP4, _floor_log2(largest))
-    else:
-        outer = torch.tensor([OUTER_NVFP4])
-        scales = (largest * OUTER_NVFP4 / MOST_E2M1).clamp(LEAST_E4M3, MOST_E4M3).to(E4M3)
-        codes = e2m1_codes(blocks * OUTER_NVFP4 / scales.float()[..., None])
-        parts = {"qweight": pairs_of_codes(codes.flatten(1)), "scales": scales}
-    return {**parts, "outer_scale": outer, "rotation": rotation}
+        return _in_e2m1(blocks * OUTER_MXFP4, _floor_log2(edges))
+    scales = (edges * OUTER_NVFP4 / MOST_E2M1).clamp(LEAST_E4M3, MOST_E4M3).to(E4M3)
+    codes = e2m1_codes(blocks * OUTER_NVFP4 / scales.float()[..., None])
+    return {"qweight": pairs_of_codes(codes.flatten(1)), "scales": scales}
 
 
 def _floor_log2(numbers: Tensor) -> Tensor:

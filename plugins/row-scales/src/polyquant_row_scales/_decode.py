@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from polyquant.plugin.codes import packed_bits, unpacked_bits
+from polyquant.plugin.layers import Rows, in_bands
 from torch import Tensor
 
 COLUMNS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
@@ -35,15 +36,20 @@ def eetq_of_rows(codes: Tensor) -> Tensor:
     return _middle_swapped((strips.transpose(1, 2).reshape(-1)) ^ -HALF).view(columns, rows)
 
 
-def quantize_eetq(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_eetq(weight: Rows) -> tuple[Tensor, Tensor]:
     """(int8 codes, float16 scales, (rows,)): the largest weight of a row becomes 128, ties go away from zero.
 
     The rule of EETQ's quantizer, which divides by the scale before that is rounded to float16.
     """
-    scales = weight.float().abs().amax(1) / HALF
-    exact = weight.float() / torch.where(scales > 0, scales, 1.0)[:, None]
-    codes = torch.where(exact < 0, (exact - 0.5).ceil(), (exact + 0.5).floor())
-    return codes.clamp_(-HALF, HALF - 1).to(torch.int8), scales.half()
+
+    def rounded(rows: Tensor) -> dict[str, Tensor]:
+        scales = rows.float().abs().amax(1) / HALF
+        exact = rows.float() / torch.where(scales > 0, scales, 1.0)[:, None]
+        codes = torch.where(exact < 0, (exact - 0.5).ceil(), (exact + 0.5).floor())
+        return {"codes": codes.clamp_(-HALF, HALF - 1).to(torch.int8), "scales": scales.half()}
+
+    made = in_bands(weight, rounded)
+    return made["codes"], made["scales"]
 
 
 def integers(stored: Tensor, bits: int, columns: int) -> Tensor:
@@ -61,12 +67,17 @@ def stored_integers(codes: Tensor, bits: int) -> Tensor:
     return packed_bits(torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % (8 // bits))), bits)
 
 
-def quantize_gemma(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_gemma(weight: Rows, bits: int) -> tuple[Tensor, Tensor]:
     """(stored rows, float32 scales, (rows, 1)): the largest weight of a row becomes 2^(bits - 1) - 1."""
     most = 2 ** (bits - 1) - 1
-    scales = weight.float().abs().amax(1, keepdim=True) / most
-    codes = (weight.float() / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-most - 1, most)
-    return stored_integers(codes.to(torch.int8), bits), scales
+
+    def rounded(rows: Tensor) -> dict[str, Tensor]:
+        scales = rows.float().abs().amax(1, keepdim=True) / most
+        codes = (rows.float() / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-most - 1, most)
+        return {"codes": stored_integers(codes.to(torch.int8), bits), "scales": scales}
+
+    made = in_bands(weight, rounded)
+    return made["codes"], made["scales"]
 
 
 def _middle_swapped(flat: Tensor) -> Tensor:

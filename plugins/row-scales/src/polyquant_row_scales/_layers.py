@@ -14,11 +14,11 @@ from polyquant.plugin.layers import (
     Part,
     Quantized,
     describe,
-    finite_weight,
     layer_tensors,
     pack_weight,
     prepare_for_training,
     require_parts,
+    rows_of,
 )
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def describe_layers(model: Any) -> list[LayerInfo]:
 
 def quantize_linear(linear: Any, config: EetqOptions | GemmaOptions) -> RowLinear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
-    weight, dtype = finite_weight(linear), getattr(torch, resolved_dtype(config))
+    weight, dtype = rows_of(linear), getattr(torch, resolved_dtype(config))
     if isinstance(config, EetqOptions):
         codes, scales = quantize_eetq(weight)
         if not bool(torch.isfinite(scales).all()):
@@ -52,7 +52,7 @@ def quantize_linear(linear: Any, config: EetqOptions | GemmaOptions) -> RowLinea
 
 def quantize_embedding(embedding: Any, config: GemmaOptions) -> GemmaEmbedding:
     """An embedding that takes the place of a dense one. Raises ModelError where that holds NaN or infinity."""
-    made = quantize_gemma(finite_weight(embedding), config.num_bits)
+    made = quantize_gemma(rows_of(embedding), config.num_bits)
     dtype = getattr(torch, resolved_dtype(config))
     return GemmaEmbedding(embedding, dict(zip(EMBEDDING, made, strict=True)), config.num_bits, dtype)
 

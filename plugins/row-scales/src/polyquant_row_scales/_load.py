@@ -42,7 +42,7 @@ def load(request: LoadRequest, config: EetqOptions | GemmaOptions) -> LoadedMode
         options = own(name)
         return (quantize_linear if hasattr(module, "in_features") else quantize_embedding)(module, options)  # type: ignore[arg-type]
 
-    model = checkpoints.quantize_layers(request, resolved_dtype(config), names, make)
+    model = checkpoints.quantize_layers(request, resolved_dtype(config), names, make, by_rows=True)
     return LoadedModel(model=model, config=config, kernel=KERNEL)
 
 

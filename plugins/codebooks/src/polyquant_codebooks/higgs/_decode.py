@@ -7,6 +7,7 @@ has codes of both, of outputs that are a tile apart.
 from __future__ import annotations
 
 import torch
+from polyquant.plugin.layers import in_bands
 from torch import Tensor
 
 BLOCKS3 = (0, 3, 6, 9, 12, 1, 4, 7, 10, 13, 2, 5, 8, 11, 14, 15)
@@ -23,8 +24,12 @@ def rows_of_words(words: Tensor, bits: int, tile: int) -> Tensor:
 
 def words_of_rows(codes: Tensor, bits: int, tile: int) -> Tensor:
     """The inverse of `rows_of_words`."""
-    wide = _three_words(codes.T) if bits == 3 else _even_words(codes.T, bits, tile)
-    return wide.to(torch.uint16).view(torch.int16).T.contiguous()
+
+    def words(inputs: Tensor) -> dict[str, Tensor]:
+        wide = _three_words(inputs.long()) if bits == 3 else _even_words(inputs.long(), bits, tile)
+        return {"words": wide.to(torch.uint16).view(torch.int16)}
+
+    return in_bands(codes.T, words, multiple=2)["words"].T.contiguous()
 
 
 def _even(words: Tensor, bits: int, tile: int) -> Tensor:
