@@ -85,7 +85,7 @@ def test_every_column_is_declared_once_and_can_be_shown_where_it_appears(compari
     ]  # fmt: skip
     (nf4,) = (values for values in plain_rows(comparison) if values["candidate"] == "bitsandbytes:nf4")
     assert [column.text(nf4) for column in shown(declared, "terminal")] == [
-        "0.249 ± 0.008", "70.1%", "165.1 MiB", "28.90 ± 0.02",
+        "0.249 ± 0.008", "70.1 ± 1.4%", "165.1 MiB", "28.90 ± 0.02",
     ]  # fmt: skip
     assert [column.text({}) for column in declared] == [""] * len(declared)
 
@@ -134,6 +134,23 @@ def test_markdown_is_aligned_and_says_what_it_was_measured_on(comparison):
 )
 def test_figures_have_the_digits_their_error_leaves(value, error, words):
     assert with_error(value, error) == words
+
+
+def test_every_figure_says_its_error_or_that_it_is_one_run(comparison):
+    found = result(comparison, "bitsandbytes:nf4")
+    once = replace(found.speed.generated_tokens_per_second, standard_deviation=0.0, repetitions=(28.9,))
+    run = changed(
+        comparison, "bitsandbytes:nf4", quality=replace(found.quality, perplexity_ratio_standard_error=0.012),
+        speed=replace(found.speed, generated_tokens_per_second=once),
+    )  # fmt: skip
+    (values,) = (values for values in plain_rows(run) if values["candidate"] == "bitsandbytes:nf4")
+    said = {column.key: column.text(values) for column in columns_of(run)}
+    assert said["perplexity_ratio"] == f"{found.quality.perplexity_ratio:.3f} ± 0.012"
+    assert " ± " in said["perplexity"] and " ± " in said["top1"] and " ± " in said["first_token_seconds"]
+    assert said["generated_tokens_per_second"].startswith("28.9 (one run)")
+    assert "one run" not in said["prompt_tokens_per_second"]
+    page = html(run)
+    assert all(column.meaning in page for column in columns_of(run) if column.meaning and "'" not in column.meaning)
 
 
 def test_a_reason_and_what_was_said_last():

@@ -30,6 +30,7 @@ class Column(NamedTuple):
     meaning: str = ""  # what the page says of a heading that is pointed at
     format: Callable[[Any], str] | None = None  # None: with its error, or as it is
     error: str = ""  # key of its standard error or deviation
+    percent: bool = False  # whether it is a share, shown with its error in per cent
     interval: tuple[str, ...] = ()  # or keys of the ends of its interval, 95 %
     places: tuple[Place, ...] = ()
     noted: bool = False  # whether notes on the whole comparison concern it
@@ -51,9 +52,14 @@ class Column(NamedTuple):
         if value is None or value == "":
             return ""
         ends = [values[key] for key in self.interval if values.get(key) is not None]
-        if self.format is not None:
-            low_high = " to ".join(self.format(end).removesuffix(" %") for end in ends)
-            text = self.format(value) + (f" ({low_high})" if ends else "")
+        error = values.get(self.error) if self.error else None
+        if error or (self.error and self.format is None):
+            scale = 100 if self.percent else 1
+            text = with_error(scale * value, scale * (error or 0.0)) + ("%" if self.percent else "")
         else:
-            text = with_error(value, values.get(self.error)) if self.error else str(value)
+            text = self.format(value) if self.format is not None else str(value)
+        if self.format is not None and ends:
+            text += f" ({' to '.join(self.format(end).removesuffix(' %') for end in ends)})"
+        if self.timed and error == 0:
+            text += " (one run)"
         return f"{text} {MARK}" if self.timed and (values.get("other_work_share") or 0.0) > OTHER_WORK else text

@@ -12,7 +12,7 @@ import msgspec
 from polyquant.comparison.records import Run
 from polyquant.comparison.report import behaviour, difference_tables, measured_on, page_table
 from polyquant.comparison.report.column import MARK
-from polyquant.comparison.report.columns import AXES
+from polyquant.comparison.report.columns import AXES, columns_of
 from polyquant.comparison.report.difference import Difference
 from polyquant.comparison.report.exports import as_csv, as_markdown, as_plain
 from polyquant.comparison.report.plot import FRONTIER, plot_data
@@ -53,6 +53,7 @@ def html(run: Run) -> str:
         other_work=measured_on.other_work(run),
         axes=AXES,
         frontier=FRONTIER,
+        figures=[column for column in columns_of(run) if column.meaning],
         headings=page_table.headings_of(run),
         rows=rows,
         open=any(row["status"] == "check failed" for row in rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from typing import Any
 
@@ -52,6 +53,8 @@ def values_of(row: Row, dense_bytes: int | None = None) -> dict[str, Any]:
         for column in SPEEDS:
             rate = getattr(result.speed, column.key)
             values |= {column.key: rate.mean, column.error: rate.standard_deviation}
+        prompts = [result.speed.prompt_tokens / rate for rate in result.speed.prompt_tokens_per_second.repetitions]
+        values["first_token_seconds_standard_deviation"] = statistics.stdev(prompts) if len(prompts) > 1 else 0.0
     return values | behaviour.values_of(result) | _scores(result)
 
 
