@@ -5,46 +5,21 @@ from __future__ import annotations
 import torch
 from polyquant.types import PackedFormat
 from polyquant.packed_weights.linear import RepackedLinear
-from polyquant.packed_weights.weight import WIDE, PackedWeight, pack_weight
+from polyquant.packed_weights.chance import random_parts
+from polyquant.packed_weights.weight import PackedWeight, pack_weight
 from torch import Tensor
 
 
 def random_weight(shape: tuple[int, int], layout: PackedFormat) -> tuple[PackedWeight, Tensor, Tensor, Tensor]:
     """A weight of the layout, the same as float32 by the format's formula, its codes and its scales."""
     torch.manual_seed(0)
-    rows, columns = shape
+    columns = shape[1]
     group = layout.group_of(layout.padded(shape)[1])
-    groups = -(-columns // group)
-    wide = layout.kind in WIDE
-    codes = torch.randint(-128 if wide else 0, 128 if wide else 16, shape).to(torch.int8 if wide else torch.uint8)
-    if layout.kind == "float8":
-        codes = torch.where(codes & 127 == 127, 0, codes).view(torch.float8_e4m3fn)  # no NaN
-    scales = (torch.rand(rows, groups) * 0.1 + 0.01).to(getattr(torch, layout.scale_dtype))
-    zeros = torch.randint(0, 16, (rows, groups)) if layout.offsets == "zeros" else None
-    minima = torch.randn(rows, groups) if layout.offsets == "minima" else None
-    table = torch.randn(16) if layout.kind == "codebook4" else None
-    outer = columns // layout.outer_group if layout.outer_group else 0
-    outer_scales = (torch.rand(rows, outer) * 0.01).half() if outer else None
-    outer_minima = (torch.rand(rows, outer) * 0.01).half() if outer and minima is not None else None
-    if outer:
-        scales = torch.randint(-64, 64, (rows, groups), dtype=torch.int8)
-        minima = None if minima is None else torch.randint(-64, 64, (rows, groups), dtype=torch.int8)
-    row_scales = torch.rand(rows, 1) + 0.1 if layout.row_scales != "none" else None
-    column_scales = torch.rand(columns) + 0.5 if layout.column_scales else None
-    weight = pack_weight(
-        codes,
-        scales,
-        layout.group_size,
-        zeros=zeros,
-        minima=minima,
-        table=table,
-        column_scales=column_scales,
-        outer_scales=outer_scales,
-        outer_minima=outer_minima,
-        row_scales=row_scales,
-        rows_divide=layout.row_scales == "divide",
-        zero=0.0 if layout.kind == "float8" else 8.0,
-    )
+    parts = random_parts(shape, layout)
+    weight = pack_weight(**parts)
+    codes, scales, table, minima = (parts.get(name) for name in ("codes", "scales", "table", "minima"))
+    zeros, row_scales, column_scales = (parts.get(name) for name in ("zeros", "row_scales", "column_scales"))
+    outer_scales, outer_minima = parts.get("outer_scales"), parts.get("outer_minima")
 
     def spread(values: Tensor) -> Tensor:
         return values.repeat_interleave(group, 1)[:, :columns]

@@ -136,6 +136,7 @@ def plan(
     memory: int | str | None = None,
     devices: str | None = None,
     offload: str = "error",
+    speed: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
@@ -145,6 +146,7 @@ def plan(
     model: what `load` takes, or a `config.json` alone.
     backend: a name; None: a table of every installed backend's presets, what fits first. options: the backend's own.
     context, batch: tokens and sequences of the key-value cache, which is kept as kv_cache says: see `load`.
+    speed: whether tokens a second are foreseen, on a stand-in of random weights, which takes seconds a candidate once.
     memory: the budget, such as '6GiB'; None: what is free on the device now. devices: simulated ones, such as
         'cuda:0=24GiB,cpu=64GiB'; they need not be there. Raises UnsupportedOperation where the backend does not plan.
 
@@ -153,27 +155,20 @@ def plan(
     from polyquant.planning.plan import Asked
     from polyquant.planning.table import plan_model as run
 
-    asked = Asked(context=context, batch=batch, kv_cache=kv_cache, device=device, offload=offload)
+    asked = Asked(context=context, batch=batch, kv_cache=kv_cache, device=device, offload=offload, speed=speed)
     return run(model, backend, options, asked, memory, devices, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def recommend(
-    model: str | Path,
-    *,
-    memory: int | str | None = None,
-    goal: Goal = "quality",
-    needs: Collection[str] = (),
-    device: str = "auto",
-    context: int = 4096,
-    batch: int = 1,
-    comparisons: str | Path | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Recommendation:
+    model: str | Path, *, memory: int | str | None = None, goal: Goal = "quality", needs: Collection[str] = (),
+    device: str = "auto", context: int = 4096, batch: int = 1, comparisons: str | Path | None = None,
+    speed: bool = False, revision: str | None = None, trust_remote_code: bool = False,
+) -> Recommendation:  # fmt: skip
     """The best way to run a model in a budget, with the reason, and why each other one is out.
 
     goal: quality (closest to the dense model), speed, or memory (needs least). needs: abilities that it must have, such
         as {"trains"}: names of Capabilities that are true or false.
+    speed: whether tokens a second are foreseen, see `plan`; with goal "speed" they decide where nothing was measured.
     comparisons: folder of comparisons measured on this machine; None: polyquant's own. What is not measured is ordered
         by published figures. Nothing that `doctor` refuses is recommended.
     """
@@ -181,7 +176,7 @@ def recommend(
     from polyquant.planning.plan import Asked
 
     return recommending.recommend(
-        model, goal, needs, Asked(context=context, batch=batch, device=device), memory,
+        model, goal, needs, Asked(context=context, batch=batch, device=device, speed=speed), memory,
         Path(comparisons) if comparisons is not None else None, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
 

@@ -16,6 +16,9 @@ Memory = Annotated[
 ]
 Context = Annotated[int, typer.Option(help="Tokens of the key-value cache.", min=1)]
 Batch = Annotated[int, typer.Option(help="Sequences at once.", min=1)]
+Speed = Annotated[
+    bool, typer.Option("--speed", help="Foresee tokens a second, on random weights: some seconds a candidate, once.")
+]
 
 
 def plan(
@@ -27,6 +30,7 @@ def plan(
     devices: Annotated[
         str | None, typer.Option(help="Devices that need not be here, as in 'cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB'.")
     ] = None,
+    speed: Speed = False,
     tensors: Annotated[bool, typer.Option("--layers", help="Every tensor, not only the totals.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the picture to this .svg, .html, .png or .pdf file.", dir_okay=False)
@@ -47,19 +51,19 @@ def plan(
 
     shared: dict[str, Any] = {
         "context": context, "batch": batch, "kv_cache": loading.options["kv_cache"], "memory": memory,
-        "devices": devices, "revision": loading.revision,
+        "devices": devices, "revision": loading.revision, "speed": speed,
         "device": loading.options["device"], "trust_remote_code": loading.options["trust_remote_code"],
     }  # fmt: skip
     require_none(loading.options["emulate_activations"], "plan")
     own = {name: value for name, value in loading.options.items() if name not in show.LOAD_OPTIONS}
     if loading.backend is None:
-        with waiting(model):
+        with waiting(_said(model, speed)):
             table = polyquant.plan(model, **shared)
         _draw(out, table)
         show.plans_json(table) if json else show.plans(table)
         fits = bool(table.fitting)
     else:
-        with waiting(model):
+        with waiting(_said(model, speed)):
             found = polyquant.plan(model, loading.backend, offload=loading.options["offload"], **shared, **own)
         _draw(out, found)
         show.plan_json(found) if json else show.plan(found, layers=tensors)
@@ -83,6 +87,7 @@ def recommend(
     comparisons: Annotated[
         Path | None, typer.Option(help="Folder of comparisons measured here; polyquant's own where left out.")
     ] = None,
+    speed: Speed = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the picture to this .svg, .html, .png or .pdf file.", dir_okay=False)
@@ -98,16 +103,20 @@ def recommend(
     from polyquant.cli.show import loading as waiting
 
     wanted = [word.strip() for word in needs.split(",") if word.strip()]
-    with waiting(model):
+    with waiting(_said(model, speed)):
         found = polyquant.recommend(
             model, memory=memory, goal=goal, needs=wanted, device=device, context=context, batch=batch,
-            comparisons=comparisons, revision=revision,
+            comparisons=comparisons, revision=revision, speed=speed,
         )  # fmt: skip
     if out is not None:
         _draw(out, polyquant.plan(model, memory=memory, device=device, context=context, batch=batch, revision=revision))
     show.recommendation_json(found) if json else show.recommendation(found)
     if found.best is None:
         raise typer.Exit(1)
+
+
+def _said(model: str, speed: bool) -> str:
+    return f"{model}; speeds take some seconds a candidate, once" if speed else model
 
 
 def _abilities() -> tuple[str, ...]:

@@ -14,10 +14,11 @@ from polyquant.cli.show import _notes, _pairs, console
 from polyquant.cli.terminal import styled
 from polyquant.loading.options import LoadOptions
 from polyquant.planning.bars import COLOURS, PARTS, Bar, bars_of
-from polyquant.planning.records import SHOWN, Plan, Plans, Recommendation
+from polyquant.planning.records import SHOWN, Foreseen, Plan, Plans, Recommendation
 from polyquant.support.sizes import size
 
 LOAD_OPTIONS = frozenset(LoadOptions.__struct_fields__)
+SPEED_CELLS = 16  # of two columns
 MARKS = {
     "fits": "[green]fits[/]", "too big": "[red]too big[/]", "not planned": "[dim]not planned[/]",
     "does not run": "[dim]does not run[/]", "left out": "[dim]left out[/]",
@@ -69,6 +70,7 @@ def plan(found: Plan, *, layers: bool) -> None:
         ("load peak", size(found.load_peak_bytes) + given_back),
         ("run peak", size(found.run_peak_bytes)),
         ("needed", f"{size(found.needed_bytes)} of {size(found.memory_bytes)}"),
+        *([("foreseen", _foreseen(found.foreseen))] if found.foreseen else []),
     )
     for name, text in rows:
         table.add_row(name, text)
@@ -94,6 +96,13 @@ def _disk(found: Plan) -> list[tuple[str, str]]:
     rate = found.disk_tokens_per_second
     speed = "" if rate is None else f", {rate:.2g} tokens/s by the disk's rate"
     return [("on disk", f"{len(found.on_disk)} blocks, {size(found.read_bytes_per_token)} read for each token{speed}")]
+
+
+def _foreseen(speed: Foreseen) -> str:
+    if speed.why:
+        return f"no speed: {speed.why}"
+    generated, prompt = _speeds(speed)
+    return f"{generated} generated tokens/s, {prompt} of a prompt"
 
 
 def _devices(found: Plan) -> None:
@@ -146,19 +155,27 @@ def _largest_dense(found: Plan) -> None:
 
 def plans(table: Plans) -> None:
     console.print(styled("[bold]{}[/] on {}, {} to spend", table.model, table.device, size(table.memory_bytes)))
+    foresees = any(row.plan and row.plan.foreseen for row in table.rows)
     bars = {bar.name: bar for bar in bars_of(table)}
-    scale, budget = _scale(table, list(bars.values()), cells := _bar_cells())
+    scale, budget = _scale(table, list(bars.values()), cells := _bar_cells(SPEED_CELLS if foresees else 0))
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold underline")
-    for heading in ("candidate", "", "weights", "of bf16", "needed"):
+    speeds = ("tokens/s", "prompt") if foresees else ()
+    for heading in ("candidate", "", "weights", "of bf16", "needed", *speeds):
         shown.add_column(heading, no_wrap=True, justify="left" if heading in ("candidate", "") else "right")
     shown.add_column("", no_wrap=True)
     for row in table.rows:
         if (plan := row.plan) is not None and row.status in ("fits", "too big"):
             mark = styled(MARKS[row.status] + ("*" if row.fix else ""))
             figures = (size(plan.weights_planned_bytes), f"{plan.ratio:.2f}x", size(plan.needed_bytes))
-            shown.add_row(row.candidate.name, mark, *figures, _bar(bars[row.candidate.name], scale, budget, cells))
+            more = _speeds(plan.foreseen) if foresees else ()
+            bar = _bar(bars[row.candidate.name], scale, budget, cells)
+            shown.add_row(row.candidate.name, mark, *figures, *more, bar)
     console.print(shown)
     _legend(budget)
+    if foresees:
+        console.print(
+            "tokens/s, generated and of prompts of 512, are foreseen; - where the backend's own kernels multiply"
+        )
     if any(row.fix and row.status == "fits" for row in table.rows):
         console.print("* its checkpoint is made first: polyquant quantize")
     for row in table.rows:
@@ -174,8 +191,15 @@ def plans(table: Plans) -> None:
         console.print(styled("[red]nothing fits[/]; the nearest is {}: {}", *told))
 
 
-def _bar_cells() -> int:
-    return max(8, min(40, console.width - 66))
+def _speeds(found: Foreseen | None) -> tuple[str, str]:
+    rates = (found.generated_tokens_per_second, found.prompt_tokens_per_second) if found else (None, None)
+    generated, prompt = (f"{rate:.0f}" if rate else "-" for rate in rates)
+    return generated, prompt
+
+
+def _bar_cells(others: int = 0) -> int:
+    """others: what stands beside, and is not in every table."""
+    return max(8, min(40, console.width - 66 - others))
 
 
 def _scale(what: Plan | Plans, bars: list[Bar], cells: int) -> tuple[int, int | None]:

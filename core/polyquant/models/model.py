@@ -28,7 +28,7 @@ class Model:
         self.outline = outline
         self.source: ModelSource = outline.source
         self.name = outline.source.name
-        self._trust = trust_remote_code
+        self.trusts_remote_code = trust_remote_code
         self._weights: dict[Dtype, tuple[WeightInfo, ...]] = {}
         self.renamed: dict[str, str] = {}  # what a packed checkpoint calls otherwise; known with the weights
 
@@ -47,19 +47,26 @@ class Model:
 
         source = dense_of(self.source, progress=progress) if dense else self.source
         source = versions.readable(source)
-        return self if source is self.source else Model(outline_of(source), trust_remote_code=self._trust)
+        return self if source is self.source else Model(outline_of(source), trust_remote_code=self.trusts_remote_code)
 
     def skeleton(self, dtype: Dtype) -> Any:
         """Its modules on the meta device, in `dtype`; a new one at each call, for whoever changes it."""
         from polyquant.models import hf
 
-        return hf.skeleton(self.source, dtype, trust_remote_code=self._trust, stored=self.outline.tensors or None)
+        return hf.skeleton(
+            self.source, dtype, trust_remote_code=self.trusts_remote_code, stored=self.outline.tensors or None
+        )
+
+    @cached_property
+    def config(self) -> Any:
+        """Its config, as transformers has it without what a quantized checkpoint adds."""
+        return self.skeleton("bfloat16").config
 
     def require_attention(self, attention: str) -> None:
         """Raises ConfigError where the model cannot have the attention implementation of that name here."""
         from polyquant.models import hf
 
-        hf.require_attention(self.source, attention, trust_remote_code=self._trust)
+        hf.require_attention(self.source, attention, trust_remote_code=self.trusts_remote_code)
 
     def require_kv_cache(self, kv_cache: KvCache) -> None:
         """Raises ConfigError where the model cannot keep its keys and values as codes here."""
@@ -98,7 +105,7 @@ class Model:
         """Whether a load can quantize the dense checkpoint tensor by tensor as it is read; else it is loaded whole."""
         from polyquant.models import conversions
 
-        return conversions.read_in_turn(self.source, trust_remote_code=self._trust)
+        return conversions.read_in_turn(self.source, trust_remote_code=self.trusts_remote_code)
 
     def _require_fit(self, skeleton: Any) -> None:
         """Raises ModelError where the checkpoint's headers lack a tensor of the model, or hold others."""

@@ -13,8 +13,10 @@ from polyquant.loading.cache import require_cache
 from polyquant.loading.disk import plans_for_disk
 from polyquant.loading.settle import Settled, as_stored, make_command, route_of, settle
 from polyquant.memory.predicted import predict, weights_of
+from polyquant.packable import is_packed
 from polyquant.planning.devices import Budget, arrange
 from polyquant.planning.disk import disk_plan
+from polyquant.planning.foresee import foresee
 from polyquant.planning.model import PlannedModel
 from polyquant.planning.process import process_bytes
 from polyquant.planning.records import Plan, PlannedTensor, total
@@ -34,6 +36,7 @@ class Asked(Record, frozen=True):
     kv_cache: KvCache = "keep"
     device: str = "auto"
     offload: str = "error"
+    speed: bool = False  # whether it is foreseen, which runs a stand-in for the model
 
     def __post_init__(self) -> None:
         if self.context < 1 or self.batch < 1:
@@ -84,6 +87,11 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         notes.append(DENSE)
     count = sum(prod(tensor.shape) for tensor in quantized)
     weight_bits = _weight_bits(settled, quantized)
+    foreseen = None
+    if asked.speed:
+        foreseen = foresee(
+            model.config, plans, device, packed=is_packed(settled.options), trust_remote_code=model.trusts_remote_code
+        )
     return Plan(
         model=model.name,
         backend=backend.name,
@@ -121,6 +129,7 @@ def plan_one(model: PlannedModel, backend: Backend, given: Mapping[str, Any], as
         read_bytes_per_token=disk.split.read_bytes if disk else 0,
         disk_bytes_per_second=disk.bytes_per_second if disk else None,
         notes=(*notes, *placement.notes),
+        foreseen=foreseen,
     )
 
 

@@ -31,6 +31,7 @@ FIGURES = {
     "speed": "{:.1f} generated tokens a second",
     "memory": "{}",
 }
+FORESEEN = "foreseen here, on a stand-in with random weights: "
 
 
 def recommend(
@@ -109,6 +110,8 @@ def _order(row: PlannedRow, goal: Goal, measured: Mapping[str, Measured]) -> tup
     """Measured ones by their figure; then, for memory, fewest bytes; else by what is declared and published."""
     assert row.plan is not None  # it fits
     figure = _figure(measured.get(row.candidate.name), goal)
+    if figure is None and goal == "speed" and (foreseen := _foreseen(row)):
+        figure = -foreseen
     scale = standing(row.plan).order
     if goal == "memory":
         return (False, row.plan.needed_bytes, *scale, row.candidate.name)
@@ -119,6 +122,12 @@ def _order(row: PlannedRow, goal: Goal, measured: Mapping[str, Measured]) -> tup
     return (True, 0.0, *scale, row.plan.needed_bytes, row.candidate.name)
 
 
+def _foreseen(row: PlannedRow) -> float | None:
+    """Generated tokens a second; None where it was not asked for, or cannot be foreseen."""
+    found = row.plan.foreseen if row.plan else None
+    return found.generated_tokens_per_second if found else None
+
+
 def _choice(row: PlannedRow, goal: Goal, measured: Mapping[str, Measured], plans: Plans) -> Choice:
     assert row.plan is not None
     found = measured.get(row.candidate.name)
@@ -127,6 +136,8 @@ def _choice(row: PlannedRow, goal: Goal, measured: Mapping[str, Measured], plans
         reason = f"it needs {size(row.plan.needed_bytes)} by its plan"
     elif figure is not None and found is not None:
         reason = f"measured here: {FIGURES[goal].format(abs(figure))} ({found.folder})"
+    elif goal == "speed" and (foreseen := _foreseen(row)):
+        reason = FORESEEN + FIGURES["speed"].format(foreseen)
     elif goal == "speed":
         reason = f"{size(row.plan.weights_planned_bytes)} of weights to read for each token; its speed was not measured"
     else:

@@ -23,6 +23,14 @@ class PlannedTensor(LayerPlan, frozen=True):
     constant_bytes: int = 0  # part of stored_bytes: scales, zero points, absmax, code books, and padding
 
 
+class Foreseen(Record, frozen=True):
+    """The speed that a stand-in for a model had on this machine; None with the reason."""
+
+    prompt_tokens_per_second: float | None = None  # of 512 tokens
+    generated_tokens_per_second: float | None = None
+    why: str = ""  # it is not foreseen
+
+
 class Placed(Record, frozen=True):
     """One device of a plan."""
 
@@ -68,6 +76,7 @@ class Plan(Looked, Record, frozen=True):
     spilled: tuple[str, ...] = ()  # modules that do not fit the device asked for
     notes: tuple[str, ...] = ()
     kv_cache: KvCache = "keep"  # how keys and values are kept
+    foreseen: Foreseen | None = None  # None: not asked for
     on_disk: tuple[str, ...] = ()  # with offload="disk": blocks whose packed weights are read for each token
     read_bytes_per_token: int = 0  # of them; of a mixture's experts those that a token is routed to
     disk_bytes_per_second: float | None = None  # as it was measured; None: it is not needed, or could not be

@@ -120,7 +120,7 @@ def _row(candidate: Candidate, backend: Backend, model: PlannedModel, asked: Ask
 
 
 def _on(asked: Asked, device: str) -> Asked:
-    return Asked(context=asked.context, batch=asked.batch, kv_cache=asked.kv_cache, device=device)
+    return Asked(context=asked.context, batch=asked.batch, kv_cache=asked.kv_cache, device=device, speed=asked.speed)
 
 
 def load_command(candidate: Candidate, model: str) -> str:
