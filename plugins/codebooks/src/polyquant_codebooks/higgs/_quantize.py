@@ -15,7 +15,7 @@ from polyquant_codebooks.higgs._decode import words_of_rows
 from polyquant_codebooks.higgs._modules import HiggsLinear
 from polyquant_codebooks.higgs.options import HiggsOptions
 
-DISTANCES = 2**20  # from points to all of a grid, that lie in memory together
+DISTANCES = 2**18  # from points to all of a grid, that lie in memory together
 
 
 def quantize_linear(name: str, linear: Any, config: HiggsOptions) -> HiggsLinear:
@@ -54,7 +54,7 @@ def _nearest(weight: Tensor, grid: Tensor, config: HiggsOptions) -> dict[str, Te
     points, lengths_of_grid = normal.view(-1, config.p), grid.square().sum(-1)
     step, entries = DISTANCES // len(grid), 2**config.bits
     nearest = torch.cat(
-        [(2 * some @ grid.T - lengths_of_grid).argmax(-1).to(torch.uint8) for some in points.split(step)]
+        [(2 * some @ grid.T).sub_(lengths_of_grid).argmax(-1).to(torch.uint8) for some in points.split(step)]
     )
     codes = torch.stack([nearest // entries, nearest % entries], -1) if config.p == 2 else nearest
     scales = (lengths / sqrt(size)).repeat_interleave(size // config.group_size, 1)
