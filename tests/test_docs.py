@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +56,7 @@ RUN = [path for path in PAGES if runs(path) and name(path) not in REAL]
 
 def run_page(path: Path, folder: Path, **variables: str) -> None:
     (folder / "page").mkdir()
-    words = [sys.executable, str(ROOT / "tests" / "snippets.py"), str(path), str(folder / "page")]
+    words = [warm.interpreter(), str(ROOT / "tests" / "snippets.py"), str(path), str(folder / "page")]
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, **variables}
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from polyquant.testing import warm
 
 from .isolating import gone
 
@@ -345,7 +346,7 @@ try:
 except common.NotRun as reason:
     print(reason)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([warm.interpreter(), "-c", code], capture_output=True, text=True, check=True)
     assert "its checkpoints need 6.9 GiB, and 1.0 GiB are free" in done.stdout
     assert not (tmp_path / "m").exists()
 
@@ -363,7 +364,7 @@ def rehearsed(tmp_path_factory):
 
 def rehearse(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable,
+        warm.interpreter(),
         str(SCRIPT),
         "--out",
         str(out),
@@ -495,7 +496,7 @@ stands_for = (codes - zeros[groups]) * scales[groups]
 assert (stands_for - weight.T).abs().max() <= 0.501 * scales.max() + 1e-3
 assert parts["qweight"].dtype == torch.int32 and len(codes.unique()) == 16
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([warm.interpreter(), "-c", code], check=True)
 
 
 @pytest.fixture

@@ -1,15 +1,19 @@
 """What the tests of this plugin share."""
 
+import sys
+
 import polyquant
 import pytest
 from polyquant.plugin.process import kept_processes
+from polyquant.testing import warm
 from polyquant.testing.models import tiny_model
 
 
 @pytest.fixture(scope="package", autouse=True)
 def one_process():
     """Checkpoints are made in one process, one after the other: its imports take most of the time."""
-    with kept_processes():
+    with pytest.MonkeyPatch.context() as patch, kept_processes():
+        patch.setattr(sys, "executable", warm.interpreter())
         yield
 
 

@@ -38,7 +38,7 @@ after = (AutoModelForCausalLM.from_pretrained, Transpose.convert, PreTrainedMode
 print(json.dumps([type(rounding).__name__, "auto_round" in sys.modules, hasattr(torch.Tensor, "get_dtype"),
                   methods == after, differences(state, snapshot())]))
 """
-    assert run_python(code) == ["SignRoundConfig", True, False, True, []]
+    assert run_python(code, imported=True) == ["SignRoundConfig", True, False, True, []]
 
 
 def test_loading_imports_no_auto_round(made):
@@ -50,7 +50,7 @@ import json, sys, polyquant
 polyquant.load(sys.argv[1], "auto-round", device="cpu")
 print(json.dumps(["auto_round" in sys.modules, "auto_round_kernel" in sys.modules]))
 """
-    assert run_python(code, str(made())) == [False, True]
+    assert run_python(code, str(made()), imported=True) == [False, True]
 
 
 def test_what_auto_round_says_last_is_kept(folder, tmp_path):

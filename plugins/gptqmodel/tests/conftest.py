@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from polyquant.plugin.process import kept_processes
+from polyquant.testing import warm
 from polyquant.testing.checkpoints import adapter_gradients
 from polyquant.testing.models import tiny_model
 from safetensors.torch import load_file, save_file
@@ -166,7 +168,8 @@ def assert_adapters_train_as_on(dense, loaded):
 @pytest.fixture(scope="package", autouse=True)
 def one_process():
     """Checkpoints are made in one process, one after the other: its imports take most of the time."""
-    with kept_processes():
+    with pytest.MonkeyPatch.context() as patch, kept_processes():
+        patch.setattr(sys, "executable", warm.interpreter())
         yield
 
 
