@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 from generate_backends import backend_page, backends_index, markdown
+from generate_foreseen import foreseen_picture, foreseen_table
 from generate_gpu import GpuRun, read_gpu_run
 from generate_machines import formats_table, machines_table, runtimes_table
 from generate_oracles import oracles_page
@@ -43,6 +44,7 @@ MEASURES = ("preset", "stored", "of bf16", "bits a weight", "KL (nats)", "top-1"
 DOCS = ROOT / "docs"
 MEASURED = DOCS / "reference" / "measured.json"
 SIZES = DOCS / "reference" / "sizes.json"  # as docs/examples/sizes.py writes it
+FORESEEN = DOCS / "reference" / "foreseen.json"  # as docs/examples/foresee.py writes it
 PEAKS = DOCS / "reference" / "peaks.json"  # as docs/examples/peaks.py writes it
 ORACLES = DOCS / "reference" / "oracles.json"  # as tests write it: see polyquant.testing.oracles
 GPU = DOCS / "reference" / "gpu.json"  # as docs/examples/gpu.py writes it; where there is none, no GPU was at hand yet
@@ -79,6 +81,7 @@ def pages() -> dict[Path, str]:
     reference = DOCS / "reference"
     return {
         DOCS / "comparison.svg": picture_text(),
+        DOCS / "foreseen.svg": foreseen_picture(FORESEEN),
         CATALOGUE: catalogue_text(),
         MARKS: marks_text(),
         reference / "backends.md": backends_page(results, read_gpu_run(GPU)),
@@ -98,6 +101,7 @@ def marked_pages() -> dict[Path, str]:
     """Pages that are written by hand around tables that are not."""
     cards = [Card(plugin.card, plugin.hooks) for plugin in plugins()]
     tables = {
+        DOCS / "explanation" / "speed.md": {"foreseen": foreseen_table(FORESEEN)},
         DOCS / "reference" / "sizes.md": {"sizes": sizes_table(SIZES)},
         DOCS / "reference" / "formats.md": {"formats": formats_table(cards), "runtimes": runtimes_table(cards)},
         ROOT / "README.md": {"backends": backends_table(), "comparison": comparison_table()},

@@ -30,8 +30,9 @@ def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else "builtin:smollm2"
     rows = []
     for candidate in candidates(model):
-        rows.append(row(model, candidate))
-        print(msgspec.json.encode(rows[-1]).decode(), flush=True)
+        if (found := row(model, candidate)) is not None:
+            rows.append(found)
+            print(msgspec.json.encode(found).decode(), flush=True)
     record = {
         "model": model, "date": datetime.now(UTC).date().isoformat(), "machine": this_machine(("polyquant-kernels",)),
         "rows": rows,
@@ -40,17 +41,16 @@ def main() -> None:
 
 
 def candidates(model: str) -> Iterator[Candidate]:
-    """What runs on the CPU here as it is loaded, and can be foreseen."""
-    for each in polyquant.plan(model, device="cpu", speed=True).fitting:
-        if not each.fix and each.plan is not None and each.plan.foreseen is not None and not each.plan.foreseen.why:
-            yield each.candidate
+    """What runs on the CPU here as it is loaded."""
+    return (each.candidate for each in polyquant.plan(model, device="cpu").fitting if not each.fix)
 
 
-def row(model: str, candidate: Candidate) -> dict[str, Any]:
-    """One candidate: tokens a second, foreseen and measured."""
+def row(model: str, candidate: Candidate) -> dict[str, Any] | None:
+    """One candidate: tokens a second, foreseen and measured; None for one that is not foreseen."""
     options = {"device": "cpu", **candidate.options}
     foreseen = polyquant.plan(model, candidate.backend, speed=True, **options).foreseen
-    assert foreseen is not None  # it was asked for
+    if foreseen is None or foreseen.why:
+        return None
     loaded = polyquant.load(model, candidate.backend, cache=False, **options)
     work = OtherWork()
     measured = measure_speed(loaded.session, loaded.vocabulary, repetitions=3, limit_seconds=LIMIT_SECONDS)

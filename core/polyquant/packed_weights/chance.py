@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from polyquant.packed_weights.format import ROWS
-from polyquant.packed_weights.weight import WIDE, PackedWeight, pack_weight
+from polyquant.packed_weights.weight import E4M3, WIDE, PackedWeight, pack_weight
 from polyquant.types import PackedFormat
 
 DEVIATION = 0.02
+FLOAT8_SPREAD = 100.0  # of 448, the largest
 OF_ROWS = ("codes", "scales", "zeros", "minima", "outer_scales", "outer_minima", "row_scales")
 
 
@@ -22,7 +23,7 @@ def random_parts(shape: tuple[int, int], layout: PackedFormat) -> dict[str, Any]
     low, end, dtype = (-128, 128, torch.int8) if wide else (0, 16, torch.uint8)
     codes = torch.randint(low, end, shape, dtype=dtype)
     if layout.kind == "float8":
-        codes = torch.where(codes & 127 == 127, 0, codes).view(torch.float8_e4m3fn)  # no NaN
+        codes = torch.where(codes & 127 == 127, 0, codes).view(E4M3)  # no NaN
     parts: dict[str, Any] = {
         "codes": codes, "group_size": layout.group_size, "rows_divide": layout.row_scales == "divide",
         "zero": 0.0 if layout.kind == "float8" else 8.0,
@@ -54,6 +55,8 @@ def random_parts(shape: tuple[int, int], layout: PackedFormat) -> dict[str, Any]
 def random_weight(shape: tuple[int, int], layout: PackedFormat) -> PackedWeight:
     """A weight of such parts whose numbers are about as large as those of a new layer."""
     parts = random_parts(shape, layout)
+    if layout.kind == "float8":  # subnormal numbers, rare in rounded weights, take processors longer
+        parts["codes"] = (FLOAT8_SPREAD * torch.randn(shape)).clamp(-448, 448).to(E4M3)
     some = pack_weight(**{**parts, **_first(parts, ROWS)})
     factor = DEVIATION / float(some.decode().std())
     if layout.row_scales != "none":  # scales of 8 bits would be nothing

@@ -30,10 +30,10 @@ from polyquant.registry.vocabulary import put_embedding, scale_of
 from polyquant.support.sizes import size
 from polyquant.types import LayerPlan
 
-COLD_BYTES = 2**26
-"""Layers of so many bytes together are read from memory for each token: they leave caches before they come again."""
-PROMPT_BYTES = 2**24
-"""The same for prompts, which read each weight for many tokens."""
+COLD_BYTES = 2**28
+"""Layers of so many bytes together, and half of them, leave a processor's caches before their next token."""
+PROMPT_BYTES = 2**26
+"""Of the layers whose prompts are timed: these wait for the processor, and not for memory."""
 PROMPT_TOKENS, GENERATED_TOKENS = 512, 32
 SECONDS = 0.5  # in which prompts, and generations, are repeated
 
@@ -70,13 +70,15 @@ class StandIn:
 
     def token_seconds(self) -> float:
         """Of one generated token."""
-        return self._of_all(self._most, 1, lambda speed: 1 / speed.generated_tokens_per_second.mean)
+        return self._of_all(
+            self._most, self._most // 2, 1, lambda speed: 1 / max(speed.generated_tokens_per_second.repetitions)
+        )
 
     def prompt_seconds(self) -> float:
         """Of a prompt of PROMPT_TOKENS."""
         return self._of_all(
-            self._layers_of(PROMPT_BYTES), PROMPT_TOKENS,
-            lambda speed: PROMPT_TOKENS / speed.prompt_tokens_per_second.mean,
+            self._layers_of(PROMPT_BYTES), self._period, PROMPT_TOKENS,
+            lambda speed: PROMPT_TOKENS / max(speed.prompt_tokens_per_second.repetitions),
         )  # fmt: skip
 
     def _layers_of(self, nbytes: int) -> int:
@@ -84,13 +86,13 @@ class StandIn:
         wanted: int = max(2 * self._period, ceil(nbytes / self._each))
         return min(self.depth, wanted)
 
-    def _of_all(self, deep: int, prompt: int, seconds: Callable[[Speed], float]) -> float:
-        """What `deep` layers take, and as much for each of the others as the second half of these did."""
+    def _of_all(self, deep: int, shallow: int, prompt: int, seconds: Callable[[Speed], float]) -> float:
+        """What `deep` layers take, and as much for each of the others as those took that `shallow` ones do without."""
         most = seconds(self._timed(deep, prompt))
         if deep == self.depth:
             return most
-        half = deep // 2
-        return most + (self.depth - deep) * max(0.0, most - seconds(self._timed(half, prompt))) / (deep - half)
+        least = seconds(self._timed(shallow, prompt))
+        return most + (self.depth - deep) * max(0.0, most - least) / (deep - shallow)
 
     def _timed(self, layers: int, prompt: int) -> Speed:
         self._cut(layers)

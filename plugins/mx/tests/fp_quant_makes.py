@@ -1,17 +1,14 @@
-"""What fp_quant's own Triton kernels make of a matrix, interpreted on the CPU: a script, since Triton reads how it is to
-run when it is imported. Argument: the file to write.
+"""What fp_quant's own Triton kernels make of a matrix, interpreted on the CPU: a script, to be run with TRITON_INTERPRET,
+which Triton reads when it is imported. Argument: the file to write.
 """
 
-import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"
-
-import torch  # noqa: E402
-from fp_quant.module.linear import get_gsr_matrix, get_hadamard_matrix  # noqa: E402
-from fp_quant.module.triton.mxfp4 import mxfp4_forward_kernel  # noqa: E402
-from fp_quant.module.triton.nvfp4 import nvfp4_forward_kernel  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from fp_quant.module.linear import get_gsr_matrix, get_hadamard_matrix
+from fp_quant.module.triton.mxfp4 import mxfp4_forward_kernel
+from fp_quant.module.triton.nvfp4 import nvfp4_forward_kernel
+from safetensors.torch import save_file
 
 BLOCK = 1024
 

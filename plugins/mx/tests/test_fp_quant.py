@@ -1,5 +1,6 @@
 """Rotated weights are those of fp_quant's own kernels; its checkpoints are read with the matrix that they hold."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -34,7 +35,9 @@ def made(tmp_path_factory):
     """What fp_quant's kernels make of random matrices."""
     out = tmp_path_factory.mktemp("made") / "tensors.safetensors"
     script = Path(__file__).with_name("fp_quant_makes.py")
-    ended = subprocess.run([sys.executable, script, out], capture_output=True, text=True, check=False)
+    interpreted = {**os.environ, "TRITON_INTERPRET": "1"}  # which Triton reads when it is imported
+    command = [sys.executable, script, out]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=interpreted)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return load_file(out)
 
