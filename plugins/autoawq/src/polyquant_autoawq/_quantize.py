@@ -45,6 +45,7 @@ def quantize(request: LoadRequest, config: AutoawqOptions, calibration: Sequence
     planned = quantized_modules(plan_layers(request.weights, config))
     tokenizer = checkpoints.load_tokenizer(source, trust_remote_code=trusted)
     windows = token_windows(tokenizer, calibration, length=WINDOW_TOKENS, count=WINDOWS)
+    length = min(WINDOW_TOKENS, sum(map(len, windows)))  # the library takes whole windows alone: of less text none
     with nullcontext() if request.progress else contained():
         model = AutoAWQForCausalLM.from_pretrained(
             str(source.path), torch_dtype=torch.float32 if request.device == "cpu" else torch.float16,
@@ -53,7 +54,7 @@ def quantize(request: LoadRequest, config: AutoawqOptions, calibration: Sequence
         # without its search for clipping, which was not tried with the weights put back
         model.quantize(
             tokenizer, quant_config=config.quantize_config(), calib_data=windows, apply_clip=False,
-            quantizer_cls=Quantizer, max_calib_samples=WINDOWS, max_calib_seq_len=WINDOW_TOKENS,
+            quantizer_cls=Quantizer, max_calib_samples=WINDOWS, max_calib_seq_len=length,
         )  # fmt: skip
         model.save_quantized(str(out))
     checkpoints.complete(out, source, config.skip, tokenizer)
