@@ -24,15 +24,16 @@ class Rows(Protocol):
 
 
 def in_bands(
-    weight: Rows, rounded: Callable[[Tensor], Mapping[str, Tensor]], *, multiple: int = 1
+    weight: Rows, rounded: Callable[[Tensor], Mapping[str, Tensor]], *, multiple: int = 1, parts: int = 1
 ) -> dict[str, Tensor]:
     """The tensors that `rounded` makes of a weight (rows, ...), as of all its rows at once.
 
     rounded: (some rows) -> tensors by name, whose first axis goes along with the rows. multiple: of how many rows each
-    band but the last consists, where so many rows make one of a tensor's.
+    band but the last consists, where so many rows make one of a tensor's. parts: of a usual band that are taken one
+    after the other, where rounding holds the most copies.
     """
     rows, whole, ends = weight.shape[0], dict[str, Tensor](), dict[str, int]()
-    for band in bands_of(weight, multiple):
+    for band in bands_of(weight, multiple, parts):
         if len(band) == rows:
             return dict(rounded(band))
         for name, piece in rounded(band).items():
@@ -44,10 +45,10 @@ def in_bands(
     return whole
 
 
-def bands_of(weight: Rows, multiple: int = 1) -> Iterator[Tensor]:
-    """A weight's rows, a multiple of so many at a time."""
+def bands_of(weight: Rows, multiple: int = 1, parts: int = 1) -> Iterator[Tensor]:
+    """A weight's rows, a multiple of so many at a time; parts: see `in_bands`."""
     rows, *others = weight.shape
-    wanted = BAND_WEIGHTS["cpu" if weight.device.type == "cpu" else "other"] // max(1, prod(others))
+    wanted = BAND_WEIGHTS["cpu" if weight.device.type == "cpu" else "other"] // (parts * max(1, prod(others)))
     step = ceil(max(1, wanted) / multiple) * multiple
     return (weight[start : start + step] for start in range(0, rows, step))
 

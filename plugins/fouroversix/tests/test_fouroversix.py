@@ -10,6 +10,7 @@ from fouroversix import (
     quantize_to_fp4,
 )
 from fouroversix import dequantize as dequantize_by_library
+from polyquant.packed_weights import bands
 from polyquant.support import libraries
 from polyquant.errors import ConfigError
 from polyquant.measure.quality.divergence import kl_divergence, top1_agreement
@@ -102,7 +103,7 @@ def test_bad_options(options, words):
     [(*each, False) for each in FORMATS] + [("nvfp4", rule, True) for rule in RULES["nvfp4"]],
 )
 def test_bands_of_rows_are_packed_as_all_rows_are(monkeypatch, dtype, rule, square, shape, dtype_of_weights):
-    monkeypatch.setitem(_library.CHUNK_WEIGHTS, "cpu", 2**8)
+    monkeypatch.setitem(bands.BAND_WEIGHTS, "cpu", 2**8)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype_of_weights)
     config = FouroversixOptions(dtype=dtype, scale_rule=rule, weight_scale_2d=square)
     ours, theirs = _library.quantize(weight, config), by_library(weight, config)
@@ -115,7 +116,7 @@ def test_bands_of_rows_are_packed_as_all_rows_are(monkeypatch, dtype, rule, squa
 @pytest.mark.parametrize("shape", [(128, 64), (203, 90), (30, 200)])
 @pytest.mark.parametrize(("dtype", "rule"), FORMATS)
 def test_weights_are_those_that_the_library_dequantizes(monkeypatch, dtype, rule, shape, chunk):
-    monkeypatch.setitem(_library.CHUNK_WEIGHTS, "cpu", chunk)
+    monkeypatch.setitem(_decode.CHUNK_WEIGHTS, "cpu", chunk)
     linear = torch.nn.Linear(shape[1], shape[0])
     linear.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     linear.weight.data[:20] = 0

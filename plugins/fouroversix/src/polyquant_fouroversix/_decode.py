@@ -10,10 +10,12 @@ from polyquant.plugin import activation_formats, activations
 from polyquant.plugin.floats import E2M1
 from torch import Tensor
 
-from polyquant_fouroversix import _library
+from polyquant_fouroversix._library import codes_as_numbers
 from polyquant_fouroversix.formats import BLOCK, SWIZZLED, largest
 from polyquant_fouroversix.options import FouroversixOptions
 
+CHUNK_WEIGHTS = {"cpu": 2**18, "other": 2**26}
+"""Weights dequantized at a time: 1 MiB on the CPU."""
 INT_IN_IF4 = 6 / 7
 """An INT4 block of IF4 reaches as far as an FP4 one."""
 MXFP4 = activation_formats.MXFP4._replace(exponents="ceil")
@@ -41,7 +43,7 @@ def dequantize(codes: Tensor, scales: Tensor, amax: Tensor, config: FouroversixO
     factors, whole = block_factors(codes, scales, amax, config)
     per_row = factors.shape[1]
     table = TABLES[config.dtype].to(codes.device)
-    step = _library.rows_at_once(codes, 2 * half)
+    step = max(1, CHUNK_WEIGHTS["cpu" if codes.device.type == "cpu" else "other"] // (2 * half))
     for start in range(0, rows, step):
         part = slice(start, start + step)
         places = codes[part].int()
@@ -79,7 +81,7 @@ def rounded(x: Tensor, config: FouroversixOptions) -> Tensor:
 def by_library(x: Tensor, config: FouroversixOptions) -> Tensor:
     """x (tokens, features), rounded."""
     block, features = BLOCK[config.dtype], x.shape[1]
-    values, scales, amax = _library.codes_as_numbers(x, config)
+    values, scales, amax = codes_as_numbers(x, config)
     factors, whole = _factors(scales.view(-1, 1), amax, config)
     numbers = values.float().view(-1, block)
     if whole is not None:

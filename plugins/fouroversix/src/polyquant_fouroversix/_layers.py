@@ -11,9 +11,9 @@ from polyquant.plugin import LayerInfo
 from polyquant.plugin.layers import (
     Quantized,
     describe,
-    finite_weight,
     layer_tensors,
     prepare_for_training,
+    rows_of,
     take_bias,
 )
 from torch import Tensor
@@ -36,7 +36,7 @@ def kernel(config: FouroversixOptions) -> str:
 
 def quantize_linear(linear: Any, config: FouroversixOptions) -> FouroversixLinear:
     """A layer that takes the place of `linear`. Raises ModelError where that holds NaN or infinity."""
-    return FouroversixLinear(linear, config, quantize(finite_weight(linear), config))
+    return FouroversixLinear(linear, config, quantize(rows_of(linear), config))
 
 
 def linear_from_tensors(

@@ -1,54 +1,34 @@
-"""The library's quantizer in torch, some rows at a time."""
+"""The library's quantizer in torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from fouroversix.quantize.pytorch import reference
 from fouroversix.utils import DataType, ScaleRule
-from torch import Tensor
+from polyquant.plugin.layers import Rows, in_bands, largest
+from torch import Tensor, ones
 from torch.nn import functional
 
 from polyquant_fouroversix.formats import BLOCK, ROWS, SWIZZLED, padded, up
 from polyquant_fouroversix.options import FouroversixOptions
 
-CHUNK_WEIGHTS = {"cpu": 2**18, "other": 2**26}
-"""Weights dequantized at a time: 1 MiB in float32 on the CPU."""
-COPIES = 4
-"""Rounding holds so many times what dequantizing does."""
 
-
-def rows_at_once(x: Tensor, columns: int) -> int:
-    """Rows of so many numbers that are taken at a time where x lies."""
-    return max(1, CHUNK_WEIGHTS["cpu" if x.device.type == "cpu" else "other"] // columns)
-
-
-def quantize(weight: Tensor, config: FouroversixOptions) -> dict[str, Tensor]:
+def quantize(weight: Rows, config: FouroversixOptions) -> dict[str, Tensor]:
     """Codes, scales and the greatest number of a weight (rows, columns), as the library has them of all rows at once,
     with zeros to whole blocks."""
-    rows, columns = padded((weight.shape[0], weight.shape[1]), config.dtype)
-    amax = torch.ones(1, device=weight.device) if config.dtype == "mxfp4" else weight.abs().max().float()
-    codes, scales = zip(*_in_bands(weight, rows, columns, amax, config), strict=True)
-    return {"weight": torch.cat(codes), "scales": torch.cat(scales), "amax": amax.reshape(1)}
+    columns = padded(weight.shape, config.dtype)[1]
+    amax = ones(1, device=weight.device) if config.dtype == "mxfp4" else largest(weight)
 
-
-def _in_bands(
-    weight: Tensor, rows: int, columns: int, amax: Tensor, config: FouroversixOptions
-) -> Iterator[tuple[Tensor, Tensor]]:
-    step = up(rows_at_once(weight, COPIES * columns), ROWS)  # scales are swizzled within so many rows
-    for start in range(0, rows, step):
-        band = weight[start : start + step]
-        wanted = min(step, rows - start)
+    def rounded(rows: Tensor) -> dict[str, Tensor]:
+        whole = functional.pad(rows, (0, columns - rows.shape[1], 0, up(len(rows), ROWS) - len(rows)))
         codes, scales, _ = reference.quantize_to_fp4(
-            functional.pad(band, (0, columns - band.shape[1], 0, wanted - band.shape[0])),
-            amax,
-            block_scale_2d=config.weight_scale_2d,
-            fp4_format=DataType(config.dtype),
-            scale_rule=ScaleRule(config.scale_rule),
-            use_blackwell_scale_layout=config.dtype in SWIZZLED,
-        )
-        yield codes, scales
+            whole, amax, block_scale_2d=config.weight_scale_2d, fp4_format=DataType(config.dtype),
+            scale_rule=ScaleRule(config.scale_rule), use_blackwell_scale_layout=config.dtype in SWIZZLED,
+        )  # fmt: skip
+        return {"weight": codes.unflatten(0, (-1, ROWS)), "scales": scales.view(len(whole) // ROWS, -1)}
+
+    # scales are swizzled within so many rows; of each band 25 copies are held
+    made = in_bands(weight, rounded, multiple=ROWS, parts=4)
+    return {"weight": made["weight"].flatten(0, 1), "scales": made["scales"].flatten(), "amax": amax.reshape(1)}
 
 
 def codes_as_numbers(x: Tensor, config: FouroversixOptions) -> tuple[Tensor, Tensor, Tensor]:

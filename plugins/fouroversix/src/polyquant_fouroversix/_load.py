@@ -45,7 +45,9 @@ def load(request: LoadRequest, config: FouroversixOptions) -> LoadedModel:
     if source.stored_quantization:
         model = checkpoints.read_layers(request, dtype, names, read)
     else:
-        model = checkpoints.quantize_layers(request, dtype, names, lambda _, linear: quantize_linear(linear, config))
+        model = checkpoints.quantize_layers(
+            request, dtype, names, lambda _, linear: quantize_linear(linear, config), by_rows=True
+        )
     model.config.quantization_config = config.to_stored() | {"modules_to_not_convert": _dense(weights, config)}
     return LoadedModel(model=model, config=config, kernel=kernel(config), notes=notes)
 
