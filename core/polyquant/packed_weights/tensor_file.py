@@ -6,13 +6,14 @@ Imports torch.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import mmap
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -22,6 +23,7 @@ import torch
 
 from polyquant.errors import ModelError, SaveError
 from polyquant.models.headers import LENGTH_BYTES, TORCH_NAMES, StoredTensor, located_tensors
+from polyquant.support.files import is_full
 from polyquant.support.sizes import size
 
 DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
@@ -117,19 +119,15 @@ class TensorWriter:
 
     def _write(self, content: memoryview) -> None:
         self._digest.update(content)
-        try:
+        with self._writing():
             while content:
                 content = content[self._file.write(content) or 0 :]
-        except OSError as error:
-            raise SaveError(f"{self._path} cannot be written: {error}{room_left(error, self._path)}") from error
 
     def _sync(self) -> None:
         """Have what was written on the disk, so that its pages need not stay."""
         if self._at - self._synced >= SYNCED_BYTES:
-            try:
+            with self._writing():
                 os.fsync(self._file.fileno())
-            except OSError as error:
-                raise SaveError(f"{self._path} cannot be written: {error}{room_left(error, self._path)}") from error
             forget(self._file.fileno(), Span(0, LENGTH_BYTES + self._room + self._at))
             self._synced = self._at
 
@@ -143,8 +141,13 @@ class TensorWriter:
         self._file.seek(0)
         self._write(memoryview(head))
         self.sha256 = self._digest.hexdigest()
-        try:
+        with self._writing():
             os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise SaveError(f"{self._path} cannot be written: {error}{room_left(error, self._path)}") from error
 
@@ -180,9 +183,7 @@ class MappedFile:
 
     def tensor(self, stored: StoredTensor, start: int) -> torch.Tensor:
         """One that lies at `start`, in bytes from the file's beginning."""
-        dtype, count = getattr(torch, stored.dtype), 1
-        for length in stored.shape:
-            count *= length
+        dtype, count = getattr(torch, stored.dtype), prod(stored.shape)
         if not count:
             return torch.empty(stored.shape, dtype=dtype)
         raw = torch.frombuffer(self._map, dtype=torch.uint8, count=count * dtype.itemsize, offset=start - self._start)
@@ -239,6 +240,6 @@ def forget(file: int, span: Span) -> None:
 
 def room_left(error: OSError, path: Path) -> str:
     """Where a disk or a quota is full: how much is free, and what to do; else nothing."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if not is_full(error):
         return ""
     return f"; {size(shutil.disk_usage(path.parent).free)} are free there: make room, or set POLYQUANT_CACHE"

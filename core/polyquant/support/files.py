@@ -176,9 +176,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _room(error: BaseException | None, folder: Path) -> str:
     """Where the disk or a quota is full: how much is free in `folder`; else nothing."""
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there; " if is_full(error) else ""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, says that a disk or a quota is full."""
     while error is not None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if full or "No space left on device" in str(error):  # as safetensors words it, in an error of its own
-            return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there; "
+            return True
         error = error.__cause__ or error.__context__
-    return ""
+    return False
