@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -19,13 +19,12 @@ from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, rounded, tied_head
 from polyquant.packed_weights.weight import PackedWeight
 from polyquant.plugin.dtypes import cast_dense
-from polyquant.types import LayerPlan, PackedFormat, WeightInfo
+from polyquant.types import LayerPlan, WeightInfo
 
 
 def is_vocabulary(plan: LayerPlan) -> bool:
     """Whether the core rounds it: the embedding, with a head that is tied to it, or the head."""
-    is_table = plan.packed is not None and plan.role in ("embedding", "head")
-    return is_table and plan.scheme == scheme_of(cast("PackedFormat", plan.packed))
+    return plan.packed is not None and plan.role in ("embedding", "head") and plan.scheme == scheme_of(plan.packed)
 
 
 def pack_vocabulary(model: Any, plan: LayerPlan, rows: Rows | None = None, dtype: torch.dtype | None = None) -> None:
@@ -37,7 +36,8 @@ def pack_vocabulary(model: Any, plan: LayerPlan, rows: Rows | None = None, dtype
     if isinstance(model.get_submodule(name), (RepackedEmbedding, RepackedLinear)):  # while it was loaded
         return
     module = _that_does_no_more(model, name, plan.role)
-    weight = rounded(module.weight if rows is None else rows, cast("PackedFormat", plan.packed))
+    assert plan.packed is not None  # of what the core rounds
+    weight = rounded(module.weight if rows is None else rows, plan.packed)
     if plan.role == "head":
         model.set_submodule(name, RepackedLinear(weight, module.bias, plan.scheme, plan.bits))
         return
