@@ -39,7 +39,7 @@ def test_the_stand_in_is_made_as_the_model_is(bitsandbytes, tmp_path, model, opt
     loaded = polyquant.load(folder, "bitsandbytes", device="cpu", kernel="packed", **options)
     plan = polyquant.plan(folder, "bitsandbytes", device="cpu", kernel="packed", **options)
     made = built(folder, plan)
-    made._timed(made.depth, 1)
+    made._put(made.depth)
     assert shape_of(made._model) == shape_of(loaded.model)
 
 
@@ -57,7 +57,7 @@ def test_layers_of_several_kinds_come_in_their_order(bitsandbytes, tmp_path):
         file.unlink()
     plan = polyquant.plan(folder, "bitsandbytes", device="cpu", kernel="packed")
     made = built(folder, plan)
-    made._timed(6, 1)
+    made._put(6)
     layers = made._model.get_decoder().layers
     assert [layer.self_attn.sliding_window is not None for layer in layers] == [
         kind == "sliding_attention" for kind in kinds
@@ -77,11 +77,11 @@ def test_layers_that_are_not_made_count_as_those_that_are(bitsandbytes, tmp_path
     made = built(folder, plan)
     assert 2 <= made._most < 100
     depths = list[int]()
-    real = made._timed
-    monkeypatch.setattr(made, "_timed", lambda layers, prompt: (depths.append(layers), real(layers, prompt))[1])
+    real = made._speed
+    monkeypatch.setattr(made, "_speed", lambda layers, *tokens: (depths.append(layers), real(layers, *tokens))[1])
     foreseen = made.token_seconds()
     assert depths == [made._most, made._most // 2]
-    shallow = 1 / real(made._most // 2, 1).generated_tokens_per_second.mean
+    shallow = 1 / real(made._most // 2, 1, 32).generated_tokens_per_second.mean
     assert foreseen > shallow
 
 

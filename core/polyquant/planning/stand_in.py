@@ -21,7 +21,7 @@ from polyquant.errors import UnsupportedOperation
 from polyquant.measure.speed import Speed, measure_speed
 from polyquant.models import generation, versions
 from polyquant.packed_weights import step
-from polyquant.packed_weights.chance import random_weight
+from polyquant.packed_weights.chance import DEVIATION, random_weight
 from polyquant.packed_weights.half import HalfEmbedding, HalfLinear
 from polyquant.packed_weights.linear import RepackedLinear
 from polyquant.packed_weights.vocabulary import RepackedEmbedding, tied_head
@@ -35,6 +35,7 @@ COLD_BYTES = 2**28
 PROMPT_BYTES = 2**26
 """Of the layers whose prompts are timed: these wait for the processor, and not for memory."""
 PROMPT_TOKENS, GENERATED_TOKENS = 512, 32
+HALVES = ("float16", "bfloat16")
 SECONDS = 0.5  # in which prompts, and generations, are repeated
 
 
@@ -70,40 +71,46 @@ class StandIn:
 
     def token_seconds(self) -> float:
         """Of one generated token."""
-        return self._of_all(
-            self._most, self._most // 2, 1, lambda speed: 1 / max(speed.generated_tokens_per_second.repetitions)
-        )
+
+        def seconds(layers: int) -> float:
+            return 1 / max(self._speed(layers, 1, GENERATED_TOKENS).generated_tokens_per_second.repetitions)
+
+        return self._of_all(self._most, self._most // 2, seconds)
 
     def prompt_seconds(self) -> float:
         """Of a prompt of PROMPT_TOKENS."""
-        return self._of_all(
-            self._layers_of(PROMPT_BYTES), self._period, PROMPT_TOKENS,
-            lambda speed: PROMPT_TOKENS / max(speed.prompt_tokens_per_second.repetitions),
-        )  # fmt: skip
+
+        def seconds(layers: int) -> float:
+            return PROMPT_TOKENS / max(self._speed(layers, PROMPT_TOKENS, 1).prompt_tokens_per_second.repetitions)
+
+        return self._of_all(self._layers_of(PROMPT_BYTES), self._period, seconds)
 
     def _layers_of(self, nbytes: int) -> int:
         """Layers of so many bytes together; at least two of each kind, where the model has so many."""
         wanted: int = max(2 * self._period, ceil(nbytes / self._each))
         return min(self.depth, wanted)
 
-    def _of_all(self, deep: int, shallow: int, prompt: int, seconds: Callable[[Speed], float]) -> float:
+    def _of_all(self, deep: int, shallow: int, seconds: Callable[[int], float]) -> float:
         """What `deep` layers take, and as much for each of the others as those took that `shallow` ones do without."""
-        most = seconds(self._timed(deep, prompt))
+        most = seconds(deep)
         if deep == self.depth:
             return most
-        least = seconds(self._timed(shallow, prompt))
-        return most + (self.depth - deep) * max(0.0, most - least) / (deep - shallow)
+        return most + (self.depth - deep) * max(0.0, most - seconds(shallow)) / (deep - shallow)
 
-    def _timed(self, layers: int, prompt: int) -> Speed:
+    def _speed(self, layers: int, prompt: int, generated: int) -> Speed:
+        self._put(layers)
+        return measure_speed(
+            partial(generation.session, self._model), self._model.config.vocab_size, prompt_tokens=prompt,
+            generated_tokens=generated, repetitions=3, limit_seconds=SECONDS,
+        )  # fmt: skip
+
+    def _put(self, layers: int) -> None:
+        """Have the model consist of the first so many layers."""
         self._cut(layers)
         decoder = self._model.get_decoder()
         decoder.__dict__.pop("forward", None)
         decoder.layers = nn.ModuleList(self._layers[:layers])
         step.attach(self._model)
-        return measure_speed(
-            partial(generation.session, self._model), self._model.config.vocab_size, prompt_tokens=prompt,
-            generated_tokens=GENERATED_TOKENS if prompt == 1 else 1, repetitions=3, limit_seconds=SECONDS,
-        )  # fmt: skip
 
     def _cut(self, layers: int) -> None:
         self._config.num_hidden_layers = layers
@@ -141,8 +148,8 @@ def _linear(module: nn.Linear, plan: LayerPlan | None) -> nn.Module:
     bias = None if module.bias is None else torch.zeros(module.out_features)
     if plan is not None and plan.packed is not None:
         return RepackedLinear(random_weight(shape, plan.packed), bias, plan.scheme, plan.bits)
-    if plan is not None and plan.scheme in ("float16", "bfloat16"):
-        return HalfLinear(_half(shape, plan.scheme), None if bias is None else nn.Parameter(bias))
+    if plan is not None and plan.scheme in HALVES:
+        return HalfLinear(_dense(shape, plan.scheme), None if bias is None else nn.Parameter(bias))
     dense = nn.Linear(*shape[::-1], bias=bias is not None)
     return dense.requires_grad_(False)
 
@@ -154,10 +161,10 @@ def _put_embedding(model: Any, name: str, module: nn.Embedding, plan: LayerPlan)
         packed = RepackedEmbedding(weight, torch.float32, plan.scheme, plan.bits, scale_of(module))
         put_embedding(model, name, packed, partial(tied_head, packed))
         return
-    half = _half(shape, plan.scheme if plan.scheme in ("float16", "bfloat16") else "float32")
-    embedding = HalfEmbedding(half, torch.float32, module.padding_idx, scale_of(module))
-    put_embedding(model, name, embedding, partial(HalfLinear, half))
+    table = _dense(shape, plan.scheme if plan.scheme in HALVES else "float32")
+    embedding = HalfEmbedding(table, torch.float32, module.padding_idx, scale_of(module))
+    put_embedding(model, name, embedding, partial(HalfLinear, table))
 
 
-def _half(shape: tuple[int, int], dtype: str) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, dtype=getattr(torch, dtype)) * 0.02, requires_grad=False)
+def _dense(shape: tuple[int, int], dtype: str) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, dtype=getattr(torch, dtype)) * DEVIATION, requires_grad=False)
