@@ -174,7 +174,7 @@ def plans(table: Plans) -> None:
     _legend(budget)
     if foresees:
         console.print(
-            "tokens/s, generated and of prompts of 512, are foreseen; - where the backend's own kernels multiply"
+            "tokens/s, generated and of prompts of 512, are foreseen; for - a plan with --backend says why not"
         )
     if any(row.fix and row.status == "fits" for row in table.rows):
         console.print("* its checkpoint is made first: polyquant quantize")
