@@ -8,7 +8,7 @@ from polyquant.comparison.records import Result, Run
 from polyquant.comparison.report.column import Column
 from polyquant.comparison.report.formats import significant
 from polyquant.measure.behaviour.prompts import questions
-from polyquant.measure.behaviour.records import Asked, Interval
+from polyquant.measure.behaviour.records import Answered, Interval
 
 LOW, HIGH = "_low", "_high"  # end the keys of a figure's interval, 95 %
 
@@ -95,9 +95,9 @@ def side_by_side(run: Run) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _reference(asked: Asked) -> dict[str, Any]:
+def _reference(asked: Answered) -> dict[str, Any]:
     return {"reference": asked.reference, "right": asked.right_before, "refused": asked.refused_before}
 
 
-def _answer(asked: Asked) -> dict[str, Any]:
+def _answer(asked: Answered) -> dict[str, Any]:
     return {"text": asked.answer, "parts_at": asked.parts_at, "right": asked.right, "refused": asked.refused}

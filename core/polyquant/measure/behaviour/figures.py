@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 
 from polyquant.measure.behaviour.prompts import questions, refused, right
-from polyquant.measure.behaviour.records import Answer, Answers, Asked, Behaviour, Interval
+from polyquant.measure.behaviour.records import Answer, Answered, Answers, Behaviour, Interval
 
 Z = 1.959964  # standard normal, 97.5 %
 RESAMPLES = 2000
@@ -20,7 +20,7 @@ def behaviour(reference: Answers, candidate: Answers) -> Behaviour:
         raise ValueError("the reference and the candidate answered other prompts")
     pairs = zip(questions(), reference.answers, candidate.answers, strict=True)
     asked = tuple(
-        Asked(
+        Answered(
             reference=before.text, answer=after.text, parts_at=parting(before, after),
             right_before=right(question, before.text), right=right(question, after.text),
             refused_before=refused(before.text), refused=refused(after.text),

@@ -28,7 +28,7 @@ class Interval(Record, frozen=True):
     high: float
 
 
-class Asked(Record, frozen=True):
+class Answered(Record, frozen=True):
     """One prompt, and both answers."""
 
     reference: str
@@ -55,4 +55,4 @@ class Behaviour(Record, frozen=True):
     right_gained: Interval
     refusals_lost: Interval
     refusals_gained: Interval
-    asked: tuple[Asked, ...] = ()  # in the order of the prompts
+    asked: tuple[Answered, ...] = ()  # in the order of the prompts
