@@ -103,10 +103,17 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """An empty cache for the tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
 def warm_children():
     """What this process starts as sys.executable has torch and transformers imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "executable", warm.interpreter())
+    with warm.as_executable():
         yield
 
 

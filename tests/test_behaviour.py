@@ -19,19 +19,13 @@ from polyquant.measure.behaviour.records import Answer, Answers
 from polyquant.measure.behaviour.stored import answers_in
 from polyquant.testing.models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 QUICK = {"device": "cpu", "windows": 1, "parts": ("quality",)}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(tiny_model("llama", tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POLYQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def test_the_prompts_are_of_every_kind_and_each_can_be_judged():

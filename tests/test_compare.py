@@ -22,7 +22,7 @@ from polyquant.errors import BackendFailed, ComparisonBusy, ConfigError, ModelEr
 from polyquant.testing.models import tiny_model
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.usefixtures("rowwise", "warm_children")
+pytestmark = pytest.mark.usefixtures("rowwise", "warm_children", "own_cache")
 PYTHON = sys.executable
 QUICK = {"device": "cpu", "windows": 2, "speed_limit_seconds": 0.05}
 
@@ -43,13 +43,6 @@ class Seen(SilentComparison):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(tiny_model("llama", tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POLYQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,6 +51,16 @@ def interpreter() -> str:
     if Path(sys.executable).with_name(SOCKET).exists():  # this is a fork itself
         return sys.executable
     return _Warm().interpreter if hasattr(os, "pidfd_open") and hasattr(os, "fork") else sys.executable
+
+
+@contextmanager
+def as_executable() -> Iterator[None]:
+    """Within it, what this process starts as sys.executable is such a fork."""
+    before, sys.executable = sys.executable, interpreter()
+    try:
+        yield
+    finally:
+        sys.executable = before
 
 
 class _Warm:

@@ -1,7 +1,5 @@
 """What the tests of this plugin share."""
 
-import sys
-
 import polyquant
 import pytest
 from polyquant.plugin.process import kept_processes
@@ -12,8 +10,7 @@ from polyquant.testing.models import tiny_model
 @pytest.fixture(scope="package", autouse=True)
 def one_process():
     """Checkpoints are made in one process, one after the other: its imports take most of the time."""
-    with pytest.MonkeyPatch.context() as patch, kept_processes():
-        patch.setattr(sys, "executable", warm.interpreter())
+    with warm.as_executable(), kept_processes():
         yield
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,8 +167,7 @@ def assert_adapters_train_as_on(dense, loaded):
 @pytest.fixture(scope="package", autouse=True)
 def one_process():
     """Checkpoints are made in one process, one after the other: its imports take most of the time."""
-    with pytest.MonkeyPatch.context() as patch, kept_processes():
-        patch.setattr(sys, "executable", warm.interpreter())
+    with warm.as_executable(), kept_processes():
         yield
 
 
